@@ -1,0 +1,325 @@
+"""The record: how strongly each submodule of one model is moved by data of one kind.
+
+Plain frozen data and the arithmetic on it. Knows nothing of torch, files or the Hub; the methods that read and write
+(`from_pretrained`, `save`, `expand`) are doors to the floors above and import them only when walked through.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, some, unit_of
+from .errors import BlueprintError, FormatError, MismatchError
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Gradient norms of a model's submodules, with what is needed to trust and to use them.
+
+    Args:
+        model_id: the model, as on the Hub.
+        submodules: the entries, in the model's order; a file calls them `layers`.
+        training_checkpoint: share of the model's own training that was done, (0, 1].
+        level: what an entry stands for.
+        model_revision: commit of the model, when known.
+        model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
+        concentration: how the norms are distributed over submodules: the measured retained-mass curve, `gamma_fit`
+            with its residual, α with its standard error.
+        costs: the fixed and variable cost behind `k_star`, and their unit.
+        provenance: the command, data, versions, seed and so on that made it.
+        extra: keys of a file that this version does not know, kept as they are.
+
+    Raises:
+        FormatError: for no entries, a name twice, or a number that is missing, negative, infinite or NaN.
+    """
+
+    model_id: str
+    submodules: tuple[Submodule, ...]
+    training_checkpoint: float | None = None
+    level: Level = "submodule"
+    model_revision: str | None = None
+    model_digest: str | None = None
+    concentration: Mapping[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.submodules:
+            raise FormatError(f"The blueprint of {self.model_id!r} has no entries; it needs at least one.")
+        seen: set[str] = set()
+        for entry in self.submodules:
+            if entry.name in seen:
+                raise FormatError(f"The blueprint of {self.model_id!r} names {entry.name!r} twice; keep one entry.")
+            seen.add(entry.name)
+            check_numbers(entry, self.model_id)
+
+    def __len__(self) -> int:
+        return len(self.submodules)
+
+    def __iter__(self) -> Iterator[Submodule]:
+        return iter(self.submodules)
+
+    def __getitem__(self, name: str) -> Submodule:
+        for entry in self.submodules:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the entries, in order."""
+        return tuple(entry.name for entry in self.submodules)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Blueprint:
+        """Read a blueprint from a file (JSON or CSV), a folder that holds `blueprint.json`, or a repository on the Hub.
+
+        Args:
+            source: path or repository id.
+            revision: branch, tag or commit, for a repository.
+            **kwargs: passed to `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, `local_files_only`, …).
+
+        Raises:
+            FormatError: if what is there is not a blueprint.
+            BlueprintError: if nothing is there.
+        """
+        from .hub import fetch
+
+        return fetch(source, revision=revision, **kwargs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path`: CSV if it ends in `.csv`, else JSON; `blueprint.json` inside it if it is a folder.
+
+        The file is written beside and then moved into place, so an existing one is never half overwritten.
+
+        Returns:
+            The file written.
+        """
+        from .formats import write_blueprint
+
+        return write_blueprint(self, path)
+
+    def expand(self, model: nn.Module) -> Blueprint:
+        """A group- or layer-level blueprint spoken about the submodules of `model`; others are returned as they are.
+
+        Raises:
+            MismatchError: if an entry matches no submodule of the model.
+        """
+        from .submodules import find_submodules
+
+        return self.expand_onto(find_submodules(model))
+
+    def expand_onto(self, submodules: Sequence[Submodule]) -> Blueprint:
+        """As `expand`, given the submodules: each takes over the statistics of the group or layer it belongs to.
+
+        Raises:
+            MismatchError: if an entry matches no submodule.
+        """
+        if self.level == "submodule":
+            return self
+        members: dict[str, list[Submodule]] = {}
+        for submodule in submodules:
+            members.setdefault(unit_of(submodule, self.level), []).append(submodule)
+        missing = [entry.name for entry in self.submodules if entry.name not in members]
+        if missing:
+            raise MismatchError(
+                f"The blueprint of {self.model_id!r} speaks of {some(missing)}, and the model has "
+                f"{some(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
+            )
+        expanded = tuple(
+            replace(
+                entry, name=m.name, kind=m.kind, depth=m.depth, group=m.group, shape=m.shape, quantized=m.quantized
+            )
+            for entry in self.submodules
+            for m in members[entry.name]
+        )
+        return replace(self, submodules=expanded, level="submodule")
+
+    def coarsen(self, level: Level) -> Blueprint:
+        """Sum the entries up to groups or layers.
+
+        A unit's gradient norm is the root of the summed squares of its members' (its gradient is theirs, concatenated;
+        exact for one example, an upper bound for the mean over examples). `adam_gain`, an L1 norm, adds.
+
+        Raises:
+            MismatchError: if the entries do not say which group or depth they belong to.
+        """
+        if level == self.level:
+            return self
+        units: dict[str, list[Submodule]] = {}
+        for entry in self.submodules:
+            units.setdefault(unit_of(entry, level), []).append(entry)
+        coarse = []
+        for name, members in units.items():
+            gains = [m.adam_gain for m in members if m.adam_gain is not None]
+            coarse.append(
+                Submodule(
+                    name=name,
+                    gradient_norm=math.hypot(*(norm_of(m) for m in members)),
+                    kind=name.rpartition(".")[0],
+                    depth=members[0].depth,
+                    group=members[0].group if level == "group" else None,
+                    adam_gain=math.fsum(gains) if len(gains) == len(members) else None,
+                    examples=members[0].examples,
+                )
+            )
+        return replace(self, submodules=tuple(coarse), level=level)
+
+    def for_domain(self, tag: str) -> Blueprint:
+        """The same blueprint with each gradient norm weighted by its `domain_tags[tag]`.
+
+        Raises:
+            MismatchError: if an entry has no such tag.
+        """
+        missing = [entry.name for entry in self.submodules if tag not in entry.domain_tags]
+        if missing:
+            known = sorted({t for entry in self.submodules for t in entry.domain_tags})
+            raise MismatchError(f"{some(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}.")
+        weighted = tuple(
+            replace(entry, gradient_norm=norm_of(entry) * entry.domain_tags[tag], norm_interval=None, median_norm=None)
+            for entry in self.submodules
+        )
+        return replace(self, submodules=weighted)
+
+    def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
+        """Algorithm 1, line 2: G' = weight·Ḡ + (1 − weight)·G̃, this blueprint's norms with a local probe's.
+
+        The two are first brought to one scale, this blueprint's, by the ratio of their geometric means: how large
+        gradients are as a whole depends on the loss, the sequence length and the data, carries no information about
+        where to adapt, and would otherwise let the louder side win. The geometric mean is taken because norms are
+        positive and skewed, so that a few large ones do not set the scale. `adam_gain` is blended the same way.
+
+        Args:
+            local: the probe; the same submodules, in any order.
+            weight: of this blueprint, in [0, 1]: 1 ignores the probe, 0 keeps only its shape.
+            by_uncertainty: weigh each entry by the inverse variance of its two norms on top of `weight`, so that a norm
+                with a wide interval counts less. Entries without intervals keep `weight`.
+
+        Raises:
+            BlueprintError: for a weight outside [0, 1].
+            MismatchError: if the two do not name the same submodules.
+        """
+        if not 0 <= weight <= 1:
+            raise BlueprintError(f"weight={weight} is not a blend weight: give a number from 0 to 1.")
+        require_same_names(self, local, "blended")
+        others = {entry.name: entry for entry in local.submodules}
+        scale = _common_scale(self.submodules, others, norm_of)
+        with_gain = all(e.adam_gain is not None for e in (*self.submodules, *local.submodules))
+        gain_scale = _common_scale(self.submodules, others, lambda e: e.adam_gain or 0.0) if with_gain else 1.0
+
+        blended = []
+        for mine in self.submodules:
+            other = others[mine.name]
+            w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
+            changed = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
+            if with_gain:
+                changed["adam_gain"] = w * (mine.adam_gain or 0.0) + (1 - w) * gain_scale * (other.adam_gain or 0.0)
+            interval = None
+            if mine.norm_error is not None and other.norm_error is not None:
+                half = Z95 * math.hypot(w * mine.norm_error, (1 - w) * scale * other.norm_error)
+                interval = (max(0.0, changed["gradient_norm"] - half), changed["gradient_norm"] + half)
+            blended.append(replace(mine, **changed, norm_interval=interval, median_norm=None))
+        history = {"weight": weight, "by_uncertainty": by_uncertainty, "scale": scale, "with": dict(local.provenance)}
+        return replace(self, submodules=tuple(blended), provenance={**self.provenance, "blend": history})
+
+    @staticmethod
+    def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
+        """One blueprint from several of the same model, weighted by their numbers of examples.
+
+        Mean norms and their intervals merge exactly; medians, signal norms and Adam gains do not follow from
+        summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
+
+        Raises:
+            MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it is over.
+        """
+        if not blueprints:
+            raise BlueprintError("Nothing to merge: give at least one blueprint.")
+        first = blueprints[0]
+        for other in blueprints[1:]:
+            for what in ("model_id", "training_checkpoint", "model_digest", "level"):
+                if getattr(first, what) != getattr(other, what):
+                    raise MismatchError(
+                        f"Blueprints of different {what} do not merge: {getattr(first, what)!r} and "
+                        f"{getattr(other, what)!r}. Aggregate them into one table instead."
+                    )
+            require_same_names(first, other, "merged")
+        merged = tuple(_merge_entries([b[entry.name] for b in blueprints]) for entry in first.submodules)
+        return replace(
+            first, submodules=merged, concentration={}, provenance={"merged": [dict(b.provenance) for b in blueprints]}
+        )
+
+    def ranks(self, by: str = "gradient_norm") -> dict[str, int]:
+        """Rank of every entry within its kind, 1 for the largest."""
+        by_kind: dict[str | None, list[Submodule]] = {}
+        for entry in self.submodules:
+            by_kind.setdefault(entry.kind, []).append(entry)
+        return {
+            entry.name: rank
+            for members in by_kind.values()
+            for rank, entry in enumerate(sorted(members, key=lambda e: -score_of(e, by)), start=1)
+        }
+
+
+def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
+    """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries."""
+    only_a = [n for n in a.names if n not in set(b.names)]
+    only_b = [n for n in b.names if n not in set(a.names)]
+    if only_a or only_b:
+        raise MismatchError(
+            f"These blueprints cannot be {verb}: {some(only_a) if only_a else 'nothing'} only in that of {a.model_id!r}, "
+            f"{some(only_b) if only_b else 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, "
+            "or bring them to one level with expand() or coarsen()."
+        )
+
+
+def _common_scale(
+    mine: Sequence[Submodule], others: Mapping[str, Submodule], value: Callable[[Submodule], float]
+) -> float:
+    pairs = [(value(m), value(others[m.name])) for m in mine]
+    logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
+    return math.exp(statistics.fmean(logs)) if logs else 1.0
+
+
+def _inverse_variance(weight: float, mine: Submodule, other: Submodule, scale: float) -> float:
+    if not mine.norm_error or not other.norm_error:
+        return weight
+    precision, other_precision = weight / mine.norm_error**2, (1 - weight) / (scale * other.norm_error) ** 2
+    return precision / (precision + other_precision)
+
+
+def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
+    counts = [entry.examples for entry in entries]
+    if any(not count for count in counts):
+        raise MismatchError(f"{entries[0].name!r} does not say how many examples it is over, so it cannot be merged.")
+    total = sum(count or 0 for count in counts)
+    shares = [(count or 0) / total for count in counts]
+    norm = math.fsum(share * norm_of(entry) for share, entry in zip(shares, entries, strict=True))
+    errors = [entry.norm_error for entry in entries]
+    interval = None
+    if all(error is not None for error in errors):
+        half = Z95 * math.hypot(*(share * (error or 0.0) for share, error in zip(shares, errors, strict=True)))
+        interval = (max(0.0, norm - half), norm + half)
+    tags = set.intersection(*(set(entry.domain_tags) for entry in entries))
+    return replace(
+        entries[0],
+        gradient_norm=norm,
+        norm_interval=interval,
+        examples=total,
+        domain_tags={
+            tag: math.fsum(s * norm_of(e) * e.domain_tags[tag] for s, e in zip(shares, entries, strict=True)) / norm
+            if norm
+            else entries[0].domain_tags[tag]
+            for tag in sorted(tags)
+        },
+        **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "adam_gain", "alpha", "alpha_error")),
+    )

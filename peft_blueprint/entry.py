@@ -1,0 +1,143 @@
+"""One entry of a blueprint: where a submodule is in the model, and how the gradient there behaves.
+
+Plain frozen data and the few questions asked of it. Knows nothing of torch, files or whole blueprints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import BlueprintError, FormatError
+
+
+Level = Literal["submodule", "group", "layer"]
+
+Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
+
+_GROUP_ID = re.compile(r"(?:\w+\.)?(?:attn|ffn|other)\.\d+")
+_LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """One entry: where it is in the model, and how the gradient there behaves. Unknown statistics are None.
+
+    Args:
+        name: full module name in the unwrapped model, `model.layers.3.self_attn.q_proj`; in a file the key is `id`. In a
+            blueprint at group or layer level, `attn.3`, `ffn.3` or `layer.3`.
+        gradient_norm: mean over examples of the L2 norm of the gradient of that example's mean token loss.
+        kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
+        depth: index of the transformer block, from 0 at the embeddings.
+        group: the paper's coarser unit, `attn.3`.
+        shape: (d_out, d_in) of the weight, whatever way round or however quantised it is stored.
+        quantized: whether the weight was held in 4 or 8 bits when this was measured.
+        median_norm: median over examples of the same norms.
+        norm_interval: 95 % bootstrap interval of `gradient_norm` over examples.
+        signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is negative).
+        noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
+        weight_norm: Frobenius norm of the weight.
+        adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
+        alpha: rank-size exponent of the row norms of the mean gradient, the paper's α within this submodule.
+        alpha_error: its standard error.
+        gamma: 1 − α/(1 + α), appendix A.1.
+        k_star: best fraction to update, eq. 15.
+        examples: how many examples the norms are over.
+        domain_tags: gradient norm on another domain's data over `gradient_norm`.
+        extra: keys of a file that this version does not know, kept as they are.
+    """
+
+    name: str
+    gradient_norm: float | None = None
+    kind: str | None = None
+    depth: int | None = None
+    group: str | None = None
+    shape: tuple[int, int] | None = None
+    quantized: bool = False
+    median_norm: float | None = None
+    norm_interval: tuple[float, float] | None = None
+    signal_norm: float | None = None
+    noise_scale: float | None = None
+    weight_norm: float | None = None
+    adam_gain: float | None = None
+    alpha: float | None = None
+    alpha_error: float | None = None
+    gamma: float | None = None
+    k_star: float | None = None
+    examples: int | None = None
+    domain_tags: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def norm_error(self) -> float | None:
+        """Standard error of `gradient_norm` implied by its interval, or None without one."""
+        if self.norm_interval is None:
+            return None
+        return (self.norm_interval[1] - self.norm_interval[0]) / (2 * Z95)
+
+
+NUMBERS = ("gradient_norm", "median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain", "alpha", "k_star")
+
+
+def norm_of(entry: Submodule) -> float:
+    """The entry's gradient norm, which every entry of a `Blueprint` has."""
+    assert entry.gradient_norm is not None
+    return entry.gradient_norm
+
+
+def score_of(entry: Submodule, by: str) -> float:
+    """The statistic `by` of an entry.
+
+    Raises:
+        BlueprintError: if there is no such statistic, or the entry does not carry it.
+    """
+    if by not in NUMBERS:
+        raise BlueprintError(f"There is no statistic {by!r} to rank by; choose from {', '.join(NUMBERS)}.")
+    value = getattr(entry, by)
+    if value is None:
+        raise BlueprintError(
+            f"{entry.name!r} has no {by}. Measure the blueprint again with generate_blueprint, or rank by gradient_norm."
+        )
+    return value
+
+
+def level_of_ids(ids: Iterable[str]) -> Level:
+    """The level at which a list of entry ids speaks, from their form."""
+    ids = list(ids)
+    if all(_GROUP_ID.fullmatch(i) for i in ids):
+        return "group"
+    if all(_LAYER_ID.fullmatch(i) for i in ids):
+        return "layer"
+    return "submodule"
+
+
+def check_numbers(entry: Submodule, model_id: str) -> None:
+    """Raise FormatError unless every number of an entry is finite and not negative, and the norm is there."""
+    where = f"{entry.name!r} in the blueprint of {model_id!r}"
+    if entry.gradient_norm is None:
+        raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
+    numbers = {name: getattr(entry, name) for name in NUMBERS}
+    numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
+    numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
+    for name, value in numbers.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+
+
+def unit_of(entry: Submodule, level: Level) -> str:
+    """The id of the group or layer an entry belongs to, or its own name where it belongs to none."""
+    if level == "group" and entry.group is not None:
+        return entry.group
+    if level == "layer" and entry.depth is not None:
+        stack = entry.group.split(".")[0] + "." if entry.group and entry.group.count(".") == 2 else ""
+        return f"{stack}layer.{entry.depth}"
+    return entry.name
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few of a list of names, for an error message."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

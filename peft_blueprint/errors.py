@@ -1,0 +1,28 @@
+"""What can go wrong, as exceptions a caller can tell apart.
+
+Every message names the thing, shows both sides of a mismatch, and ends with what to do. This file knows of nothing else.
+"""
+
+
+class BlueprintError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class FormatError(BlueprintError):
+    """A file or record is not a blueprint: not JSON, truncated, a wrong type, a newer schema, NaN."""
+
+
+class MismatchError(BlueprintError):
+    """A blueprint and a model, or two blueprints, do not belong together."""
+
+
+class MeasurementError(BlueprintError):
+    """A measurement cannot be made or came out unusable: no data, no targets, infinite gradients."""
+
+
+class PlacementError(BlueprintError):
+    """A placement was asked for that cannot be: two selectors, a fraction outside (0, 1], a 4-bit block unfrozen."""
+
+
+class DriftError(BlueprintError):
+    """A local blueprint is too far from the published one and the policy was to stop."""

@@ -1,0 +1,104 @@
+"""Per-example gradients of a linear layer, as free functions on its input and its output's gradient.
+
+For an example with inputs X (T × d_in) and output gradients dY (T × d_out) the weight's gradient is G = dYᵀX. Its norm
+needs no G: ‖G‖² = Σ (XXᵀ)∘(dY dYᵀ), the Gram form (Goodfellow 2015, arXiv:1510.01799; for sequences Li et al. 2021,
+arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. And G·Ω = dYᵀ(XΩ) for a thin
+Ω keeps the mean gradient's row norms at a few per cent of its cost. Knows nothing of modules or models.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+# Operations that take as long as moving one number to memory and back: large matrix products run some ten times nearer
+# to a machine's peak than elementwise passes do.
+_OPERATIONS_PER_NUMBER = 16
+# Products are formed for as many examples at a time as keep the intermediate result below this many numbers.
+_NUMBERS_AT_A_TIME = 1 << 24
+
+
+def by_example(tensor: Tensor, examples: int) -> Tensor | None:
+    """A layer's input or output gradient as (examples, tokens, features), or None if its rows do not say whose they are.
+
+    Accepts (B, ..., d) and, from layers that flatten the batch, (B·T, d).
+    """
+    if tensor.dim() < 2 or tensor.shape[0] % examples:
+        return None
+    return tensor.reshape(examples, -1, tensor.shape[-1])
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision to compute statistics in: bfloat16 stays where the hardware multiplies it, all else is float32."""
+    if tensor.dtype != torch.bfloat16:
+        return torch.float32
+    if tensor.device.type == "cpu":
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16
+
+
+def prefers_gram(tokens: int, d_in: int, d_out: int, gram_is_known: bool = False) -> bool:
+    """Whether the Gram form is cheaper than forming the gradient, by operations and by numbers written.
+
+    Without memory traffic the crossover is at T* = d_in·d_out/(d_in + d_out) tokens.
+
+    Args:
+        tokens: T, per example.
+        d_in: features of the input.
+        d_out: features of the output.
+        gram_is_known: XXᵀ was already computed for another layer with the same input.
+    """
+    gram = tokens**2 * ((0 if gram_is_known else d_in) + d_out + 2 * _OPERATIONS_PER_NUMBER)
+    return gram < tokens * d_in * d_out + d_in * d_out * _OPERATIONS_PER_NUMBER
+
+
+def gram(x: Tensor) -> Tensor:
+    """XXᵀ of every example: (B, T, d) → (B, T, T)."""
+    return torch.bmm(x, x.transpose(1, 2))
+
+
+def gram_norms(x_gram: Tensor, dy: Tensor) -> Tensor:
+    """Norms of the per-example gradients, by the Gram form. (B, T, T), (B, T, d_out) → (B,) float32."""
+    step = max(1, _NUMBERS_AT_A_TIME // (dy.shape[1] ** 2 or 1))
+    squares = [
+        (x_gram[i : i + step] * gram(dy[i : i + step])).sum(dim=(1, 2), dtype=torch.float32)
+        for i in range(0, len(dy), step)
+    ]
+    return torch.cat(squares).clamp_min(0).sqrt()
+
+
+def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
+    """The gradients themselves. (B, T, d_in), (B, T, d_out) → (B, d_out, d_in)."""
+    return torch.bmm(dy.transpose(1, 2), x)
+
+
+def materialised_norms(x: Tensor, dy: Tensor) -> Tensor:
+    """Norms of the per-example gradients, by forming each. (B, T, d_in), (B, T, d_out) → (B,) float32."""
+    step = max(1, _NUMBERS_AT_A_TIME // (x.shape[2] * dy.shape[2]))
+    norms = [
+        torch.linalg.vector_norm(
+            per_example_gradients(x[i : i + step], dy[i : i + step]), dim=(1, 2), dtype=torch.float32
+        )
+        for i in range(0, len(x), step)
+    ]
+    return torch.cat(norms)
+
+
+def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
+    """Ω, (d_in, size) float32 with orthogonal columns and E[ΩΩᵀ] = I, or None where the sketch would be no smaller.
+
+    ‖GΩ‖² estimates ‖G‖² without bias, for every row of G too. Orthogonal columns (of uniformly random direction, scaled
+    by √(d_in/size)) have a smaller variance than Gaussian ones, by the factor 1 − size/d_in. Up to twice the sketch's
+    size the identity stands in for Ω: the result is then exact at a like cost. A fixed seed gives the same Ω for every
+    layer of the same d_in, so that layers with the same input share XΩ and that sketches add over batches and workers.
+    """
+    if size is None or d_in <= 2 * size:
+        return None
+    gaussian = torch.randn(d_in, size, generator=torch.Generator().manual_seed(seed + d_in))
+    return torch.linalg.qr(gaussian).Q * math.sqrt(d_in / size)
+
+
+def sketched_gradient(x_sketch: Tensor, dy: Tensor) -> Tensor:
+    """(Σ_b G_b)Ω in float32. XΩ as (B, T, s), dY as (B, T, d_out) → (d_out, s)."""
+    return (dy.flatten(0, 1).T @ x_sketch.flatten(0, 1)).float()

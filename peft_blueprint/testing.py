@@ -1,0 +1,162 @@
+"""Tiny random models, toy batches and a Hub on loopback, for this project's tests and for yours.
+
+Models take milliseconds to build and to run. The Hub speaks as much of the protocol as downloads need, to the real
+client, over HTTP.
+"""
+
+import http.server
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+
+VOCABULARY = 97
+
+
+def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48."""
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return _built(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed)
+
+
+def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    """A random GPT-2, whose linear layers are transformers' `Conv1D`."""
+    settings = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
+    return _built(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
+
+
+def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int = 3) -> PreTrainedModel:
+    """A random BERT that classifies sequences, or tokens."""
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=layers,
+        num_labels=labels,
+        **_vocabulary(),
+    )
+    return _built(BertForTokenClassification if tokens else BertForSequenceClassification, config, seed)
+
+
+def toy_batches(
+    examples: int = 8, length: int = 12, batch_size: int = 4, padding: str = "right", seed: int = 0, prompt: int = 3
+) -> list[dict[str, Tensor]]:
+    """Random token batches for a causal model, of varied lengths, with targets after a prompt.
+
+    Args:
+        examples: how many in all.
+        length: the longest; the shortest has `prompt + 2` tokens.
+        batch_size: rows of a batch; the last may have fewer.
+        padding: "right", "left" or "none" (all of full length).
+        seed: of the tokens and lengths.
+        prompt: tokens at the start of every example that are no targets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, VOCABULARY, (examples, length), generator=generator)
+    lengths = torch.randint(prompt + 2, length + 1, (examples,), generator=generator)
+    if padding == "none":
+        lengths = torch.full_like(lengths, length)
+    place = torch.arange(length).expand(examples, -1)
+    start = (length - lengths)[:, None] if padding == "left" else torch.zeros(examples, 1, dtype=torch.long)
+    mask = (place >= start) & (place < start + lengths[:, None])
+    labels = input_ids.masked_fill(~mask | (place < start + prompt), -100)
+    rows = {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
+    return [
+        {key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)
+    ]
+
+
+@contextmanager
+def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> Iterator[str]:
+    """Serve folders as repositories of a Hub on 127.0.0.1, for as long as the `with` lasts.
+
+    Args:
+        repositories: folder by repository id, `org/name`.
+        token: when given, requests without it are answered 401, as for a private repository.
+
+    Yields:
+        The endpoint, to be given as `endpoint=` or as `HF_ENDPOINT` (read at import) in a subprocess.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def _answer(self, with_body: bool) -> None:
+            path = self.path.split("?")[0].lstrip("/")
+            repository, _, rest = path.partition("/resolve/")
+            revision, _, name = rest.partition("/")
+            if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
+                return self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "a token is needed"})
+            if repository not in repositories:
+                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            if revision not in ("main", COMMIT):
+                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            file = repositories[repository] / name
+            if not file.is_file():
+                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            body = file.read_bytes()
+            self._send(200, body, {"ETag": f'"{hash(body) & (1 << 64) - 1:016x}"', "X-Repo-Commit": COMMIT}, with_body)
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _vocabulary() -> dict[str, int]:
+    return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _built(cls: type[PreTrainedModel], config: Any, seed: int) -> Any:
+    """A model with weights large enough that its gradients differ between layers, in evaluation mode."""
+    generator = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = cls(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    finally:
+        torch.random.set_rng_state(generator)
+    return model.eval()
