@@ -1,24 +1,67 @@
-"""Measure which submodules of a model carry the gradient, publish it, and put LoRA adapters only where they pay."""
+"""Measure which submodules of a model carry the gradient, publish it, and put LoRA adapters only where they pay.
+
+Names are imported when first used, so that reading a blueprint does not wait for torch. `BlueprintConfig` registers
+the method BLUEPRINT with PEFT; if PEFT is imported already, so it does at once.
+"""
 
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .errors import BlueprintError, DriftError, FormatError, MeasurementError, MismatchError, PlacementError
+from .errors import BlueprintError
 
 
 if TYPE_CHECKING:
     from .blueprint import Blueprint
+    from .config import BlueprintConfig
+    from .drift import check_drift, reconcile
+    from .entry import Submodule
+    from .generate import generate_blueprint
     from .influence import Influence, measure_influence
+    from .placement import Placement, plan_placement
+
+
+__all__ = [
+    "Blueprint",
+    "BlueprintConfig",
+    "BlueprintError",
+    "Influence",
+    "Placement",
+    "Submodule",
+    "check_drift",
+    "generate_blueprint",
+    "measure_influence",
+    "plan_placement",
+    "reconcile",
+]
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "Blueprint": "blueprint",
+    "BlueprintConfig": "config",
     "Influence": "influence",
+    "Placement": "placement",
+    "Submodule": "entry",
+    "check_drift": "drift",
+    "generate_blueprint": "generate",
     "measure_influence": "influence",
+    "plan_placement": "placement",
+    "reconcile": "drift",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "peft" in sys.modules:
+    importlib.import_module(".config", __name__)

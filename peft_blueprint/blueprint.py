@@ -82,7 +82,8 @@ class Blueprint:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Blueprint:
-        """Read a blueprint from a file (JSON or CSV), a folder that holds `blueprint.json`, or a repository on the Hub.
+        """Read a blueprint from a file (JSON or CSV), a folder that holds `blueprint.json`, or a repository on the
+        Hub.
 
         Args:
             source: path or repository id.
@@ -202,8 +203,8 @@ class Blueprint:
         Args:
             local: the probe; the same submodules, in any order.
             weight: of this blueprint, in [0, 1]: 1 ignores the probe, 0 keeps only its shape.
-            by_uncertainty: weigh each entry by the inverse variance of its two norms on top of `weight`, so that a norm
-                with a wide interval counts less. Entries without intervals keep `weight`.
+            by_uncertainty: weigh each entry by the inverse variance of its two norms on top of `weight`, so that a
+                norm with a wide interval counts less. Entries without intervals keep `weight`.
 
         Raises:
             BlueprintError: for a weight outside [0, 1].
@@ -221,7 +222,7 @@ class Blueprint:
         for mine in self.submodules:
             other = others[mine.name]
             w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
-            changed = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
+            changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
             if with_gain:
                 changed["adam_gain"] = w * (mine.adam_gain or 0.0) + (1 - w) * gain_scale * (other.adam_gain or 0.0)
             interval = None
@@ -240,7 +241,8 @@ class Blueprint:
         summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
 
         Raises:
-            MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it is over.
+            MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it
+                is over.
         """
         if not blueprints:
             raise BlueprintError("Nothing to merge: give at least one blueprint.")
@@ -276,9 +278,9 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
     only_b = [n for n in b.names if n not in set(a.names)]
     if only_a or only_b:
         raise MismatchError(
-            f"These blueprints cannot be {verb}: {some(only_a) if only_a else 'nothing'} only in that of {a.model_id!r}, "
-            f"{some(only_b) if only_b else 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, "
-            "or bring them to one level with expand() or coarsen()."
+            f"These blueprints cannot be {verb}: {some(only_a) or 'nothing'} only in that of {a.model_id!r}, "
+            f"{some(only_b) or 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, or bring "
+            "them to one level with expand() or coarsen()."
         )
 
 
@@ -321,5 +323,10 @@ def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
             else entries[0].domain_tags[tag]
             for tag in sorted(tags)
         },
-        **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "adam_gain", "alpha", "alpha_error")),
+        median_norm=None,
+        signal_norm=None,
+        noise_scale=None,
+        adam_gain=None,
+        alpha=None,
+        alpha_error=None,
     )

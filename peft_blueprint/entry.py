@@ -27,8 +27,8 @@ class Submodule:
     """One entry: where it is in the model, and how the gradient there behaves. Unknown statistics are None.
 
     Args:
-        name: full module name in the unwrapped model, `model.layers.3.self_attn.q_proj`; in a file the key is `id`. In a
-            blueprint at group or layer level, `attn.3`, `ffn.3` or `layer.3`.
+        name: full module name in the unwrapped model, `model.layers.3.self_attn.q_proj`; in a file the key is `id`.
+            In a blueprint at group or layer level, `attn.3`, `ffn.3` or `layer.3`.
         gradient_norm: mean over examples of the L2 norm of the gradient of that example's mean token loss.
         kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
         depth: index of the transformer block, from 0 at the embeddings.
@@ -37,7 +37,8 @@ class Submodule:
         quantized: whether the weight was held in 4 or 8 bits when this was measured.
         median_norm: median over examples of the same norms.
         norm_interval: 95 % bootstrap interval of `gradient_norm` over examples.
-        signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is negative).
+        signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is
+            negative).
         noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
         weight_norm: Frobenius norm of the weight.
         adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
@@ -99,7 +100,8 @@ def score_of(entry: Submodule, by: str) -> float:
     value = getattr(entry, by)
     if value is None:
         raise BlueprintError(
-            f"{entry.name!r} has no {by}. Measure the blueprint again with generate_blueprint, or rank by gradient_norm."
+            f"{entry.name!r} has no {by}. Measure the blueprint again with generate_blueprint, or rank by "
+            "gradient_norm."
         )
     return value
 

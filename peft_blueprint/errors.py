@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions a caller can tell apart.
 
-Every message names the thing, shows both sides of a mismatch, and ends with what to do. This file knows of nothing else.
+Every message names the thing, shows both sides of a mismatch, and ends with what to do. This file knows of nothing
+else.
 """
 
 

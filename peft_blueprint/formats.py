@@ -38,7 +38,7 @@ def to_dict(blueprint: Blueprint) -> dict[str, Any]:
     top = {key: _plain(getattr(blueprint, key)) for key in _TOP_KEYS}
     return {
         "schema_version": SCHEMA_VERSION,
-        **{key: value for key, value in top.items() if value not in (None, {})},
+        **{key: value for key, value in top.items() if _is_known(value)},
         **blueprint.extra,
         "layers": [_entry_to_dict(entry) for entry in blueprint.submodules],
     }
@@ -73,7 +73,7 @@ def from_dict(data: Any) -> Blueprint:
         model_id=_take(data, "model_id", str, "the blueprint"),
         submodules=_in_the_papers_gamma(entries),
         training_checkpoint=_take(data, "training_checkpoint", float, "the blueprint"),
-        level=level,  # type: ignore[arg-type]  # checked above
+        level=level,
         model_revision=_take(data, "model_revision", str, "the blueprint"),
         model_digest=_take(data, "model_digest", str, "the blueprint"),
         **{key: _take(data, key, dict, "the blueprint") or {} for key in ("concentration", "costs", "provenance")},
@@ -128,7 +128,8 @@ def to_csv(blueprint: Blueprint) -> str:
 
 
 def from_csv(text: str, source: str = "the text") -> Blueprint:
-    """A blueprint from the CSV that `to_csv` writes, or from one with just `model_id`, `id` and `gradient_norm` columns.
+    """A blueprint from the CSV that `to_csv` writes, or from one with just `model_id`, `id` and `gradient_norm`
+    columns.
 
     Raises:
         FormatError: if a column is missing or a cell is not what it should be; names `source`.
@@ -252,7 +253,7 @@ def _entry_columns() -> tuple[str, ...]:
 
 def _entry_to_dict(entry: Submodule) -> dict[str, Any]:
     values = {key: _plain(getattr(entry, key)) for key in _entry_columns() if key != "extra"}
-    return {"id": entry.name, **{k: v for k, v in values.items() if v not in (None, {}, False)}, **entry.extra}
+    return {"id": entry.name, **{k: v for k, v in values.items() if _is_known(v)}, **entry.extra}
 
 
 def _entry_from_dict(data: Any, index: int) -> Submodule:
@@ -337,6 +338,11 @@ _NAMES = {
 
 def _type(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
+
+
+def _is_known(value: Any) -> bool:
+    """What is left out of a file is what a reader takes to be None, false or empty; a zero is written."""
+    return not (value is None or value is False or value == {})
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 For an example with inputs X (T × d_in) and output gradients dY (T × d_out) the weight's gradient is G = dYᵀX. Its norm
 needs no G: ‖G‖² = Σ (XXᵀ)∘(dY dYᵀ), the Gram form (Goodfellow 2015, arXiv:1510.01799; for sequences Li et al. 2021,
-arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. And G·Ω = dYᵀ(XΩ) for a thin
-Ω keeps the mean gradient's row norms at a few per cent of its cost. Knows nothing of modules or models.
+arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. And G·Ω = dYᵀ(XΩ) for a
+thin Ω keeps the mean gradient's row norms at a few per cent of its cost. Knows nothing of modules or models.
 """
 
 import math
@@ -20,7 +20,8 @@ _NUMBERS_AT_A_TIME = 1 << 24
 
 
 def by_example(tensor: Tensor, examples: int) -> Tensor | None:
-    """A layer's input or output gradient as (examples, tokens, features), or None if its rows do not say whose they are.
+    """A layer's input or output gradient as (examples, tokens, features), or None if its rows do not say whose they
+    are.
 
     Accepts (B, ..., d) and, from layers that flatten the batch, (B·T, d).
     """
@@ -88,10 +89,11 @@ def materialised_norms(x: Tensor, dy: Tensor) -> Tensor:
 def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
     """Ω, (d_in, size) float32 with orthogonal columns and E[ΩΩᵀ] = I, or None where the sketch would be no smaller.
 
-    ‖GΩ‖² estimates ‖G‖² without bias, for every row of G too. Orthogonal columns (of uniformly random direction, scaled
-    by √(d_in/size)) have a smaller variance than Gaussian ones, by the factor 1 − size/d_in. Up to twice the sketch's
-    size the identity stands in for Ω: the result is then exact at a like cost. A fixed seed gives the same Ω for every
-    layer of the same d_in, so that layers with the same input share XΩ and that sketches add over batches and workers.
+    ‖GΩ‖² estimates ‖G‖² without bias, for every row of G too. Orthogonal columns (of uniformly random direction,
+    scaled by √(d_in/size)) have a smaller variance than Gaussian ones, by the factor 1 − size/d_in. Up to twice the
+    sketch's size the identity stands in for Ω: the result is then exact at a like cost. A fixed seed gives the same Ω
+    for every layer of the same d_in, so that layers with the same input share XΩ and that sketches add over batches
+    and workers.
     """
     if size is None or d_in <= 2 * size:
         return None

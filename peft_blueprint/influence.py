@@ -69,7 +69,7 @@ class Influence:
 
     @property
     def mean_gradient_norms(self) -> Tensor:
-        """(submodules,) norm of the mean gradient over these examples; estimated from the sketch where there is one."""
+        """(submodules,) norm of the mean gradient over these examples; an estimate where it is sketched."""
         return torch.stack([torch.linalg.vector_norm(sketch) for sketch in self.sketches])
 
     @property
@@ -152,11 +152,12 @@ def measure_influence(
     Args:
         model: a transformers model, or a `PeftModel` around one; frozen, trainable or quantised with bitsandbytes, in
             fp32, bf16 or fp16.
-        batches: mappings as the model takes them, with `labels` (-100 where there is no target); a `DataLoader` will do.
+        batches: mappings as the model takes them, with `labels` (-100 where there is no target); a
+            `DataLoader` will do.
         max_examples: stop after so many.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
-        sketch_size: columns of the sketch of the mean gradient; its relative error is at most √(1/(2·size)). None keeps
-            the mean gradients whole, exact, in as much memory as the weights take in fp32.
+        sketch_size: columns of the sketch of the mean gradient; its relative error is at most √(1/(2·size)). None
+            keeps the mean gradients whole, exact, in as much memory as the weights take in fp32.
         seed: of the sketch.
         progress: show a progress bar.
 
@@ -277,7 +278,7 @@ class _Recorder:
         self._batch_sketches[index] = self._batch_sketches[index] + sketch if index in self._batch_sketches else sketch
 
     def norms(self) -> Tensor:
-        """(submodules, examples) of the batch, complete after the backward pass; zeros for what no gradient reached."""
+        """(submodules, examples) of the batch, after the backward pass; zeros for what no gradient reached."""
         for index, gradient in self._gradients.items():
             self._norms[index] = torch.linalg.vector_norm(gradient, dim=(1, 2))
         zeros = torch.zeros(self.examples)
@@ -330,7 +331,10 @@ class _SharedInput:
 def _measure_batch(
     model: nn.Module, batch: Batch, recorder: _Recorder, loss_fn: LossFunction | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms, losses and target tokens from one forward and backward pass; again if a submodule turns out to be called twice, or float16 overflows."""
+    """Norms, losses and target tokens from one forward and backward pass.
+
+    The pass is made again if a submodule turns out to be called twice in it, or float16 overflows.
+    """
     scale = _FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     while True:
         repeated = set(recorder.repeated)

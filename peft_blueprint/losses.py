@@ -6,6 +6,7 @@ classification and regression. Knows nothing of gradients.
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def per_example_losses(
     if labels.dim() == 2 and type(unwrap(model)).__name__.endswith(_NEXT_TOKEN_HEADS):
         return _next_token_losses(model, inputs, labels)
     if "decoder_input_ids" not in inputs and _is_encoder_decoder(model):
-        inputs["decoder_input_ids"] = unwrap(model).prepare_decoder_input_ids_from_labels(labels=labels)
+        base: Any = unwrap(model)
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     logits = model(**inputs).logits
     if labels.dim() == 2 and logits.dim() == 3:
         return _token_losses(logits, labels)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -25,10 +26,10 @@ _ADAPTER_PART = re.compile(r"(^|\.)(lora_\w+|modules_to_save)(\.|$)")
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a `PeftModel`; any other model as it is."""
     peft = sys.modules.get("peft")  # a PeftModel cannot exist before peft was imported
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+    return cast(Any, model).get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
-def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Every linear module with its name in the unwrapped model, adapters' own matrices left out.
 
     Linear here means `nn.Linear` (bitsandbytes' 4- and 8-bit layers are subclasses of it) and GPT-2's `Conv1D`.
@@ -38,7 +39,8 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, nn.Linear) or is_conv1d(module):
             parts = name.split(".")
-            yield ".".join(p for p in parts if p not in ("base_layer", "original_module")), module
+            name = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+            yield name, cast(nn.Linear, module)  # Conv1D has a weight too, the other way round
 
 
 def find_submodules(model: nn.Module) -> tuple[Submodule, ...]:
@@ -46,7 +48,8 @@ def find_submodules(model: nn.Module) -> tuple[Submodule, ...]:
 
     Output heads (tied to the embeddings or not) and classification heads are left out.
     """
-    head = unwrap(model).get_output_embeddings() if _is_transformers(unwrap(model)) else None
+    base = cast(Any, unwrap(model))
+    head = base.get_output_embeddings() if _is_transformers(base) else None
     found = [
         (name, module)
         for name, module in linear_modules(model)
@@ -66,7 +69,7 @@ def find_submodules(model: nn.Module) -> tuple[Submodule, ...]:
     )
 
 
-def shape_of(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Linear) -> tuple[int, int]:
     """(d_out, d_in) of a linear module, whatever its storage."""
     if is_conv1d(module):
         d_in, d_out = module.weight.shape
@@ -79,37 +82,37 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Linear) -> bool:
     """Whether the weight is held in a form that cannot take a gradient (4 or 8 bits)."""
     return type(module.weight).__name__ in _QUANTIZED_WEIGHTS or not module.weight.is_floating_point()
 
 
-def weight_norm(module: nn.Module) -> float:
+def weight_norm(module: nn.Linear) -> float:
     """Frobenius norm of the weight, of the dequantised weight for 4- and 8-bit layers."""
     return dequantized_weight(module).float().norm().item()
 
 
-def dequantized_weight(module: nn.Module) -> Tensor:
+def dequantized_weight(module: nn.Linear) -> Tensor:
     """The weight in floating point: of shape (d_out, d_in), or as stored for Conv1D."""
-    weight = module.weight.data
     if not is_quantized(module):
-        return weight
+        return module.weight.data
     from bitsandbytes import functional
 
-    if type(module.weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight, module.weight.quant_state)
-    scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-    return functional.int8_vectorwise_dequant(weight, scale)
+    weight: Any = module.weight
+    if type(weight).__name__ == "Params4bit":
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    state: Any = module.state  # an 8-bit layer moves its scale there in its first pass
+    return functional.int8_vectorwise_dequant(weight.data, state.SCB if weight.SCB is None else weight.SCB)
 
 
 def structure_digest(submodules: Sequence[Submodule]) -> str:
-    """`sha256:…` over the names and shapes of a model's linear submodules; the same for any precision or quantisation."""
+    """`sha256:…` over the names and shapes of a model's linear submodules, the same however they are quantised."""
     lines = sorted(f"{s.name} {s.shape[0]}x{s.shape[1]}\n" for s in submodules if s.shape is not None)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
-    """Raise MismatchError unless every entry of a submodule-level blueprint is a submodule of the model, in shape too."""
+    """Raise MismatchError unless every entry of a blueprint is a submodule of the model, of the same shape."""
     shapes = {name: shape_of(module) for name, module in linear_modules(model)}
     missing = [entry.name for entry in blueprint if entry.name not in shapes]
     if missing:

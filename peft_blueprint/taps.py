@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 
-# called in the backward pass with the tap's index, the layer's input (..., d_in) and its output's gradient (..., d_out)
+# called in the backward pass with the tap's index, the layer's input (..., d_in) and its output's gradient (...,
+# d_out)
 Record = Callable[[int, Tensor, Tensor], None]
 
 
@@ -48,12 +49,12 @@ def tapped(module: nn.Module, index: int, record: Record) -> Iterator[None]:
             output.requires_grad_()
         return _Tap.apply(output, inputs.detach(), index, record)
 
-    module.forward = with_tap  # type: ignore[method-assign]
+    module.forward = with_tap
     try:
         yield
     finally:
         if replaced:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         else:
             del module.forward
 

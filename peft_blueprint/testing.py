@@ -30,13 +30,18 @@ VOCABULARY = 97
 
 def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48."""
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return _built(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed)
 
 
 def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A random GPT-2, whose linear layers are transformers' `Conv1D`."""
-    settings = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
+    settings: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
     return _built(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
 
 
@@ -47,8 +52,7 @@ def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int 
         intermediate_size=48,
         num_attention_heads=4,
         num_hidden_layers=layers,
-        num_labels=labels,
-        **_vocabulary(),
+        **_vocabulary() | {"num_labels": labels},
     )
     return _built(BertForTokenClassification if tokens else BertForSequenceClassification, config, seed)
 
@@ -76,9 +80,7 @@ def toy_batches(
     mask = (place >= start) & (place < start + lengths[:, None])
     labels = input_ids.masked_fill(~mask | (place < start + prompt), -100)
     rows = {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
-    return [
-        {key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)
-    ]
+    return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def _vocabulary() -> dict[str, int]:
+def _vocabulary() -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

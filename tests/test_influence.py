@@ -95,9 +95,7 @@ def test_losses_are_means_over_an_examples_own_targets():
     """Losses and target counts are per example, and match the model's own loss on that example alone."""
     model, batches = tiny_llama(), toy_batches()
     influence = measure_influence(model, batches, progress=False)
-    alone = [
-        model(**{k: v[i : i + 1] for k, v in batch.items()}).loss.item() for batch in batches for i in range(4)
-    ]
+    alone = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss.item() for batch in batches for i in range(4)]
     torch.testing.assert_close(influence.losses, torch.tensor(alone))
     counts = torch.cat([(batch["labels"][:, 1:] != -100).sum(dim=1) for batch in batches])
     assert torch.equal(influence.target_tokens, counts)
@@ -120,7 +118,7 @@ def test_signal_norm_is_the_unbiased_norm_of_the_mean_gradient():
 
 
 def test_the_sketch_estimates_the_mean_gradient_without_bias():
-    """Averaged over seeds, the sketched square of the mean gradient's norm is the exact one, within 3 standard errors."""
+    """Averaged over seeds, the sketched square of the norm is the exact one, within 3 standard errors."""
     model, batches = tiny_llama(layers=1), toy_batches()
     exact = measure_influence(model, batches, sketch_size=None, progress=False).mean_gradient_norms.square()
     seeds = [measure_influence(model, batches, sketch_size=8, seed=s, progress=False) for s in range(60)]
@@ -167,9 +165,12 @@ def test_what_the_loss_does_not_reach_is_listed_not_dropped():
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_quantised_weights_give_the_norms_of_the_dequantised_model(kind):
-    """4-bit (and 8-bit) weights are measured as they are; the same norms as plain autograd on their dequantised values."""
+    """4- and 8-bit weights are measured as they are, with the norms of autograd on their dequantised values."""
     bnb = pytest.importorskip("bitsandbytes")
-    model, reference = tiny_llama(hidden_size=64, intermediate_size=64), tiny_llama(hidden_size=64, intermediate_size=64)
+    model, reference = (
+        tiny_llama(hidden_size=64, intermediate_size=64),
+        tiny_llama(hidden_size=64, intermediate_size=64),
+    )
     others = dict(linear_modules(reference))
     for name, module in list(linear_modules(model)):
         if name == "lm_head":

@@ -1,0 +1,280 @@
+"""`BlueprintConfig`, what `get_peft_model` is given: a `LoraConfig` whose targets come from a blueprint.
+
+BLUEPRINT is what the user writes and what a recipe serialises to; LORA is what the adapter is, live and on disk. So
+everything PEFT does with LoRA works, and a saved adapter loads where this package was never installed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, LoraModel, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.peft_types import register_peft_method
+from torch import nn
+
+from .blueprint import Blueprint
+from .entry import some
+from .errors import BlueprintError, MismatchError, PlacementError
+from .formats import from_dict, to_dict, write_atomically
+from .hub import fetch
+from .placement import Placement, plan_placement
+from .submodules import check_fits, is_quantized, unwrap
+
+
+SIDECAR = "blueprint_config.json"
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Add a member to PEFT's enumeration of methods, or return the one that is there.
+
+    `PeftType` is closed, and `register_peft_method` wants a member. The steps are those of `enum` itself on CPython
+    3.11 to 3.14; a test covers what PEFT and transformers do with members.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    PeftType._member_map_[name] = member
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member
+    if "_hashable_values_" in vars(PeftType):  # CPython 3.13 on
+        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+BLUEPRINT = extend_peft_type("BLUEPRINT")
+
+
+@dataclass
+class BlueprintConfig(LoraConfig):
+    """LoRA adapters and unfrozen blocks where a blueprint says that they pay.
+
+    The targets are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are
+    checked against the model. Every other field is `LoraConfig`'s: `r`, `lora_alpha`, `lora_dropout`, `task_type`, ….
+
+    Args:
+        blueprint (`Blueprint | str | dict`, *optional*):
+            A blueprint; a file, folder or repository id to read it from; or its JSON object. One that speaks of groups
+            or layers is expanded when the model is known.
+        placement (`Placement | dict`, *optional*):
+            A placement made before, instead of a blueprint and a selector.
+        mode (`str`, defaults to `"lora"`):
+            `"lora"` (on a quantised base that is QLoRA), `"unfreeze"` for whole attention and feed-forward blocks, or
+            `"lora+unfreeze"`.
+        fraction (`float`, *optional*): Share of the submodules, in (0, 1]; 0.2 when no selector is given.
+        num_modules (`int`, *optional*): How many submodules, instead.
+        top_p (`float`, *optional*): The fewest that hold this share of the score, instead.
+        threshold (`float`, *optional*): All whose score reaches this, instead.
+        rank_by (`str`, *optional*): `"gradient_norm"` or `"adam_gain"`; by default the latter where it was measured.
+        coverage (`str`, defaults to `"kind+depth"`): What to spread the choice over: `"none"` (the paper's rule),
+            `"kind"` or `"kind+depth"`.
+        unfreeze_blocks (`int`, *optional*): How many blocks, in mode `"lora+unfreeze"`.
+
+    Raises:
+        BlueprintError: if the blueprint cannot be read or the wish cannot be met; when the adapter is put on, if the
+            blueprint does not fit the model, or a quantised block would be unfrozen.
+    """
+
+    blueprint: Blueprint | str | dict | None = field(
+        default=None, metadata={"help": "A blueprint, where to read one (file, folder, Hub id), or its JSON object."}
+    )
+    placement: Placement | dict | None = field(
+        default=None, metadata={"help": "A placement made before, instead of a blueprint and a selector."}
+    )
+    mode: Literal["lora", "unfreeze", "lora+unfreeze"] = field(
+        default="lora", metadata={"help": "Put LoRA adapters, unfreeze full blocks, or both."}
+    )
+    fraction: float | None = field(default=None, metadata={"help": "Share of the submodules (or blocks), in (0, 1]."})
+    num_modules: int | None = field(default=None, metadata={"help": "How many submodules (or blocks)."})
+    top_p: float | None = field(default=None, metadata={"help": "The fewest that hold this share of the score."})
+    threshold: float | None = field(default=None, metadata={"help": "All whose score is at least this."})
+    rank_by: Literal["gradient_norm", "adam_gain"] | None = field(
+        default=None, metadata={"help": "The statistic to rank by; by default adam_gain where it was measured."}
+    )
+    coverage: Literal["none", "kind", "kind+depth"] = field(
+        default="kind+depth", metadata={"help": "What the choice is spread over before the strongest are taken."}
+    )
+    unfreeze_blocks: int | None = field(default=None, metadata={"help": "How many blocks to unfreeze besides LoRA."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.placement, Mapping):
+            self.placement = Placement.from_dict(self.placement)
+        record = self._read() if self.placement is None else None
+        if self.placement is None and self.target_modules is not None:
+            raise PlacementError(
+                f"target_modules={self.target_modules} and a blueprint both say what to adapt: leave target_modules "
+                "out, or use LoraConfig."
+            )
+        if self.placement is not None and self.target_modules is not None:
+            # PEFT copies configs with other targets (add_weighted_adapter): what was placed no longer describes them
+            if set(self.target_modules) != set(self.placement.lora or [DUMMY_TARGET_MODULES]):
+                self.placement = None
+        elif self.placement is not None:
+            self._apply(self.placement)
+        elif record is not None and record.level == "submodule":
+            self._apply(self._plan(record))
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """Full names of what is adapted, adapters and unfrozen modules, once that is settled."""
+        return (*self.placement.lora, *self.placement.unfreeze) if isinstance(self.placement, Placement) else ()
+
+    def resolve(self, model: nn.Module) -> BlueprintConfig:
+        """Settle the targets on a model and check that they fit it. PEFT's functions do this by themselves.
+
+        Returns:
+            The config itself.
+
+        Raises:
+            MismatchError: if the blueprint is of another model.
+            PlacementError: if a quantised block would be unfrozen.
+        """
+        if self.placement is None and self.target_modules is None:
+            record = self._read()
+            assert record is not None
+            self._apply(self._plan(record.expand(model)))
+        if isinstance(self.placement, Placement):
+            if self.blueprint is not None:
+                record = self._read()
+                assert record is not None
+                check_fits(record.expand(model), model)
+            _check_placement(self.placement, model)
+        return self
+
+    def to_lora_config(self) -> LoraConfig:
+        """A plain `LoraConfig` with the same adapter, every target by its full name."""
+        values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
+        if isinstance(self.placement, Placement) and self.placement.lora:
+            # PEFT abbreviates the live config's targets to endings that fit this model's depth and no other's
+            values["target_modules"] = sorted(self.placement.lora)
+        return LoraConfig(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe: `peft_type` BLUEPRINT, and the blueprint as it was given or as its JSON object."""
+        record, placement = self.blueprint, self.placement
+        self.blueprint = self.placement = None  # asdict would copy them field by field
+        try:
+            values = super().to_dict()
+        finally:
+            self.blueprint, self.placement = record, placement
+        values |= {
+            "peft_type": BLUEPRINT,
+            "blueprint": to_dict(record) if isinstance(record, Blueprint) else record,
+            "placement": placement.to_dict() if isinstance(placement, Placement) else placement,
+        }
+        if isinstance(placement, Placement) and placement.lora:
+            values["target_modules"] = sorted(placement.lora)
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write a plain LORA `adapter_config.json`, and beside it `blueprint_config.json`: the recipe and its reasons.
+
+        Raises:
+            BlueprintError: if the folder cannot be written.
+        """
+        import json
+
+        plain = self.to_lora_config()
+        try:
+            plain.save_pretrained(save_directory, **kwargs)
+        except OSError as error:
+            raise BlueprintError(f"{save_directory} cannot be written: {error.strerror}. Choose another.") from error
+        path = Path(save_directory) / "adapter_config.json"
+        saved = json.loads(path.read_text())
+        for key in ("target_modules", "modules_to_save"):  # a set comes out in the order of its hashes
+            if isinstance(saved.get(key), list):
+                saved[key] = sorted(saved[key])
+        write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))
+        recipe = {key: list(v) if isinstance(v, set) else v for key, v in self.to_dict().items()}
+        write_atomically(Path(save_directory) / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True, default=str))
+
+    def _read(self) -> Blueprint | None:
+        """The blueprint as a record, read once."""
+        if self.blueprint is None:
+            if self.placement is None and self.target_modules is None:
+                raise PlacementError(
+                    "BlueprintConfig needs a blueprint (or a placement): a Blueprint, a file, a folder or a Hub id."
+                )
+            return None
+        if isinstance(self.blueprint, Blueprint):
+            return self.blueprint
+        if "_record" not in vars(self):
+            self._record = from_dict(self.blueprint) if isinstance(self.blueprint, dict) else fetch(self.blueprint)
+        return self._record
+
+    def _plan(self, record: Blueprint) -> Placement:
+        names = ("mode", "fraction", "num_modules", "top_p", "threshold", "rank_by", "coverage", "unfreeze_blocks")
+        return plan_placement(record, **{name: getattr(self, name) for name in names})
+
+    def _apply(self, placement: Placement) -> None:
+        self.placement = placement
+        self.target_modules = list(placement.lora) or DUMMY_TARGET_MODULES
+        if placement.unfreeze:
+            already = self.modules_to_save or []
+            self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
+
+
+def _check_placement(placement: Placement, model: nn.Module) -> None:
+    """Raise unless every name is one module of the model, and what is unfrozen can be."""
+    modules = {name: module for name, module in unwrap(model).named_modules() if name}
+    missing = [name for name in (*placement.lora, *placement.unfreeze) if name not in modules]
+    if missing:
+        known = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        raise MismatchError(
+            f"{some(missing)} of the placement for {placement.model_id!r} are not in this "
+            f"{type(unwrap(model)).__name__}, which has {some(known)}. Plan it for this model."
+        )
+    ambiguous = _also_matched(placement.lora, modules, ".") + _also_matched(placement.unfreeze, modules, "")
+    if ambiguous:
+        raise MismatchError(
+            f"PEFT matches names by their endings, so that the placement would also reach {some(ambiguous)}. "
+            "Add exclude_modules for those, or adapt the inner model by itself."
+        )
+    for name in placement.unfreeze:
+        quantized = [n for n, m in modules[name].named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
+        if quantized:
+            raise PlacementError(
+                f"{name!r} is held in 4 or 8 bits, which cannot be trained. Load the model with "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={placement.quantization_skip_modules()}) to keep what "
+                "is unfrozen in floating point, or use mode='lora'."
+            )
+
+
+def _also_matched(names: Sequence[str], modules: Mapping[str, nn.Module], boundary: str) -> list[str]:
+    endings = tuple(boundary + name for name in names)
+    return [key for key in modules if endings and key.endswith(endings) and key not in names]
+
+
+def _checked_injection(inject: Any) -> Any:
+    """PEFT's one funnel for putting a LoRA adapter on a model, with a blueprint's check before it.
+
+    PEFT passes over target names that a model does not have, as long as one matches; a blueprint of a smaller sibling
+    would place its adapters on half a model without a word. Other configs go through untouched.
+    """
+
+    @functools.wraps(inject)
+    def checked(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, BlueprintConfig):
+            config.resolve(model)
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    return checked
+
+
+def _register() -> None:
+    register_peft_method(name="blueprint", config_cls=BlueprintConfig, model_cls=LoraModel, prefix="lora_")
+    LoraModel.inject_adapter = _checked_injection(LoraModel.inject_adapter)  # type: ignore[method-assign]
+
+
+_register()

@@ -1,0 +1,258 @@
+"""From model and data to a `Blueprint`: measure once, then summarise. A local probe is the same act with fewer
+examples.
+
+Knows nothing of files; what it writes down about the run goes into the blueprint's provenance.
+"""
+
+import datetime
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .blueprint import Blueprint
+from .entry import Submodule, norm_of
+from .errors import MeasurementError
+from .influence import Batch, Influence, measure_influence
+from .losses import LossFunction
+from .submodules import find_submodules, linear_modules, structure_digest, unwrap, weight_norm
+from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, retained_mass_curve
+from .theory import gamma_from_alpha, k_star
+
+
+# Bytes per parameter: a bf16 weight is there in any case; training it adds a bf16 gradient, an fp32 master copy and
+# two # Adam moments (the paper's 12 bytes, §5).
+FIXED_COST = 2.0
+VARIABLE_COST = 14.0
+
+
+def generate_blueprint(
+    model: nn.Module,
+    batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+    *,
+    max_examples: int | None = 64,
+    model_id: str | None = None,
+    model_revision: str | None = None,
+    training_checkpoint: float | None = None,
+    data: str | Mapping[str, Any] | None = None,
+    command: str | None = None,
+    loss_fn: LossFunction | None = None,
+    sketch_size: int | None = 64,
+    bootstrap: int = 1000,
+    fixed_cost: float = FIXED_COST,
+    variable_cost: float = VARIABLE_COST,
+    seed: int = 0,
+    progress: bool = True,
+) -> Blueprint:
+    """Measure a blueprint of a model on data.
+
+    Args:
+        model: as for `measure_influence`.
+        batches: batches with `labels`; or several domains' by name, of which the first is the reference and the others
+            become `domain_tags`.
+        max_examples: of each domain.
+        model_id: defaults to the name the model was loaded under.
+        model_revision: defaults to the commit the model was loaded from, where that is known.
+        training_checkpoint: share of the model's own training that was done, (0, 1].
+        data: what the data is, for the provenance: a name, or a mapping with more.
+        command: what a person types to get the same.
+        loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
+        sketch_size: columns of the mean gradient's sketch, see `measure_influence`.
+        bootstrap: resamples of the examples behind `norm_interval`.
+        fixed_cost: of a frozen parameter, for k* (eq. 15); by default bytes.
+        variable_cost: what training a parameter adds, in the same unit.
+        seed: of the sketch and the bootstrap.
+        progress: show progress bars.
+
+    Raises:
+        MeasurementError: without data or targets, or if a norm is not finite.
+    """
+    domains = batches if isinstance(batches, Mapping) else {"": batches}
+    if not domains:
+        raise MeasurementError("There are no domains to measure: give batches, or a mapping of names to batches.")
+    influences = {
+        name: measure_influence(
+            model,
+            of_domain,
+            max_examples=max_examples,
+            loss_fn=loss_fn,
+            sketch_size=sketch_size,
+            seed=seed,
+            progress=progress,
+        )
+        for name, of_domain in domains.items()
+    }
+    reference, influence = next(iter(influences.items()))
+    entries = _with_weight_norms(
+        summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost), model
+    )
+    if reference:
+        entries = _with_tags(entries, influences)
+    config = getattr(unwrap(model), "config", None)
+    parameter = next(model.parameters())
+    return Blueprint(
+        model_id=model_id or getattr(config, "_name_or_path", None) or type(unwrap(model)).__name__,
+        model_revision=model_revision or getattr(config, "_commit_hash", None),
+        model_digest=structure_digest(find_submodules(model)),
+        training_checkpoint=training_checkpoint,
+        submodules=entries,
+        concentration=concentration(entries),
+        costs={"fixed_cost": fixed_cost, "variable_cost": variable_cost, "unit": "bytes per parameter"}
+        if (fixed_cost, variable_cost) == (FIXED_COST, VARIABLE_COST)
+        else {"fixed_cost": fixed_cost, "variable_cost": variable_cost},
+        provenance={
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **({"command": command} if command else {}),
+            **({"data": data if isinstance(data, str) else dict(data)} if data else {}),
+            "domains": {
+                name or "data": {
+                    "examples": part.examples,
+                    "tokens": part.tokens,
+                    "target_tokens": int(part.target_tokens.sum()),
+                    "mean_loss": float(part.losses.mean()),
+                    "data_digest": part.data_digest,
+                }
+                for name, part in influences.items()
+            },
+            "method": "exact",
+            "sketch_size": sketch_size,
+            "bootstrap": bootstrap,
+            "seed": seed,
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "quantized": any(entry.quantized for entry in entries),
+            "device": parameter.device.type,
+            "unmeasured": len(influence.unmeasured),
+            "versions": _versions(),
+        },
+    )
+
+
+def summarise(
+    influence: Influence,
+    *,
+    bootstrap: int = 1000,
+    fixed_cost: float = FIXED_COST,
+    variable_cost: float = VARIABLE_COST,
+) -> tuple[Submodule, ...]:
+    """Every row of a measurement as an entry with its statistics, all but the weight norm.
+
+    Args:
+        influence: norms (submodules, examples) and sketches.
+        bootstrap: resamples of the examples for `norm_interval`.
+        fixed_cost: of a frozen parameter, for k*.
+        variable_cost: what training a parameter adds.
+    """
+    norms = influence.norms.double().numpy()
+    intervals = bootstrap_intervals(norms, bootstrap, influence.seed)
+    signals, scales = influence.signal_norms.tolist(), influence.noise_scales.tolist()
+    entries = []
+    for i, submodule in enumerate(influence.submodules):
+        rows = influence.row_norms[i].double().numpy()
+        fit = fit_rank_exponent(rows)
+        gamma = gamma_from_alpha(fit.exponent) if fit else None
+        entries.append(
+            replace(
+                submodule,
+                gradient_norm=float(norms[i].mean()),
+                median_norm=float(np.median(norms[i])),
+                norm_interval=(float(intervals[i, 0]), float(intervals[i, 1])) if influence.examples > 1 else None,
+                signal_norm=signals[i] if math.isfinite(signals[i]) else None,
+                noise_scale=scales[i] if math.isfinite(scales[i]) else None,
+                adam_gain=adam_gain(rows, submodule.shape[1]) if submodule.shape else None,
+                alpha=fit.exponent if fit else None,
+                alpha_error=fit.error if fit else None,
+                gamma=gamma,
+                k_star=k_star(gamma, fixed_cost, variable_cost) if gamma else None,
+                examples=influence.examples,
+            )
+        )
+    return tuple(entries)
+
+
+def adam_gain(row_norms: np.ndarray, d_in: int) -> float:
+    """Expected L1 norm of the gradient that one row of a freshly initialised LoRA A gives its column of B.
+
+    Adam moves every entry by about the learning rate whatever its gradient's size, so that a first step lowers the
+    loss by the learning rate times this L1 norm, where plain gradient descent would go by the L2 norm. B's gradient
+    is G·a; PEFT draws a from U(−1/√d_in, 1/√d_in), of variance 1/(3·d_in), so that an entry is about normal and
+    E‖G·a‖₁ = √(2/(3π·d_in))·Σ_o‖G_o‖. For rank r and scaling α/r multiply by α.
+
+    Args:
+        row_norms: (d_out,) norms of the mean gradient's rows.
+        d_in: features of the input.
+    """
+    return float(math.sqrt(2 / (3 * math.pi * d_in)) * row_norms.sum())
+
+
+def bootstrap_intervals(norms: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """95 % percentile bootstrap intervals of the means over examples. (submodules, examples) → (submodules, 2)."""
+    examples = norms.shape[1]
+    counts = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=resamples)
+    return np.percentile(norms @ (counts.T / examples), [2.5, 97.5], axis=1).T
+
+
+def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
+    """How the gradient norm is distributed over submodules: the measured curve, and what exponents say of it.
+
+    `gamma_fit` is the exponent of the measured curve with its residual; `alpha` and `gamma` follow the paper's
+    power-law route and are there to be compared.
+    """
+    norms = [norm_of(entry) for entry in entries]
+    if not sum(norms):
+        raise MeasurementError("Every gradient norm is zero: the loss does not depend on the model. Check the labels.")
+    fractions = [k for k in FRACTIONS if k * len(norms) >= 1]  # below one submodule the curve is only interpolated
+    mass = retained_mass_curve(norms, fractions)
+    gamma, residual = fit_gamma(fractions, mass)
+    fit = fit_rank_exponent(norms)
+    return {
+        "fractions": fractions,
+        "retained_mass": mass,
+        "gamma_fit": gamma,
+        "gamma_fit_residual": residual,
+        **(
+            {
+                "alpha": fit.exponent,
+                "alpha_error": fit.error,
+                "alpha_tail": fit.n,
+                "gamma": gamma_from_alpha(fit.exponent),
+            }
+            if fit
+            else {}
+        ),
+    }
+
+
+def _with_weight_norms(entries: Sequence[Submodule], model: nn.Module) -> tuple[Submodule, ...]:
+    modules = dict(linear_modules(model))
+    with torch.no_grad():
+        return tuple(replace(entry, weight_norm=weight_norm(modules[entry.name])) for entry in entries)
+
+
+def _with_tags(entries: Sequence[Submodule], influences: Mapping[str, Influence]) -> tuple[Submodule, ...]:
+    means = {
+        domain: dict(zip((s.name for s in part.submodules), part.norms.double().mean(dim=1).tolist(), strict=True))
+        for domain, part in influences.items()
+    }
+    return tuple(
+        replace(
+            entry,
+            domain_tags={
+                domain: of[entry.name] / norm_of(entry) if norm_of(entry) else 1.0
+                for domain, of in means.items()
+                if entry.name in of
+            },
+        )
+        for entry in entries
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("peft-blueprint", "peft", "torch", "transformers")
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}

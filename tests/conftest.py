@@ -1,0 +1,12 @@
+"""What several test files measure once."""
+
+import pytest
+
+from peft_blueprint import Blueprint, generate_blueprint
+from peft_blueprint.testing import tiny_llama, toy_batches
+
+
+@pytest.fixture(scope="session")
+def blueprint() -> Blueprint:
+    """A blueprint of the twelve-layer tiny Llama."""
+    return generate_blueprint(tiny_llama(layers=12), toy_batches(), model_id="tiny/llama", progress=False)
