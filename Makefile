@@ -26,8 +26,8 @@ demo: environment weights ## measure, place, train, save and reload on SmolLM2-1
 # Every check runs even when one before it fails, so that one run shows all there is to mend.
 test: environment weights ## lint, check the types and run all tests
 	@failed=; \
-	$(MAKE) --no-print-directory -o environment lint || failed="$$failed lint"; \
-	$(MAKE) --no-print-directory -o environment types || failed="$$failed types"; \
+	$(LINT) || failed="$$failed lint"; \
+	$(TYPES) || failed="$$failed types"; \
 	echo "==> Running the tests (pytest)"; \
 	$(IN_VENV) -m pytest $(PYTEST_ARGS) || failed="$$failed pytest"; \
 	if [ -n "$$failed" ]; then \
@@ -44,13 +44,10 @@ test-oldest: ## run the tests, but the slow one, on the oldest versions that pyp
 	@echo "==> The tests passed on the oldest versions. For the newest: make test"
 
 lint: environment ## check style and form (ruff)
-	@echo "==> Checking style and form (ruff); mend with: $(IN_VENV) -m ruff check --fix && $(IN_VENV) -m ruff format"
-	@$(IN_VENV) -m ruff check
-	@$(IN_VENV) -m ruff format --check
+	@$(LINT)
 
 types: environment ## check the types (mypy; the first time takes a minute)
-	@echo "==> Checking the types (mypy; the first time takes a minute)"
-	@$(IN_VENV) -m mypy
+	@$(TYPES)
 
 environment: ## make or update the environment .venv and nothing else
 	$(call make_environment,$(VENV),constraints.txt,-e '.[quant$(comma)demo$(comma)plots]' --group dev)
@@ -68,6 +65,12 @@ clean: ## remove the environments, the caches and the outputs
 	rm -rf $(VENV) $(VENV).unfinished $(OLDEST) $(OLDEST).unfinished
 	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-output
 	find peft_blueprint tests recipes -name __pycache__ -prune -exec rm -rf {} +
+
+LINT = { echo "==> Checking style (ruff lint); mend with: $(IN_VENV) -m ruff check --fix"; \
+	$(IN_VENV) -m ruff check; style=$$?; \
+	echo "==> Checking form (ruff format); mend with: $(IN_VENV) -m ruff format"; \
+	$(IN_VENV) -m ruff format --check && [ $$style = 0 ]; }
+TYPES = { echo "==> Checking the types (mypy; the first time takes a minute)"; $(IN_VENV) -m mypy; }
 
 comma := ,
 PIP_QUIET := --disable-pip-version-check --no-input

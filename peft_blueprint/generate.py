@@ -27,7 +27,7 @@ from .theory import gamma_from_alpha, k_star
 
 
 # Bytes per parameter: a bf16 weight is there in any case; training it adds a bf16 gradient, an fp32 master copy and
-# two # Adam moments (the paper's 12 bytes, §5).
+# two Adam moments (the paper's 12 bytes, §5).
 FIXED_COST = 2.0
 VARIABLE_COST = 14.0
 
@@ -208,13 +208,13 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
         raise MeasurementError("Every gradient norm is zero: the loss does not depend on the model. Check the labels.")
     fractions = [k for k in FRACTIONS if k * len(norms) >= 1]  # below one submodule the curve is only interpolated
     mass = retained_mass_curve(norms, fractions)
-    gamma, residual = fit_gamma(fractions, mass)
+    # a single submodule has no curve to fit
+    curve = dict(zip(("gamma_fit", "gamma_fit_residual"), fit_gamma(fractions, mass), strict=True)) if mass[1:] else {}
     fit = fit_rank_exponent(norms)
     return {
         "fractions": fractions,
         "retained_mass": mass,
-        "gamma_fit": gamma,
-        "gamma_fit_residual": residual,
+        **curve,
         **(
             {
                 "alpha": fit.exponent,

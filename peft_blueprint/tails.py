@@ -70,7 +70,12 @@ def fit_gamma(fractions: ArrayLike, mass: ArrayLike) -> tuple[float, float]:
     """The exponent γ of mass ≈ k^γ, by least squares in logarithms through (1, 1), and the root mean square residual.
 
     The residual is in natural logarithms of the mass: 0.1 means that k^γ is off by about 10 %.
+
+    Raises:
+        BlueprintError: without a fraction below 1, which any exponent fits.
     """
     log_k, log_mass = (np.log(np.asarray(values, dtype=float)) for values in (fractions, mass))
+    if not log_k.any():
+        raise BlueprintError("gamma cannot be fitted without a fraction below 1. Measure more than one submodule.")
     gamma = float((log_k * log_mass).sum() / (log_k**2).sum())
     return gamma, float(np.sqrt(np.mean((log_mass - gamma * log_k) ** 2)))

@@ -83,6 +83,21 @@ def toy_batches(
     return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
 
 
+def save_tiny_model(folder: Path, layers: int = 3) -> Path:
+    """Write a tiny Llama with a tokenizer whose words are the numbers 0 to 89. Returns the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *map(str, range(90))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    tiny_llama(layers).save_pretrained(folder)
+    return folder
+
+
 @contextmanager
 def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> Iterator[str]:
     """Serve folders as repositories of a Hub on 127.0.0.1, for as long as the `with` lasts.

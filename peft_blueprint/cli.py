@@ -1,0 +1,355 @@
+"""The command line: `peft-blueprint VERB`.
+
+Data goes to stdout, everything else to stderr. Exit status 0; 1 when the answer is "no", such as drift beyond the limit;
+2 for bad use. Verbs that only read start without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .blueprint import Blueprint, require_same_names
+from .entry import norm_of, score_of
+from .errors import BlueprintError
+from .formats import to_dict
+from .placement import DEFAULT_FRACTION, Placement, plan_placement
+
+
+app = typer.Typer(
+    help="Measure which submodules of a model carry the gradient, and put LoRA adapters only where they pay.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
+)
+
+Source = Annotated[str, typer.Argument(help="A blueprint: file (JSON or CSV), folder, or repository id on the Hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the bare answer, and no progress.")]
+RankBy = Literal["gradient_norm", "adam_gain"]
+Coverage = Literal["none", "kind", "kind+depth"]
+Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Examples: a JSON-lines, CSV or Parquet file or a Hub data set; NAME=FILE for several domains."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write: .json, .csv or a folder.")] = Path("blueprint.json"),
+    columns: Annotated[str, typer.Option(help="What the data calls things: prompt=question,completion=answer.")] = "",
+    max_examples: Annotated[int, typer.Option(min=1, help="Examples of each domain.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    load_in_4bit: Annotated[bool, typer.Option(help="Quantise the weights to NF4 (needs bitsandbytes).")] = False,
+    model_id: Annotated[str | None, typer.Option(help="Name to publish under, if not the one given.")] = None,
+    training_checkpoint: Annotated[
+        float | None, typer.Option(help="Share of the model's training done, (0, 1].")
+    ] = None,
+    sketch_size: Annotated[int, typer.Option(min=1, help="Columns of the mean gradient's sketch.")] = 64,
+    seed: int = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a blueprint of a model on data."""
+    from .data import encode, make_batches, pad_token_of, read_examples
+    from .generate import generate_blueprint
+    from .recipe import load_model
+
+    domains = _domains(data)
+    loaded, tokenizer = load_model(
+        model, dtype, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if load_in_4bit else None
+    )
+    batches = {
+        name: make_batches(
+            encode(read_examples(source, _pairs(columns), limit=max_examples), tokenizer, max_length),
+            batch_size,
+            pad_token_of(tokenizer),
+        )
+        for name, source in domains.items()
+    }
+    blueprint = generate_blueprint(
+        loaded,
+        batches if "" not in batches else batches[""],
+        max_examples=max_examples,
+        model_id=model_id or model,
+        training_checkpoint=training_checkpoint,
+        data=", ".join(data),
+        command=shlex.join(["peft-blueprint", *sys.argv[1:]]),
+        sketch_size=sketch_size,
+        seed=seed,
+        progress=not quiet,
+    )
+    written = blueprint.save(out)
+    _show(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
+    if not (as_json or quiet):
+        _say(f"Written to {written}. Next: peft-blueprint targets {written}")
+
+
+@app.command()
+def show(
+    source: Source,
+    by: Annotated[
+        str, typer.Option(help="The statistic to sort by, such as gradient_norm or adam_gain.")
+    ] = "gradient_norm",
+    top: Annotated[int, typer.Option(min=0, help="How many entries; 0 for all.")] = 20,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a blueprint: where it comes from, and its strongest submodules."""
+    blueprint = Blueprint.from_pretrained(source)
+    if picture:
+        from .plots import plot_blueprint, save_plot
+
+        save_plot(plot_blueprint(blueprint, by=by), picture)
+    names = [entry.name for entry in sorted(blueprint, key=lambda e: -score_of(e, by))]
+    _show(blueprint, by, top, as_json, quiet, bare=names[: top or None])
+
+
+@app.command()
+def compare(
+    first: Source,
+    second: Source,
+    top: Annotated[int, typer.Option(min=0, help="How many entries, those that moved most first; 0 for all.")] = 20,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two blueprints of one model: norms, and ranks within each kind."""
+    a, b = Blueprint.from_pretrained(first), Blueprint.from_pretrained(second)
+    require_same_names(a, b, "compared")
+    ranks_a, ranks_b = a.ranks(), b.ranks()
+    rows = [
+        {
+            "id": entry.name,
+            "kind": entry.kind,
+            "first": norm_of(entry),
+            "second": norm_of(b[entry.name]),
+            "rank_first": ranks_a[entry.name],
+            "rank_second": ranks_b[entry.name],
+        }
+        for entry in a
+    ]
+    rows.sort(key=lambda row: -abs(row["rank_first"] - row["rank_second"]))  # type: ignore[operator]
+    shown = rows[: top or None]
+    _print(rows, shown, as_json, quiet, [str(row["id"]) for row in shown], f"{a.model_id} and {b.model_id}")
+
+
+@app.command()
+def drift(
+    local: Source,
+    published: Source,
+    threshold: Annotated[float | None, typer.Option(help="Correlation below which the answer is no.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether a local blueprint still agrees with a published one. Exit status 1 if it does not."""
+    from .drift import DRIFT_THRESHOLD, check_drift
+
+    found = check_drift(
+        Blueprint.from_pretrained(local),
+        Blueprint.from_pretrained(published),
+        threshold=DRIFT_THRESHOLD if threshold is None else threshold,
+    )
+    result = {
+        "correlation": found.correlation,
+        "interval": list(found.interval),
+        "threshold": found.threshold,
+        "drifted": found.drifted,
+        "level": found.level,
+        "by_kind": found.by_kind,
+    }
+    rows = [{"kind": kind, "correlation": value} for kind, value in found.by_kind.items()]
+    title = (
+        f"rank correlation within kind {found.correlation:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}], "
+        f"{'below' if found.drifted else 'not below'} {found.threshold:g}"
+    )
+    _print(result, rows, as_json, quiet, [f"{found.correlation:.4f}"], title)
+    raise typer.Exit(1 if found.drifted else 0)
+
+
+@app.command()
+def targets(
+    source: Source,
+    fraction: Annotated[
+        float | None, typer.Option(help=f"Share of the submodules; {DEFAULT_FRACTION} by default.")
+    ] = None,
+    num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="All whose score reaches this.")] = None,
+    rank_by: Annotated[RankBy | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
+    coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
+    mode: Annotated[Mode, typer.Option(help="Adapters, whole blocks, or both.")] = "lora",
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print where adapters would go: names for `target_modules` of any LoRA trainer."""
+    blueprint = Blueprint.from_pretrained(source)
+    placement = plan_placement(
+        blueprint,
+        mode=mode,
+        fraction=fraction,
+        num_modules=num_modules,
+        top_p=top_p,
+        threshold=threshold,
+        rank_by=rank_by,
+        coverage=coverage,
+    )
+    if picture:
+        from .plots import plot_blueprint, save_plot
+
+        save_plot(plot_blueprint(blueprint, placement, placement.rank_by), picture)
+    chosen = [{"id": name, "as": "adapter", **_facts(blueprint, name, placement)} for name in placement.lora]
+    chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
+    title = (
+        f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "
+        f"by {placement.rank_by}, spread over {placement.coverage}"
+    )
+    _print(placement.to_dict(), chosen, as_json, quiet, [*placement.lora, *placement.unfreeze], title)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out a recipe: probe, check drift, place, train, evaluate, save the adapter."""
+    from dataclasses import asdict
+
+    from .recipe import Recipe, run
+
+    report = asdict(run(Recipe.from_yaml(recipe), progress=not quiet))
+    rows = [{"what": key.replace("_", " "), "value": value} for key, value in report.items()]
+    _print(report, rows, as_json, quiet, [report["output"]], f"The run of {recipe}")
+
+
+@app.command()
+def env(as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Print versions and hardware, for a bug report."""
+    import torch
+
+    packages = (
+        *("peft-blueprint", "peft", "transformers", "torch", "accelerate", "datasets", "huggingface_hub"),
+        *("safetensors", "scipy", "bitsandbytes", "matplotlib"),
+    )
+    found: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = [{"what": key, "value": value} for key, value in found.items()]
+    _print(found, rows, as_json, quiet, [f"{key} {value}" for key, value in found.items()], "Environment")
+
+
+def main() -> None:
+    """Entry point of the console script: errors become one line on stderr and status 2."""
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    try:
+        app()
+    except BlueprintError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, as `head` does
+        sys.exit(0)
+
+
+def _show(blueprint: Blueprint, by: str, top: int, as_json: bool, quiet: bool, bare: Sequence[str]) -> None:
+    ranked = sorted(blueprint, key=lambda entry: -score_of(entry, by))[: top or None]
+    rows = [
+        {
+            "id": entry.name,
+            "kind": entry.kind,
+            "gradient_norm": entry.gradient_norm,
+            "95 %": "–".join(f"{x:.3g}" for x in entry.norm_interval) if entry.norm_interval else None,
+            "signal_norm": entry.signal_norm,
+            "adam_gain": entry.adam_gain,
+        }
+        for entry in ranked
+    ]
+    gamma = blueprint.concentration.get("gamma_fit")
+    title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s" + (
+        f", gamma_fit {gamma:.3f}" if gamma else ""
+    )
+    if len(ranked) < len(blueprint):
+        title += f"; the {len(ranked)} strongest by {by}"
+    _print(to_dict(blueprint), rows, as_json, quiet, bare, title)
+
+
+def _facts(blueprint: Blueprint, name: str, placement: Placement) -> dict[str, Any]:
+    entry = blueprint[name]
+    return {"kind": entry.kind, "layer": entry.depth, placement.rank_by: score_of(entry, placement.rank_by)}
+
+
+def _print(
+    data: Any, rows: Sequence[Mapping[str, Any]], as_json: bool, quiet: bool, bare: Sequence[str], title: str
+) -> None:
+    """The answer on stdout: as JSON, as bare lines, or as a table."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+    elif quiet:
+        print("\n".join(bare))
+    else:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        print(title)
+        table = Table()
+        for column in columns:
+            is_number = any(isinstance(row.get(column), int | float) for row in rows)
+            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+        # a file or a pipe has no width: names stay whole there
+        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _domains(data: Sequence[str]) -> dict[str, str]:
+    named = {
+        name if found else "": source if found else item
+        for item in data
+        for name, found, source in [item.partition("=")]
+    }
+    if len(named) != len(data) or (len(data) > 1 and "" in named):
+        raise BlueprintError(f"--data {' --data '.join(data)}: name every domain, once, as --data bio=FILE.")
+    return named
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [item.split("=", 1) for item in text.split(",") if item]
+    if any(len(pair) != 2 for pair in pairs):
+        raise BlueprintError(f"--columns {text}: write prompt=question,completion=answer.")
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+if __name__ == "__main__":
+    main()

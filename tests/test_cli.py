@@ -1,0 +1,147 @@
+"""The command line as a person meets it: verbs, JSON, exit status, messages. Run: pytest tests/test_cli.py"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_blueprint import Blueprint, plan_placement
+from peft_blueprint.cli import main
+from peft_blueprint.testing import save_tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, recwarn):
+    """Runs a command in this process: (exit status, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["peft-blueprint", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def file(blueprint, tmp_path):
+    """The session's blueprint as a file."""
+    return blueprint.save(tmp_path / "published.json")
+
+
+def test_show_prints_the_strongest_and_all_of_it_as_json(run, file, blueprint):
+    """The table has the strongest on top; --json is the whole record; --quiet is bare names."""
+    strongest = max(blueprint, key=lambda e: e.gradient_norm).name
+    status, out, err = run("show", file, "--top", 3)
+    assert status == 0 and out.index(strongest) and out.count("model.layers") == 3 and not err
+    assert json.loads(run("show", file, "--json")[1])["layers"][0]["id"] == blueprint.names[0]
+    assert run("show", file, "-q", "--top", 2)[1].splitlines()[0] == strongest
+
+
+def test_targets_prints_the_placement(run, file, blueprint):
+    """Names are those of plan_placement; JSON gives lora and unfreeze."""
+    expected = plan_placement(blueprint, fraction=0.1, rank_by="gradient_norm", coverage="kind")
+    words = ("targets", file, "--fraction", 0.1, "--rank-by", "gradient_norm", "--coverage", "kind")
+    assert run(*words, "-q")[1].split() == list(expected.lora)
+    assert json.loads(run(*words, "--json")[1])["lora"] == list(expected.lora)
+    assert "8 adapters" in run(*words)[1]
+    assert json.loads(run("targets", file, "--mode", "unfreeze", "--num-modules", 2, "--json")[1])["unfreeze"]
+
+
+def test_pictures_are_drawn(run, file, tmp_path):
+    """show and targets write a PNG."""
+    run("show", file, "--picture", tmp_path / "a.png")
+    run("targets", file, "--picture", tmp_path / "b" / "c.png")
+    for picture in (tmp_path / "a.png", tmp_path / "b" / "c.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    status, _, err = run("show", file, "--picture", tmp_path / "a.nonsense")
+    assert status == 2 and "cannot be written" in err
+
+
+def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
+    """The entry whose rank changed most leads; another model's blueprint is refused."""
+    record = json.loads(file.read_text())
+    record["layers"][70]["gradient_norm"] = 1e6
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(record))
+    status, out, _ = run("compare", file, other, "--json")
+    assert status == 0 and json.loads(out)[0]["rank_first"] - json.loads(out)[0]["rank_second"] >= 9
+    del record["layers"][3]
+    other.write_text(json.dumps(record))
+    status, _, err = run("compare", file, other)
+    assert status == 2 and blueprint.names[3] in err
+
+
+def test_drift_answers_with_its_exit_status(run, file, tmp_path):
+    """0 when the two agree, 1 when they do not, 2 when there is nothing to compare."""
+    record = json.loads(file.read_text())
+    status, out, _ = run("drift", file, file, "--json")
+    assert status == 0 and json.loads(out)["correlation"] > 0.999
+    for depth, entry in enumerate(record["layers"]):
+        entry["gradient_norm"] = 1.0 + depth
+    (tmp_path / "reversed.json").write_text(json.dumps(record))
+    assert run("drift", tmp_path / "reversed.json", file)[0] == 1
+    assert run("drift", file, file, "--threshold", 1.5)[0] == 1
+    assert run("drift", file, tmp_path / "none.json")[0] == 2
+
+
+def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
+    """From a model on disk and JSON lines to a blueprint whose provenance has the command."""
+    folder = save_tiny_model(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": "1 2 3", "answer": f"{i} 5 6"}) + "\n" for i in range(9)))
+    out = tmp_path / "out.csv"
+    words = ("generate", folder, "--out", out, "--columns", "prompt=question,completion=answer", "--max-examples", 6)
+    status, printed, _ = run(*words, "--data", data, "-q")
+    assert status == 0 and printed.strip() == str(out)
+    record = Blueprint.from_pretrained(out)
+    assert record.model_id == str(folder) and record.provenance["domains"]["data"]["examples"] == 6
+    assert record.provenance["command"].startswith("peft-blueprint generate ")
+    run(*words, "--data", f"first={data}", "--data", f"second={data}", "-q")
+    assert Blueprint.from_pretrained(out).submodules[0].domain_tags == {"first": 1.0, "second": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "no/such-file.json"], "There is no blueprint at no/such-file.json"),
+        (["generate", "nowhere", "--data", "nothing.jsonl"], "The model 'nowhere' cannot be loaded"),
+        (["generate", "m", "--data", "a.jsonl", "--data", "b.jsonl"], "name every domain"),
+        (["targets", "FILE", "--fraction", "2"], "fraction=2.0 is not a share"),
+        (["targets", "FILE", "--fraction", "0.1", "--top-p", "0.1"], "two selectors"),
+        (["show", "FILE", "--by", "luck"], "no statistic 'luck'"),
+        (["train", "no.yaml"], "The recipe no.yaml cannot be read"),
+        (["frobnicate"], "No such command"),
+        (["targets", "FILE", "--coverage", "everything"], "everything"),
+    ],
+)
+def test_bad_use_is_one_line_and_status_2(run, file, words, message, monkeypatch):
+    """No traceback: the error names the thing."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, out, err = run(*[file if word == "FILE" else word for word in words])
+    assert status == 2 and message in err and "Traceback" not in err and not out
+
+
+def test_reading_verbs_do_not_wait_for_torch(file):
+    """`show` in a fresh process imports neither torch nor peft."""
+    script = (
+        f"import sys; sys.argv = ['peft-blueprint', 'show', {str(file)!r}, '-q']\n"
+        "from peft_blueprint.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
+
+
+def test_env_prints_versions(run):
+    """For a bug report."""
+    found = json.loads(run("env", "--json")[1])
+    assert found["peft-blueprint"] and found["torch"] and re.match(r"3\.\d+", found["python"])
