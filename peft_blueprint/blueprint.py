@@ -153,13 +153,18 @@ class Blueprint:
         exact for one example, an upper bound for the mean over examples). `adam_gain`, an L1 norm, adds.
 
         Raises:
-            MismatchError: if the entries do not say which group or depth they belong to.
+            MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
         """
         if level == self.level:
             return self
         units: dict[str, list[Submodule]] = {}
         for entry in self.submodules:
             units.setdefault(unit_of(entry, level), []).append(entry)
+        if tuple(units) == self.names:
+            raise MismatchError(
+                f"The entries of the blueprint of {self.model_id!r} ({some(self.names)}) do not say which {level} they "
+                "belong to. Expand it onto the model first, or measure it again with generate_blueprint."
+            )
         coarse = []
         for name, members in units.items():
             gains = [m.adam_gain for m in members if m.adam_gain is not None]
@@ -179,6 +184,9 @@ class Blueprint:
     def for_domain(self, tag: str) -> Blueprint:
         """The same blueprint with each gradient norm weighted by its `domain_tags[tag]`.
 
+        What was measured on the first domain alone (intervals, medians, signal norms, Adam gains) is left out, so that
+        ranking goes by the weighted norms.
+
         Raises:
             MismatchError: if an entry has no such tag.
         """
@@ -187,7 +195,12 @@ class Blueprint:
             known = sorted({t for entry in self.submodules for t in entry.domain_tags})
             raise MismatchError(f"{some(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}.")
         weighted = tuple(
-            replace(entry, gradient_norm=norm_of(entry) * entry.domain_tags[tag], norm_interval=None, median_norm=None)
+            replace(
+                entry,
+                gradient_norm=norm_of(entry) * entry.domain_tags[tag],
+                domain_tags={tag: 1.0},
+                **dict.fromkeys(("norm_interval", "median_norm", "signal_norm", "noise_scale", "adam_gain")),
+            )
             for entry in self.submodules
         )
         return replace(self, submodules=weighted)
@@ -198,7 +211,8 @@ class Blueprint:
         The two are first brought to one scale, this blueprint's, by the ratio of their geometric means: how large
         gradients are as a whole depends on the loss, the sequence length and the data, carries no information about
         where to adapt, and would otherwise let the louder side win. The geometric mean is taken because norms are
-        positive and skewed, so that a few large ones do not set the scale. `adam_gain` is blended the same way.
+        positive and skewed, so that a few large ones do not set the scale. `adam_gain` is blended the same way, and
+        left out unless both have it throughout.
 
         Args:
             local: the probe; the same submodules, in any order.
@@ -223,6 +237,7 @@ class Blueprint:
             other = others[mine.name]
             w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
             changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
+            changed["adam_gain"] = None
             if with_gain:
                 changed["adam_gain"] = w * (mine.adam_gain or 0.0) + (1 - w) * gain_scale * (other.adam_gain or 0.0)
             interval = None
@@ -237,8 +252,8 @@ class Blueprint:
     def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
         """One blueprint from several of the same model, weighted by their numbers of examples.
 
-        Mean norms and their intervals merge exactly; medians, signal norms and Adam gains do not follow from
-        summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
+        Mean norms merge exactly and their intervals as errors add; medians, signal norms, Adam gains and exponents do
+        not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
 
         Raises:
             MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it
@@ -329,4 +344,6 @@ def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
         adam_gain=None,
         alpha=None,
         alpha_error=None,
+        gamma=None,
+        k_star=None,
     )

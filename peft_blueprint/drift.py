@@ -63,8 +63,7 @@ def check_drift(
     """Correlate the ranks of a local probe with those of a published blueprint, kind by kind.
 
     The two are compared at the coarser of their levels. The interval answers what the limited number of examples
-    leaves
-    open: every norm is drawn anew from its own confidence interval and the correlation computed again.
+    leaves open: every norm is drawn anew from its own confidence interval and the correlation computed again.
 
     Args:
         local: a probe on one's own data.
@@ -184,7 +183,7 @@ def _spread_of_z(
     1.06/(n − 3) is the variance of z for Spearman's correlation (Fieller, Hartley and Pearson 1957).
     """
     errors = {
-        kind: np.array([[a.norm_error or np.nan, b.norm_error or np.nan] for a, b in of_kind]).T
+        kind: np.array([[a.norm_error, b.norm_error] for a, b in of_kind], dtype=float).T  # None becomes NaN
         for kind, of_kind in pairs.items()
     }
     if any(np.isnan(error).any() for error in errors.values()):

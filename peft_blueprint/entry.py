@@ -18,7 +18,7 @@ Level = Literal["submodule", "group", "layer"]
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
-_GROUP_ID = re.compile(r"(?:\w+\.)?(?:attn|ffn|other)\.\d+")
+_GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
 _LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
 
 
@@ -121,21 +121,26 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
-    numbers = {name: getattr(entry, name) for name in NUMBERS}
+    numbers = {name: getattr(entry, name) for name in (*NUMBERS, "alpha_error", "gamma")}
     numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
     numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
     for name, value in numbers.items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+    if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
+        raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
 
 
 def unit_of(entry: Submodule, level: Level) -> str:
     """The id of the group or layer an entry belongs to, or its own name where it belongs to none."""
     if level == "group" and entry.group is not None:
         return entry.group
-    if level == "layer" and entry.depth is not None:
-        stack = entry.group.split(".")[0] + "." if entry.group and entry.group.count(".") == 2 else ""
-        return f"{stack}layer.{entry.depth}"
+    if level == "layer":
+        group = _GROUP_ID.fullmatch(entry.group or entry.name)  # the paper's entries have no group beside their id
+        if group is not None:
+            return f"{group[1] or ''}layer.{group[2]}"
+        if entry.depth is not None:
+            return f"layer.{entry.depth}"
     return entry.name
 
 

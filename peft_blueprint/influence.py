@@ -355,6 +355,10 @@ def _take(batches: Iterable[Batch], max_examples: int | None, device: torch.devi
     """Batches on the model's device, cut off after `max_examples`."""
     left = max_examples
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise MeasurementError(
+                f"A batch is a mapping with labels, not a {type(batch).__name__}. For a single batch, give [batch]."
+            )
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         yield {key: value[:left].to(device) for key, value in tensors.items()}
         if left is not None:

@@ -4,6 +4,7 @@ Models take milliseconds to build and to run. The Hub speaks as much of the prot
 client, over HTTP.
 """
 
+import hashlib
 import http.server
 import threading
 from collections.abc import Iterator, Mapping
@@ -99,19 +100,22 @@ def save_tiny_model(folder: Path, layers: int = 3) -> Path:
 
 
 @contextmanager
-def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> Iterator[str]:
+def loopback_hub(repositories: Mapping[str, Path], token: str | None = None, gated: bool = False) -> Iterator[str]:
     """Serve folders as repositories of a Hub on 127.0.0.1, for as long as the `with` lasts.
 
     Args:
         repositories: folder by repository id, `org/name`.
-        token: when given, requests without it are answered 401, as for a private repository.
+        token: when given, requests without it are answered 401, as for private repositories.
+        gated: let the answer say that they are there and need permission, instead of what the Hub says of both private
+            and missing ones.
 
     Yields:
-        The endpoint, to be given as `endpoint=` or as `HF_ENDPOINT` (read at import) in a subprocess.
+        The endpoint, to be given as `endpoint=` or as `HF_ENDPOINT` (read at import) in a subprocess. Every repository
+        has the branch `main`, at the commit `COMMIT`.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version = "HTTP/1.0"  # no connection outlives its answer, so that none outlives the `with`
 
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
@@ -127,7 +131,8 @@ def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> 
             repository, _, rest = path.partition("/resolve/")
             revision, _, name = rest.partition("/")
             if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
-                return self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "a token is needed"})
+                code = "GatedRepo" if gated else "RepoNotFound"
+                return self._send(401, b"", {"X-Error-Code": code, "X-Error-Message": "Invalid username or password."})
             if repository not in repositories:
                 return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
             if revision not in ("main", COMMIT):
@@ -136,7 +141,8 @@ def loopback_hub(repositories: Mapping[str, Path], token: str | None = None) -> 
             if not file.is_file():
                 return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             body = file.read_bytes()
-            self._send(200, body, {"ETag": f'"{hash(body) & (1 << 64) - 1:016x}"', "X-Repo-Commit": COMMIT}, with_body)
+            etag = hashlib.sha256(body).hexdigest()
+            self._send(200, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, with_body)
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
             self.send_response(status)

@@ -1,0 +1,84 @@
+"""The main job on the real SmolLM2-135M, briefly. Run: pytest tests/test_end_to_end.py (leave out: -m 'not slow')"""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The model as a folder, from the installed package's weights."""
+    pytest.importorskip("gguf")
+    import smollm2
+
+    try:
+        metadata.distribution(smollm2.PACKAGE)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the weights are not installed: {smollm2.INSTALL}")
+    return smollm2.prepare(ROOT / smollm2.FOLDER)
+
+
+def test_norms_on_real_weights_agree_with_autograd(weights):
+    """In fp32, two examples of different length: layers near the top, in the middle and at the bottom, to 1e-4."""
+    from peft_blueprint import measure_influence
+    from peft_blueprint.data import collate, encode
+    from peft_blueprint.recipe import load_model
+
+    model, tokenizer = load_model(str(weights), "float32")
+    examples = [
+        {"prompt": "def add(a, b):", "completion": " Return the sum of a and b."},
+        {
+            "prompt": "def split(text, separator=None):",
+            "completion": " Return the words of a text, split at a separator.",
+        },
+    ]
+    rows = encode(examples, tokenizer)
+    influence = measure_influence(model, [collate(rows, tokenizer.pad_token_id)], progress=False)
+    assert len(influence.submodules) == 210 and [name for name, _ in influence.unmeasured] == ["lm_head"]
+    checked = [i for i, s in enumerate(influence.submodules) if s.depth in (0, 14, 29)]
+    for column, row in enumerate(rows):
+        model.zero_grad()
+        one = collate([row], tokenizer.pad_token_id)
+        model(**one).loss.backward()
+        for i in checked:
+            expected = model.get_submodule(influence.submodules[i].name).weight.grad.norm()
+            torch.testing.assert_close(influence.norms[i, column], expected, rtol=1e-4, atol=0)
+
+
+def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_path):
+    """The demo's recipe for two steps: the loss falls, and a process without this package gets the same one."""
+    import stdlib_docs
+    from peft_blueprint.data import encode, make_batches
+    from peft_blueprint.recipe import Recipe, load_model, run
+
+    settings = yaml.safe_load((ROOT / "recipes" / "stdlib_docs.yaml").read_text())
+    for split, count in (("train", 24), ("held_out", 4)):
+        examples = stdlib_docs.examples(split)[:count]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+        settings[split] = str(tmp_path / f"{split}.jsonl")
+    settings |= {"model": str(weights), "output": str(tmp_path / "out"), "blueprint": None, "probe_examples": 4}
+    settings["training"] |= {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    report = run(Recipe.from_yaml(tmp_path / "recipe.yaml"), progress=False)
+    assert report.placed == 42 and report.trainable_parameters < 1_500_000 and report.loss_after < report.loss_before
+
+    import demo
+
+    _, tokenizer = load_model(str(weights), "float32")
+    held_out = encode(stdlib_docs.examples("held_out")[:4], tokenizer, settings["max_length"])
+    torch.save(make_batches(held_out, 8, tokenizer.pad_token_id), tmp_path / "batches.pt")
+    command = [sys.executable, "-c", demo.RELOAD, report.output, str(tmp_path / "batches.pt")]
+    reloaded = float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    assert reloaded == pytest.approx(report.loss_after, abs=1e-3)

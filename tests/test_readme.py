@@ -1,0 +1,52 @@
+"""The README says what is true: its code runs, its verbs exist, its file map is whole. Run: pytest tests/test_readme.py"""
+
+import re
+import shlex
+from pathlib import Path
+
+import typer
+
+from peft_blueprint import Blueprint
+from peft_blueprint.cli import app
+from peft_blueprint.testing import tiny_llama, toy_batches
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
+    """Every Python block runs as printed, one after the other, on a tiny model; org/model is a folder here."""
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    blueprint.save(tmp_path / "org" / "model")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"model": tiny_llama(layers=12), "batches": toy_batches()}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in reversed(blocks):  # the first wraps the model in adapters
+        exec(block, namespace)
+    assert namespace["model"].peft_config["default"].selection
+
+
+def test_its_verbs_and_options_exist():
+    """Each `$ peft-blueprint` line parses against the program, and no verb goes unmentioned."""
+    command = typer.main.get_command(app)
+    lines = re.findall(r"^\$ peft-blueprint (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    for line in lines:
+        verb, *words = shlex.split(line)
+        command.commands[verb].make_context(verb, words)
+    assert {shlex.split(line)[0] for line in lines} == set(command.commands)
+
+
+def test_its_make_targets_exist():
+    """`make demo` and `make test` are in the Makefile, and CI runs the latter."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^\$ make (\S+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_its_file_map_is_whole():
+    """Every file of the package has its line, and no line is about a file that is gone."""
+    files = {path.name for path in (ROOT / "peft_blueprint").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^\| [–\d] \| `(\w+\.py)`", README, re.MULTILINE)) == files
