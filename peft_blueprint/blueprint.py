@@ -199,7 +199,11 @@ class Blueprint:
                 entry,
                 gradient_norm=norm_of(entry) * entry.domain_tags[tag],
                 domain_tags={tag: 1.0},
-                **dict.fromkeys(("norm_interval", "median_norm", "signal_norm", "noise_scale", "adam_gain")),
+                norm_interval=None,
+                median_norm=None,
+                signal_norm=None,
+                noise_scale=None,
+                adam_gain=None,
             )
             for entry in self.submodules
         )

@@ -7,6 +7,7 @@ everything PEFT does with LoRA works, and a saved adapter loads where this packa
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -161,20 +162,12 @@ class BlueprintConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe: `peft_type` BLUEPRINT, and the blueprint as it was given or as its JSON object."""
-        record, placement = self.blueprint, self.placement
-        self.blueprint = self.placement = None  # asdict would copy them field by field
-        try:
-            values = super().to_dict()
-        finally:
-            self.blueprint, self.placement = record, placement
-        values |= {
-            "peft_type": BLUEPRINT,
-            "blueprint": to_dict(record) if isinstance(record, Blueprint) else record,
-            "placement": placement.to_dict() if isinstance(placement, Placement) else placement,
-        }
-        if isinstance(placement, Placement) and placement.lora:
-            values["target_modules"] = sorted(placement.lora)
-        return values
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LoraConfig.__dataclass_fields__}
+        if isinstance(self.blueprint, Blueprint):
+            own["blueprint"] = to_dict(self.blueprint)
+        if isinstance(self.placement, Placement):
+            own["placement"] = self.placement.to_dict()
+        return {**self.to_lora_config().to_dict(), **own, "peft_type": BLUEPRINT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write a plain LORA `adapter_config.json`, and beside it `blueprint_config.json`: the recipe and its reasons.
@@ -182,21 +175,21 @@ class BlueprintConfig(LoraConfig):
         Raises:
             BlueprintError: if the folder cannot be written.
         """
-        import json
-
-        plain = self.to_lora_config()
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise BlueprintError(f"{folder} is a file, and an adapter needs a folder. Choose another.")
         try:
-            plain.save_pretrained(save_directory, **kwargs)
+            self.to_lora_config().save_pretrained(save_directory, **kwargs)
         except OSError as error:
-            raise BlueprintError(f"{save_directory} cannot be written: {error.strerror}. Choose another.") from error
-        path = Path(save_directory) / "adapter_config.json"
+            raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
+        path = folder / "adapter_config.json"
         saved = json.loads(path.read_text())
         for key in ("target_modules", "modules_to_save"):  # a set comes out in the order of its hashes
             if isinstance(saved.get(key), list):
                 saved[key] = sorted(saved[key])
         write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))
-        recipe = {key: list(v) if isinstance(v, set) else v for key, v in self.to_dict().items()}
-        write_atomically(Path(save_directory) / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True, default=str))
+        recipe = {key: sorted(v) if isinstance(v, set) else v for key, v in self.to_dict().items()}
+        write_atomically(folder / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True))
 
     def _read(self) -> Blueprint | None:
         """The blueprint as a record, read once."""

@@ -58,7 +58,7 @@ def test_a_private_repository_needs_its_token(blueprint, folder, tmp_path):
             Blueprint.from_pretrained("org/name", endpoint=endpoint, cache_dir=tmp_path / "other")
 
 
-def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path):
+def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path, monkeypatch):
     """After one download neither local_files_only nor a dead Hub is in the way; before, the message says so."""
     wish = {"cache_dir": tmp_path / "cache"}
     with pytest.raises(BlueprintError, match="'org/name' is not in the cache.*[Gg]o online once, or give a file"):
@@ -66,6 +66,7 @@ def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path):
     with loopback_hub({"org/name": folder}) as endpoint:
         Blueprint.from_pretrained("org/name", endpoint=endpoint, **wish)
     assert Blueprint.from_pretrained("org/name", local_files_only=True, **wish) == blueprint
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits between its attempts
     assert Blueprint.from_pretrained("org/name", endpoint=endpoint, **wish) == blueprint  # nobody listens there now
     with pytest.raises(BlueprintError, match="'org/other' is not in the cache and the Hub cannot be reached"):
         Blueprint.from_pretrained("org/other", endpoint=endpoint, **wish)
