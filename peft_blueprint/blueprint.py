@@ -39,7 +39,8 @@ class Blueprint:
         extra: keys of a file that this version does not know, kept as they are.
 
     Raises:
-        FormatError: for no entries, a name twice, or a number that is missing, negative, infinite or NaN.
+        FormatError: for no entries, a name twice, a checkpoint outside (0, 1], or a number that is missing, negative,
+            infinite or NaN.
     """
 
     model_id: str
@@ -56,6 +57,11 @@ class Blueprint:
     def __post_init__(self) -> None:
         if not self.submodules:
             raise FormatError(f"The blueprint of {self.model_id!r} has no entries; it needs at least one.")
+        if self.training_checkpoint is not None and not 0 < self.training_checkpoint <= 1:
+            raise FormatError(
+                f"training_checkpoint={self.training_checkpoint} of {self.model_id!r} is no share of the training: give a "
+                "number above 0 and at most 1."
+            )
         seen: set[str] = set()
         for entry in self.submodules:
             if entry.name in seen:
@@ -121,7 +127,10 @@ class Blueprint:
         return self.expand_onto(find_submodules(model))
 
     def expand_onto(self, submodules: Sequence[Submodule]) -> Blueprint:
-        """As `expand`, given the submodules: each takes over the statistics of the group or layer it belongs to.
+        """As `expand`, given the submodules: each takes an even share of the group or layer it belongs to.
+
+        Even in squares, so that coarsening gives back what was expanded: of n members each has the unit's gradient norm
+        over √n, and its `adam_gain`, an L1 norm, over n.
 
         Raises:
             MismatchError: if an entry matches no submodule.
@@ -138,11 +147,9 @@ class Blueprint:
                 f"{some(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
             )
         expanded = tuple(
-            replace(
-                entry, name=m.name, kind=m.kind, depth=m.depth, group=m.group, shape=m.shape, quantized=m.quantized
-            )
+            _even_share(entry, member, len(members[entry.name]))
             for entry in self.submodules
-            for m in members[entry.name]
+            for member in members[entry.name]
         )
         return replace(self, submodules=expanded, level="submodule")
 
@@ -301,6 +308,28 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
             f"{some(only_b) or 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, or bring "
             "them to one level with expand() or coarsen()."
         )
+
+
+def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
+    """`member` with its part of the statistics of a unit of `count` members."""
+    root = math.sqrt(count)
+    return replace(
+        unit,
+        name=member.name,
+        kind=member.kind,
+        depth=member.depth,
+        group=member.group,
+        shape=member.shape,
+        quantized=member.quantized,
+        gradient_norm=norm_of(unit) / root,
+        norm_interval=None
+        if unit.norm_interval is None
+        else (unit.norm_interval[0] / root, unit.norm_interval[1] / root),
+        median_norm=None if unit.median_norm is None else unit.median_norm / root,
+        signal_norm=None if unit.signal_norm is None else unit.signal_norm / root,
+        weight_norm=None,
+        adam_gain=None if unit.adam_gain is None else unit.adam_gain / count,
+    )
 
 
 def _common_scale(

@@ -1,14 +1,19 @@
 """What several test files measure once."""
 
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import Phase, settings
 
 from peft_blueprint import Blueprint, generate_blueprint
 from peft_blueprint.testing import tiny_llama, toy_batches
 
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
-settings.load_profile("unhurried")
+# A busy machine is no failure, and to explain one at length takes minutes.
+settings.register_profile("ours", deadline=None, phases=set(Phase) - {Phase.explain})
+settings.load_profile("ours")
+
+
+torch.set_num_threads(1)  # tiny matrices gain nothing from more; the end-to-end test takes all
 
 
 @pytest.fixture(scope="session")

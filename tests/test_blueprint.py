@@ -200,7 +200,7 @@ def test_what_is_of_different_things_does_not_merge(other, message):
 
 @pytest.mark.parametrize("level", ["group", "layer"])
 def test_coarse_levels_expand_to_the_submodules_again(blueprint, level):
-    """Groups and layers are roots of sums of squares, gains add; expanded, every member is there with its unit's norm."""
+    """Groups and layers are roots of sums of squares, gains add; expanding shares them out evenly, and coarsening gives them back."""
     coarse = blueprint.coarsen(level)
     assert len(coarse) == {"group": 24, "layer": 12}[level] and coarse.level == level
     unit = coarse["attn.3" if level == "group" else "layer.3"]
@@ -211,9 +211,13 @@ def test_coarse_levels_expand_to_the_submodules_again(blueprint, level):
     expanded = coarse.expand(tiny_llama(layers=12))
     assert expanded.level == "submodule" and set(expanded.names) == set(blueprint.names)
     for entry in expanded:
-        assert entry.gradient_norm == coarse[entry.group if level == "group" else f"layer.{entry.depth}"].gradient_norm
+        unit = coarse[entry.group if level == "group" else f"layer.{entry.depth}"]
+        count = {"attn": 4, "ffn": 3}[entry.group.split(".")[0]] if level == "group" else 7
+        assert entry.gradient_norm == pytest.approx(unit.gradient_norm / count**0.5)
+        assert entry.adam_gain == pytest.approx(unit.adam_gain / count)
         mine = blueprint[entry.name]
         assert (entry.kind, entry.depth, entry.group, entry.shape) == (mine.kind, mine.depth, mine.group, mine.shape)
+    assert norms_of(expanded.coarsen(level)) == pytest.approx(norms_of(coarse))
     assert blueprint.expand(tiny_llama()) is blueprint and coarse.coarsen(level) is coarse
 
 

@@ -124,7 +124,7 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
 )
 def test_bad_use_is_one_line_and_status_2(run, file, words, message, monkeypatch):
     """No traceback: the error names the thing."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, out, err = run(*[file if word == "FILE" else word for word in words])
     assert status == 2 and message in err and "Traceback" not in err and not out
 

@@ -1,6 +1,7 @@
 """The main job on the real SmolLM2-135M, briefly. Run: pytest tests/test_end_to_end.py (leave out: -m 'not slow')"""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -27,7 +28,9 @@ def weights():
         metadata.distribution(smollm2.PACKAGE)
     except metadata.PackageNotFoundError:
         pytest.skip(f"the weights are not installed: {smollm2.INSTALL}")
-    return smollm2.prepare(ROOT / smollm2.FOLDER)
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield smollm2.prepare(ROOT / smollm2.FOLDER)
+    torch.set_num_threads(1)
 
 
 def test_norms_on_real_weights_agree_with_autograd(weights):
