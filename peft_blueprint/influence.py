@@ -167,6 +167,8 @@ def measure_influence(
     Raises:
         MeasurementError: without data, targets or measurable submodules, or if a norm is not finite.
     """
+    if max_examples is not None and max_examples < 1:
+        raise MeasurementError(f"max_examples={max_examples} leaves nothing to measure: give at least 1, or None.")
     submodules = find_submodules(model)
     modules = dict(linear_modules(model))
     if not submodules:

@@ -18,6 +18,7 @@ from .submodules import unwrap
 
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
+_NUMBERS_AT_A_TIME = 1 << 24
 _IGNORED = -100  # transformers' label for "no target here"
 _NEXT_TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
@@ -80,12 +81,42 @@ def _next_token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tens
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of every row over its targets. (B, T, V), (B, T) → (B,), (B,)."""
     targets = targets.to(logits.device)
-    is_target = targets != _IGNORED
-    counts = _require_targets(is_target)
-    token_losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED, reduction="none"
-    )
+    counts = _require_targets(targets != _IGNORED)
+    token_losses: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
     return token_losses.view_as(targets).sum(dim=1) / counts, counts
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of every row, 0 where there is no target, holding no more than the logits and their gradient.
+
+    `F.cross_entropy` keeps the logarithms of the softmax as well, and a copy of half-precision logits in float32: with a
+    vocabulary of 50,000 those decide the peak memory of a small model. Here rows are taken a few at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """(N, V), (N,) → (N,) float32."""
+        normalisers = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(_rows_at_a_time(logits))])
+        ctx.save_for_backward(logits, targets, normalisers)
+        chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float()
+        return torch.where(targets == _IGNORED, 0.0, normalisers - chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        """The softmax, less one at the target, times the row's weight."""
+        logits, targets, normalisers = ctx.saved_tensors
+        weights = torch.where(targets == _IGNORED, 0.0, grad_outputs[0])
+        gradient = torch.empty_like(logits)
+        for i in range(0, len(logits), step := _rows_at_a_time(logits)):
+            rows = slice(i, i + step)
+            part = (logits[rows].float() - normalisers[rows, None]).exp_()
+            part.scatter_add_(1, targets[rows].clamp_min(0)[:, None], part.new_full((len(part), 1), -1.0))
+            gradient[rows] = part.mul_(weights[rows, None])
+        return gradient, None
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    return max(1, _NUMBERS_AT_A_TIME // logits.shape[1])
 
 
 def _sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:

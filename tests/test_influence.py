@@ -256,3 +256,24 @@ def test_max_examples_stops_within_a_batch():
     """Only so many examples are measured, and an endless iterator is not drained."""
     influence = measure_influence(tiny_llama(layers=1), iter(toy_batches() * 100), max_examples=6, progress=False)
     assert influence.norms.shape[1] == len(influence.losses) == 6
+    with pytest.raises(MeasurementError, match="max_examples=0 leaves nothing"):
+        measure_influence(tiny_llama(layers=1), toy_batches(), max_examples=0, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lean_cross_entropy_is_torchs_own(dtype, monkeypatch):
+    """Losses and their gradient, a few rows at a time, are F.cross_entropy's, with zeros where there is no target."""
+    from peft_blueprint import losses
+
+    monkeypatch.setattr(losses, "_NUMBERS_AT_A_TIME", 3 * 11)
+    logits = (3 * torch.randn(2, 5, 11)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 11, (2, 5)).index_fill(1, torch.tensor([1]), -100)
+    mine, counts = losses._token_losses(logits, targets)
+    theirs = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").sum(1) / 4
+    assert counts.tolist() == [4, 4]
+    torch.testing.assert_close(mine, theirs)
+    weights = torch.tensor([1.0, -2.0])
+    [expected] = torch.autograd.grad(theirs @ weights, logits)
+    [gradient] = torch.autograd.grad(mine @ weights, logits)
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient[:, 1].any()
