@@ -23,7 +23,7 @@ from rich.table import Table
 from .blueprint import Blueprint, require_same_names
 from .entry import norm_of, score_of
 from .errors import BlueprintError
-from .formats import to_dict
+from .formats import require_writable, to_dict
 from .placement import DEFAULT_FRACTION, Placement, plan_placement
 
 
@@ -73,17 +73,17 @@ def generate(
     from .generate import generate_blueprint
     from .recipe import load_model
 
-    domains = _domains(data)
+    require_writable(out if out.is_dir() else out.parent)
+    examples = {
+        name: read_examples(source, _pairs(columns), limit=max_examples) for name, source in _domains(data).items()
+    }
     loaded, tokenizer = load_model(
         model, dtype, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if load_in_4bit else None
     )
+    pad = pad_token_of(tokenizer)
     batches = {
-        name: make_batches(
-            encode(read_examples(source, _pairs(columns), limit=max_examples), tokenizer, max_length),
-            batch_size,
-            pad_token_of(tokenizer),
-        )
-        for name, source in domains.items()
+        name: make_batches(encode(of_domain, tokenizer, max_length), batch_size, pad)
+        for name, of_domain in examples.items()
     }
     blueprint = generate_blueprint(
         loaded,

@@ -178,6 +178,15 @@ def write_atomically(path: Path, text: str) -> None:
         ) from error
 
 
+def require_writable(folder: Path) -> None:
+    """Raise BlueprintError now, rather than after the work, if nothing could be written to `folder`; makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
+
+
 def aggregate(sources: Mapping[str, Blueprint] | Iterable[str | Path]) -> list[dict[str, Any]]:
     """Many blueprints as one table (A.2): a row per entry, keyed by model, checkpoint, source and entry.
 

@@ -34,7 +34,7 @@ from .config import BlueprintConfig
 from .data import Row, collate, encode, make_batches, pad_token_of, read_examples
 from .drift import check_drift, reconcile
 from .errors import BlueprintError
-from .formats import write_atomically
+from .formats import require_writable, write_atomically
 from .generate import generate_blueprint
 from .hub import fetch
 from .ledger import ledger
@@ -153,17 +153,20 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
     Raises:
         BlueprintError: for data, blueprint or wishes that cannot be used; nothing is written then.
     """
-    arguments = _training_arguments(recipe, progress)  # a wrong setting should not wait for the model
+    arguments = _training_arguments(recipe, progress)  # what is wrong should not wait for the model
+    require_writable(Path(recipe.output))
+    examples = read_examples(recipe.train, recipe.columns)
+    kept_out = (
+        read_examples(recipe.held_out, recipe.columns, split="test", limit=recipe.held_out_examples)
+        if recipe.held_out
+        else []
+    )
     set_seed(recipe.seed)
     model, tokenizer = load_model(recipe.model, recipe.dtype, recipe.quantization)
     pad = pad_token_of(tokenizer)
-    rows = encode(read_examples(recipe.train, recipe.columns), tokenizer, recipe.max_length)
-    held_out: list[dict[str, Tensor]] = []
-    if recipe.held_out:
-        examples = read_examples(recipe.held_out, recipe.columns, split="test", limit=recipe.held_out_examples)
-        held_out = make_batches(
-            encode(examples, tokenizer, recipe.max_length), arguments.per_device_eval_batch_size, pad
-        )
+    rows = encode(examples, tokenizer, recipe.max_length)
+    evaluation = encode(kept_out, tokenizer, recipe.max_length) if kept_out else []
+    held_out = make_batches(evaluation, arguments.per_device_eval_batch_size, pad)
     loss_before = held_out_loss(model, held_out, progress=progress) if held_out else None
 
     config, drift, measure_seconds = settle(recipe, model, make_batches(rows, 8, pad), progress=progress)

@@ -112,7 +112,12 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
     ("words", "message"),
     [
         (["show", "no/such-file.json"], "There is no blueprint at no/such-file.json"),
-        (["generate", "nowhere", "--data", "nothing.jsonl"], "The model 'nowhere' cannot be loaded"),
+        (["generate", "nowhere", "--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
+        (
+            ["generate", "nowhere", "--data", "FILE", "--columns", "text=model_id"],
+            "The model 'nowhere' cannot be loaded",
+        ),
+        (["generate", "m", "--data", "x.jsonl", "--out", "FILE/b.json"], "cannot be written: Not a directory"),
         (["generate", "m", "--data", "a.jsonl", "--data", "b.jsonl"], "name every domain"),
         (["targets", "FILE", "--fraction", "2"], "fraction=2.0 is not a share"),
         (["targets", "FILE", "--fraction", "0.1", "--top-p", "0.1"], "two selectors"),
@@ -125,7 +130,7 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
 def test_bad_use_is_one_line_and_status_2(run, file, words, message, monkeypatch):
     """No traceback: the error names the thing."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    status, out, err = run(*[file if word == "FILE" else word for word in words])
+    status, out, err = run(*[word.replace("FILE", str(file)) for word in words])
     assert status == 2 and message in err and "Traceback" not in err and not out
 
 

@@ -87,6 +87,7 @@ def test_a_recipe_may_quantise_the_base(folder, tmp_path):
         ({"placement": "everywhere"}, "placement: everywhere is not known"),
         ({"placement": {"fraction": 2}}, "fraction=2 is not a share"),
         ({"max_length": 3}, "None of 64 examples has a target within 3 tokens"),
+        ({"output": __file__}, "cannot be written: Not a directory"),
         ({"dtype": "float33"}, "dtype='float33'"),
         ({"probe_examples": 0}, "probe_examples is 0"),
         ({"blueprint": "missing.json"}, "There is no blueprint at missing.json"),
