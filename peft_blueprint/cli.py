@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from .blueprint import Blueprint, require_same_names
 from .entry import norm_of, score_of
 from .errors import BlueprintError
 from .formats import require_writable, to_dict
-from .placement import DEFAULT_FRACTION, Placement, plan_placement
+from .placement import DEFAULT_FRACTION, Coverage, Mode, Placement, RankBy, plan_placement
 
 
 app = typer.Typer(
@@ -38,9 +38,6 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="A blueprint: file (JSON or CSV), folder, or repository id on the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the bare answer, and no progress.")]
-RankBy = Literal["gradient_norm", "adam_gain"]
-Coverage = Literal["none", "kind", "kind+depth"]
-Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
 
 
 @app.command()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -23,7 +23,7 @@ from .entry import some
 from .errors import BlueprintError, MismatchError, PlacementError
 from .formats import from_dict, to_dict, write_atomically
 from .hub import fetch
-from .placement import Placement, plan_placement
+from .placement import Coverage, Mode, Placement, RankBy, plan_placement
 from .submodules import check_fits, is_quantized, unwrap
 
 
@@ -90,17 +90,15 @@ class BlueprintConfig(LoraConfig):
     placement: Placement | dict | None = field(
         default=None, metadata={"help": "A placement made before, instead of a blueprint and a selector."}
     )
-    mode: Literal["lora", "unfreeze", "lora+unfreeze"] = field(
-        default="lora", metadata={"help": "Put LoRA adapters, unfreeze full blocks, or both."}
-    )
+    mode: Mode = field(default="lora", metadata={"help": "Put LoRA adapters, unfreeze full blocks, or both."})
     fraction: float | None = field(default=None, metadata={"help": "Share of the submodules (or blocks), in (0, 1]."})
     num_modules: int | None = field(default=None, metadata={"help": "How many submodules (or blocks)."})
     top_p: float | None = field(default=None, metadata={"help": "The fewest that hold this share of the score."})
     threshold: float | None = field(default=None, metadata={"help": "All whose score is at least this."})
-    rank_by: Literal["gradient_norm", "adam_gain"] | None = field(
+    rank_by: RankBy | None = field(
         default=None, metadata={"help": "The statistic to rank by; by default adam_gain where it was measured."}
     )
-    coverage: Literal["none", "kind", "kind+depth"] = field(
+    coverage: Coverage = field(
         default="kind+depth", metadata={"help": "What the choice is spread over before the strongest are taken."}
     )
     unfreeze_blocks: int | None = field(default=None, metadata={"help": "How many blocks to unfreeze besides LoRA."})
