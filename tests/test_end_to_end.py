@@ -34,7 +34,11 @@ def weights():
 
 
 def test_norms_on_real_weights_agree_with_autograd(weights):
-    """In fp32, two examples of different length: layers near the top, in the middle and at the bottom, to 1e-4."""
+    """Two examples of different length, all 210 submodules: each to 3e-4, on average to 3e-5.
+
+    On tiny models 1e-4 holds throughout. Here tokens' contributions nearly cancel in some layers, and the Gram form, whose
+    terms are squares, loses digits there: 1.2e-4 at worst was measured (RESULTS.md).
+    """
     from peft_blueprint import measure_influence
     from peft_blueprint.data import collate, encode
     from peft_blueprint.recipe import load_model
@@ -50,14 +54,14 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
     rows = encode(examples, tokenizer)
     influence = measure_influence(model, [collate(rows, tokenizer.pad_token_id)], progress=False)
     assert len(influence.submodules) == 210 and [name for name, _ in influence.unmeasured] == ["lm_head"]
-    checked = [i for i, s in enumerate(influence.submodules) if s.depth in (0, 14, 29)]
+    errors = []
     for column, row in enumerate(rows):
         model.zero_grad()
-        one = collate([row], tokenizer.pad_token_id)
-        model(**one).loss.backward()
-        for i in checked:
-            expected = model.get_submodule(influence.submodules[i].name).weight.grad.norm()
-            torch.testing.assert_close(influence.norms[i, column], expected, rtol=1e-4, atol=0)
+        model(**collate([row], tokenizer.pad_token_id)).loss.backward()
+        for i, submodule in enumerate(influence.submodules):
+            expected = model.get_submodule(submodule.name).weight.grad.norm()
+            errors.append(float(abs(influence.norms[i, column] / expected - 1)))
+    assert max(errors) < 3e-4 and sum(errors) / len(errors) < 3e-5
 
 
 def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_path):
