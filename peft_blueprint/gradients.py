@@ -2,9 +2,10 @@
 
 For an example with inputs X (T × d_in) and output gradients dY (T × d_out) the weight's gradient is G = dYᵀX. Its norm
 needs no G: ‖G‖² = Σ (XXᵀ)∘(dY dYᵀ), the Gram form (Goodfellow 2015, arXiv:1510.01799; for sequences Li et al. 2021,
-arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. And G·Ω = dYᵀ(XΩ) for a
-thin Ω keeps the mean gradient's row norms at a few per cent of its cost. Where the tokens' contributions nearly cancel, the Gram form
-loses digits, its terms being squares (RESULTS.md has what that came to). Knows nothing of modules or models.
+arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. Where the tokens'
+contributions nearly cancel it loses digits, its terms being squares (RESULTS.md has what that came to). And G·Ω =
+dYᵀ(XΩ) for a thin Ω keeps the mean gradient's row norms at a few per cent of G's cost. Knows nothing of modules or
+models.
 """
 
 import math
