@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .entry import some
 from .errors import BlueprintError
+from .losses import IGNORED
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ Row = dict[str, list[int]]
 
 _LOG = logging.getLogger(__name__)
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_IGNORED = -100
 
 
 def read_examples(
@@ -108,7 +108,7 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         "attention_mask": torch.tensor(
             [[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows]
         ),
-        "labels": padded("labels", _IGNORED),
+        "labels": padded("labels", IGNORED),
     }
 
 
@@ -136,7 +136,7 @@ def _encode(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_
         prompt_ids, ids = [], tokenizer(example["text"])["input_ids"]
     if "messages" not in example and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
-    labels = [_IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
+    labels = [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
     ids, labels = ids[:max_length], labels[:max_length]
     # the first token has nothing before it to be predicted from
-    return {"input_ids": ids, "labels": labels} if any(label != _IGNORED for label in labels[1:]) else None
+    return {"input_ids": ids, "labels": labels} if any(label != IGNORED for label in labels[1:]) else None

@@ -18,7 +18,7 @@ from torch import Tensor
 # to a machine's peak than elementwise passes do.
 _OPERATIONS_PER_NUMBER = 16
 # Products are formed for as many examples at a time as keep the intermediate result below this many numbers.
-_NUMBERS_AT_A_TIME = 1 << 24
+NUMBERS_AT_A_TIME = 1 << 24
 
 
 def by_example(tensor: Tensor, examples: int) -> Tensor | None:
@@ -63,7 +63,7 @@ def gram(x: Tensor) -> Tensor:
 
 def gram_norms(x_gram: Tensor, dy: Tensor) -> Tensor:
     """Norms of the per-example gradients, by the Gram form. (B, T, T), (B, T, d_out) → (B,) float32."""
-    step = max(1, _NUMBERS_AT_A_TIME // (dy.shape[1] ** 2 or 1))
+    step = max(1, NUMBERS_AT_A_TIME // (dy.shape[1] ** 2 or 1))
     squares = [
         (x_gram[i : i + step] * gram(dy[i : i + step])).sum(dim=(1, 2), dtype=torch.float32)
         for i in range(0, len(dy), step)
@@ -78,7 +78,7 @@ def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
 
 def materialised_norms(x: Tensor, dy: Tensor) -> Tensor:
     """Norms of the per-example gradients, by forming each. (B, T, d_in), (B, T, d_out) → (B,) float32."""
-    step = max(1, _NUMBERS_AT_A_TIME // (x.shape[2] * dy.shape[2]))
+    step = max(1, NUMBERS_AT_A_TIME // (x.shape[2] * dy.shape[2]))
     norms = [
         torch.linalg.vector_norm(
             per_example_gradients(x[i : i + step], dy[i : i + step]), dim=(1, 2), dtype=torch.float32

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MeasurementError
+from .gradients import NUMBERS_AT_A_TIME
 from .submodules import unwrap
 
 
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
-_NUMBERS_AT_A_TIME = 1 << 24
-_IGNORED = -100  # transformers' label for "no target here"
+IGNORED = -100  # transformers' label for "no target here"
 _NEXT_TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
 
@@ -68,8 +68,8 @@ def per_example_losses(
 
 def _next_token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:]
-    columns = (targets != _IGNORED).any(dim=0).nonzero().flatten()
-    _require_targets(targets != _IGNORED)
+    columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    _require_targets(targets != IGNORED)
     if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
         # the head is a large part of a small model: apply it only where some example has a target
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
@@ -81,7 +81,7 @@ def _next_token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tens
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of every row over its targets. (B, T, V), (B, T) → (B,), (B,)."""
     targets = targets.to(logits.device)
-    counts = _require_targets(targets != _IGNORED)
+    counts = _require_targets(targets != IGNORED)
     token_losses: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
     return token_losses.view_as(targets).sum(dim=1) / counts, counts
 
@@ -99,13 +99,13 @@ class _CrossEntropy(torch.autograd.Function):
         normalisers = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(_rows_at_a_time(logits))])
         ctx.save_for_backward(logits, targets, normalisers)
         chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float()
-        return torch.where(targets == _IGNORED, 0.0, normalisers - chosen)
+        return torch.where(targets == IGNORED, 0.0, normalisers - chosen)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         """The softmax, less one at the target, times the row's weight."""
         logits, targets, normalisers = ctx.saved_tensors
-        weights = torch.where(targets == _IGNORED, 0.0, grad_outputs[0])
+        weights = torch.where(targets == IGNORED, 0.0, grad_outputs[0])
         gradient = torch.empty_like(logits)
         for i in range(0, len(logits), step := _rows_at_a_time(logits)):
             rows = slice(i, i + step)
@@ -116,7 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _rows_at_a_time(logits: Tensor) -> int:
-    return max(1, _NUMBERS_AT_A_TIME // logits.shape[1])
+    return max(1, NUMBERS_AT_A_TIME // logits.shape[1])
 
 
 def _sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _require_targets(is_target: Tensor) -> Tensor:
 def _count_targets(batch: Mapping[str, Tensor], examples: int) -> Tensor:
     labels = batch.get("labels")
     if labels is not None and labels.dim() == 2 and len(labels) == examples:
-        return (labels != _IGNORED).sum(dim=1)
+        return (labels != IGNORED).sum(dim=1)
     return torch.ones(examples, dtype=torch.long)
 
 

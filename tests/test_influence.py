@@ -265,7 +265,7 @@ def test_the_lean_cross_entropy_is_torchs_own(dtype, monkeypatch):
     """Losses and their gradient, a few rows at a time, are F.cross_entropy's, with zeros where there is no target."""
     from peft_blueprint import losses
 
-    monkeypatch.setattr(losses, "_NUMBERS_AT_A_TIME", 3 * 11)
+    monkeypatch.setattr(losses, "NUMBERS_AT_A_TIME", 3 * 11)
     logits = (3 * torch.randn(2, 5, 11)).to(dtype).requires_grad_()
     targets = torch.randint(0, 11, (2, 5)).index_fill(1, torch.tensor([1]), -100)
     mine, counts = losses._token_losses(logits, targets)
