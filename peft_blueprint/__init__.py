@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .drift import check_drift, reconcile
     from .entry import Submodule
     from .generate import generate_blueprint
-    from .influence import Influence, measure_influence
+    from .influence import Influence
+    from .measure import measure_influence
     from .placement import Placement, plan_placement
 
 
@@ -45,7 +46,7 @@ _HOMES = {
     "Submodule": "entry",
     "check_drift": "drift",
     "generate_blueprint": "generate",
-    "measure_influence": "influence",
+    "measure_influence": "measure",
     "plan_placement": "placement",
     "reconcile": "drift",
 }

@@ -320,6 +320,7 @@ def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
         depth=member.depth,
         group=member.group,
         shape=member.shape,
+        form=member.form,
         quantized=member.quantized,
         gradient_norm=norm_of(unit) / root,
         norm_interval=None

@@ -232,7 +232,9 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
             "Add exclude_modules for those, or adapt the inner model by itself."
         )
     for name in placement.unfreeze:
-        quantized = [n for n, m in modules[name].named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
+        quantized = [
+            n for n, m in modules[name].named_modules() if isinstance(m, nn.Linear) and is_quantized(m.weight)
+        ]
         if quantized:
             raise PlacementError(
                 f"{name!r} is held in 4 or 8 bits, which cannot be trained. Load the model with "

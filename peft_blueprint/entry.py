@@ -15,6 +15,9 @@ from .errors import BlueprintError, FormatError
 
 
 Level = Literal["submodule", "group", "layer"]
+Form = Literal["linear", "experts", "embedding", "convolution", "norm", "bias", "head", "parameter"]
+
+ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
@@ -33,7 +36,11 @@ class Submodule:
         kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
         depth: index of the transformer block, from 0 at the embeddings.
         group: the paper's coarser unit, `attn.3`.
-        shape: (d_out, d_in) of the weight, whatever way round or however quantised it is stored.
+        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of any
+            other form the parameter's own, (experts, d_out, d_in) for most fused experts.
+        form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter; or
+            an embedding, convolution, norm, bias, output or classification head, or other parameter. Adapters are
+            put on the first two.
         quantized: whether the weight was held in 4 or 8 bits when this was measured.
         median_norm: median over examples of the same norms.
         norm_interval: 95 % bootstrap interval of `gradient_norm` over examples.
@@ -56,7 +63,8 @@ class Submodule:
     kind: str | None = None
     depth: int | None = None
     group: str | None = None
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
+    form: Form = "linear"
     quantized: bool = False
     median_norm: float | None = None
     norm_interval: tuple[float, float] | None = None

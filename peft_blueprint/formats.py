@@ -114,7 +114,7 @@ def _csv_record(text: str) -> dict[str, Any]:
         entry: dict[str, Any] = {"id": row["id"]}
         for key in ENTRY_KEYS:
             if cell := row.get(key):
-                entry[key] = cell if key in ("kind", "group") else _cell(cell, key)
+                entry[key] = cell if key in ("kind", "group", "form") else _cell(cell, key)
         record["layers"].append(entry | _cell(row.get("extra") or "{}", "extra"))
     return record
 

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from .blueprint import Blueprint
-from .entry import Submodule, norm_of
+from .entry import ADAPTABLE, Submodule, norm_of
 from .errors import MeasurementError
-from .influence import Batch, Influence, measure_influence
+from .influence import Influence
 from .losses import LossFunction
-from .submodules import find_submodules, linear_modules, structure_digest, unwrap, weight_norm
-from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, retained_mass_curve
+from .measure import SKETCH_SIZE, Batch, Method, measure_influence
+from .submodules import Include, find_submodules, find_weights, structure_digest, unwrap, weight_norm
+from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, normalise_within, retained_mass_curve, tail_report
 from .theory import gamma_from_alpha, k_star
 
 
@@ -42,8 +43,10 @@ def generate_blueprint(
     training_checkpoint: float | None = None,
     data: str | Mapping[str, Any] | None = None,
     command: str | None = None,
+    method: Method = "auto",
+    sketch_size: int | None = SKETCH_SIZE,
+    include: Include = "adaptable",
     loss_fn: LossFunction | None = None,
-    sketch_size: int | None = 64,
     bootstrap: int = 1000,
     fixed_cost: float = FIXED_COST,
     variable_cost: float = VARIABLE_COST,
@@ -63,7 +66,9 @@ def generate_blueprint(
         data: what the data is, for the provenance: a name, or a mapping with more.
         command: what a person types to get the same.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
-        sketch_size: columns of the mean gradient's sketch, see `measure_influence`.
+        method: "exact", "sketch" or "auto", see `measure_influence`.
+        sketch_size: columns of the sketch, see there.
+        include: "adaptable" or "all", see there.
         bootstrap: resamples of the examples behind `norm_interval`.
         fixed_cost: of a frozen parameter, for k* (eq. 15); by default bytes.
         variable_cost: what training a parameter adds, in the same unit.
@@ -81,8 +86,10 @@ def generate_blueprint(
             model,
             of_domain,
             max_examples=max_examples,
-            loss_fn=loss_fn,
+            method=method,
             sketch_size=sketch_size,
+            include=include,
+            loss_fn=loss_fn,
             seed=seed,
             progress=progress,
         )
@@ -117,10 +124,11 @@ def generate_blueprint(
                     "target_tokens": int(part.target_tokens.sum()),
                     "mean_loss": float(part.losses.mean()),
                     "data_digest": part.data_digest,
+                    "norm_error": float(part.norm_errors.mean()),
                 }
                 for name, part in influences.items()
             },
-            "method": "exact",
+            "method": method,
             "sketch_size": sketch_size,
             "bootstrap": bootstrap,
             "seed": seed,
@@ -156,6 +164,7 @@ def summarise(
         rows = influence.row_norms[i].double().numpy()
         fit = fit_rank_exponent(rows)
         gamma = gamma_from_alpha(fit.exponent) if fit else None
+        is_adaptable = submodule.form in ADAPTABLE
         entries.append(
             replace(
                 submodule,
@@ -164,7 +173,7 @@ def summarise(
                 norm_interval=(float(intervals[i, 0]), float(intervals[i, 1])) if influence.examples > 1 else None,
                 signal_norm=signals[i] if math.isfinite(signals[i]) else None,
                 noise_scale=scales[i] if math.isfinite(scales[i]) else None,
-                adam_gain=adam_gain(rows, submodule.shape[1]) if submodule.shape else None,
+                adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,
                 alpha=fit.exponent if fit else None,
                 alpha_error=fit.error if fit else None,
                 gamma=gamma,
@@ -201,7 +210,8 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
     """How the gradient norm is distributed over submodules: the measured curve, and what exponents say of it.
 
     `gamma_fit` is the exponent of the measured curve with its residual; `alpha` and `gamma` follow the paper's
-    power-law route and are there to be compared.
+    power-law route and are there to be compared. `tail` says how concentrated the norms are and whether they follow a
+    power law at all, and `tail_within_kinds` the same of the norms over their kind's mean, which compare across kinds.
     """
     norms = [norm_of(entry) for entry in entries]
     if not sum(norms):
@@ -211,6 +221,9 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
     # a single submodule has no curve to fit
     curve = dict(zip(("gamma_fit", "gamma_fit_residual"), fit_gamma(fractions, mass), strict=True)) if mass[1:] else {}
     fit = fit_rank_exponent(norms)
+    kinds = [entry.kind for entry in entries]
+    resamples = min(500, max(100, 2_000_000 // len(norms)))  # of very many submodules fewer, for the memory
+    within = normalise_within(norms, kinds)
     return {
         "fractions": fractions,
         "retained_mass": mass,
@@ -225,13 +238,18 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
             if fit
             else {}
         ),
+        "tail": tail_report(norms, resamples=resamples).to_dict(),
+        **({"tail_within_kinds": tail_report(within, resamples=resamples).to_dict()} if len(set(kinds)) > 1 else {}),
     }
 
 
 def _with_weight_norms(entries: Sequence[Submodule], model: nn.Module) -> tuple[Submodule, ...]:
-    modules = dict(linear_modules(model))
+    weights = {weight.name: weight for weight in find_weights(model)}
     with torch.no_grad():
-        return tuple(replace(entry, weight_norm=weight_norm(modules[entry.name])) for entry in entries)
+        return tuple(
+            replace(entry, weight_norm=weight_norm(weights[entry.name].module, weights[entry.name].parameter))
+            for entry in entries
+        )
 
 
 def _with_tags(entries: Sequence[Submodule], influences: Mapping[str, Influence]) -> tuple[Submodule, ...]:

@@ -9,6 +9,7 @@ models.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -17,19 +18,28 @@ from torch import Tensor
 # Operations that take as long as moving one number to memory and back: large matrix products run some ten times nearer
 # to a machine's peak than elementwise passes do.
 _OPERATIONS_PER_NUMBER = 16
+# The share of a layer's own two passes up to which exact norms are taken without being asked for.
+_NEARLY_FREE = 0.05
 # Products are formed for as many examples at a time as keep the intermediate result below this many numbers.
 NUMBERS_AT_A_TIME = 1 << 24
 
 
-def by_example(tensor: Tensor, examples: int) -> Tensor | None:
+def by_example(tensor: Tensor, examples: int, lengths: Collection[int] = ()) -> Tensor | None:
     """A layer's input or output gradient as (examples, tokens, features), or None if its rows do not say whose they
     are.
 
-    Accepts (B, ..., d) and, from layers that flatten the batch, (B·T, d).
+    Accepts (B, ..., d), and (B·T, d) from layers that flatten the batch, for T among the batch's `lengths`. The rows
+    of a single example are its own, whatever their shape.
     """
-    if tensor.dim() < 2 or tensor.shape[0] % examples:
+    rows = tensor.shape[0]
+    if (
+        tensor.dim() < 2
+        or examples > 1
+        and rows != examples
+        and not (tensor.dim() == 2 and rows // examples in lengths)
+    ):
         return None
-    return tensor.reshape(examples, -1, tensor.shape[-1])
+    return tensor.reshape(examples, -1, tensor.shape[-1]) if rows % examples == 0 else None
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -56,6 +66,15 @@ def prefers_gram(tokens: int, d_in: int, d_out: int, gram_is_known: bool = False
     return gram < tokens * d_in * d_out + d_in * d_out * _OPERATIONS_PER_NUMBER
 
 
+def gram_is_nearly_free(tokens: int, d_in: int, d_out: int, size: int) -> bool:
+    """Whether exact norms by the Gram form cost no more than a sketch of this size, or little beside the layer itself.
+
+    The Gram form takes T²(d_in + d_out) multiply-adds; a sketch takes s instead of one T, the layer's own two passes
+    2·T·d_in·d_out.
+    """
+    return tokens <= max(size, _NEARLY_FREE * 2 * d_in * d_out / (d_in + d_out))
+
+
 def gram(x: Tensor) -> Tensor:
     """XXᵀ of every example: (B, T, d) → (B, T, T)."""
     return torch.bmm(x, x.transpose(1, 2))
@@ -76,16 +95,45 @@ def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
     return torch.bmm(dy.transpose(1, 2), x)
 
 
-def materialised_norms(x: Tensor, dy: Tensor) -> Tensor:
-    """Norms of the per-example gradients, by forming each. (B, T, d_in), (B, T, d_out) → (B,) float32."""
-    step = max(1, NUMBERS_AT_A_TIME // (x.shape[2] * dy.shape[2]))
-    norms = [
-        torch.linalg.vector_norm(
-            per_example_gradients(x[i : i + step], dy[i : i + step]), dim=(1, 2), dtype=torch.float32
-        )
-        for i in range(0, len(x), step)
-    ]
-    return torch.cat(norms)
+def materialised(kept: Tensor, dy: Tensor, d_in: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What forming every example's dYᵀK says, a few examples at a time.
+
+    Args:
+        kept: K, (B, T, d_in) the inputs X, or (B, T, s) their sketch XΩ.
+        dy: (B, T, d_out).
+        d_in: features of the input, to tell the one from the other.
+
+    Returns:
+        Norms and errors as `norms_of` gives them, and the sum over examples (d_out, d_in or s), float32.
+    """
+    step = max(1, NUMBERS_AT_A_TIME // (kept.shape[2] * dy.shape[2]))
+    norms: list[Tensor] = []
+    errors: list[Tensor] = []
+    total = dy.new_zeros(dy.shape[2], kept.shape[2], dtype=torch.float32)
+    for i in range(0, len(kept), step):
+        products = per_example_gradients(kept[i : i + step], dy[i : i + step])
+        total += products.sum(dim=0, dtype=torch.float32)
+        some_norms, some_errors = norms_of(products, d_in)
+        norms.append(some_norms)
+        errors.append(some_errors)
+    return torch.cat(norms), torch.cat(errors), total
+
+
+def norms_of(products: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
+    """Norms of per-example gradients G, or of their sketches GΩ, and their predicted relative standard errors.
+
+    Args:
+        products: (B, d_out, d_in) or (B, d_out, s).
+        d_in: features of the input, to tell the one from the other.
+
+    Returns:
+        (B,) and (B,) float32: norms, exact, or unbiased in their squares; errors, 0 where exact.
+    """
+    if products.shape[2] == d_in:
+        norms = torch.linalg.vector_norm(products, dim=(1, 2), dtype=torch.float32)
+        return norms, torch.zeros_like(norms)
+    squares = gram(products.transpose(1, 2).float())
+    return squares.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).sqrt(), sketch_errors(squares, d_in)
 
 
 def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
@@ -106,3 +154,28 @@ def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
 def sketched_gradient(x_sketch: Tensor, dy: Tensor) -> Tensor:
     """(Σ_b G_b)Ω in float32. XΩ as (B, T, s), dY as (B, T, d_out) → (d_out, s)."""
     return (dy.flatten(0, 1).T @ x_sketch.flatten(0, 1)).float()
+
+
+def sketch_errors(squares: Tensor, d_in: int) -> Tensor:
+    """Relative standard error of ‖GΩ‖ as an estimate of ‖G‖, predicted from the sketch alone. (B, s, s) → (B,).
+
+    With A = GᵀG and Ω = √(d/s)·P for a uniformly random P with orthonormal columns, the relative variance of the
+    squared norm tr(ΩᵀAΩ) is 2d(d − s)/(s(d − 1)(d + 2))·(1/ρ − 1/d), where ρ = (tr A)²/tr A² is A's effective rank: at
+    most about 2/s, for a gradient of rank 1, and less the more directions it has. Both traces are estimated from W =
+    ΩᵀAΩ by the method of moments (second moments of Haar projections). The norm's relative error is half of the
+    square's.
+
+    Args:
+        squares: W = (GΩ)ᵀGΩ of every example.
+        d_in: features of the input, d.
+    """
+    d, s = float(d_in), float(squares.shape[1])
+    spread = 2 * d * (d - s) / (s * (d - 1) * (d + 2))  # variance of tr(W) at A = uuᵀ, but for the factor (1 − 1/d)
+    mixing = d * (d - s) / (s * (d - 1) * (d + 2))  # E tr W² = keeping·tr A² + mixing·(tr A)²
+    keeping = d * (s + 2) / (s * (d + 2)) - mixing
+    trace_squared = squares.diagonal(dim1=1, dim2=2).sum(dim=1).square()  # E = spread·tr A² + (1 − spread/d)·(tr A)²
+    of_square = squares.square().sum(dim=(1, 2))
+    inverse_rank = (of_square * (1 - spread / d) - trace_squared * mixing) / (
+        (trace_squared * keeping - of_square * spread).clamp_min(torch.finfo(squares.dtype).tiny)
+    )
+    return (spread * (inverse_rank.clamp(1 / d, 1) - 1 / d)).sqrt() / 2

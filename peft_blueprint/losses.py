@@ -1,7 +1,7 @@
 """Each example's own loss: the mean over its target tokens, with examples kept apart.
 
 Covers what transformers' heads compute from `labels`: next-token, token-by-token and sequence-to-sequence prediction,
-classification and regression. Knows nothing of gradients.
+classification and regression; and, one example at a time, whatever loss a model returns. Knows nothing of gradients.
 """
 
 import inspect
@@ -17,14 +17,18 @@ from .gradients import NUMBERS_AT_A_TIME
 from .submodules import unwrap
 
 
-LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 IGNORED = -100  # transformers' label for "no target here"
 _NEXT_TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
 
+class UnknownObjective(MeasurementError):
+    """Only the model itself knows what it minimises: its own loss of one example at a time is that example's."""
+
+
 def per_example_losses(
-    model: nn.Module, batch: Mapping[str, Tensor], loss_fn: LossFunction | None = None
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None
 ) -> tuple[Tensor, Tensor]:
     """Losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
 
@@ -34,7 +38,8 @@ def per_example_losses(
         loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
 
     Raises:
-        MeasurementError: without labels or targets, or for labels that fit no known objective.
+        UnknownObjective: without labels, or for labels that fit no objective known here.
+        MeasurementError: without targets.
     """
     if loss_fn is not None:
         losses = loss_fn(model, batch)
@@ -44,38 +49,70 @@ def per_example_losses(
             )
         return losses.float(), _count_targets(batch, len(losses))
     if "labels" not in batch:
-        raise MeasurementError(
-            f"The batch has {sorted(batch)} and no labels, so there is no loss to take the gradient of. "
-            "Add labels (-100 where there is no target), or give loss_fn."
-        )
+        raise UnknownObjective(f"The batch has {sorted(batch)} and no labels, so there is no loss known here.")
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if labels.dim() == 2 and type(unwrap(model)).__name__.endswith(_NEXT_TOKEN_HEADS):
-        return _next_token_losses(model, inputs, labels)
+    base: Any = unwrap(model)
     if "decoder_input_ids" not in inputs and _is_encoder_decoder(model):
-        base: Any = unwrap(model)
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    logits = model(**inputs).logits
-    if labels.dim() == 2 and logits.dim() == 3:
-        return _token_losses(logits, labels)
-    if labels.dim() == 1 and logits.dim() == 2:
-        return _sequence_losses(logits, labels), torch.ones_like(labels, dtype=torch.long)
-    raise MeasurementError(
-        f"{type(unwrap(model)).__name__} returned logits of shape {tuple(logits.shape)} for labels of shape "
-        f"{tuple(labels.shape)}, which is no objective known here: give loss_fn(model, batch) -> losses (B,)."
+    if labels.dim() == 2:
+        targets = labels[:, 1:] if _predicts_next_token(model) else labels
+        _require_targets(targets != IGNORED)
+        columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        logits = _logits_at(model, inputs, columns, labels.shape[1])
+        if logits.dim() == 3 and logits.shape[1] == len(columns):
+            return _token_losses(logits, targets[:, columns.to(targets.device)])
+    else:
+        logits = model(**inputs).logits
+        if labels.dim() == 1 and logits.dim() == 2:
+            return _sequence_losses(logits, labels), torch.ones_like(labels, dtype=torch.long)
+    raise UnknownObjective(
+        f"{type(base).__name__} returned logits of shape {tuple(logits.shape)} for labels of shape "
+        f"{tuple(labels.shape)}, which is no objective known here."
     )
 
 
-def _next_token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    targets = labels[:, 1:]
-    columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    _require_targets(targets != IGNORED)
-    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
-        # the head is a large part of a small model: apply it only where some example has a target
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, columns]
-    return _token_losses(logits, targets[:, columns.to(targets.device)])
+def own_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The loss that a model returns for a batch of one, (1,) float32 with its graph, and its number of targets (1,).
+
+    Raises:
+        MeasurementError: if it returns none.
+    """
+    loss = getattr(model(**example), "loss", None)
+    if loss is None:
+        raise MeasurementError(
+            f"The batch has {sorted(example)}{'' if 'labels' in example else ' and no labels'}, and "
+            f"{type(unwrap(model)).__name__} returned no loss for it. Add labels (-100 where there is no target), or "
+            "give loss_fn(model, batch) -> losses (B,)."
+        )
+    return loss.float().reshape(1), _count_targets(example, 1)
+
+
+def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length: int) -> Tensor:
+    """Logits (B, columns, V): the head is a large part of a small model, so it is applied where there is a target.
+
+    Through `logits_to_keep` where the model has it, else by giving the head those positions alone, else cut afterwards.
+    """
+    base: Any = unwrap(model)
+    known = inspect.signature(base.forward).parameters
+    inputs = inputs | ({"use_cache": False} if "use_cache" in known else {})
+    if "logits_to_keep" in known:
+        logits: Tensor = model(**inputs, logits_to_keep=columns).logits
+        return logits
+
+    def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0]
+        return (hidden[:, columns], *args[1:]) if hidden.dim() == 3 and hidden.shape[1] == length else None
+
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    hook = head.register_forward_pre_hook(cut) if head is not None else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    is_whole = logits.dim() == 3 and logits.shape[1] == length
+    return logits[:, columns.to(logits.device)] if is_whole else logits
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +175,19 @@ def _require_targets(is_target: Tensor) -> Tensor:
     return counts
 
 
-def _count_targets(batch: Mapping[str, Tensor], examples: int) -> Tensor:
+def _count_targets(batch: Mapping[str, Any], examples: int) -> Tensor:
     labels = batch.get("labels")
     if labels is not None and labels.dim() == 2 and len(labels) == examples:
         return (labels != IGNORED).sum(dim=1)
     return torch.ones(examples, dtype=torch.long)
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    """Decoders alone, with a language model's head or (text with images) a conditional generator's."""
+    name = type(unwrap(model)).__name__
+    return name.endswith(_NEXT_TOKEN_HEADS) or (
+        name.endswith("ForConditionalGeneration") and not _is_encoder_decoder(model)
+    )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

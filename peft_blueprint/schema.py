@@ -10,10 +10,10 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast, get_args
 
 from .blueprint import Blueprint
-from .entry import Submodule, level_of_ids, some
+from .entry import Form, Submodule, level_of_ids, some
 from .errors import FormatError
 from .theory import gamma_from_alpha
 
@@ -80,6 +80,8 @@ def from_dict(data: Any) -> Blueprint:
 def entry_to_dict(entry: Submodule) -> dict[str, Any]:
     """The JSON object of one entry."""
     values = {key: _plain(getattr(entry, key)) for key in ENTRY_KEYS}
+    if entry.form == "linear":
+        del values["form"]  # what a reader takes it to be without
     return {"id": entry.name, **{k: v for k, v in values.items() if _is_known(v)}, **entry.extra}
 
 
@@ -103,8 +105,9 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
         depth=_take(data, "depth", int, where),
         examples=_take(data, "examples", int, where),
         quantized=_take(data, "quantized", bool, where) or False,
-        shape=_pair(data, "shape", int, where),
-        norm_interval=_pair(data, "norm_interval", float, where),
+        shape=_numbers(data, "shape", int, where),
+        form=_form(data, where),
+        norm_interval=_numbers(data, "norm_interval", float, where, count=2),
         domain_tags=dict(tags),
         extra={k: v for k, v in data.items() if k != "id" and k not in ENTRY_KEYS},
     )
@@ -144,16 +147,21 @@ def _take(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
-def _pair(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+def _numbers(data: Mapping[str, Any], key: str, kind: type, where: str, count: int | None = None) -> Any:
     value = _take(data, key, list, where)
     if value is None:
         return None
-    if len(value) != 2:
-        raise FormatError(f"{key} of {where} must be two numbers, not {_shown(value)}.")
-    first, second = (_take({key: item}, key, kind, where) for item in value)
-    if first is None or second is None:
-        raise FormatError(f"{key} of {where} must be two numbers, not {_shown(value)}.")
-    return first, second
+    numbers = tuple(_take({key: item}, key, kind, where) for item in value)
+    if None in numbers or len(value) != count and (count or not value):
+        raise FormatError(f"{key} of {where} must be {'two ' if count else ''}numbers, not {_shown(value)}.")
+    return numbers
+
+
+def _form(data: Mapping[str, Any], where: str) -> Form:
+    form = _take(data, "form", str, where) or "linear"
+    if form not in get_args(Form):
+        raise FormatError(f"form of {where} is {form!r}; it must be one of {', '.join(get_args(Form))}.")
+    return cast(Form, form)
 
 
 _NAMES = {

@@ -3,7 +3,7 @@
 Whatever is changed is put back, also after an error. Knows nothing of what is computed from the gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,32 +11,35 @@ import torch
 from torch import Tensor, nn
 
 
-# called in the backward pass with the tap's index, the layer's input (..., d_in) and its output's gradient (...,
-# d_out)
-Record = Callable[[int, Tensor, Tensor], None]
+# called in the forward pass with the tap's index and the layer's input (..., d_in): what the backward pass will need,
+# and a word on what that is
+Keep = Callable[[int, Tensor], tuple[str, tuple[Tensor, ...]]]
+# called in the backward pass with the tap's index, that word, those tensors and the output's gradient (..., d_out)
+Record = Callable[[int, str, tuple[Tensor, ...], Tensor], None]
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, which in the backward pass shows input and output gradient to `record`.
+    """The identity on a layer's output, which in the backward pass shows the output's gradient to `record`.
 
-    The input is kept with `save_for_backward`, so gradient checkpointing and offloading of saved tensors apply to it.
+    What was kept of the input is kept with `save_for_backward`, so gradient checkpointing and offloading of saved
+    tensors apply to it.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, index: int, record: Record) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.index, ctx.record = index, record
+    def forward(ctx: Any, output: Tensor, index: int, record: Record, word: str, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.index, ctx.record, ctx.word = index, record, word
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.record(ctx.index, inputs, grad_outputs[0])
-        return grad_outputs[0], None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors  # once: checkpointing recomputes them and gives them out a single time
+        ctx.record(ctx.index, ctx.word, kept, grad_outputs[0])
+        return grad_outputs[0], *[None] * (3 + len(kept))
 
 
 @contextmanager
-def tapped(module: nn.Module, index: int, record: Record) -> Iterator[None]:
+def tapped(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterator[None]:
     """Tap a module for a while. Whatever stood as its forward, an offloading wrapper say, is called and put back."""
     forward = module.forward
     replaced = "forward" in vars(module)
@@ -47,7 +50,8 @@ def tapped(module: nn.Module, index: int, record: Record) -> Iterator[None]:
             return output
         if not output.requires_grad:  # the first layers of the graph, when nothing before them takes a gradient
             output.requires_grad_()
-        return _Tap.apply(output, inputs.detach(), index, record)
+        word, kept = keep(index, inputs.detach())
+        return _Tap.apply(output, index, record, word, *kept)
 
     module.forward = with_tap
     try:
@@ -57,6 +61,36 @@ def tapped(module: nn.Module, index: int, record: Record) -> Iterator[None]:
             module.forward = forward
         else:
             del module.forward
+
+
+@contextmanager
+def streamed(parameters: Sequence[nn.Parameter], record: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Show every parameter's gradient to `record` as soon as it is whole, and free it; gradients held before are kept.
+
+    The parameters take a gradient for as long.
+    """
+    held = [parameter.grad for parameter in parameters]
+    handles = []
+
+    def take(index: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            record(index, parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    for index, parameter in enumerate(parameters):
+        parameter.grad = None
+        parameter.requires_grad_(True)
+        handles.append(parameter.register_post_accumulate_grad_hook(take(index)))
+    try:
+        yield
+    finally:
+        for handle, parameter, gradient in zip(handles, parameters, held, strict=True):
+            handle.remove()
+            parameter.requires_grad_(False)
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -338,7 +338,7 @@ def test_a_blueprint_says_how_it_was_made():
     assert (blueprint.model_id, blueprint.model_revision, blueprint.training_checkpoint) == ("org/m", "abc", 0.8)
     made = blueprint.provenance
     assert (made["data"], made["command"]) == ({"name": "toy"}, "peft-blueprint generate …")
-    assert (made["seed"], made["dtype"], made["quantized"], made["unmeasured"]) == (3, "float32", False, 1)
+    assert (made["seed"], made["dtype"], made["quantized"], made["unmeasured"]) == (3, "float32", False, 7)
     domain = made["domains"]["data"]
     targets = torch.cat([batch["labels"][:, 1:] for batch in batches])[:6] != -100
     assert (domain["examples"], domain["tokens"], domain["target_tokens"]) == (6, 6 * 12, int(targets.sum()))

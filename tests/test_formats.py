@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import string
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, Submodule
+from peft_blueprint.entry import Form
 from peft_blueprint.errors import FormatError
 from peft_blueprint.formats import (
     aggregate,
@@ -70,7 +72,8 @@ entries = st.builds(
     kind=st.none() | st.text(min_size=1, max_size=5),
     depth=counts,
     group=st.none() | st.sampled_from(["attn.0", "ffn.3", "ä.1"]),
-    shape=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    shape=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+    form=st.sampled_from(get_args(Form)),
     quantized=st.booleans(),
     norm_interval=st.none() | st.tuples(sizes, sizes).map(sorted).map(tuple),
     **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain"), st.none() | sizes),
@@ -213,7 +216,9 @@ BAD_JSON = {
     "number for a kind": (record(kind=3), "kind of 'b' must be text, not a whole number 3"),
     "list for tags": (record(domain_tags=["bio"]), "domain_tags of 'b' must be an object"),
     "text in tags": (record(domain_tags={"bio": "high"}), "domain_tags of 'b' must be numbers"),
-    "three for a shape": (record(shape=[1, 2, 3]), "shape of 'b' must be two numbers"),
+    "three for an interval": (record(norm_interval=[1, 2, 3]), "norm_interval of 'b' must be two numbers"),
+    "nothing for a shape": (record(shape=[]), "shape of 'b' must be numbers"),
+    "an unknown form": (record(form="conv"), "form of 'b' is 'conv'; it must be one of linear, experts"),
     "text in a shape": (record(shape=["1", 2]), "shape of 'b' must be a whole number"),
     "an unknown level": (record(top_level="head"), "level is 'head'.*submodule, group or layer"),
     "checkpoint as text": (record(top_training_checkpoint="all"), "training_checkpoint of the blueprint"),

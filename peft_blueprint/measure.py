@@ -1,0 +1,313 @@
+"""The measurement: every example's gradient norm in every submodule, from one forward and one backward pass.
+
+Each linear layer's output passes through an identity that, in the backward pass, computes the statistics from what was
+kept of the input. No weight needs a gradient, so frozen and 4-bit weights are measured alike, and the weight gradients'
+share of the backward pass is saved. What is not linear shows its gradient one example at a time. Knows nothing of files
+or of what the numbers are for.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .entry import Submodule, some
+from .errors import MeasurementError
+from .influence import Influence
+from .losses import LossFunction, UnknownObjective, own_loss, per_example_losses
+from .recorder import Recorder
+from .submodules import Include, Weight, find_submodules, find_weights, unwrap
+from .taps import prepared, streamed, tapped
+
+
+Batch = Mapping[str, Any]
+Method = Literal["auto", "sketch", "exact"]
+
+SKETCH_SIZE = 32
+_FP16_LOSS_SCALE = 2.0**14
+
+
+def measure_influence(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    max_examples: int | None = None,
+    method: Method = "auto",
+    sketch_size: int | None = SKETCH_SIZE,
+    include: Include = "adaptable",
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Influence:
+    """Measure every example's gradient norm in every submodule, in one pass.
+
+    The loss of an example is the mean over its own target tokens, so an example weighs the same however long it is;
+    examples do not mix. Packed rows count as one example each. The model's weights are not touched, its training flags
+    and `requires_grad` are restored, dropout is off, and gradient checkpointing is used where it was enabled.
+
+    A batch is measured at once where its rows say which example they belong to. One example at a time are measured:
+    what is not a linear layer (fused experts, and all that `include="all"` adds), models with experts, batches of text
+    with images or sound, and objectives that only the model itself knows.
+
+    Args:
+        model: a transformers model, or a `PeftModel` around one; frozen, trainable or quantised with bitsandbytes, in
+            fp32, bf16 or fp16.
+        batches: mappings as the model takes them, with what its loss needs: `labels` (-100 where there is no target),
+            as a rule. A `DataLoader` will do.
+        max_examples: stop after so many.
+        method: "exact" norms; "sketch", which keeps of every input only its projection on `sketch_size` directions,
+            and costs little more than the pass itself; or "auto", exact where that is nearly free (layers with short
+            inputs, or wide beside the number of tokens), else sketched.
+        sketch_size: columns of the sketch, s. A sketched norm's relative error is at most √(1/(2s)), less the more
+            directions the gradient has; `Influence.norm_errors` says how much. None keeps the mean gradients whole, in
+            as much memory as the weights take in fp32, and makes "auto" exact.
+        include: "adaptable", the weights that an adapter may be put on, or "all".
+        loss_fn: `loss_fn(model, batch)` → losses (B,) of the batch's B examples, for an objective other than the
+            model's own. If it needs several passes, it may call the model several times.
+        seed: of the sketch.
+        progress: show a progress bar.
+
+    Returns:
+        Norms (submodules, examples) with their errors, losses and sketches.
+
+    Raises:
+        MeasurementError: without data, targets or measurable submodules, or if a norm is not finite.
+    """
+    _check_options(max_examples, method, sketch_size, include)
+    weights = {weight.name: weight for weight in find_weights(model)}
+    submodules = find_submodules(model, include)
+    plan = _Plan.of(submodules, weights)
+    if not plan.tapped and not plan.streamed:
+        raise MeasurementError(
+            f"{type(unwrap(model)).__name__} has no linear submodules to measure; give a transformers model."
+        )
+    recorder = Recorder(submodules, method, sketch_size, seed)
+    norms, errors, losses, target_tokens = [], [], [], []
+    tokens, digest = 0, hashlib.sha256()
+    with ExitStack() as stack:
+        stack.enter_context(prepared(model))
+        for index in plan.tapped:
+            module = weights[submodules[index].name].module
+            stack.enter_context(tapped(module, index, recorder.keep, recorder.record))
+        parameters = [weights[submodules[index].name].tensor for index in plan.streamed]
+        stack.enter_context(streamed(parameters, lambda i, g: recorder.record_gradient(plan.streamed[i], g)))
+        bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=not progress))
+        measuring = _Measuring(model, recorder, loss_fn, plan.one_at_a_time)
+        for batch in _take(batches, max_examples, device_of(model)):
+            for batch_norms, batch_errors, batch_losses, counts in measuring.batch(batch):
+                norms.append(batch_norms)
+                errors.append(batch_errors)
+                losses.append(batch_losses)
+                target_tokens.append(counts)
+                bar.update(len(batch_losses))
+            tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
+            for key in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
+                digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())
+    if not norms:
+        raise MeasurementError("There is nothing to measure: the batches are empty. Give at least one example.")
+
+    unmeasured = recorder.unmeasured() | plan.unmeasured
+    measured = [i for i in range(len(submodules)) if i not in unmeasured]
+    if not measured:
+        reasons = sorted(set(unmeasured.values()))
+        raise MeasurementError(f"None of the {len(submodules)} submodules could be measured: {reasons}.")
+    matrix = torch.cat(norms, dim=1)[measured]
+    kept = tuple(submodules[i] for i in measured)
+    broken = [s.name for s, row in zip(kept, matrix, strict=True) if not torch.isfinite(row).all()]
+    if broken:
+        raise MeasurementError(
+            f"The gradient of {some(broken)} is infinite or NaN for some example. Look for NaN in the weights or the "
+            "data; with float16 weights, load the model in bfloat16 or float32 instead."
+        )
+    rows = {submodule.name for submodule in submodules}
+    return Influence(
+        submodules=kept,
+        norms=matrix,
+        norm_errors=torch.cat(errors, dim=1)[measured],
+        losses=torch.cat(losses),
+        target_tokens=torch.cat(target_tokens),
+        sketches=tuple(recorder.sketch(i) / matrix.shape[1] for i in measured),
+        sketch_size=sketch_size,
+        seed=seed,
+        method=method,
+        tokens=tokens,
+        unmeasured=tuple((submodules[i].name, reason) for i, reason in sorted(unmeasured.items()))
+        + tuple((w.name, _left_out(w)) for w in weights.values() if w.name not in rows),
+        data_digest=f"sha256:{digest.hexdigest()}",
+    )
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a model wants its inputs, or None where hooks of its own move them (weights that are offloaded)."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return None if torch.device("meta") in devices else next(model.parameters()).device
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How every row is measured: tapped, or by its parameter's gradient."""
+
+    tapped: tuple[int, ...]
+    streamed: tuple[int, ...]
+    unmeasured: dict[int, str]
+    one_at_a_time: bool
+
+    @classmethod
+    def of(cls, submodules: Sequence[Submodule], weights: Mapping[str, Weight]) -> "_Plan":
+        others = [i for i, s in enumerate(submodules) if s.form not in ("linear", "head")]
+        quantized = {i: "quantised, and not a linear layer" for i in others if submodules[i].quantized}
+        return cls(
+            tapped=tuple(i for i in range(len(submodules)) if i not in others),
+            streamed=tuple(i for i in others if i not in quantized),
+            unmeasured=quantized,
+            # experts see an example's tokens in no order that would say whose they are
+            one_at_a_time=len(others) > len(quantized) or any("experts." in name for name in weights),
+        )
+
+
+class _Measuring:
+    """Passes over batches. What they teach about the model (which layers are called twice, say) holds for the rest."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder, loss_fn: LossFunction | None, one_at_a_time: bool):
+        self.model = model
+        self.recorder = recorder
+        self.loss_fn = loss_fn
+        self.one_at_a_time = one_at_a_time
+        self.is_own_objective = False
+        self.scale = _FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+
+    def batch(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Norms and errors (submodules, B'), losses and target tokens (B',) of a batch, whole or example by example."""
+        if not self.one_at_a_time and not _is_multimodal(batch):
+            measured = self._pass(batch)
+            if measured is not None:
+                yield measured
+                return
+            self.one_at_a_time = True
+        for example in _examples_of(batch):
+            measured = self._pass(example)
+            assert measured is not None
+            yield measured
+
+    def _pass(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """One forward and one backward pass, or None where the examples of a batch cannot be told apart in it.
+
+        Made again if a submodule turns out to be called twice in it, or float16 overflows.
+        """
+        recorder, scale = self.recorder, self.scale
+        examples = _length(batch)
+        lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
+        while True:
+            repeated = set(recorder.repeated)
+            recorder.is_mixed = False
+            recorder.begin(examples, lengths, scale)
+            try:
+                losses, tokens = self._losses(batch)
+            except UnknownObjective:
+                self.is_own_objective = True
+                if examples > 1:
+                    return None
+                continue
+            if len(losses) != examples:
+                raise MeasurementError(
+                    f"loss_fn returned {len(losses)} losses for a batch of {examples} examples (the rows of its first "
+                    "tensor): it must return one an example."
+                )
+            (losses.sum() * scale).backward()
+            if recorder.is_mixed:
+                return None
+            if recorder.repeated != repeated:
+                continue
+            norms, errors = recorder.finish()
+            if scale > 1 and not torch.isfinite(norms).all():
+                scale /= 4
+                continue
+            recorder.commit()
+            return norms, errors, losses.detach().float().cpu(), tokens.cpu()
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return (
+            own_loss(self.model, batch)
+            if self.is_own_objective
+            else per_example_losses(self.model, batch, self.loss_fn)
+        )
+
+
+def _check_options(max_examples: int | None, method: str, sketch_size: int | None, include: str) -> None:
+    if max_examples is not None and max_examples < 1:
+        raise MeasurementError(f"max_examples={max_examples} leaves nothing to measure: give at least 1, or None.")
+    if method not in get_args(Method):
+        raise MeasurementError(f"method={method!r}: choose auto, sketch or exact.")
+    if include not in get_args(Include):
+        raise MeasurementError(f"include={include!r}: choose adaptable or all.")
+    if sketch_size is not None and sketch_size < 2:
+        raise MeasurementError(f"sketch_size={sketch_size}: give at least 2, or None to keep mean gradients whole.")
+    if sketch_size is None and method == "sketch":
+        raise MeasurementError("method='sketch' needs a sketch_size; 32 is the default.")
+
+
+def _left_out(weight: Weight) -> str:
+    if weight.form == "head":
+        return "an output or classification head; include='all' measures it"
+    return f"not adaptable ({weight.form}); include='all' measures it"
+
+
+def _length(batch: Batch) -> int:
+    """Number of examples."""
+    for key in ("labels", "input_ids"):
+        if isinstance(batch.get(key), Tensor):
+            return len(batch[key])
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+
+
+def _is_multimodal(batch: Batch) -> bool:
+    """Whether there is more to a text than its tokens: how many images belong to an example, the rows do not say."""
+    extra = (v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "labels")
+    return "input_ids" in batch and any(value.dim() > 2 for value in extra)
+
+
+def _examples_of(batch: Batch) -> Iterator[Batch]:
+    examples = _length(batch)
+    if examples == 1:
+        yield batch
+        return
+    sizes = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor | list | tuple)}
+    odd = {key: size for key, size in sizes.items() if size != examples}
+    if odd:
+        raise MeasurementError(
+            f"A batch of {examples} examples has {odd}: which of those rows belong to which example cannot be told. "
+            "Give batches of one example."
+        )
+    for i in range(examples):
+        yield {key: value[i : i + 1] if key in sizes else value for key, value in batch.items()}
+
+
+def _take(batches: Iterable[Batch], max_examples: int | None, device: torch.device | None) -> Iterator[dict[str, Any]]:
+    """Batches on the model's device, cut off after `max_examples`."""
+    left = max_examples
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise MeasurementError(
+                f"A batch is a mapping with labels, not a {type(batch).__name__}. For a single batch, give [batch]."
+            )
+        examples = _length(batch)
+        taken = examples if left is None else min(left, examples)
+        yield {
+            key: _cut(value, taken, examples).to(device) if isinstance(value, Tensor) else _cut(value, taken, examples)
+            for key, value in batch.items()
+        }
+        if left is not None:
+            left -= taken
+            if left == 0:
+                return
+
+
+def _cut(value: Any, taken: int, examples: int) -> Any:
+    """The first rows, of what has a row for every example."""
+    has_rows = isinstance(value, Tensor | list | tuple) and len(value) == examples
+    return value[:taken] if has_rows and taken < examples else value
