@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from .blueprint import Blueprint
+from .distributed import of_first_process, process_count
 from .entry import ADAPTABLE, Submodule, norm_of
 from .errors import MeasurementError
 from .influence import Influence
 from .losses import LossFunction
 from .measure import SKETCH_SIZE, Batch, Method, measure_influence
-from .submodules import Include, find_submodules, find_weights, structure_digest, unwrap, weight_norm
+from .submodules import Include, class_of, find_submodules, find_weights, structure_digest, unwrap, weight_norm
 from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, normalise_within, retained_mass_curve, tail_report
 from .theory import gamma_from_alpha, k_star
 
@@ -52,6 +53,7 @@ def generate_blueprint(
     variable_cost: float = VARIABLE_COST,
     seed: int = 0,
     progress: bool = True,
+    reduce: bool = True,
 ) -> Blueprint:
     """Measure a blueprint of a model on data.
 
@@ -59,7 +61,7 @@ def generate_blueprint(
         model: as for `measure_influence`.
         batches: batches with `labels`; or several domains' by name, of which the first is the reference and the others
             become `domain_tags`.
-        max_examples: of each domain.
+        max_examples: of each domain, of all processes together.
         model_id: defaults to the name the model was loaded under.
         model_revision: defaults to the commit the model was loaded from, where that is known.
         training_checkpoint: share of the model's own training that was done, (0, 1].
@@ -74,6 +76,8 @@ def generate_blueprint(
         variable_cost: what training a parameter adds, in the same unit.
         seed: of the sketch and the bootstrap.
         progress: show progress bars.
+        reduce: under `torchrun` or `accelerate launch` unite the processes' measurements, so that each has the same
+            blueprint, see `measure_influence`.
 
     Raises:
         MeasurementError: without data or targets, or if a norm is not finite.
@@ -92,6 +96,7 @@ def generate_blueprint(
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
+            reduce=reduce,
         )
         for name, of_domain in domains.items()
     }
@@ -102,9 +107,11 @@ def generate_blueprint(
     if reference:
         entries = _with_tags(entries, influences)
     config = getattr(unwrap(model), "config", None)
+    processes = process_count() if reduce else 1
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parameter = next(model.parameters())
     return Blueprint(
-        model_id=model_id or getattr(config, "_name_or_path", None) or type(unwrap(model)).__name__,
+        model_id=model_id or getattr(config, "_name_or_path", None) or class_of(unwrap(model)).__name__,
         model_revision=model_revision or getattr(config, "_commit_hash", None),
         model_digest=structure_digest(find_submodules(model)),
         training_checkpoint=training_checkpoint,
@@ -114,7 +121,7 @@ def generate_blueprint(
         if (fixed_cost, variable_cost) == (FIXED_COST, VARIABLE_COST)
         else {"fixed_cost": fixed_cost, "variable_cost": variable_cost},
         provenance={
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created": of_first_process(created) if processes > 1 else created,
             **({"command": command} if command else {}),
             **({"data": data if isinstance(data, str) else dict(data)} if data else {}),
             "domains": {
@@ -135,8 +142,9 @@ def generate_blueprint(
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "quantized": any(entry.quantized for entry in entries),
             "device": parameter.device.type,
+            **({"processes": processes} if processes > 1 else {}),
             "unmeasured": len(influence.unmeasured),
-            "versions": _versions(),
+            "versions": versions(),
         },
     )
 
@@ -270,7 +278,8 @@ def _with_tags(entries: Sequence[Submodule], influences: Mapping[str, Influence]
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of what a measurement depends on, for a provenance."""
     packages = ("peft-blueprint", "peft", "torch", "transformers")
     found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}

@@ -1,9 +1,9 @@
 """How well two small samples agree on where the gradient is: of the same data, and of different data.
 
-    python recipes/benchmark_drift.py [--examples 64] [--data FOLDER]
+    python recipes/benchmark_drift.py [--examples 64] [--data FOLDER] [--sets NAME ...]
 
-Measures SmolLM2-135M once on each data set, then correlates ranks within kind between random disjoint samples of 8, 16
-and 32 examples. The drift threshold belongs between what the same data gives and what other data gives. FOLDER may hold
+Measures SmolLM2-135M once on each data set, then correlates ranks within kind between random disjoint samples of 8, 16,
+32, … examples, up to half of what was measured. The drift threshold belongs between what the same data gives and what other data gives. FOLDER may hold
 `gsm8k_train.jsonl` and `pubmedqa_ori_pqal.json`; the standard library's docstrings and its source code are always there.
 """
 
@@ -28,7 +28,7 @@ from peft_blueprint.data import encode, make_batches, pad_token_of
 from peft_blueprint.recipe import load_model
 
 
-SIZES = (8, 16, 32)
+SIZES = (8, 16, 32, 64, 128)
 DRAWS = 20
 
 
@@ -38,21 +38,27 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--data", type=Path, help="folder with more data sets")
+    parser.add_argument("--sets", nargs="+", help="names of the data sets; by default all there are")
     options = parser.parse_args()
+    sizes = [size for size in SIZES if 2 * size <= options.examples]
 
     model, tokenizer = load_model(str(smollm2.prepare()), "float32")
     influences = {}
-    for name, examples in data_sets(options.data).items():
+    sets = data_sets(options.data)
+    for name in options.sets or sets:
+        examples = sets[name]
         random.Random(0).shuffle(examples)
         rows = encode(examples[: 2 * options.examples], tokenizer, options.max_length)
         batches = make_batches(rows, 8, pad_token_of(tokenizer))
         influences[name] = measure_influence(model, batches, max_examples=options.examples)
-        print(f"{name}: {influences[name].examples} examples, loss {influences[name].losses.mean():.2f}", flush=True)
+        found = influences[name]
+        error = found.norm_errors.mean()
+        print(f"{name}: {found.examples} examples, loss {found.losses.mean():.2f}, norms ± {error:.3f}", flush=True)
 
-    print(f"\n{'correlation of ranks within kind':<44}" + "".join(f"{f'n = {size}':>22}" for size in SIZES))
+    print(f"\n{'correlation of ranks within kind':<44}" + "".join(f"{f'n = {size}':>22}" for size in sizes))
     pairs = [(name, name) for name in influences] + list(combinations(influences, 2))
     for a, b in pairs:
-        cells = [correlations(influences[a], influences[b], size) for size in SIZES]
+        cells = [correlations(influences[a], influences[b], size) for size in sizes]
         label = f"{a}, two samples" if a == b else f"{a} against {b}"
         print(f"{label:<44}" + "".join(f"{statistics.mean(c):>8.3f} [{min(c):.3f}, {max(c):.3f}]" for c in cells))
 
