@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .blueprint import Blueprint, require_same_names
-from .entry import norm_of, score_of
+from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError
 from .formats import require_writable, to_dict
 from .placement import DEFAULT_FRACTION, Coverage, Mode, Placement, RankBy, plan_placement
@@ -60,19 +60,25 @@ def generate(
     training_checkpoint: Annotated[
         float | None, typer.Option(help="Share of the model's training done, (0, 1].")
     ] = None,
-    sketch_size: Annotated[int, typer.Option(min=1, help="Columns of the mean gradient's sketch.")] = 64,
+    method: Annotated[
+        Method, typer.Option(help="Norms exact, sketched, or exact where that is nearly free.")
+    ] = "auto",
+    sketch_size: Annotated[int, typer.Option(min=2, help="Columns of the sketch.")] = SKETCH_SIZE,
+    include: Annotated[Include, typer.Option(help="What an adapter may be put on, or every weight.")] = "adaptable",
     seed: int = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a blueprint of a model on data."""
+    """Measure a blueprint of a model on data. Under torchrun or accelerate launch, every process takes its share."""
     from .data import encode, make_batches, pad_token_of, read_examples
     from .generate import generate_blueprint
-    from .recipe import load_model
+    from .recipe import join_processes, load_model
 
     require_writable(out if out.is_dir() else out.parent)
+    rank, processes = join_processes()
     examples = {
-        name: read_examples(source, _pairs(columns), limit=max_examples) for name, source in _domains(data).items()
+        name: read_examples(source, _pairs(columns), limit=max_examples)[rank::processes]
+        for name, source in _domains(data).items()
     }
     loaded, tokenizer = load_model(
         model, dtype, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if load_in_4bit else None
@@ -90,10 +96,14 @@ def generate(
         training_checkpoint=training_checkpoint,
         data=", ".join(data),
         command=shlex.join(["peft-blueprint", *sys.argv[1:]]),
+        method=method,
         sketch_size=sketch_size,
+        include=include,
         seed=seed,
         progress=not quiet,
     )
+    if rank:
+        return
     written = blueprint.save(out)
     _show(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
     if not (as_json or quiet):
@@ -285,13 +295,21 @@ def _show(blueprint: Blueprint, by: str, top: int, as_json: bool, quiet: bool, b
         }
         for entry in ranked
     ]
-    gamma = blueprint.concentration.get("gamma_fit")
-    title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s" + (
-        f", gamma_fit {gamma:.3f}" if gamma else ""
-    )
+    title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
     if len(ranked) < len(blueprint):
         title += f"; the {len(ranked)} strongest by {by}"
     _print(to_dict(blueprint), rows, as_json, quiet, bare, title)
+
+
+def _concentration(blueprint: Blueprint) -> str:
+    """How concentrated the norms are within kinds, and what law they follow, where the file says so."""
+    known = blueprint.concentration
+    gamma = f", gamma_fit {known['gamma_fit']:.3f}" if "gamma_fit" in known else ""
+    tail = known.get("tail_within_kinds") or known.get("tail")
+    if not isinstance(tail, Mapping) or "gini" not in tail:
+        return gamma
+    gini = tail["gini"]
+    return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"
 
 
 def _facts(blueprint: Blueprint, name: str, placement: Placement) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from .blueprint import Blueprint
-from .entry import some
+from .entry import ADAPTABLE, some
 from .errors import BlueprintError, MismatchError, PlacementError
 from .formats import from_dict, to_dict, write_atomically
 from .hub import fetch
 from .placement import Coverage, Mode, Placement, RankBy, plan_placement
-from .submodules import check_fits, is_quantized, unwrap
+from .submodules import check_fits, find_weights, is_quantized, unwrap
 
 
 SIDECAR = "blueprint_config.json"
+# PEFT's adapter of a whole parameter, which fused experts need, has none of these
+_NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -60,6 +62,7 @@ class BlueprintConfig(LoraConfig):
 
     The targets are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are
     checked against the model. Every other field is `LoraConfig`'s: `r`, `lora_alpha`, `lora_dropout`, `task_type`, ….
+    Experts that are fused into one parameter become `target_parameters`, linear layers `target_modules`.
 
     Args:
         blueprint (`Blueprint | str | dict`, *optional*):
@@ -80,8 +83,8 @@ class BlueprintConfig(LoraConfig):
         unfreeze_blocks (`int`, *optional*): How many blocks, in mode `"lora+unfreeze"`.
 
     Raises:
-        BlueprintError: if the blueprint cannot be read or the wish cannot be met; when the adapter is put on, if the
-            blueprint does not fit the model, or a quantised block would be unfrozen.
+        BlueprintError: if the blueprint cannot be read or the wish cannot be met, as with dropout on fused experts;
+            when the adapter is put on, if the blueprint does not fit the model, or a quantised block would be unfrozen.
     """
 
     blueprint: Blueprint | str | dict | None = field(
@@ -107,14 +110,16 @@ class BlueprintConfig(LoraConfig):
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
         record = self._read() if self.placement is None else None
-        if self.placement is None and self.target_modules is not None:
-            raise PlacementError(
-                f"target_modules={self.target_modules} and a blueprint both say what to adapt: leave target_modules "
-                "out, or use LoraConfig."
-            )
+        for name in ("target_modules", "target_parameters"):
+            if self.placement is None and getattr(self, name) is not None:
+                raise PlacementError(
+                    f"{name}={getattr(self, name)} and a blueprint both say what to adapt: leave {name} out, or use "
+                    "LoraConfig."
+                )
         if self.placement is not None and self.target_modules is not None:
             # PEFT copies configs with other targets (add_weighted_adapter): what was placed no longer describes them
-            if set(self.target_modules) != set(self.placement.lora or [DUMMY_TARGET_MODULES]):
+            modules, parameters = _targets(self.placement)
+            if not (_is_said_by(self.target_modules, modules) and _is_said_by(self.target_parameters, parameters)):
                 self.placement = None
         elif self.placement is not None:
             self._apply(self.placement)
@@ -155,7 +160,8 @@ class BlueprintConfig(LoraConfig):
         values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         if isinstance(self.placement, Placement) and self.placement.lora:
             # PEFT abbreviates the live config's targets to endings that fit this model's depth and no other's
-            values["target_modules"] = sorted(self.placement.lora)
+            values["target_modules"] = sorted(self.placement.target_modules)
+            values["target_parameters"] = sorted(self.placement.target_parameters) or None
         return LoraConfig(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +188,11 @@ class BlueprintConfig(LoraConfig):
             raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
         path = folder / "adapter_config.json"
         saved = json.loads(path.read_text())
-        for key in ("target_modules", "modules_to_save"):  # a set comes out in the order of its hashes
+        for key in (
+            "target_modules",
+            "target_parameters",
+            "modules_to_save",
+        ):  # a set comes out in the order of its hashes
             if isinstance(saved.get(key), list):
                 saved[key] = sorted(saved[key])
         write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))
@@ -208,24 +218,63 @@ class BlueprintConfig(LoraConfig):
         return plan_placement(record, **{name: getattr(self, name) for name in names})
 
     def _apply(self, placement: Placement) -> None:
+        for name in _NOT_FOR_PARAMETERS:
+            default = LoraConfig.__dataclass_fields__[name].default
+            if placement.target_parameters and getattr(self, name):
+                raise PlacementError(
+                    f"{name}={getattr(self, name)} does not work on fused experts, which PEFT adapts as whole parameters, "
+                    f"and {len(placement.target_parameters)} are placed: {some(placement.target_parameters)}. Leave "
+                    f"{name} at {default}, or give a placement of linear layers alone."
+                )
         self.placement = placement
-        self.target_modules = list(placement.lora) or DUMMY_TARGET_MODULES
+        self.target_modules, self.target_parameters = _targets(placement)
         if placement.unfreeze:
             already = self.modules_to_save or []
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
 
 
+def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:
+    """PEFT's target_modules and target_parameters."""
+    modules, parameters = list(placement.target_modules), list(placement.target_parameters)
+    return (modules if modules or parameters else DUMMY_TARGET_MODULES), parameters or None
+
+
+def _is_said_by(targets: Collection[str] | str | None, names: Collection[str] | str | None) -> bool:
+    """Whether a config's targets are these names, or the endings to which PEFT abbreviates many."""
+    if isinstance(targets, str) or isinstance(names, str):
+        return targets == names
+    targets, names = set(targets or ()), set(names or ())
+    if targets == names:
+        return True
+    ends = {target: {name for name in names if name == target or name.endswith("." + target)} for target in targets}
+    return all(ends.values()) and set().union(*ends.values()) == names
+
+
 def _check_placement(placement: Placement, model: nn.Module) -> None:
-    """Raise unless every name is one module of the model, and what is unfrozen can be."""
+    """Raise unless every name is one part of the model that can be adapted so, and what is unfrozen can be."""
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
-    missing = [name for name in (*placement.lora, *placement.unfreeze) if name not in modules]
+    weights = {weight.name: weight for weight in find_weights(model)}
+    missing = [name for name in (*placement.target_modules, *placement.unfreeze) if name not in modules]
+    missing += [name for name in placement.target_parameters if name not in weights]
     if missing:
-        known = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        known = [name for name, weight in weights.items() if weight.form in ADAPTABLE]
         raise MismatchError(
             f"{some(missing)} of the placement for {placement.model_id!r} are not in this "
             f"{type(unwrap(model)).__name__}, which has {some(known)}. Plan it for this model."
         )
-    ambiguous = _also_matched(placement.lora, modules, ".") + _also_matched(placement.unfreeze, modules, "")
+    forms = {name: weights[name].form if name in weights else "tied to another" for name in placement.lora}
+    spoiled = {name: form for name, form in forms.items() if form not in (*ADAPTABLE, "head")}
+    if spoiled:
+        raise PlacementError(
+            f"No adapter can be put on {some([f'{name} ({form})' for name, form in spoiled.items()])} of the placement "
+            f"for {placement.model_id!r}: only on linear layers and fused experts, and not on weights that are shared "
+            "with another module. Plan it again with the model: plan_placement(blueprint, model)."
+        )
+    ambiguous = (
+        _also_matched(placement.target_modules, modules, ".")
+        + _also_matched(placement.target_parameters, weights, ".")
+        + _also_matched(placement.unfreeze, modules, "")
+    )
     if ambiguous:
         raise MismatchError(
             f"PEFT matches names by their endings, so that the placement would also reach {some(ambiguous)}. "
@@ -243,9 +292,9 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
             )
 
 
-def _also_matched(names: Sequence[str], modules: Mapping[str, nn.Module], boundary: str) -> list[str]:
+def _also_matched(names: Sequence[str], known: Iterable[str], boundary: str) -> list[str]:
     endings = tuple(boundary + name for name in names)
-    return [key for key in modules if endings and key.endswith(endings) and key not in names]
+    return [key for key in known if endings and key.endswith(endings) and key not in names]
 
 
 def _checked_injection(inject: Any) -> Any:

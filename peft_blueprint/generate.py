@@ -18,12 +18,12 @@ from torch import nn
 
 from .blueprint import Blueprint
 from .distributed import of_first_process, process_count
-from .entry import ADAPTABLE, Submodule, norm_of
+from .entry import ADAPTABLE, SKETCH_SIZE, Include, Method, Submodule, norm_of
 from .errors import MeasurementError
 from .influence import Influence
 from .losses import LossFunction
-from .measure import SKETCH_SIZE, Batch, Method, measure_influence
-from .submodules import Include, class_of, find_submodules, find_weights, structure_digest, unwrap, weight_norm
+from .measure import Batch, measure_influence
+from .submodules import class_of, find_submodules, find_weights, structure_digest, unwrap, weight_norm
 from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, normalise_within, retained_mass_curve, tail_report
 from .theory import gamma_from_alpha, k_star
 

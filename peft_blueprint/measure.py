@@ -10,25 +10,42 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .entry import Submodule, some
+from .distributed import Findings, Processes, reshard
+from .entry import SKETCH_SIZE, Include, Method, Submodule, some
 from .errors import MeasurementError
 from .influence import Influence
-from .losses import LossFunction, UnknownObjective, own_loss, per_example_losses
+from .losses import (
+    LossFunction,
+    UnknownObjective,
+    check_examples_are_apart,
+    count_examples,
+    examples_of,
+    is_interleaved,
+    is_models_own,
+    own_loss,
+    per_example_losses,
+)
 from .recorder import Recorder
-from .submodules import Include, Weight, find_submodules, find_weights, unwrap
+from .submodules import (
+    Weight,
+    find_submodules,
+    find_weights,
+    is_sharded,
+    structure_digest,
+    unwrap,
+    without_ddp,
+)
 from .taps import prepared, streamed, tapped
 
 
 Batch = Mapping[str, Any]
-Method = Literal["auto", "sketch", "exact"]
 
-SKETCH_SIZE = 32
 _FP16_LOSS_SCALE = 2.0**14
 
 
@@ -43,6 +60,7 @@ def measure_influence(
     loss_fn: LossFunction | None = None,
     seed: int = 0,
     progress: bool = True,
+    reduce: bool = True,
 ) -> Influence:
     """Measure every example's gradient norm in every submodule, in one pass.
 
@@ -54,12 +72,18 @@ def measure_influence(
     what is not a linear layer (fused experts, and all that `include="all"` adds), models with experts, batches of text
     with images or sound, and objectives that only the model itself knows.
 
+    Under `torchrun` or `accelerate launch` call it on every process, each with its own shard of the data: each returns
+    the measurement of all shards together, examples in the order of ranks. The model may be whole on each process, in
+    DDP or not, or sharded by FSDP2, where a process with fewer batches waits for the others with idle passes. A model
+    that accelerate spreads over devices, the CPU's memory or a disk (`device_map`) is measured where it is; gradient
+    checkpointing then keeps the fetched weights from piling up until the backward pass.
+
     Args:
         model: a transformers model, or a `PeftModel` around one; frozen, trainable or quantised with bitsandbytes, in
             fp32, bf16 or fp16.
         batches: mappings as the model takes them, with what its loss needs: `labels` (-100 where there is no target),
             as a rule. A `DataLoader` will do.
-        max_examples: stop after so many.
+        max_examples: stop after so many; shared out evenly among processes that measure together.
         method: "exact" norms; "sketch", which keeps of every input only its projection on `sketch_size` directions,
             and costs little more than the pass itself; or "auto", exact where that is nearly free (layers with short
             inputs, or wide beside the number of tokens), else sketched.
@@ -68,17 +92,25 @@ def measure_influence(
             as much memory as the weights take in fp32, and makes "auto" exact.
         include: "adaptable", the weights that an adapter may be put on, or "all".
         loss_fn: `loss_fn(model, batch)` → losses (B,) of the batch's B examples, for an objective other than the
-            model's own. If it needs several passes, it may call the model several times.
+            model's own. It may call the model several times, on several rows an example too. Where an example's loss
+            depends on other rows of the batch (contrastive), its norm is that of the summed losses' gradient through its
+            own rows, and the batch can only be measured at once.
         seed: of the sketch.
-        progress: show a progress bar.
+        progress: show a progress bar, of the first process.
+        reduce: unite the measurements of several processes. False gives each process its own, of up to `max_examples`
+            examples; use it to measure on one process alone, while the others do something else (but not with a model
+            that is sharded over all of them).
 
     Returns:
         Norms (submodules, examples) with their errors, losses and sketches.
 
     Raises:
-        MeasurementError: without data, targets or measurable submodules, or if a norm is not finite.
+        MeasurementError: without data, targets or measurable submodules, if a norm is not finite, or if another process
+            failed or measured the same data.
     """
     _check_options(max_examples, method, sketch_size, include)
+    model = without_ddp(model)
+    processes = Processes(model, reduce)
     weights = {weight.name: weight for weight in find_weights(model)}
     submodules = find_submodules(model, include)
     plan = _Plan.of(submodules, weights)
@@ -87,36 +119,18 @@ def measure_influence(
             f"{type(unwrap(model)).__name__} has no linear submodules to measure; give a transformers model."
         )
     recorder = Recorder(submodules, method, sketch_size, seed)
-    norms, errors, losses, target_tokens = [], [], [], []
-    tokens, digest = 0, hashlib.sha256()
-    with ExitStack() as stack:
-        stack.enter_context(prepared(model))
-        for index in plan.tapped:
-            module = weights[submodules[index].name].module
-            stack.enter_context(tapped(module, index, recorder.keep, recorder.record))
-        parameters = [weights[submodules[index].name].tensor for index in plan.streamed]
-        stack.enter_context(streamed(parameters, lambda i, g: recorder.record_gradient(plan.streamed[i], g)))
-        bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=not progress))
-        measuring = _Measuring(model, recorder, loss_fn, plan.one_at_a_time)
-        for batch in _take(batches, max_examples, device_of(model)):
-            for batch_norms, batch_errors, batch_losses, counts in measuring.batch(batch):
-                norms.append(batch_norms)
-                errors.append(batch_errors)
-                losses.append(batch_losses)
-                target_tokens.append(counts)
-                bar.update(len(batch_losses))
-            tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
-            for key in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
-                digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())
-    if not norms:
+    with processes.telling_errors():
+        own = _find(model, batches, plan, recorder, loss_fn, processes, processes.share(max_examples), progress)
+    found = processes.united(own, (structure_digest(submodules), include, method, sketch_size, seed))
+    if not found.examples:
         raise MeasurementError("There is nothing to measure: the batches are empty. Give at least one example.")
 
-    unmeasured = recorder.unmeasured() | plan.unmeasured
+    unmeasured = {i: why for i, why in recorder.unmeasured().items() if i not in found.sketches} | plan.unmeasured
     measured = [i for i in range(len(submodules)) if i not in unmeasured]
     if not measured:
         reasons = sorted(set(unmeasured.values()))
         raise MeasurementError(f"None of the {len(submodules)} submodules could be measured: {reasons}.")
-    matrix = torch.cat(norms, dim=1)[measured]
+    matrix = found.norms[measured]
     kept = tuple(submodules[i] for i in measured)
     broken = [s.name for s, row in zip(kept, matrix, strict=True) if not torch.isfinite(row).all()]
     if broken:
@@ -128,32 +142,85 @@ def measure_influence(
     return Influence(
         submodules=kept,
         norms=matrix,
-        norm_errors=torch.cat(errors, dim=1)[measured],
-        losses=torch.cat(losses),
-        target_tokens=torch.cat(target_tokens),
-        sketches=tuple(recorder.sketch(i) / matrix.shape[1] for i in measured),
+        norm_errors=found.errors[measured],
+        losses=found.losses,
+        target_tokens=found.target_tokens,
+        sketches=tuple(found.sketches[i] / found.examples for i in measured),
         sketch_size=sketch_size,
         seed=seed,
         method=method,
-        tokens=tokens,
+        tokens=found.tokens,
         unmeasured=tuple((submodules[i].name, reason) for i, reason in sorted(unmeasured.items()))
         + tuple((w.name, _left_out(w)) for w in weights.values() if w.name not in rows),
+        data_digest=found.data_digest,
+    )
+
+
+def _find(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    plan: "_Plan",
+    recorder: Recorder,
+    loss_fn: LossFunction | None,
+    processes: Processes,
+    max_examples: int | None,
+    progress: bool,
+) -> Findings:
+    """What this process's batches show of all rows."""
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    tokens, digest = 0, hashlib.sha256()
+    reshard(model)
+    with ExitStack() as stack:
+        stack.enter_context(prepared(model))
+        stack.callback(reshard, model)  # before `prepared` puts back what it froze
+        for index, weight in plan.tapped.items():
+            stack.enter_context(tapped(weight.module, index, recorder.keep, recorder.record))
+        rows = tuple(plan.streamed)
+        places = [(weight.module, weight.parameter) for weight in plan.streamed.values()]
+        stack.enter_context(streamed(places, lambda i, gradient: recorder.record_gradient(rows[i], gradient)))
+        is_quiet = not progress or processes.rank > 0
+        bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
+        measuring = _Measuring(model, recorder, loss_fn, plan.one_at_a_time, processes)
+        device = device_of(model)
+        for batch in processes.started(_take(batches, max_examples, device), device):
+            for part in measuring.batch(batch):
+                parts.append(part)
+                bar.update(len(part[2]))
+            tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
+            for key in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
+                digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())
+        while processes.idles():
+            measuring.idle_pass()
+    unreached = recorder.unmeasured()
+    nothing = torch.empty(len(recorder.submodules), 0)
+    norms, errors, losses, target_tokens = zip(
+        (nothing, nothing, torch.empty(0), torch.empty(0, dtype=torch.long)), *parts, strict=True
+    )
+    return Findings(
+        norms=torch.cat(norms, dim=1),
+        errors=torch.cat(errors, dim=1),
+        losses=torch.cat(losses),
+        target_tokens=torch.cat(target_tokens),
+        sketches={i: recorder.sketch(i) for i in range(len(recorder.submodules)) if i not in unreached},
+        tokens=tokens,
         data_digest=f"sha256:{digest.hexdigest()}",
     )
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model wants its inputs, or None where hooks of its own move them (weights that are offloaded)."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return None if torch.device("meta") in devices else next(model.parameters()).device
+    """Where a model wants its inputs, or None where hooks of its own move them, because its weights are offloaded."""
+    is_elsewhere = any(
+        p.is_meta or is_sharded(p) and p.device.type != p.device_mesh.device_type for p in model.parameters()
+    )
+    return None if is_elsewhere else next(model.parameters()).device
 
 
 @dataclass(frozen=True)
 class _Plan:
     """How every row is measured: tapped, or by its parameter's gradient."""
 
-    tapped: tuple[int, ...]
-    streamed: tuple[int, ...]
+    tapped: dict[int, Weight]
+    streamed: dict[int, Weight]
     unmeasured: dict[int, str]
     one_at_a_time: bool
 
@@ -162,8 +229,8 @@ class _Plan:
         others = [i for i, s in enumerate(submodules) if s.form not in ("linear", "head")]
         quantized = {i: "quantised, and not a linear layer" for i in others if submodules[i].quantized}
         return cls(
-            tapped=tuple(i for i in range(len(submodules)) if i not in others),
-            streamed=tuple(i for i in others if i not in quantized),
+            tapped={i: weights[s.name] for i, s in enumerate(submodules) if i not in others},
+            streamed={i: weights[submodules[i].name] for i in others if i not in quantized},
             unmeasured=quantized,
             # experts see an example's tokens in no order that would say whose they are
             one_at_a_time=len(others) > len(quantized) or any("experts." in name for name in weights),
@@ -173,26 +240,58 @@ class _Plan:
 class _Measuring:
     """Passes over batches. What they teach about the model (which layers are called twice, say) holds for the rest."""
 
-    def __init__(self, model: nn.Module, recorder: Recorder, loss_fn: LossFunction | None, one_at_a_time: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        loss_fn: LossFunction | None,
+        one_at_a_time: bool,
+        processes: Processes,
+    ):
         self.model = model
+        self.processes = processes
         self.recorder = recorder
         self.loss_fn = loss_fn
         self.one_at_a_time = one_at_a_time
         self.is_own_objective = False
+        self.is_asked = False  # whether it was seen what the losses are
         self.scale = _FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
 
     def batch(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Norms and errors (submodules, B'), losses and target tokens (B',) of a batch, whole or example by example."""
-        if not self.one_at_a_time and not _is_multimodal(batch):
+        self._ask(batch)
+        if not self.one_at_a_time and not is_interleaved(self.model, batch):
             measured = self._pass(batch)
             if measured is not None:
                 yield measured
                 return
             self.one_at_a_time = True
-        for example in _examples_of(batch):
+        for example in examples_of(batch):
+            if self.loss_fn is not None and not self.is_asked and not self.processes.is_in_step:
+                check_examples_are_apart(self.model, batch, self.loss_fn)
+                self.is_asked = True
             measured = self._pass(example)
             assert measured is not None
             yield measured
+
+    def idle_pass(self) -> None:
+        """A pass that is not recorded, along with other processes' passes over a sharded model."""
+        batch = self.processes.idle_batch
+        assert batch is not None
+        self._ask(batch)
+        self.recorder.begin(count_examples(batch))
+        try:
+            self._losses(batch)[0].sum().backward()
+        except UnknownObjective:
+            self.is_own_objective = True
+
+    def _ask(self, batch: Batch) -> None:
+        """Before the first pass: whether the losses known here are the model's."""
+        if self.loss_fn is None and not self.is_asked:
+            # of a sharded model one process alone cannot ask
+            self.is_own_objective = not is_models_own(self.model, batch, may_ask=not self.processes.is_in_step)
+            self.one_at_a_time = self.one_at_a_time or self.is_own_objective
+            self.is_asked = True
 
     def _pass(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """One forward and one backward pass, or None where the examples of a batch cannot be told apart in it.
@@ -200,25 +299,26 @@ class _Measuring:
         Made again if a submodule turns out to be called twice in it, or float16 overflows.
         """
         recorder, scale = self.recorder, self.scale
-        examples = _length(batch)
+        examples = count_examples(batch)
         lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
         while True:
             repeated = set(recorder.repeated)
             recorder.is_mixed = False
             recorder.begin(examples, lengths, scale)
             try:
-                losses, tokens = self._losses(batch)
+                with self.processes.step(UnknownObjective):
+                    losses, tokens = self._losses(batch)
+                    if len(losses) != examples:
+                        raise MeasurementError(
+                            f"loss_fn returned {len(losses)} losses for a batch of {examples} examples (the rows of its "
+                            "first tensor): it must return one an example."
+                        )
+                    (losses.sum() * scale).backward()
             except UnknownObjective:
                 self.is_own_objective = True
                 if examples > 1:
                     return None
                 continue
-            if len(losses) != examples:
-                raise MeasurementError(
-                    f"loss_fn returned {len(losses)} losses for a batch of {examples} examples (the rows of its first "
-                    "tensor): it must return one an example."
-                )
-            (losses.sum() * scale).backward()
             if recorder.is_mixed:
                 return None
             if recorder.repeated != repeated:
@@ -257,45 +357,17 @@ def _left_out(weight: Weight) -> str:
     return f"not adaptable ({weight.form}); include='all' measures it"
 
 
-def _length(batch: Batch) -> int:
-    """Number of examples."""
-    for key in ("labels", "input_ids"):
-        if isinstance(batch.get(key), Tensor):
-            return len(batch[key])
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
-
-
-def _is_multimodal(batch: Batch) -> bool:
-    """Whether there is more to a text than its tokens: how many images belong to an example, the rows do not say."""
-    extra = (v for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "labels")
-    return "input_ids" in batch and any(value.dim() > 2 for value in extra)
-
-
-def _examples_of(batch: Batch) -> Iterator[Batch]:
-    examples = _length(batch)
-    if examples == 1:
-        yield batch
-        return
-    sizes = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor | list | tuple)}
-    odd = {key: size for key, size in sizes.items() if size != examples}
-    if odd:
-        raise MeasurementError(
-            f"A batch of {examples} examples has {odd}: which of those rows belong to which example cannot be told. "
-            "Give batches of one example."
-        )
-    for i in range(examples):
-        yield {key: value[i : i + 1] if key in sizes else value for key, value in batch.items()}
-
-
 def _take(batches: Iterable[Batch], max_examples: int | None, device: torch.device | None) -> Iterator[dict[str, Any]]:
     """Batches on the model's device, cut off after `max_examples`."""
     left = max_examples
     for batch in batches:
+        if left == 0:
+            return
         if not isinstance(batch, Mapping):
             raise MeasurementError(
                 f"A batch is a mapping with labels, not a {type(batch).__name__}. For a single batch, give [batch]."
             )
-        examples = _length(batch)
+        examples = count_examples(batch)
         taken = examples if left is None else min(left, examples)
         yield {
             key: _cut(value, taken, examples).to(device) if isinstance(value, Tensor) else _cut(value, taken, examples)

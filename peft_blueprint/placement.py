@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 from .blueprint import Blueprint
-from .entry import Submodule, score_of, some
+from .entry import ADAPTABLE, Submodule, score_of, some
 from .errors import PlacementError
 
 
@@ -25,6 +25,7 @@ Coverage = Literal["none", "kind", "kind+depth"]
 RankBy = Literal["gradient_norm", "adam_gain"]
 
 DEFAULT_FRACTION = 0.2
+_NAME_LISTS = ("lora", "unfreeze", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class Placement:
 
     Args:
         model_id: of the blueprint that it came from.
-        lora: full names of the submodules that get an adapter, in the model's order.
+        lora: full names of the submodules that get an adapter, in the model's order; of a linear layer the module's,
+            of fused experts the parameter's.
         unfreeze: full names of the modules that are trained whole.
         rank_by: the statistic that ranked them.
         coverage: over what they were spread.
         selector: the wish, such as `{"fraction": 0.2}`.
         candidates: how many submodules, or blocks, there were to choose from.
+        target_parameters: those of `lora` that are parameters: experts that are fused into one.
+        left_out: how many entries of the blueprint were no candidates: on embeddings, norms, biases, convolutions and
+            heads no adapter is put.
     """
 
     model_id: str
@@ -48,6 +53,13 @@ class Placement:
     coverage: str
     selector: Mapping[str, float] = field(default_factory=dict)
     candidates: int = 0
+    target_parameters: tuple[str, ...] = ()
+    left_out: int = 0
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Those of `lora` that are modules."""
+        return tuple(name for name in self.lora if name not in self.target_parameters)
 
     def quantization_skip_modules(self, head: str = "lm_head") -> list[str]:
         """What to give `BitsAndBytesConfig(llm_int8_skip_modules=…)` so that the blocks to unfreeze are not quantised.
@@ -58,11 +70,8 @@ class Placement:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
-        return asdict(self) | {
-            "lora": list(self.lora),
-            "unfreeze": list(self.unfreeze),
-            "selector": dict(self.selector),
-        }
+        lists = {name: list(getattr(self, name)) for name in _NAME_LISTS}
+        return asdict(self) | lists | {"selector": dict(self.selector)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Placement:
@@ -72,7 +81,8 @@ class Placement:
             PlacementError: if it is not one.
         """
         try:
-            return cls(**{**data, "lora": tuple(data["lora"]), "unfreeze": tuple(data["unfreeze"])})
+            values = {"target_parameters": (), **data}
+            return cls(**values | {name: tuple(values[name]) for name in _NAME_LISTS})
         except (TypeError, KeyError) as error:
             raise PlacementError(f"This is not a placement: {error}. It has the keys {some(list(data))}.") from error
 
@@ -96,7 +106,9 @@ def plan_placement(
     spread of as many. So the choice is first spread over kinds of submodule and strata of depth, and the strongest is
     taken within each. When fewer than two per kind are asked for, only depth is covered.
 
-    Give at most one of the four selectors; without one, `fraction=0.2`.
+    Only what an adapter can be put on is chosen, linear layers and fused experts; other entries, of a blueprint that
+    was measured with `include="all"`, are left out and counted. Give at most one of the four selectors; without one,
+    `fraction=0.2`.
 
     Args:
         blueprint: at submodule level, or at any level with `model`.
@@ -126,17 +138,29 @@ def plan_placement(
             f"unfreeze_blocks={unfreeze_blocks} with mode={mode!r}: give at least 1, with mode='lora+unfreeze'."
         )
     if model is not None:
-        from .submodules import check_fits  # torch is needed only here
+        from .submodules import check_fits, find_weights  # torch is needed only here
 
         blueprint = blueprint.expand(model)
         check_fits(blueprint, model)
+        forms = {weight.name: weight.form for weight in find_weights(model)}  # a file from elsewhere may not say
+        blueprint = replace(blueprint, submodules=tuple(replace(e, form=forms[e.name]) for e in blueprint))
     if blueprint.level != "submodule":
         raise PlacementError(
             f"The blueprint of {blueprint.model_id!r} speaks of {blueprint.level}s ({some(blueprint.names)}). Expand "
             "it onto the model first: blueprint.expand(model), or give plan_placement the model."
         )
+    adaptable = tuple(entry for entry in blueprint if entry.form in ADAPTABLE)
+    if not adaptable:
+        found = ", ".join(sorted({entry.form for entry in blueprint}))
+        raise PlacementError(
+            f"No adapter can be put on any of the {len(blueprint)} entries of the blueprint of {blueprint.model_id!r} "
+            f"({found}; {some(blueprint.names)}), only on linear layers and fused experts. Measure those, which "
+            "generate_blueprint does by default."
+        )
+    left_out = len(blueprint) - len(adaptable)
+    blueprint = replace(blueprint, submodules=adaptable)
     if rank_by is None:
-        rank_by = "adam_gain" if all(e.adam_gain is not None for e in blueprint) else "gradient_norm"
+        rank_by = "adam_gain" if all(e.adam_gain is not None for e in adaptable) else "gradient_norm"
     if rank_by not in ("gradient_norm", "adam_gain"):
         raise PlacementError(f"rank_by={rank_by!r}: choose gradient_norm or adam_gain.")
 
@@ -154,7 +178,17 @@ def plan_placement(
         if not free:
             raise PlacementError(f"Unfreezing {some(unfreeze)} leaves no submodule for LoRA. Unfreeze fewer blocks.")
         lora = tuple(entry.name for entry in _select(free, selector, rank_by, coverage))
-    return Placement(blueprint.model_id, lora, unfreeze, rank_by, coverage, selector, candidates)
+    return Placement(
+        model_id=blueprint.model_id,
+        lora=lora,
+        unfreeze=unfreeze,
+        rank_by=rank_by,
+        coverage=coverage,
+        selector=selector,
+        candidates=candidates,
+        target_parameters=tuple(name for name in lora if blueprint[name].form == "experts"),
+        left_out=left_out,
+    )
 
 
 def _one_selector(**wishes: float | None) -> dict[str, float]:
@@ -271,7 +305,16 @@ def _apportion(count: int, sizes: Sequence[int]) -> list[int]:
 
 def _modules_of(group: str, blueprint: Blueprint) -> list[str]:
     """What to unfreeze for a group: the module that holds just its members, or else the members themselves."""
-    members = [e.name for e in blueprint if (e.group or e.name) == group]
+    members = list(dict.fromkeys(_module_of(e) for e in blueprint if (e.group or e.name) == group))
+    if len(members) == 1:
+        return members
     holder = commonprefix([name + "." for name in members]).rpartition(".")[0]
-    others = [e.name for e in blueprint if e.name not in members and e.name.startswith(holder + ".")]
-    return members if others or holder in members or not holder else [holder]
+    if any(name[len(holder) + 1 :].split(".")[0].isdigit() for name in members):  # a list, which cannot be unfrozen
+        holder = holder.rpartition(".")[0]
+    others = [e.name for e in blueprint if _module_of(e) not in members and e.name.startswith(holder + ".")]
+    return members if others or not holder else [holder]
+
+
+def _module_of(entry: Submodule) -> str:
+    """The module that is trained whole for an entry: fused experts are a parameter of theirs."""
+    return entry.name.rpartition(".")[0] if entry.form == "experts" else entry.name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -196,6 +198,14 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
     return report
 
 
+def join_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes, which meet if `torchrun` or `accelerate launch` started them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return int(state.process_index), int(state.num_processes)
+
+
 def load_model(
     name: str, dtype: str = "auto", quantization: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -211,7 +221,7 @@ def load_model(
         if quantization:
             settings["quantization_config"] = BitsAndBytesConfig(**quantization)
         if torch.cuda.is_available():
-            settings["device_map"] = {"": 0}
+            settings["device_map"] = {"": torch.cuda.current_device()}
         model = AutoModelForCausalLM.from_pretrained(name, **settings)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, TypeError) as error:
@@ -247,6 +257,7 @@ def settle(
                 max_examples=recipe.probe_examples,
                 seed=recipe.seed,
                 data=recipe.train,
+                reduce=False,  # every process of a distributed run measures the same few examples
                 progress=progress,
             )
     blueprint = _settled(recipe, published, probe)

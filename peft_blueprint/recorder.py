@@ -30,6 +30,7 @@ class Recorder:
         self.seed = seed
         self.repeated: set[int] = set()  # submodules that are called several times in a pass: their gradients add up
         self.is_mixed = False  # some layer's rows do not say which example they belong to
+        self._example_first: set[int] = set()  # layers that were seen to take (examples, tokens, features)
         self._sketches: dict[int, Tensor] = {}
         self._matrices: dict[tuple[int, torch.device, torch.dtype], Tensor | None] = {}
         self.begin(0)
@@ -49,7 +50,7 @@ class Recorder:
             rows = gradients.by_example(inputs, self.examples, self.lengths)
             self._shared = _SharedInput(inputs, None if rows is None else rows.to(gradients.statistics_dtype(rows)))
         shared = self._shared
-        if shared.x is None:
+        if shared.x is None or self._may_be_turned(index, inputs):
             self.is_mixed = True
             return "nothing", ()
         how = self._how(index, shared.x, shared.gram is not None)
@@ -119,12 +120,22 @@ class Recorder:
 
     def unmeasured(self) -> dict[int, str]:
         """Why the rows that no batch's gradient reached are not measured."""
-        reason = "no gradient reached it: the loss does not depend on its output"
+        reason = (
+            "no gradient reached it: the loss does not depend on its output, or the model reads it without calling it"
+        )
         return {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
 
     def sketch(self, index: int) -> Tensor:
         """(d_out, s), the sum over all examples."""
         return self._sketches[index].cpu()
+
+    def _may_be_turned(self, index: int, inputs: Tensor) -> bool:
+        """Whether a layer may take tokens first, of as many examples as tokens. Of other batches it can be seen."""
+        if self.examples == 1 or inputs.dim() == 2:
+            return False
+        if inputs.shape[1] != self.examples:
+            self._example_first.add(index)
+        return index not in self._example_first
 
     def _how(self, index: int, x: Tensor, gram_is_known: bool) -> str:
         _, tokens, d_in = x.shape

@@ -9,28 +9,48 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
 from .blueprint import Blueprint
-from .entry import ADAPTABLE, Form, Submodule, some
+from .entry import ADAPTABLE, Form, Include, Submodule, some
 from .errors import MismatchError
 
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
 # Heads are trained whole or not at all: PEFT adds these to modules_to_save for classification tasks.
-_CLASSIFIER_HEADS = ("classifier", "score", "qa_outputs")
+_CLASSIFIER_HEADS = {"classifier", "score", "qa_outputs", "classification_head"}
+_READ_BY_MAMBA = ("dt_proj", "out_proj")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 _QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # bitsandbytes'; 4-bit weights may be stored as any dtype
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+# PEFT's around what it adapts, PyTorch's around what it checkpoints or compiles
+_WRAPPERS = ("base_layer", "original_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ADAPTER_PART = re.compile(r"(^|\.)(lora_\w+|modules_to_save)(\.|$)")
-
-Include = Literal["adaptable", "all"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`; any other model as it is."""
+    """The transformers model inside a `PeftModel`, and both inside `DistributedDataParallel`; any other as it is."""
+    model = without_ddp(model)
     peft = sys.modules.get("peft")  # a PeftModel cannot exist before peft was imported
     return cast(Any, model).get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model inside a `DistributedDataParallel` or `DataParallel`; any other as it is."""
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return cast(nn.Module, model.module) if is_wrapped else model
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class; the one it had before, where FSDP2 made it one of its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # no module can be sharded before that was imported
+    classes = type(module).__mro__
+    return classes[0] if fsdp is None else next(c for c in classes if not issubclass(c, fsdp.FSDPModule))
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -69,12 +89,12 @@ class Weight:
 def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     """Every weight of a model once, in the model's order: a tied one under its first name, adapters' left out.
 
-    A module's `weight` goes by the name of the module, any other parameter by its own.
+    A module's `weight` goes by the name of the module, any other parameter, and fused experts, by its own.
     """
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
     head = base.get_output_embeddings() if _is_transformers(base) else None
-    owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    places = _places_of_parameters(base)
     seen: set[int] = set()
     weights = []
     for path, module in base.named_modules():
@@ -85,12 +105,15 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
                 continue
             seen.add(id(parameter))
             name = _plain_name(f"{path}.{key}" if path else key)
-            name = name.removesuffix(".weight") if key == "weight" else name
             form = _form_of(module, key, id(module) in linear)
-            if form == "linear" and (module is head or name.rpartition(".")[2] in _CLASSIFIER_HEADS):
-                form = "head"
-            if form == "linear" and owners[id(parameter)] > 1:  # an adapter on one would be missing from the other
+            if form == "linear" and _is_linear_by_name_alone(base, path, module):
                 form = "parameter"
+            if key == "weight" and form != "experts":  # PEFT wants those by their parameter's name
+                name = name.removesuffix(".weight")
+            if form == "linear" and places[id(parameter)] > 1:  # an adapter on one would be missing from the other
+                form = "parameter"
+            elif form == "linear" and (module is head or not _CLASSIFIER_HEADS.isdisjoint(name.split("."))):
+                form = "head"
             weights.append(Weight(name, module, key, form))
     return tuple(weights)
 
@@ -119,7 +142,7 @@ def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[S
                 group=group if weight.form in ADAPTABLE else None,
                 shape=weight.shape,
                 form=weight.form,
-                quantized=is_quantized(weight.tensor),
+                quantized=is_quantized(weight.tensor) or _state_of_4bit(weight.module, weight.parameter) is not None,
             )
         )
     return tuple(found)
@@ -135,12 +158,19 @@ def shape_of(module: nn.Linear) -> tuple[int, int]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear layer whose weight is stored as (d_in, d_out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    own = class_of(module)
+    return own.__name__ == "Conv1D" and own.__module__ == "transformers.pytorch_utils"
 
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is held in a form that cannot take a gradient (4 or 8 bits)."""
     return type(weight).__name__ in _QUANTIZED_WEIGHTS or not weight.is_floating_point()
+
+
+def is_sharded(weight: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is a DTensor, of which every process holds a part."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before that was imported
+    return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
 def weight_norm(module: nn.Module, parameter: str = "weight") -> float:
@@ -149,16 +179,47 @@ def weight_norm(module: nn.Module, parameter: str = "weight") -> float:
 
 
 def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """The weight in floating point: of shape (d_out, d_in), or as stored for Conv1D and what is not linear."""
+    """The weight in floating point: of shape (d_out, d_in), or as stored for Conv1D and what is not linear.
+
+    One that accelerate keeps elsewhere is fetched. One that is sharded over processes is gathered, so that all of them
+    must ask for it.
+    """
     weight: Any = getattr(module, parameter)
+    hook = vars(module).get("_hf_hook") if weight.is_meta else None
+    if hook is not None:
+        hook.pre_forward(module)
+        try:
+            fetched = getattr(module, parameter)
+            return cast(Tensor, fetched.data) if fetched.is_meta else dequantized_weight(module, parameter)
+        finally:
+            hook.post_forward(module, None)
+    if is_sharded(weight):  # its processes meet on the mesh's device, from which FSDP may have offloaded it
+        gathered: Any = weight.detach().to(weight.device_mesh.device_type)
+        return _from_4bit(gathered.full_tensor(), _state_of_4bit(module, parameter))
     if not is_quantized(weight):
         return cast(Tensor, weight.data)
+    if type(weight).__name__ == "Params4bit":
+        return _from_4bit(weight.data, weight.quant_state)
     from bitsandbytes import functional
 
-    if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
     state = cast(Any, module).state  # an 8-bit layer moves its scale there in its first pass
     return functional.int8_vectorwise_dequant(weight.data, state.SCB if weight.SCB is None else weight.SCB)
+
+
+def _state_of_4bit(module: nn.Module, parameter: str) -> Any:
+    """How a linear layer's weight is held in 4 bits, as bitsandbytes notes on the layer; None where it is not.
+
+    The weight itself no longer says so once FSDP shards it.
+    """
+    return vars(module).get("quant_state") if parameter == "weight" else None
+
+
+def _from_4bit(weight: Tensor, state: Any) -> Tensor:
+    if state is None:
+        return weight
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(weight, state)
 
 
 def structure_digest(submodules: Sequence[Submodule]) -> str:
@@ -187,8 +248,8 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
         if entry.shape is not None and entry.shape != shapes[entry.name]:
             raise MismatchError(
                 f"{entry.name!r} is {by(entry.shape)} in the blueprint of {blueprint.model_id!r} and "
-                f"{by(shapes[entry.name])} in this model: it is a blueprint of another size of it. Use this model's own, or "
-                "measure one with generate_blueprint(model, batches)."
+                f"{by(shapes[entry.name])} in this model: it is a blueprint of another size of it. Use this model's own, "
+                "or measure one with generate_blueprint(model, batches)."
             )
 
 
@@ -198,8 +259,35 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _plain_name(path: str) -> str:
-    """A path in an adapted model as it is in the unwrapped one."""
-    return ".".join(part for part in path.split(".") if part not in ("base_layer", "original_module"))
+    """A path in an adapted or wrapped model as it is in the plain one."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _places_of_parameters(model: nn.Module) -> Counter[int]:
+    """At how many places of a model each parameter (by its id) stands. A block that is called many times is one."""
+    holders: Counter[int] = Counter(
+        id(child) for module in model.modules() for child in vars(module)["_modules"].values()
+    )
+    places: Counter[int] = Counter()
+    for module in model.modules():
+        for parameter in vars(module)["_parameters"].values():
+            places[id(parameter)] += max(1, holders[id(module)])
+    return places
+
+
+def _is_linear_by_name_alone(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether an adapter on this linear layer would go unheard, or unsettle which experts are chosen.
+
+    `nn.MultiheadAttention` reads its output projection's weight without calling it, and so do Mamba's kernels. A router
+    stands beside its experts.
+    """
+    *parents, own = (part for part in path.split(".") if part not in _WRAPPERS[:2])
+    parent = model.get_submodule(".".join(parents))
+    return (
+        class_of(module).__name__ == "NonDynamicallyQuantizableLinear"
+        or ("mamba" in class_of(parent).__name__.lower() and own in _READ_BY_MAMBA)
+        or ("experts" in vars(parent)["_modules"] and own in _ROUTERS)
+    )
 
 
 def _form_of(module: nn.Module, parameter: str, is_linear: bool) -> Form:
@@ -239,7 +327,7 @@ def _places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str | None
 
 def _split(name: str) -> tuple[str, int | None, str]:
     parts = name.split(".")
-    for i, part in enumerate(parts):
+    for i, part in enumerate(parts[:-1]):  # a number at the end is a layer's place in a sequence, not a block
         if part.isdigit():
             return ".".join(parts[:i]), int(part), ".".join(p for p in parts[i + 1 :] if not p.isdigit())
     return "", None, name
@@ -258,6 +346,6 @@ def _shortest_unique_ending(path: str, paths: set[str]) -> str:
     parts = path.split(".")
     for length in range(1, len(parts)):
         ending = ".".join(parts[-length:])
-        if sum(p == ending or p.endswith("." + ending) for p in paths) == 1:
+        if not ending[0].isdigit() and sum(p == ending or p.endswith("." + ending) for p in paths) == 1:
             return ending
     return path

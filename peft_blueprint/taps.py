@@ -4,11 +4,15 @@ Whatever is changed is put back, also after an error. Knows nothing of what is c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .submodules import is_sharded
 
 
 # called in the forward pass with the tap's index and the layer's input (..., d_in): what the backward pass will need,
@@ -29,7 +33,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, index: int, record: Record, word: str, *kept: Tensor) -> Tensor:
         ctx.save_for_backward(*kept)
         ctx.index, ctx.record, ctx.word = index, record, word
-        return output.view_as(output)
+        return output.detach()  # a view could not be written to, as `x += residual` does
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,44 +68,81 @@ def tapped(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterato
 
 
 @contextmanager
-def streamed(parameters: Sequence[nn.Parameter], record: Callable[[int, Tensor], None]) -> Iterator[None]:
+def streamed(places: Sequence[tuple[nn.Module, str]], record: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Show every parameter's gradient to `record` as soon as it is whole, and free it; gradients held before are kept.
 
-    The parameters take a gradient for as long.
+    The parameters, given as (module, name), take a gradient for as long. One that is elsewhere between calls, offloaded
+    or sharded over processes, is met in its module's forward, whole and with this process's own gradient.
     """
+    parameters = [_parameter(*place) for place in places]
     held = [parameter.grad for parameter in parameters]
-    handles = []
+    met = WeakTensorKeyDictionary()  # parameters whose gradient is awaited, with the handle of the hook
+    with ExitStack() as stack:
 
-    def take(index: int) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            record(index, parameter.grad)
+        def await_gradient(index: int, parameter: nn.Parameter) -> None:
+            def take(parameter: Tensor) -> None:
+                assert parameter.grad is not None
+                record(index, parameter.grad)
+                parameter.grad = None
+
+            if parameter not in met:
+                parameter.requires_grad_(True)
+                met[parameter] = parameter.register_post_accumulate_grad_hook(take)
+
+        stack.callback(lambda: [handle.remove() for handle in met.values()])
+        for index, ((module, name), parameter) in enumerate(zip(places, parameters, strict=True)):
             parameter.grad = None
+            parameter.requires_grad_(True)
+            if parameter.is_meta or is_sharded(parameter):
+                stack.enter_context(_met_in_forward(module, name, partial(await_gradient, index)))
+            else:
+                await_gradient(index, parameter)
+        try:
+            yield
+        finally:
+            for place, gradient in zip(places, held, strict=True):
+                _parameter(*place).requires_grad_(False)
+                _parameter(*place).grad = gradient
 
-        return hook
 
-    for index, parameter in enumerate(parameters):
-        parameter.grad = None
-        parameter.requires_grad_(True)
-        handles.append(parameter.register_post_accumulate_grad_hook(take(index)))
+@contextmanager
+def _met_in_forward(module: nn.Module, name: str, meet: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Call `meet` with a module's parameter at the start of its forward, inside the wrapper that accelerate puts there
+    to fetch it.
+    """
+    attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    forward = getattr(module, attribute)
+    replaced = attribute in vars(module)
+
+    def with_meeting(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            meet(_parameter(module, name))
+        return forward(*args, **kwargs)
+
+    setattr(module, attribute, with_meeting)
     try:
         yield
     finally:
-        for handle, parameter, gradient in zip(handles, parameters, held, strict=True):
-            handle.remove()
-            parameter.requires_grad_(False)
-            parameter.grad = gradient
+        if replaced:
+            setattr(module, attribute, forward)
+        else:
+            delattr(module, attribute)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    return cast(nn.Parameter, getattr(module, name))
 
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Weights frozen, dropout off, embeddings' outputs taking a gradient; all put back afterwards."""
     training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # by their places, because offloading puts new parameters there in every pass
+    trainable = [(m, k) for m in model.modules() for k, p in m.named_parameters(recurse=False) if p.requires_grad]
     dropouts: list[tuple[nn.Module, str, float]] = []
     model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    for place in trainable:
+        _parameter(*place).requires_grad_(False)
     for module in model.modules():
         # transformers checkpoints only in training mode: keep the flag there, and set dropout's probability to nought
         if vars(module).get("gradient_checkpointing") is True and training[module]:
@@ -120,8 +161,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
             hook.remove()
         for module, key, rate in dropouts:
             setattr(module, key, rate)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for place in trainable:
+            _parameter(*place).requires_grad_(True)
         for module, was in training.items():
             module.training = was
 

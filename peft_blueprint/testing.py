@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,7 +22,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 
@@ -37,13 +43,50 @@ def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausal
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return _built(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed)
+    return random_model(
+        LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
 
 
 def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A random GPT-2, whose linear layers are transformers' `Conv1D`."""
     settings: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
-    return _built(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
+    return random_model(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
+
+
+def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCausalLM:
+    """A random mixture of 4 experts, of which each token sees 2; fused into one parameter in transformers 5."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }
+    return random_model(
+        MixtralForCausalLM, MixtralConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_t5(layers: int = 2, seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
+    """A random T5, with as many encoder as decoder layers."""
+    settings: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
+    return random_model(
+        T5ForConditionalGeneration, T5Config(num_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_vit(layers: int = 2, seed: int = 0, labels: int = 3, **changes: Any) -> ViTForImageClassification:
+    """A random vision transformer that classifies images of 16 × 16 in patches of 8 × 8."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 8,
+        "num_labels": labels,
+    }
+    return random_model(ViTForImageClassification, ViTConfig(num_hidden_layers=layers, **settings | changes), seed)
 
 
 def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int = 3) -> PreTrainedModel:
@@ -55,7 +98,23 @@ def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int 
         num_hidden_layers=layers,
         **_vocabulary() | {"num_labels": labels},
     )
-    return _built(BertForTokenClassification if tokens else BertForSequenceClassification, config, seed)
+    return random_model(BertForTokenClassification if tokens else BertForSequenceClassification, config, seed)
+
+
+def random_model(cls: type[nn.Module], config: Any, seed: int = 0) -> Any:
+    """A model of a transformers class with weights large enough that its gradients differ between layers, in evaluation
+    mode; the same for the same seed.
+    """
+    generator = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = cls(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+    finally:
+        torch.random.set_rng_state(generator)
+    return model.eval()
 
 
 def toy_batches(
@@ -169,17 +228,3 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def _vocabulary() -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def _built(cls: type[PreTrainedModel], config: Any, seed: int) -> Any:
-    """A model with weights large enough that its gradients differ between layers, in evaluation mode."""
-    generator = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(seed)
-        model = cls(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.2)
-    finally:
-        torch.random.set_rng_state(generator)
-    return model.eval()

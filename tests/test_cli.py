@@ -1,6 +1,7 @@
 """The command line as a person meets it: verbs, JSON, exit status, messages. Run: pytest tests/test_cli.py"""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,30 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
     assert record.provenance["command"].startswith("peft-blueprint generate ")
     run(*words, "--data", f"first={data}", "--data", f"second={data}", "-q")
     assert Blueprint.from_pretrained(out).submodules[0].domain_tags == {"first": 1.0, "second": 1.0}
+
+
+def test_generate_shares_the_work_among_processes(tmp_path):
+    """Under torchrun two processes write one file, once, of all examples, with the norms that one process finds."""
+    folder = save_tiny_model(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1 2 3", "completion": f"{i} 5 6"}) + "\n" for i in range(9)))
+    words = ["generate", str(folder), "--data", str(data), "--max-examples", "5", "-q"]
+    torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
+    printed = {}
+    for name, launcher in (("one", []), ("two", torchrun)):
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "peft_blueprint.cli", *words, "--out", str(tmp_path / f"{name}.json")],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed[name] = done.stdout.split()
+    assert printed["two"] == [str(tmp_path / "two.json")]
+    one, two = (Blueprint.from_pretrained(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert two.provenance["processes"] == 2 and two.provenance["domains"]["data"]["examples"] == 5
+    assert [e.gradient_norm for e in two] == pytest.approx([e.gradient_norm for e in one], rel=1e-4)
 
 
 @pytest.mark.parametrize(

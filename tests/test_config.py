@@ -210,6 +210,17 @@ def test_configs_copy_and_pickle(blueprint):
         assert copied.selection == config.selection and copied.peft_type is PeftType.LORA
 
 
+@pytest.mark.parametrize("wish", [{"fraction": 1.0}, {"mode": "unfreeze"}])
+def test_a_config_in_use_is_copied_with_its_selection(blueprint, wish):
+    """Also where PEFT has abbreviated its targets, or has none to look for."""
+    config = BlueprintConfig(blueprint=blueprint, **wish)
+    get_peft_model(tiny_llama(layers=12), config)
+    assert config.target_modules == "dummy-target-modules" or len(config.target_modules) < len(config.selection)
+    again = replace(config, r=3)
+    assert again.selection == config.selection and again.to_dict() == config.to_dict() | {"r": 3}
+    assert not replace(config, target_modules=["q_proj", "gate"]).selection
+
+
 def test_the_new_type_behaves_as_a_member_of_pefts_enumeration():
     """BLUEPRINT is looked up, compared, hashed, pickled and listed as the other types are."""
     member = PeftType.BLUEPRINT

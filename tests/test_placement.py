@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_blueprint import Blueprint, Placement, Submodule, plan_placement
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.submodules import find_submodules
-from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama
+from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
 
 
 GROUPS = {"q_proj": "attn", "o_proj": "attn", "up_proj": "ffn", "down_proj": "ffn"}
@@ -262,6 +263,59 @@ def test_the_list_that_keeps_unfrozen_blocks_out_of_quantisation():
     assert plan_placement(SMALL).quantization_skip_modules() == ["lm_head"]
 
 
+# ------------------------------------------------------------------------------------------ other forms than linear
+
+
+def everything_of(model):
+    """A blueprint with all weights of a model."""
+    return Blueprint("org/m", tuple(replace(s, gradient_norm=1.0) for s in find_submodules(model, "all")))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit, tiny_t5, tiny_mixtral])
+@pytest.mark.parametrize("wish", [{"fraction": 1.0}, {"mode": "unfreeze", "fraction": 1.0}], ids=["lora", "unfreeze"])
+def test_what_takes_no_adapter_is_left_out_and_counted(build, wish):
+    """A blueprint with embeddings, norms, biases and heads is placed as one without them."""
+    model = build()
+    placement = plan_placement(everything_of(model), **wish)
+    assert placement.left_out == len(find_submodules(model, "all")) - len(find_submodules(model)) > 0
+    assert replace(placement, left_out=0) == plan_placement(of_model(model), **wish)
+    if "mode" not in wish:
+        assert list(placement.lora) == [s.name for s in find_submodules(model)]
+
+
+def test_without_anything_to_adapt_it_says_so():
+    """The error names the forms that there are."""
+    norms = Blueprint("org/m", tuple(e for e in everything_of(tiny_llama()) if e.form in ("norm", "embedding")))
+    with pytest.raises(PlacementError, match=r"No adapter .* 10 entries of .*'org/m' \(embedding, norm; 'model.embed"):
+        plan_placement(norms)
+
+
+def test_the_model_says_what_a_file_does_not():
+    """Entries without a form are taken for linear, and with the model for what they are: tied weights stay out."""
+    model = tiny_llama(layers=1, tie_word_embeddings=True)
+    entries = tuple(replace(e, form="linear") for e in everything_of(model))
+    placement = plan_placement(Blueprint("org/m", entries), model, fraction=1.0)
+    assert list(placement.lora) == [s.name for s in find_submodules(model)] and placement.left_out == 4
+    assert "lm_head" not in [e.name for e in entries], "a tied weight has one name"
+
+
+def test_fused_experts_are_placed_by_their_parameters_names():
+    """As kinds of their own, which are covered as the others are; a block of them is the module that holds them."""
+    model = tiny_mixtral(layers=12)
+    blueprint = of_model(model)
+    placement = plan_placement(blueprint, model, fraction=0.5)
+    kinds, all_kinds = Counter(blueprint[name].kind for name in placement.lora), Counter(e.kind for e in blueprint)
+    assert {kind: 2 * number for kind, number in kinds.items()} == all_kinds
+    fused = {name for name in placement.lora if blueprint[name].form == "experts"}
+    assert set(placement.target_parameters) == fused
+    assert set(placement.target_modules) == set(placement.lora) - fused
+    [block] = plan_placement(of_model(model, ffn_1=9.0), mode="unfreeze", num_modules=1).unfreeze
+    assert not isinstance(model.get_submodule(block), torch.nn.ModuleList)
+    assert {s.name for s in find_submodules(model) if s.group == "ffn.1"} == {
+        s.name for s in find_submodules(model) if s.name.startswith(block + ".")
+    }
+
+
 # ------------------------------------------------------------------------------------------ the record
 
 
@@ -272,6 +326,8 @@ def test_a_placement_goes_through_json(wish):
     assert placement.selector == {key: value for key, value in wish.items() if key != "mode"}
     assert placement.candidates == len(SMALL) and placement.model_id == "org/m"
     assert Placement.from_dict(json.loads(json.dumps(placement.to_dict()))) == placement
+    older = {key: v for key, v in placement.to_dict().items() if key not in ("target_parameters", "left_out")}
+    assert Placement.from_dict(older) == placement
     for bad in ({"lora": []}, placement.to_dict() | {"rank": 8}, {}):
         with pytest.raises(PlacementError, match="not a placement.*keys"):
             Placement.from_dict(bad)

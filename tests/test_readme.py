@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import typer
+from transformers import Trainer, TrainingArguments
 
 from peft_blueprint import Blueprint
 from peft_blueprint.cli import app
@@ -20,10 +21,15 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
     (tmp_path / "org" / "model").mkdir(parents=True)
     blueprint.save(tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
-    namespace = {"model": tiny_llama(layers=12), "batches": toy_batches()}
+    model, batches = tiny_llama(layers=12), toy_batches()
+    rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    settings = TrainingArguments(
+        "run", num_train_epochs=10, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False
+    )
+    namespace = {"model": model, "batches": batches, "trainer": Trainer(model, settings, train_dataset=rows)}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
-    for block in reversed(blocks):  # the first wraps the model in adapters
+    for block in [*blocks[1:], blocks[0]]:  # the first wraps the model in adapters
         exec(block, namespace)
     assert namespace["model"].peft_config["default"].selection
 
