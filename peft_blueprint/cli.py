@@ -208,7 +208,7 @@ def targets(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print where adapters would go: names for `target_modules` of any LoRA trainer."""
+    """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
     blueprint = Blueprint.from_pretrained(source)
     placement = plan_placement(
         blueprint,
@@ -224,7 +224,14 @@ def targets(
         from .plots import plot_blueprint, save_plot
 
         save_plot(plot_blueprint(blueprint, placement, placement.rank_by), picture)
-    chosen = [{"id": name, "as": "adapter", **_facts(blueprint, name, placement)} for name in placement.lora]
+    chosen = [
+        {
+            "id": name,
+            "as": "adapter on a parameter" if name in placement.target_parameters else "adapter",
+            **_facts(blueprint, name, placement),
+        }
+        for name in placement.lora
+    ]
     chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
     title = (
         f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "

@@ -40,8 +40,8 @@ class Submodule:
         kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
         depth: index of the transformer block, from 0 at the embeddings.
         group: the paper's coarser unit, `attn.3`.
-        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of any
-            other form the parameter's own, (experts, d_out, d_in) for most fused experts.
+        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of
+            fused experts (experts, d_out, d_in); of any other form the parameter's own.
         form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter; or
             an embedding, convolution, norm, bias, output or classification head, or other parameter. Adapters are
             put on the first two.

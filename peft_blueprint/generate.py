@@ -220,7 +220,9 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
     `gamma_fit` is the exponent of the measured curve with its residual; `alpha` and `gamma` follow the paper's
     power-law route and are there to be compared. `tail` says how concentrated the norms are and whether they follow a
     power law at all, and `tail_within_kinds` the same of the norms over their kind's mean, which compare across kinds.
+    All of it is over what an adapter can be put on, where there is such a thing.
     """
+    entries = [entry for entry in entries if entry.form in ADAPTABLE] or entries
     norms = [norm_of(entry) for entry in entries]
     if not sum(norms):
         raise MeasurementError("Every gradient norm is zero: the loss does not depend on the model. Check the labels.")

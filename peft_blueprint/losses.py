@@ -137,16 +137,19 @@ def own_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tens
     """The loss that a model returns for a batch of one, (1,) float32 with its graph, and its number of targets (1,).
 
     Raises:
-        MeasurementError: if it returns none.
+        MeasurementError: if it returns none, or the example has no target.
     """
-    loss = getattr(model(**example), "loss", None)
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
+    loss = getattr(model(**cacheless | dict(example)), "loss", None)
     if loss is None:
         raise MeasurementError(
             f"The batch has {sorted(example)}{'' if 'labels' in example else ' and no labels'}, and "
             f"{type(unwrap(model)).__name__} returned no loss for it. Add labels (-100 where there is no target), or "
             "give loss_fn(model, batch) -> losses (B,)."
         )
-    return loss.float().reshape(1), _count_targets(example, 1)
+    counts = _count_targets(example, 1)
+    _require_targets(counts[:, None] > 0)
+    return loss.float().reshape(1), counts
 
 
 def count_examples(batch: Mapping[str, Any]) -> int:

@@ -175,9 +175,12 @@ def _find(
         stack.callback(reshard, model)  # before `prepared` puts back what it froze
         for index, weight in plan.tapped.items():
             stack.enter_context(tapped(weight.module, index, recorder.keep, recorder.record))
-        rows = tuple(plan.streamed)
-        places = [(weight.module, weight.parameter) for weight in plan.streamed.values()]
-        stack.enter_context(streamed(places, lambda i, gradient: recorder.record_gradient(rows[i], gradient)))
+        rows, parameters = tuple(plan.streamed), tuple(plan.streamed.values())
+
+        def record(i: int, gradient: Tensor) -> None:
+            recorder.record_gradient(rows[i], gradient.mT if parameters[i].is_transposed else gradient)
+
+        stack.enter_context(streamed([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
         bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
         measuring = _Measuring(model, recorder, loss_fn, plan.one_at_a_time, processes)

@@ -80,10 +80,17 @@ class Weight:
         return cast(nn.Parameter, getattr(self.module, self.parameter))
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether these are experts stored as (experts, d_in, d_out), which transformers marks so."""
+        return self.form == "experts" and vars(self.module).get("is_transposed") is True
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """(d_out, d_in) of a linear module's; the parameter's own otherwise."""
-        is_linear = self.form in ("linear", "head")
-        return shape_of(cast(nn.Linear, self.module)) if is_linear else tuple(self.tensor.shape)
+        """(d_out, d_in) of a linear module's, (experts, d_out, d_in) of fused experts; the parameter's own otherwise."""
+        if self.form in ("linear", "head"):
+            return shape_of(cast(nn.Linear, self.module))
+        shape = tuple(self.tensor.shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.is_transposed else shape
 
 
 def find_weights(model: nn.Module) -> tuple[Weight, ...]:
@@ -94,6 +101,7 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
     head = base.get_output_embeddings() if _is_transformers(base) else None
+    heads = set() if head is None else {id(module) for module in head.modules()}  # PEFT may have wrapped it
     places = _places_of_parameters(base)
     seen: set[int] = set()
     weights = []
@@ -112,7 +120,7 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
                 name = name.removesuffix(".weight")
             if form == "linear" and places[id(parameter)] > 1:  # an adapter on one would be missing from the other
                 form = "parameter"
-            elif form == "linear" and (module is head or not _CLASSIFIER_HEADS.isdisjoint(name.split("."))):
+            elif form == "linear" and (id(module) in heads or not _CLASSIFIER_HEADS.isdisjoint(name.split("."))):
                 form = "head"
             weights.append(Weight(name, module, key, form))
     return tuple(weights)

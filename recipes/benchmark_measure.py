@@ -72,6 +72,7 @@ def main() -> None:
                 arm()
             if i:  # the first round warms up
                 seconds[name].append(spent.seconds)
+        print(f"round {i} of {options.rounds}", file=sys.stderr)
     arms.clear()
     run = functools.partial(subprocess.run, check=True, stdout=subprocess.PIPE, text=True)
     peaks = {n: json.loads(run([sys.executable, __file__, *shape, "--peak-of", n]).stdout) for n in names}

@@ -224,6 +224,7 @@ CASES = {
         )
     ),
     "GraniteMoe": Case(decoder("GraniteMoe", **GROUPED, num_local_experts=4, num_experts_per_tok=2)),
+    "GPT-OSS": Case(decoder("GptOss", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
     "BERT classifying sequences": Case(tiny_bert, classes),
     "BERT classifying tokens": Case(lambda: tiny_bert(tokens=True), token_classes),
     "BERT filling in": Case(of("BertForMaskedLM", "BertConfig", **WORDS, **SMALL)),

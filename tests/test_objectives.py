@@ -155,6 +155,14 @@ def test_what_a_loss_may_not_return(loss_fn, message):
         measure_influence(tiny_llama(layers=1), [pairs()], loss_fn=loss_fn, progress=False)
 
 
+def test_an_example_without_a_target_is_named_whatever_the_objective():
+    """By the model's own loss it would be NaN."""
+    model, [batch, *_] = tiny_mixtral(output_router_logits=True), toy_batches()
+    batch = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(MeasurementError, match="have no target token"):
+        measure_influence(model, [batch], progress=False)
+
+
 def test_batches_without_rows_are_named():
     """Nested tensors, and rows that belong to nobody."""
     nested = {"chosen": {"input_ids": torch.ones(2, 3, dtype=torch.long)}}

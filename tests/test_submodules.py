@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import Blueprint, BlueprintConfig, measure_influence
 from peft_blueprint.submodules import find_submodules, find_weights
@@ -40,6 +41,35 @@ def test_tied_weights_have_one_name_and_take_no_adapter():
     assert forms["shared"] == "embedding" and not {"lm_head", "encoder.embed_tokens"} & forms.keys()
     assert forms_of(tiny_llama(tie_word_embeddings=False))["lm_head"] == "head"
     assert "lm_head" not in forms_of(tiny_llama(tie_word_embeddings=True))
+
+
+def test_a_head_stays_a_head_under_an_adapter_or_a_trained_copy():
+    """So that a blueprint made while training has the entries, and the digest, of the bare model."""
+    names = [s.name for s in find_submodules(tiny_llama(layers=1))]
+    for settings in ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {"target_modules": ["lm_head"]}):
+        adapted = get_peft_model(tiny_llama(layers=1), LoraConfig(**settings))
+        assert [s.name for s in find_submodules(adapted)] == names
+
+
+def test_experts_stored_the_other_way_round_have_their_outputs_as_rows():
+    """GPT-OSS keeps (experts, d_in, d_out); shapes and sketches have outputs first, as those of other experts."""
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=1, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **settings
+    )
+    model = random_model(transformers.GptOssForCausalLM, config)
+    [down] = [weight for weight in find_weights(model) if weight.name.endswith("experts.down_proj")]
+    if not down.is_transposed:
+        pytest.skip("this release of transformers does not say which way round")
+    assert tuple(down.tensor.shape) == (4, 48, 32) and down.shape == (4, 32, 48)
+    [batch] = toy_batches(examples=2, batch_size=2)
+    influence = measure_influence(model, [batch], sketch_size=None, progress=False)
+    row = [s.name for s in influence.submodules].index(down.name)
+    model.zero_grad()
+    for i in range(2):
+        (model(**{key: value[i : i + 1] for key, value in batch.items()}).loss / 2).backward()
+    expected = down.tensor.grad.mT.flatten(0, 1)
+    torch.testing.assert_close(influence.sketches[row], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_block_at_two_places_is_one_and_a_layer_at_two_places_takes_no_adapter():
