@@ -106,12 +106,7 @@ class Recorder:
             self._norms[index], self._errors[index] = gradients.norms_of(product, d_in)
             self._batch_sketches[index] = self._sketched(product.sum(dim=0), d_in)
         self._shared = _SharedInput(torch.empty(0), None)
-        zeros = torch.zeros(self.examples)
-        rows = range(len(self.submodules))
-        return (
-            torch.stack([self._norms[i].cpu() if i in self._norms else zeros for i in rows]),
-            torch.stack([self._errors[i].cpu() if i in self._errors else zeros for i in rows]),
-        )
+        return self._matrix_of(self._norms), self._matrix_of(self._errors)
 
     def commit(self) -> None:
         """Keep the batch: add its sketches to those of the batches before."""
@@ -128,6 +123,11 @@ class Recorder:
     def sketch(self, index: int) -> Tensor:
         """(d_out, s), the sum over all examples."""
         return self._sketches[index].cpu()
+
+    def _matrix_of(self, values: dict[int, Tensor]) -> Tensor:
+        """(submodules, examples) on the CPU, brought there at once: a device is waited for a single time."""
+        zeros = torch.zeros(self.examples, device=next(iter(values.values())).device if values else None)
+        return torch.stack([values.get(i, zeros).to(zeros.device) for i in range(len(self.submodules))]).cpu()
 
     def _may_be_turned(self, index: int, inputs: Tensor) -> bool:
         """Whether a layer may take tokens first, of as many examples as tokens. Of other batches it can be seen."""

@@ -31,6 +31,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from .submodules import linear_modules, shape_of
+
 
 VOCABULARY = 97
 
@@ -141,6 +143,35 @@ def toy_batches(
     labels = input_ids.masked_fill(~mask | (place < start + prompt), -100)
     rows = {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
     return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
+
+
+def quantise(model: nn.Module, kind: str) -> nn.Module:
+    """Replace every linear layer but the head by bitsandbytes' of its weights, on the CPU: "nf4", "fp4" or "int8"."""
+    import bitsandbytes as bnb
+
+    for name, module in list(linear_modules(model)):
+        if name == "lm_head":
+            continue
+        d_out, d_in = shape_of(module)
+        if kind == "int8":
+            layer: Any = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
+        else:
+            layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind)
+        layer.load_state_dict({"weight": module.weight.data}, strict=False)
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent).register_module(own, layer.to("cpu"))
+    return model
+
+
+def randomise_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Give LoRA's B, and what else is trained, values that change a model's logits; training begins without such."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.requires_grad and "lora_" not in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def save_tiny_model(folder: Path, layers: int = 3) -> Path:

@@ -5,7 +5,8 @@
 For every size of the sketch: Spearman's correlation of ranks within kind between sketched and exact submodule norms; the
 relative error of single norms (one example in one submodule), measured and as the sketch itself predicts it; the error
 of submodule means and of J(z); signal norms; and how much of the mean gradient's energy its leading directions hold, as
-the sketch says and as the whole mean gradient does.
+the sketch says and as the whole mean gradient does. Before that, what the exact norms' tails are, over submodules and
+over the entries of single mean gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmark_drift import data_sets
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
 from peft_blueprint.data import encode, make_batches, pad_token_of
 from peft_blueprint.recipe import load_model
+from peft_blueprint.tails import entries_report, normalise_within, tail_report
 
 
 RANKS = (4, 8, 15)
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--data", type=Path, help="folder with more data sets")
     parser.add_argument("--set", default="docstrings")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--seeds", type=int, default=1, help="of Ω, for every size")
     options = parser.parse_args()
 
@@ -48,6 +50,12 @@ def main() -> None:
         f"{options.set}, {exact.examples} examples, at most {options.max_length} tokens, {len(exact.submodules)} submodules"
     )
     print("energy of the mean gradient in its leading directions, whole: " + energies(exact))
+    norms = exact.norms.mean(dim=1).tolist()
+    print(f"\ntail of the norms over submodules:\n{tail_report(norms)}")
+    within = normalise_within(norms, [submodule.kind for submodule in exact.submodules])
+    print(f"\nof the norms over their kind's mean:\n{tail_report(within)}")
+    for submodule, gradient in list(zip(exact.submodules, exact.sketches, strict=True))[3::70]:
+        print(f"\nof the entries of the mean gradient of {submodule.name}:\n{entries_report(gradient.numpy())}")
     for size in options.sizes:
         for seed in range(options.seeds):
             sketch = measure_influence(

@@ -15,6 +15,7 @@ from peft_blueprint.submodules import dequantized_weight, find_weights, linear_m
 from peft_blueprint.taps import prepared
 from peft_blueprint.testing import (
     VOCABULARY,
+    quantise,
     random_model,
     tiny_bert,
     tiny_gpt2,
@@ -378,18 +379,9 @@ def test_sketched_norms_are_as_near_as_they_say_and_no_input_is_kept():
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_are_sketched(kind):
     """4- and 8-bit layers give the sketches of their dequantised values, with the same directions."""
-    bnb = pytest.importorskip("bitsandbytes")
-    model, reference = tiny_llama(layers=2, **WIDE), tiny_llama(layers=2, **WIDE)
+    pytest.importorskip("bitsandbytes")
+    model, reference = quantise(tiny_llama(layers=2, **WIDE), kind), tiny_llama(layers=2, **WIDE)
     others = dict(linear_modules(reference))
-    for name, module in list(linear_modules(model))[:-1]:
-        d_out, d_in = shape_of(module)
-        if kind == "int8":
-            quantised = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
-        else:
-            quantised = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind)
-        quantised.load_state_dict({"weight": module.weight.data}, strict=False)
-        parent, _, own = name.rpartition(".")
-        model.get_submodule(parent).register_module(own, quantised.to("cpu"))
     settings = {"method": "sketch", "sketch_size": 16, "progress": False}
     measured = measure_influence(model, toy_batches(), **settings)
     assert all(s.quantized for s in measured.submodules) and (measured.norm_errors > 0).all()

@@ -25,7 +25,7 @@ from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, plan_plac
 from peft_blueprint.config import extend_peft_type
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.submodules import linear_modules
-from peft_blueprint.testing import tiny_gpt2, tiny_llama, toy_batches
+from peft_blueprint.testing import randomise_adapters, tiny_gpt2, tiny_llama, toy_batches
 
 
 TOKENS = torch.arange(1, 11)[None]
@@ -33,14 +33,8 @@ TOKENS = torch.arange(1, 11)[None]
 
 def adapted(blueprint, seed=1, **wish):
     """A twelve-layer model with random adapters that change its logits."""
-    model = get_peft_model(tiny_llama(layers=12), BlueprintConfig(blueprint=blueprint, r=2, **wish))
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-        elif parameter.requires_grad and "lora_" not in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    config = BlueprintConfig(blueprint=blueprint, r=2, **wish)
+    return randomise_adapters(get_peft_model(tiny_llama(layers=12), config), seed)
 
 
 def logits(model):

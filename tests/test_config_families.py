@@ -13,7 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_blueprint import Blueprint, BlueprintConfig, Placement
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.submodules import find_submodules
-from peft_blueprint.testing import VOCABULARY, random_model, tiny_bert, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
+from peft_blueprint.testing import (
+    VOCABULARY,
+    random_model,
+    randomise_adapters,
+    tiny_bert,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_t5,
+    tiny_vit,
+)
 
 
 TOKENS = torch.arange(1, 11)[None]
@@ -61,16 +70,6 @@ def on_modules_and_parameters(model):
     return found
 
 
-def randomised(model):
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-        elif parameter.requires_grad and "lora_" not in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
 @pytest.mark.parametrize("build", [tiny_mixtral, tiny_qwen3_moe])
 @pytest.mark.parametrize(
     "wish",
@@ -82,7 +81,7 @@ def test_experts_are_adapted_where_the_blueprint_says_and_reload_as_plain_lora(b
     entries = [e.name for e in find_submodules(build()) if "experts." in e.name]
     blueprint = measured(build, **({entries[0]: 9.0, entries[-1]: 7.0} if "threshold" in wish else {"v_proj": 2.0}))
     config = BlueprintConfig(blueprint=blueprint, r=2, task_type="CAUSAL_LM", **wish)
-    model = randomised(get_peft_model(build(), config))
+    model = randomise_adapters(get_peft_model(build(), config))
     placement = config.placement
     assert on_modules_and_parameters(model) == set(placement.lora)
     assert config.selection == (*placement.lora, *placement.unfreeze)

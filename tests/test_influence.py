@@ -5,8 +5,8 @@ import torch
 
 from peft_blueprint import Influence, measure_influence
 from peft_blueprint.errors import MeasurementError, MismatchError
-from peft_blueprint.submodules import dequantized_weight, linear_modules, shape_of
-from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, toy_batches
+from peft_blueprint.submodules import dequantized_weight, linear_modules
+from peft_blueprint.testing import quantise, tiny_bert, tiny_gpt2, tiny_llama, toy_batches
 
 
 def autograd_gradients(model, batches, loss=None):
@@ -167,22 +167,10 @@ def test_what_the_loss_does_not_reach_is_listed_not_dropped():
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_quantised_weights_give_the_norms_of_the_dequantised_model(kind):
     """4- and 8-bit weights are measured as they are, with the norms of autograd on their dequantised values."""
-    bnb = pytest.importorskip("bitsandbytes")
-    model, reference = (
-        tiny_llama(hidden_size=64, intermediate_size=64),
-        tiny_llama(hidden_size=64, intermediate_size=64),
-    )
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 64}
+    model, reference = quantise(tiny_llama(**wide), kind), tiny_llama(**wide)
     others = dict(linear_modules(reference))
-    for name, module in list(linear_modules(model)):
-        if name == "lm_head":
-            continue
-        d_out, d_in = shape_of(module)
-        if kind == "int8":
-            quantised = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
-        else:
-            quantised = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind)
-        quantised.load_state_dict({"weight": module.weight.data}, strict=False)
-        model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], quantised.to("cpu"))
     batches = toy_batches()
     influence = measure_influence(model, batches, progress=False)
     assert all(s.quantized for s in influence.submodules)
