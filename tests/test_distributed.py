@@ -218,12 +218,12 @@ SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, pytestconfig):
     """What both processes found, by scenario."""
     folder = tmp_path_factory.mktemp("found")
     run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
     done = subprocess.run(
-        [sys.executable, *run, __file__, str(folder)],
+        [sys.executable, *run, __file__, str(folder), pytestconfig.getini("filterwarnings")[0]],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -388,10 +388,10 @@ def main(folder):
     torch.set_num_threads(1)
     rank = dist.get_rank()
     with warnings.catch_warnings():  # as in pyproject.toml
-        warnings.simplefilter("error")
+        warnings.simplefilter(sys.argv[2])
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
-        for name in sys.argv[2:] or SCENARIOS:
+        for name in sys.argv[3:] or SCENARIOS:
             torch.save(globals()[name](rank), folder / f"{name}.{rank}.pt")
     dist.destroy_process_group()
 
