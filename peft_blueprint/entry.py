@@ -47,7 +47,8 @@ class Submodule:
             put on the first two.
         quantized: whether the weight was held in 4 or 8 bits when this was measured.
         median_norm: median over examples of the same norms.
-        norm_interval: 95 % bootstrap interval of `gradient_norm` over examples.
+        norm_interval: 95 % bootstrap interval of `gradient_norm` over examples. A sketch's own error, `norm_error` in
+            the provenance, comes on top.
         signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is
             negative).
         noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
