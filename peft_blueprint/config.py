@@ -188,11 +188,8 @@ class BlueprintConfig(LoraConfig):
             raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
         path = folder / "adapter_config.json"
         saved = json.loads(path.read_text())
-        for key in (
-            "target_modules",
-            "target_parameters",
-            "modules_to_save",
-        ):  # a set comes out in the order of its hashes
+        # a set comes out in the order of its hashes
+        for key in ("target_modules", "target_parameters", "modules_to_save"):
             if isinstance(saved.get(key), list):
                 saved[key] = sorted(saved[key])
         write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))

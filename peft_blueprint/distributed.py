@@ -4,7 +4,6 @@ Every process measures its own examples. Uses torch.distributed as it finds it i
 launch` or by hand. Knows nothing of how an example is measured.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import MeasurementError
+from .influence import joined_digest
 from .submodules import is_sharded
 
 
@@ -164,7 +164,7 @@ class Processes:
             target_tokens=torch.cat([part.target_tokens for part in parts]),
             sketches={row: self._sum(own.sketches.get(row), every_shape[row]) for row in sorted(every_shape)},
             tokens=sum(part.tokens for part in parts),
-            data_digest=_digest_of([part.data_digest for part in parts if part.examples]),
+            data_digest=joined_digest([part.data_digest for part in parts if part.examples]),
         )
 
     def _exchange(self, value: Any, error: str | None = None) -> list[Any]:
@@ -261,10 +261,3 @@ def _meeting_device() -> torch.device:
 
 def _moved(batch: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) and device else value for key, value in batch.items()}
-
-
-def _digest_of(digests: list[str]) -> str:
-    """Of several parts' digests, as `Influence.merge` makes it."""
-    if len(digests) == 1:
-        return digests[0]
-    return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"

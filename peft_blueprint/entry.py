@@ -86,6 +86,11 @@ class Submodule:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def d_in(self) -> int:
+        """Features of the input: columns of the gradient as a matrix, whose rows are all dimensions before; of a vector 1."""
+        return self.shape[-1] if self.shape is not None and len(self.shape) > 1 else 1
+
+    @property
     def norm_error(self) -> float | None:
         """Standard error of `gradient_norm` implied by its interval, or None without one."""
         if self.norm_interval is None:

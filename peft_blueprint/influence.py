@@ -131,7 +131,6 @@ class Influence:
                     "Measure with the same model and settings."
                 )
         total = sum(part.examples for part in parts)
-        digest = hashlib.sha256("".join(part.data_digest for part in parts).encode()).hexdigest()
         return replace(
             first,
             norms=torch.cat([part.norms for part in parts], dim=1),
@@ -143,7 +142,7 @@ class Influence:
                 for i in range(len(first.submodules))
             ),
             tokens=sum(part.tokens for part in parts),
-            data_digest=f"sha256:{digest}" if len(parts) > 1 else first.data_digest,
+            data_digest=joined_digest([part.data_digest for part in parts]),
         )
 
     def _signal_squares(self) -> Tensor:
@@ -152,8 +151,7 @@ class Influence:
         return squares / (n - 1 or float("nan"))
 
     def _is_sketched(self, index: int) -> bool:
-        shape = self.submodules[index].shape or (0,)
-        return self.sketches[index].shape[1] != (shape[-1] if len(shape) > 1 else 1)
+        return self.sketches[index].shape[1] != self.submodules[index].d_in
 
     def _check_rank(self, index: int, rank: int) -> None:
         columns = self.sketches[index].shape[1]
@@ -174,3 +172,10 @@ class Influence:
         leading = torch.linalg.eigh(outer.sum(dim=0) - outer).eigenvectors[:, :, -rank:]  # of all columns but the jth
         held = torch.einsum("jir,ij->jr", leading, columns).square().sum()
         return (held / columns.square().sum().clamp_min(torch.finfo(torch.double).tiny)).float()
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """The digest of data in several parts, from the parts' digests in order; of one part its own."""
+    if len(digests) == 1:
+        return digests[0]
+    return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"

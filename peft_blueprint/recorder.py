@@ -73,7 +73,7 @@ class Recorder:
             return
         kept = tuple(tensor.to(dy.device) for tensor in kept)
         dy = self._unscaled(dy, kept[0].dtype)
-        d_in = self._d_in(index)
+        d_in = self.submodules[index].d_in
         if index in self._norms:
             self.repeated.add(index)  # the batch is measured again, now adding this submodule's gradients up
         if index in self.repeated:
@@ -102,7 +102,7 @@ class Recorder:
         no gradient reached.
         """
         for index, product in self._products.items():
-            d_in = self._d_in(index)
+            d_in = self.submodules[index].d_in
             self._norms[index], self._errors[index] = gradients.norms_of(product, d_in)
             self._batch_sketches[index] = self._sketched(product.sum(dim=0), d_in)
         self._shared = _SharedInput(torch.empty(0), None)
@@ -149,10 +149,6 @@ class Recorder:
         if self.method == "auto" and gradients.gram_is_nearly_free(tokens, d_in, d_out, self.sketch_size):
             return "gram"
         return "sketch"
-
-    def _d_in(self, index: int) -> int:
-        shape = self.submodules[index].shape or (0,)
-        return shape[-1] if len(shape) > 1 else 1
 
     def _unscaled(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return gradient.to(dtype) if self.loss_scale == 1 else (gradient.float() / self.loss_scale).to(dtype)

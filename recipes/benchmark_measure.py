@@ -73,6 +73,10 @@ def main() -> None:
             if i:  # the first round warms up
                 seconds[name].append(spent.seconds)
         print(f"round {i} of {options.rounds}", file=sys.stderr)
+    agreement = ""
+    if {"exact", "opacus"} <= arms.keys():
+        ours, theirs = arms["exact"]().norms, arms["opacus"]().cpu()  # type: ignore[attr-defined]
+        agreement = f"\nexact norms and Opacus' differ by {(theirs / ours - 1).abs().max():.1e} at most"
     arms.clear()
     run = functools.partial(subprocess.run, check=True, stdout=subprocess.PIPE, text=True)
     peaks = {n: json.loads(run([sys.executable, __file__, *shape, "--peak-of", n]).stdout) for n in names}
@@ -90,6 +94,7 @@ def main() -> None:
             results[name][reference] = {"time": time_ratio, "range": [min(ratios), max(ratios)], "memory": memory}
             line += f"{f'{time_ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})':>34}{memory:>8.3f}"
         print(line)
+    print(agreement)
     if options.json:
         print(json.dumps(results))
 

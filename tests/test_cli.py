@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_blueprint import Blueprint, plan_placement
+from peft_blueprint import Blueprint, generate_blueprint, plan_placement
 from peft_blueprint.cli import main
-from peft_blueprint.testing import save_tiny_model
+from peft_blueprint.testing import save_tiny_model, tiny_mixtral, toy_batches
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,8 @@ def test_show_prints_the_strongest_and_all_of_it_as_json(run, file, blueprint):
     strongest = max(blueprint, key=lambda e: e.gradient_norm).name
     status, out, err = run("show", file, "--top", 3)
     assert status == 0 and out.index(strongest) and out.count("model.layers") == 3 and not err
+    gini = blueprint.concentration["tail_within_kinds"]["gini"]
+    assert f"Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: " in out
     assert json.loads(run("show", file, "--json")[1])["layers"][0]["id"] == blueprint.names[0]
     assert run("show", file, "-q", "--top", 2)[1].splitlines()[0] == strongest
 
@@ -54,6 +56,17 @@ def test_targets_prints_the_placement(run, file, blueprint):
     assert json.loads(run(*words, "--json")[1])["lora"] == list(expected.lora)
     assert "8 adapters" in run(*words)[1]
     assert json.loads(run("targets", file, "--mode", "unfreeze", "--num-modules", 2, "--json")[1])["unfreeze"]
+
+
+def test_targets_says_which_names_are_parameters(run, tmp_path):
+    """Fused experts go to `target_parameters`, and the table says so."""
+    model = tiny_mixtral(layers=2)
+    blueprint = generate_blueprint(model, toy_batches(), bootstrap=10, progress=False)
+    fused = [entry.name for entry in blueprint if entry.form == "experts"]
+    file = blueprint.save(tmp_path / "mixture.json")
+    placement = json.loads(run("targets", file, "--fraction", 1, "--json")[1])
+    assert placement["target_parameters"] == fused
+    assert run("targets", file, "--fraction", 1)[1].count("adapter on a parameter") == len(fused)
 
 
 def test_pictures_are_drawn(run, file, tmp_path):
@@ -105,6 +118,10 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
     record = Blueprint.from_pretrained(out)
     assert record.model_id == str(folder) and record.provenance["domains"]["data"]["examples"] == 6
     assert record.provenance["command"].startswith("peft-blueprint generate ")
+    run(*words, "--data", data, "--method", "sketch", "--sketch-size", 8, "--include", "all", "-q")
+    record = Blueprint.from_pretrained(out)
+    assert (record.provenance["method"], record.provenance["sketch_size"]) == ("sketch", 8)
+    assert {"embedding", "norm", "linear"} <= {entry.form for entry in record}
     run(*words, "--data", f"first={data}", "--data", f"second={data}", "-q")
     assert Blueprint.from_pretrained(out).submodules[0].domain_tags == {"first": 1.0, "second": 1.0}
 

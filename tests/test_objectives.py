@@ -163,6 +163,15 @@ def test_an_example_without_a_target_is_named_whatever_the_objective():
         measure_influence(model, [batch], progress=False)
 
 
+def test_a_models_own_loss_is_asked_for_without_a_cache():
+    """Keys and values that are kept would be added to once more where a checkpointed layer runs again."""
+    model, [batch, *_] = tiny_mixtral(output_router_logits=True), toy_batches()
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, words: seen.append(words.get("use_cache")), with_kwargs=True)
+    measure_influence(model, [batch], progress=False)
+    assert seen[-4:] == [False] * 4
+
+
 def test_batches_without_rows_are_named():
     """Nested tensors, and rows that belong to nobody."""
     nested = {"chosen": {"input_ids": torch.ones(2, 3, dtype=torch.long)}}
