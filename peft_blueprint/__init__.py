@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from .generate import generate_blueprint
     from .influence import Influence
     from .measure import measure_influence
-    from .placement import Placement, plan_placement
+    from .placement import Placement
+    from .planner import plan_placement
+    from .unfreezing import share_base
+    from .uniform import export_uniform_lora
+    from .workload import Workload
 
 
 __all__ = [
@@ -29,11 +33,14 @@ __all__ = [
     "Influence",
     "Placement",
     "Submodule",
+    "Workload",
     "check_drift",
+    "export_uniform_lora",
     "generate_blueprint",
     "measure_influence",
     "plan_placement",
     "reconcile",
+    "share_base",
 ]
 
 __version__ = "0.1.0"
@@ -44,11 +51,14 @@ _HOMES = {
     "Influence": "influence",
     "Placement": "placement",
     "Submodule": "entry",
+    "Workload": "workload",
     "check_drift": "drift",
+    "export_uniform_lora": "uniform",
     "generate_blueprint": "generate",
     "measure_influence": "measure",
-    "plan_placement": "placement",
+    "plan_placement": "planner",
     "reconcile": "drift",
+    "share_base": "unfreezing",
 }
 
 

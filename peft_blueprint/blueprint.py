@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from .errors import BlueprintError, FormatError, MismatchError
 
 if TYPE_CHECKING:
     from torch import nn
+
+# statistics that do not follow from several blueprints' summaries
+_NOT_COMBINED: dict[str, Any] = dict.fromkeys(("adam_gain", "weight_gradient", "singular_energy", "alignment"))
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,7 @@ class Blueprint:
     def save(self, path: str | Path) -> Path:
         """Write to `path`: CSV if it ends in `.csv`, else JSON; `blueprint.json` inside it if it is a folder.
 
-        The file is written beside and then moved into place, so an existing one is never half overwritten.
-
-        Returns:
-            The file written.
+        Returns the file, which is written beside and then moved into place: none is ever half overwritten.
         """
         from .formats import write_blueprint
 
@@ -130,7 +131,7 @@ class Blueprint:
         """As `expand`, given the submodules: each takes an even share of the group or layer it belongs to.
 
         Even in squares, so that coarsening gives back what was expanded: of n members each has the unit's gradient norm
-        over √n, and its `adam_gain`, an L1 norm, over n.
+        over √n; its L1 norms and alignments are over n.
 
         Raises:
             MismatchError: if an entry matches no submodule.
@@ -157,7 +158,8 @@ class Blueprint:
         """Sum the entries up to groups or layers.
 
         A unit's gradient norm is the root of the summed squares of its members' (its gradient is theirs, concatenated;
-        exact for one example, an upper bound for the mean over examples). `adam_gain`, an L1 norm, adds.
+        exact for one example, an upper bound for the mean over examples). L1 norms (`adam_gain`, `weight_gradient`) and
+        alignments, which are inner products, add.
 
         Raises:
             MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
@@ -174,7 +176,8 @@ class Blueprint:
             )
         coarse = []
         for name, members in units.items():
-            gains = [m.adam_gain for m in members if m.adam_gain is not None]
+            alignments = [m.alignment or () for m in members]
+            is_aligned = 0 < min(map(len, alignments)) == max(map(len, alignments))
             coarse.append(
                 Submodule(
                     name=name,
@@ -182,7 +185,9 @@ class Blueprint:
                     kind=name.rpartition(".")[0],
                     depth=members[0].depth,
                     group=members[0].group if level == "group" else None,
-                    adam_gain=math.fsum(gains) if len(gains) == len(members) else None,
+                    adam_gain=_sum([m.adam_gain for m in members]),
+                    weight_gradient=_sum([m.weight_gradient for m in members]),
+                    alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
                     examples=members[0].examples,
                 )
             )
@@ -191,8 +196,8 @@ class Blueprint:
     def for_domain(self, tag: str) -> Blueprint:
         """The same blueprint with each gradient norm weighted by its `domain_tags[tag]`.
 
-        What was measured on the first domain alone (intervals, medians, signal norms, Adam gains) is left out, so that
-        ranking goes by the weighted norms.
+        What was measured on the first domain alone (all but the norm and the weight's) is left out, so that ranking goes
+        by the weighted norms.
 
         Raises:
             MismatchError: if an entry has no such tag.
@@ -210,7 +215,7 @@ class Blueprint:
                 median_norm=None,
                 signal_norm=None,
                 noise_scale=None,
-                adam_gain=None,
+                **_NOT_COMBINED,
             )
             for entry in self.submodules
         )
@@ -222,8 +227,9 @@ class Blueprint:
         The two are first brought to one scale, this blueprint's, by the ratio of their geometric means: how large
         gradients are as a whole depends on the loss, the sequence length and the data, carries no information about
         where to adapt, and would otherwise let the louder side win. The geometric mean is taken because norms are
-        positive and skewed, so that a few large ones do not set the scale. `adam_gain` is blended the same way, and
-        left out unless both have it throughout.
+        positive and skewed, so that a few large ones do not set the scale. `adam_gain` and `weight_gradient` are
+        blended the same way, and left out unless both have them throughout. Alignments and shares of energy do not
+        blend and are left out.
 
         Args:
             local: the probe; the same submodules, in any order.
@@ -240,17 +246,20 @@ class Blueprint:
         require_same_names(self, local, "blended")
         others = {entry.name: entry for entry in local.submodules}
         scale = _common_scale(self.submodules, others, norm_of)
-        with_gain = all(e.adam_gain is not None for e in (*self.submodules, *local.submodules))
-        gain_scale = _common_scale(self.submodules, others, lambda e: e.adam_gain or 0.0) if with_gain else 1.0
+        gain_scales = {
+            by: _common_scale(self.submodules, others, partial(score_of, by=by))
+            for by in ("adam_gain", "weight_gradient")
+            if all(getattr(entry, by) is not None for entry in (*self.submodules, *local.submodules))
+        }
 
         blended = []
         for mine in self.submodules:
             other = others[mine.name]
             w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
             changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
-            changed["adam_gain"] = None
-            if with_gain:
-                changed["adam_gain"] = w * (mine.adam_gain or 0.0) + (1 - w) * gain_scale * (other.adam_gain or 0.0)
+            changed |= _NOT_COMBINED
+            for by, gain_scale in gain_scales.items():
+                changed[by] = w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
             interval = None
             if mine.norm_error is not None and other.norm_error is not None:
                 half = Z95 * math.hypot(w * mine.norm_error, (1 - w) * scale * other.norm_error)
@@ -263,8 +272,8 @@ class Blueprint:
     def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
         """One blueprint from several of the same model, weighted by their numbers of examples.
 
-        Mean norms merge exactly and their intervals as errors add; medians, signal norms, Adam gains and exponents do
-        not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
+        Mean norms merge exactly and their intervals as errors add; medians, signal norms, gains, alignments and exponents
+        do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
 
         Raises:
             MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it
@@ -330,7 +339,14 @@ def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
         signal_norm=None if unit.signal_norm is None else unit.signal_norm / root,
         weight_norm=None,
         adam_gain=None if unit.adam_gain is None else unit.adam_gain / count,
+        weight_gradient=None if unit.weight_gradient is None else unit.weight_gradient / count,
+        singular_energy=None,
+        alignment=None if unit.alignment is None else tuple(value / count for value in unit.alignment),
     )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    return None if None in values else math.fsum(value or 0.0 for value in values)
 
 
 def _common_scale(
@@ -375,7 +391,7 @@ def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
         median_norm=None,
         signal_norm=None,
         noise_scale=None,
-        adam_gain=None,
+        **_NOT_COMBINED,
         alpha=None,
         alpha_error=None,
         gamma=None,

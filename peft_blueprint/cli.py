@@ -6,7 +6,6 @@ Data goes to stdout, everything else to stderr. Exit status 0; 1 when the answer
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -14,17 +13,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .blueprint import Blueprint, require_same_names
+from . import cli_place, cli_plan
+from .console import AsJson, Quiet, Source, print_answer, say
 from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError
 from .formats import require_writable, to_dict
-from .placement import DEFAULT_FRACTION, Coverage, Mode, Placement, RankBy, plan_placement
 
 
 app = typer.Typer(
@@ -34,10 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
 )
-
-Source = Annotated[str, typer.Argument(help="A blueprint: file (JSON or CSV), folder, or repository id on the Hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the bare answer, and no progress.")]
 
 
 @app.command()
@@ -107,7 +101,7 @@ def generate(
     written = blueprint.save(out)
     _show(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
     if not (as_json or quiet):
-        _say(f"Written to {written}. Next: peft-blueprint targets {written}")
+        say(f"Written to {written}. Next: peft-blueprint targets {written}")
 
 
 @app.command()
@@ -156,7 +150,7 @@ def compare(
     ]
     rows.sort(key=lambda row: -abs(row["rank_first"] - row["rank_second"]))  # type: ignore[operator]
     shown = rows[: top or None]
-    _print(rows, shown, as_json, quiet, [str(row["id"]) for row in shown], f"{a.model_id} and {b.model_id}")
+    print_answer(rows, shown, as_json, quiet, [str(row["id"]) for row in shown], f"{a.model_id} and {b.model_id}")
 
 
 @app.command()
@@ -188,56 +182,12 @@ def drift(
         f"rank correlation within kind {found.correlation:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}], "
         f"{'below' if found.drifted else 'not below'} {found.threshold:g}"
     )
-    _print(result, rows, as_json, quiet, [f"{found.correlation:.4f}"], title)
+    print_answer(result, rows, as_json, quiet, [f"{found.correlation:.4f}"], title)
     raise typer.Exit(1 if found.drifted else 0)
 
 
-@app.command()
-def targets(
-    source: Source,
-    fraction: Annotated[
-        float | None, typer.Option(help=f"Share of the submodules; {DEFAULT_FRACTION} by default.")
-    ] = None,
-    num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="All whose score reaches this.")] = None,
-    rank_by: Annotated[RankBy | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
-    coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
-    mode: Annotated[Mode, typer.Option(help="Adapters, whole blocks, or both.")] = "lora",
-    picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
-    blueprint = Blueprint.from_pretrained(source)
-    placement = plan_placement(
-        blueprint,
-        mode=mode,
-        fraction=fraction,
-        num_modules=num_modules,
-        top_p=top_p,
-        threshold=threshold,
-        rank_by=rank_by,
-        coverage=coverage,
-    )
-    if picture:
-        from .plots import plot_blueprint, save_plot
-
-        save_plot(plot_blueprint(blueprint, placement, placement.rank_by), picture)
-    chosen = [
-        {
-            "id": name,
-            "as": "adapter on a parameter" if name in placement.target_parameters else "adapter",
-            **_facts(blueprint, name, placement),
-        }
-        for name in placement.lora
-    ]
-    chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
-    title = (
-        f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "
-        f"by {placement.rank_by}, spread over {placement.coverage}"
-    )
-    _print(placement.to_dict(), chosen, as_json, quiet, [*placement.lora, *placement.unfreeze], title)
+for verb in (*cli_place.VERBS, *cli_plan.VERBS):
+    app.command()(verb)
 
 
 @app.command()
@@ -253,7 +203,7 @@ def train(
 
     report = asdict(run(Recipe.from_yaml(recipe), progress=not quiet))
     rows = [{"what": key.replace("_", " "), "value": value} for key, value in report.items()]
-    _print(report, rows, as_json, quiet, [report["output"]], f"The run of {recipe}")
+    print_answer(report, rows, as_json, quiet, [report["output"]], f"The run of {recipe}")
 
 
 @app.command()
@@ -273,16 +223,16 @@ def env(as_json: AsJson = False, quiet: Quiet = False) -> None:
             found[package] = "not installed"
     found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows = [{"what": key, "value": value} for key, value in found.items()]
-    _print(found, rows, as_json, quiet, [f"{key} {value}" for key, value in found.items()], "Environment")
+    print_answer(found, rows, as_json, quiet, [f"{key} {value}" for key, value in found.items()], "Environment")
 
 
 def main() -> None:
     """Entry point of the console script: errors become one line on stderr and status 2."""
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
         app()
     except BlueprintError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as `head` does
@@ -305,7 +255,7 @@ def _show(blueprint: Blueprint, by: str, top: int, as_json: bool, quiet: bool, b
     title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
     if len(ranked) < len(blueprint):
         title += f"; the {len(ranked)} strongest by {by}"
-    _print(to_dict(blueprint), rows, as_json, quiet, bare, title)
+    print_answer(to_dict(blueprint), rows, as_json, quiet, bare, title)
 
 
 def _concentration(blueprint: Blueprint) -> str:
@@ -317,42 +267,6 @@ def _concentration(blueprint: Blueprint) -> str:
         return gamma
     gini = tail["gini"]
     return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"
-
-
-def _facts(blueprint: Blueprint, name: str, placement: Placement) -> dict[str, Any]:
-    entry = blueprint[name]
-    return {"kind": entry.kind, "layer": entry.depth, placement.rank_by: score_of(entry, placement.rank_by)}
-
-
-def _print(
-    data: Any, rows: Sequence[Mapping[str, Any]], as_json: bool, quiet: bool, bare: Sequence[str], title: str
-) -> None:
-    """The answer on stdout: as JSON, as bare lines, or as a table."""
-    if as_json:
-        print(json.dumps(data, indent=2, allow_nan=False))
-    elif quiet:
-        print("\n".join(bare))
-    else:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        print(title)
-        table = Table()
-        for column in columns:
-            is_number = any(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
-        # a file or a pipe has no width: names stay whole there
-        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _domains(data: Sequence[str]) -> dict[str, str]:

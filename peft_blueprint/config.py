@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,26 @@ from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from .blueprint import Blueprint
+from .choosing import RankBy
+from .cost import Workload
 from .entry import ADAPTABLE, some
 from .errors import BlueprintError, MismatchError, PlacementError
+from .export import lora_settings
 from .formats import from_dict, to_dict, write_atomically
 from .hub import fetch
-from .placement import Coverage, Mode, Placement, RankBy, plan_placement
+from .placement import Placement
+from .planner import Mode, plan_placement
+from .ranks import Ranks
+from .strata import Coverage
 from .submodules import check_fits, find_weights, is_quantized, unwrap
 
 
 SIDECAR = "blueprint_config.json"
+# what is handed to plan_placement as it is
+_PLANNED = (
+    *("mode", "fraction", "num_modules", "top_p", "threshold", "budget", "keep", "rank_by", "per_cost", "coverage"),
+    *("unfreeze_blocks", "ranks"),
+)
 # PEFT's adapter of a whole parameter, which fused experts need, has none of these
 _NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 
@@ -77,7 +88,17 @@ class BlueprintConfig(LoraConfig):
         num_modules (`int`, *optional*): How many submodules, instead.
         top_p (`float`, *optional*): The fewest that hold this share of the score, instead.
         threshold (`float`, *optional*): All whose score reaches this, instead.
-        rank_by (`str`, *optional*): `"gradient_norm"` or `"adam_gain"`; by default the latter where it was measured.
+        budget (`str | dict`, *optional*):
+            What may be spent, instead: `"12GiB"`, `"0.7x"` of all-linear LoRA's step time, `"2M parameters"`, `"42
+            modules"`, several with commas. Settled when the model is known; `r` is the rank that is planned with.
+        keep (`float`, *optional*): Share of all-linear LoRA's predicted gain to keep at the least cost, instead.
+        workload (`Workload | dict`, *optional*):
+            What a step is, for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`.
+        rank_by (`str`, *optional*):
+            A score of `scores.SCORES`, `"gradient_norm"` or `"adam_gain"` say; by default the latter where it was
+            measured.
+        per_cost (`bool`, defaults to `False`): Rank by the score over an adapter's step time.
+        ranks (`str`, defaults to `"uniform"`): Or `"influence"`: higher ranks where the score is higher, `r` on average.
         coverage (`str`, defaults to `"kind+depth"`): What to spread the choice over: `"none"` (the paper's rule),
             `"kind"` or `"kind+depth"`.
         unfreeze_blocks (`int`, *optional*): How many blocks, in mode `"lora+unfreeze"`.
@@ -98,9 +119,18 @@ class BlueprintConfig(LoraConfig):
     num_modules: int | None = field(default=None, metadata={"help": "How many submodules (or blocks)."})
     top_p: float | None = field(default=None, metadata={"help": "The fewest that hold this share of the score."})
     threshold: float | None = field(default=None, metadata={"help": "All whose score is at least this."})
+    budget: str | dict | None = field(
+        default=None, metadata={"help": "What may be spent: '12GiB', '0.7x', '2M parameters', '42 modules'."}
+    )
+    keep: float | None = field(default=None, metadata={"help": "Share of the predicted gain to keep at least cost."})
+    workload: Workload | dict | None = field(
+        default=None, metadata={"help": "What a training step is, for budget and keep."}
+    )
     rank_by: RankBy | None = field(
         default=None, metadata={"help": "The statistic to rank by; by default adam_gain where it was measured."}
     )
+    per_cost: bool = field(default=False, metadata={"help": "Rank by the score over an adapter's step time."})
+    ranks: Ranks = field(default="uniform", metadata={"help": "uniform, or influence: higher where the score is."})
     coverage: Coverage = field(
         default="kind+depth", metadata={"help": "What the choice is spread over before the strongest are taken."}
     )
@@ -123,8 +153,8 @@ class BlueprintConfig(LoraConfig):
                 self.placement = None
         elif self.placement is not None:
             self._apply(self.placement)
-        elif record is not None and record.level == "submodule":
-            self._apply(self._plan(record))
+        elif record is not None and record.level == "submodule" and self.budget is None and self.keep is None:
+            self._apply(self._plan(record))  # what things cost is known with the model
         super().__post_init__()
         self.peft_type = PeftType.LORA
 
@@ -146,7 +176,7 @@ class BlueprintConfig(LoraConfig):
         if self.placement is None and self.target_modules is None:
             record = self._read()
             assert record is not None
-            self._apply(self._plan(record.expand(model)))
+            self._apply(self._plan(record, model))
         if isinstance(self.placement, Placement):
             if self.blueprint is not None:
                 record = self._read()
@@ -171,6 +201,8 @@ class BlueprintConfig(LoraConfig):
             own["blueprint"] = to_dict(self.blueprint)
         if isinstance(self.placement, Placement):
             own["placement"] = self.placement.to_dict()
+        if isinstance(self.workload, Workload):
+            own["workload"] = asdict(self.workload)
         return {**self.to_lora_config().to_dict(), **own, "peft_type": BLUEPRINT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -210,9 +242,15 @@ class BlueprintConfig(LoraConfig):
             self._record = from_dict(self.blueprint) if isinstance(self.blueprint, dict) else fetch(self.blueprint)
         return self._record
 
-    def _plan(self, record: Blueprint) -> Placement:
-        names = ("mode", "fraction", "num_modules", "top_p", "threshold", "rank_by", "coverage", "unfreeze_blocks")
-        return plan_placement(record, **{name: getattr(self, name) for name in names})
+    def _plan(self, record: Blueprint, model: nn.Module | None = None) -> Placement:
+        workload = Workload(**self.workload) if isinstance(self.workload, Mapping) else self.workload
+        return plan_placement(
+            record,
+            model,
+            workload=workload,
+            rank=self.r if self.budget is not None or self.keep is not None or self.ranks != "uniform" else None,
+            **{name: getattr(self, name) for name in _PLANNED},
+        )
 
     def _apply(self, placement: Placement) -> None:
         for name in _NOT_FOR_PARAMETERS:
@@ -225,9 +263,28 @@ class BlueprintConfig(LoraConfig):
                 )
         self.placement = placement
         self.target_modules, self.target_parameters = _targets(placement)
+        self._apply_ranks(placement)
         if placement.unfreeze:
             already = self.modules_to_save or []
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
+
+    def _apply_ranks(self, placement: Placement) -> None:
+        """The ranks that were planned, every adapter with the scaling that `r` and `lora_alpha` say."""
+        default = LoraConfig.__dataclass_fields__["r"].default
+        if placement.rank is not None and self.r == default and self.r != placement.rank:
+            self.lora_alpha = self.lora_alpha * placement.rank // self.r
+            self.r = placement.rank
+        if placement.rank is not None and self.r != placement.rank:
+            raise PlacementError(
+                f"The placement for {placement.model_id!r} was planned for rank {placement.rank}, and r={self.r}. Plan it "
+                f"again with rank={self.r}, or leave r out."
+            )
+        if not placement.ranks:
+            return
+        settings = lora_settings(placement, r=self.r, lora_alpha=self.lora_alpha)
+        self.r, self.rank_pattern = settings.r, settings.rank_pattern
+        if not self.use_rslora:  # which scales by the root of the rank, with one alpha for all
+            self.lora_alpha, self.alpha_pattern = settings.lora_alpha, settings.alpha_pattern  # type: ignore[assignment]
 
 
 def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:

@@ -27,6 +27,7 @@ class Findings:
     Args:
         norms: (rows, examples) float32, zeros in rows that no gradient reached.
         errors: (rows, examples) float32.
+        projections: (rows, examples, m) float32.
         losses: (examples,) float32.
         target_tokens: (examples,) int64.
         sketches: by row the sum over examples (d_out, s) float32, of the rows that a gradient reached.
@@ -36,6 +37,7 @@ class Findings:
 
     norms: Tensor
     errors: Tensor
+    projections: Tensor
     losses: Tensor
     target_tokens: Tensor
     sketches: Mapping[int, Tensor]
@@ -149,17 +151,19 @@ class Processes:
             return own
         shapes = {row: tuple(sketch.shape) for row, sketch in own.sketches.items()}
         nothing = own.norms.new_empty(0, own.examples)
-        said = self._exchange((settings, shapes, replace(own, norms=nothing, errors=nothing, sketches={})))
+        small = replace(own, norms=nothing, errors=nothing, projections=nothing, sketches={})
+        said = self._exchange((settings, shapes, small))
         self._is_over = True  # from here on all processes see the same and fail alike
         parts: list[Findings] = [part for _, _, part in said]
         self._check_settings([theirs for theirs, _, _ in said])
         self._check_data(parts)
-        columns = torch.cat([own.norms, own.errors])
-        norms, errors = self._gathered(columns, [part.examples for part in parts]).chunk(2)
+        columns = torch.cat([own.norms[..., None], own.errors[..., None], own.projections], dim=2)
+        columns = self._gathered(columns, [part.examples for part in parts])
         every_shape = {row: shape for _, theirs, _ in said for row, shape in theirs.items()}
         return Findings(
-            norms=norms,
-            errors=errors,
+            norms=columns[..., 0].contiguous(),
+            errors=columns[..., 1].contiguous(),
+            projections=columns[..., 2:].contiguous(),
             losses=torch.cat([part.losses for part in parts]),
             target_tokens=torch.cat([part.target_tokens for part in parts]),
             sketches={row: self._sum(own.sketches.get(row), every_shape[row]) for row in sorted(every_shape)},
@@ -201,9 +205,9 @@ class Processes:
                 )
 
     def _gathered(self, columns: Tensor, widths: list[int]) -> Tensor:
-        """(rows, own examples) → (rows, all examples), by way of matrices of one width."""
+        """(rows, own examples, n) → (rows, all examples, n), by way of tensors of one width."""
         device = _meeting_device()
-        padded = torch.zeros(columns.shape[0], max(widths), device=device)
+        padded = torch.zeros(columns.shape[0], max(widths), columns.shape[2], device=device)
         padded[:, : columns.shape[1]] = columns
         everyones = [torch.empty_like(padded) for _ in widths]
         dist.all_gather(everyones, padded)

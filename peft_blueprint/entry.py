@@ -21,6 +21,7 @@ Include = Literal["adaptable", "all"]  # which weights are measured
 Method = Literal["auto", "sketch", "exact"]  # and how
 
 SKETCH_SIZE = 32
+PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
 ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
@@ -54,6 +55,13 @@ class Submodule:
         noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
         weight_norm: Frobenius norm of the weight.
         adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
+        weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
+            (SNIP's saliency, arXiv:1810.02340); estimated from norms of rows.
+        singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
+        alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is how
+            much example b's gradient in entry i agrees with the other examples' mean there. The first number is the
+            mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance. Rows of
+            one measurement belong together. An aggregate over examples.
         alpha: rank-size exponent of the row norms of the mean gradient, the paper's α within this submodule.
         alpha_error: its standard error.
         gamma: 1 − α/(1 + α), appendix A.1.
@@ -77,6 +85,9 @@ class Submodule:
     noise_scale: float | None = None
     weight_norm: float | None = None
     adam_gain: float | None = None
+    weight_gradient: float | None = None
+    singular_energy: float | None = None
+    alignment: tuple[float, ...] | None = None
     alpha: float | None = None
     alpha_error: float | None = None
     gamma: float | None = None
@@ -98,7 +109,18 @@ class Submodule:
         return (self.norm_interval[1] - self.norm_interval[0]) / (2 * Z95)
 
 
-NUMBERS = ("gradient_norm", "median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain", "alpha", "k_star")
+NUMBERS = (
+    "gradient_norm",
+    "median_norm",
+    "signal_norm",
+    "noise_scale",
+    "weight_norm",
+    "adam_gain",
+    "weight_gradient",
+    "singular_energy",
+    "alpha",
+    "k_star",
+)
 
 
 def norm_of(entry: Submodule) -> float:
@@ -145,6 +167,13 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     for name, value in numbers.items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+    wrong = next((value for value in entry.alignment or () if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise FormatError(f"{where} has {wrong} in its alignment; numbers must be finite. Measure it again.")
+    if entry.singular_energy is not None and entry.singular_energy > 1:
+        raise FormatError(
+            f"{where} has singular_energy={entry.singular_energy}; a share is at most 1. Measure it again."
+        )
     if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
         raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
 

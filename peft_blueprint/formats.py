@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,20 +23,24 @@ from .schema import ENTRY_KEYS, entry_to_dict, from_dict, to_dict
 
 FILE_NAME = "blueprint.json"
 
+_LONG_LIST = re.compile(r"\[\n([-+.,eE\d\s]+)\]")
+
 
 def to_json(blueprint: Blueprint) -> str:
-    """The blueprint as indented JSON; numbers keep every digit.
+    """The blueprint as indented JSON, lists of numbers on one line; numbers keep every digit.
 
     Raises:
         FormatError: if what was added to it by hand (provenance, extra, …) is not JSON: NaN, an array.
     """
     try:
-        return json.dumps(to_dict(blueprint), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_dict(blueprint), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise FormatError(
             f"The blueprint of {blueprint.model_id!r} cannot be written as JSON: {error}. Give finite numbers, text, "
             "lists and dicts."
         ) from error
+    # inside a JSON string no line ends, so that this is never a part of one
+    return _LONG_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def from_json(text: str, source: str = "the text") -> Blueprint:

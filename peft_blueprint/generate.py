@@ -18,12 +18,22 @@ from torch import nn
 
 from .blueprint import Blueprint
 from .distributed import of_first_process, process_count
-from .entry import ADAPTABLE, SKETCH_SIZE, Include, Method, Submodule, norm_of
+from .entry import ADAPTABLE, PROJECTION_SIZE, SKETCH_SIZE, Include, Method, Submodule, norm_of
 from .errors import MeasurementError
 from .influence import Influence
 from .losses import LossFunction
 from .measure import Batch, measure_influence
-from .submodules import class_of, find_submodules, find_weights, structure_digest, unwrap, weight_norm
+from .redundancy import alignment_factor
+from .submodules import (
+    Weight,
+    class_of,
+    dequantized_weight,
+    find_submodules,
+    find_weights,
+    is_conv1d,
+    structure_digest,
+    unwrap,
+)
 from .tails import FRACTIONS, fit_gamma, fit_rank_exponent, normalise_within, retained_mass_curve, tail_report
 from .theory import gamma_from_alpha, k_star
 
@@ -32,6 +42,8 @@ from .theory import gamma_from_alpha, k_star
 # two Adam moments (the paper's 12 bytes, §5).
 FIXED_COST = 2.0
 VARIABLE_COST = 14.0
+
+RANK = 16  # of `singular_energy`, a usual one of LoRA
 
 
 def generate_blueprint(
@@ -46,6 +58,7 @@ def generate_blueprint(
     command: str | None = None,
     method: Method = "auto",
     sketch_size: int | None = SKETCH_SIZE,
+    projection_size: int = PROJECTION_SIZE,
     include: Include = "adaptable",
     loss_fn: LossFunction | None = None,
     bootstrap: int = 1000,
@@ -70,6 +83,7 @@ def generate_blueprint(
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
         method: "exact", "sketch" or "auto", see `measure_influence`.
         sketch_size: columns of the sketch, see there.
+        projection_size: numbers an example and submodule, see there; 0 leaves `alignment` out.
         include: "adaptable" or "all", see there.
         bootstrap: resamples of the examples behind `norm_interval`.
         fixed_cost: of a frozen parameter, for k* (eq. 15); by default bytes.
@@ -92,6 +106,7 @@ def generate_blueprint(
             max_examples=max_examples,
             method=method,
             sketch_size=sketch_size,
+            projection_size=projection_size,
             include=include,
             loss_fn=loss_fn,
             seed=seed,
@@ -101,8 +116,10 @@ def generate_blueprint(
         for name, of_domain in domains.items()
     }
     reference, influence = next(iter(influences.items()))
-    entries = _with_weight_norms(
-        summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost), model
+    entries = _with_weights(
+        summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost),
+        influence,
+        model,
     )
     if reference:
         entries = _with_tags(entries, influences)
@@ -137,6 +154,7 @@ def generate_blueprint(
             },
             "method": method,
             "sketch_size": sketch_size,
+            "projection_size": projection_size,
             "bootstrap": bootstrap,
             "seed": seed,
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -156,7 +174,7 @@ def summarise(
     fixed_cost: float = FIXED_COST,
     variable_cost: float = VARIABLE_COST,
 ) -> tuple[Submodule, ...]:
-    """Every row of a measurement as an entry with its statistics, all but the weight norm.
+    """Every row of a measurement as an entry with its statistics, all but those that need the weight.
 
     Args:
         influence: norms (submodules, examples) and sketches.
@@ -167,6 +185,10 @@ def summarise(
     norms = influence.norms.double().numpy()
     intervals = bootstrap_intervals(norms, bootstrap, influence.seed)
     signals, scales = influence.signal_norms.tolist(), influence.noise_scales.tolist()
+    adaptable = [i for i, submodule in enumerate(influence.submodules) if submodule.form in ADAPTABLE]
+    shown = [i for i in adaptable if influence.shows_rank(i, RANK)]
+    energies = dict(zip(shown, influence.singular_energy(RANK, shown).tolist(), strict=True)) if shown else {}
+    alignments = _alignments(influence)
     entries = []
     for i, submodule in enumerate(influence.submodules):
         rows = influence.row_norms[i].double().numpy()
@@ -182,6 +204,8 @@ def summarise(
                 signal_norm=signals[i] if math.isfinite(signals[i]) else None,
                 noise_scale=scales[i] if math.isfinite(scales[i]) else None,
                 adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,
+                singular_energy=min(energies[i], 1.0) if i in energies else None,
+                alignment=alignments[i] if alignments else None,
                 alpha=fit.exponent if fit else None,
                 alpha_error=fit.error if fit else None,
                 gamma=gamma,
@@ -205,6 +229,19 @@ def adam_gain(row_norms: np.ndarray, d_in: int) -> float:
         d_in: features of the input.
     """
     return float(math.sqrt(2 / (3 * math.pi * d_in)) * row_norms.sum())
+
+
+def weight_gradient(weight_rows: np.ndarray, gradient_rows: np.ndarray) -> float:
+    """Σ|w·ḡ| over the entries of a weight, estimated from the norms of rows: (2/π)·Σ_o‖w_o‖·‖ḡ_o‖.
+
+    Exact in expectation if within each row the weights and the mean gradient's entries are independent of each other,
+    and normal with mean zero: E|w| = √(2/π)·‖w_o‖/√d_in, and likewise E|ḡ|.
+
+    Args:
+        weight_rows: (d_out,) norms of the weight's rows.
+        gradient_rows: (d_out,) norms of the mean gradient's rows.
+    """
+    return float(2 / math.pi * (weight_rows * gradient_rows).sum())
 
 
 def bootstrap_intervals(norms: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -253,13 +290,41 @@ def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
     }
 
 
-def _with_weight_norms(entries: Sequence[Submodule], model: nn.Module) -> tuple[Submodule, ...]:
+def _alignments(influence: Influence) -> list[tuple[float, ...]]:
+    """A row of the factor for every submodule, to 6 digits; none where nothing can be said of it."""
+    if influence.examples < 2 or not influence.projections.shape[2]:
+        return []
+    factor = alignment_factor(influence.alignments.numpy())
+    return [tuple(float(f"{value:.6g}") for value in row) for row in factor]
+
+
+def _with_weights(entries: Sequence[Submodule], influence: Influence, model: nn.Module) -> tuple[Submodule, ...]:
+    """With the weight's norm, and its product with the gradient where an adapter could be."""
     weights = {weight.name: weight for weight in find_weights(model)}
-    with torch.no_grad():
-        return tuple(
-            replace(entry, weight_norm=weight_norm(weights[entry.name].module, weights[entry.name].parameter))
-            for entry in entries
+    completed = []
+    for entry, gradient_rows in zip(entries, influence.row_norms, strict=True):
+        rows = _row_norms(weights[entry.name])
+        is_adaptable = entry.form in ADAPTABLE
+        completed.append(
+            replace(
+                entry,
+                weight_norm=float(np.linalg.norm(rows)),
+                weight_gradient=weight_gradient(rows, gradient_rows.double().numpy()) if is_adaptable else None,
+            )
         )
+    return tuple(completed)
+
+
+@torch.no_grad()
+def _row_norms(weight: Weight) -> np.ndarray:
+    """(d_out,) norms of a weight's rows, of the dequantised weight for 4- and 8-bit layers; all leading dimensions are
+    rows, as in a gradient.
+    """
+    values = dequantized_weight(weight.module, weight.parameter).float()
+    if weight.is_transposed or (weight.form == "linear" and is_conv1d(weight.module)):
+        values = values.mT
+    rows = values.flatten(0, -2) if values.dim() > 1 else values[:, None]
+    return torch.linalg.vector_norm(rows, dim=1).double().cpu().numpy()
 
 
 def _with_tags(entries: Sequence[Submodule], influences: Mapping[str, Influence]) -> tuple[Submodule, ...]:

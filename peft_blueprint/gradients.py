@@ -9,7 +9,8 @@ models.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ _OPERATIONS_PER_NUMBER = 16
 _NEARLY_FREE = 0.05
 # Products are formed for as many examples at a time as keep the intermediate result below this many numbers.
 NUMBERS_AT_A_TIME = 1 << 24
+_FOLDS = 1 << 12  # rows of the table of signs
+
+# (B, n) → (B, m), as `fold` does
+Fold = Callable[[Tensor], Tensor]
 
 
 def by_example(tensor: Tensor, examples: int, lengths: Collection[int] = ()) -> Tensor | None:
@@ -95,28 +100,88 @@ def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
     return torch.bmm(x.transpose(1, 2), dy).transpose(1, 2)  # faster this way round where x is a narrow sketch
 
 
-def materialised(kept: Tensor, dy: Tensor, d_in: int) -> tuple[Tensor, Tensor, Tensor]:
+def materialised(
+    kept: Tensor, dy: Tensor, d_in: int, fold: Fold | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What forming every example's dYᵀK says, a few examples at a time.
 
     Args:
         kept: K, (B, T, d_in) the inputs X, or (B, T, s) their sketch XΩ.
         dy: (B, T, d_out).
         d_in: features of the input, to tell the one from the other.
+        fold: what projects a product, or None.
 
     Returns:
-        Norms and errors as `norms_of` gives them, and the sum over examples (d_out, d_in or s), float32.
+        Norms and errors as `norms_of` gives them; the sum over examples (d_out, d_in or s), float32; and the examples'
+        projections (B, m), if asked for.
     """
-    step = max(1, NUMBERS_AT_A_TIME // (kept.shape[2] * dy.shape[2]))
     norms: list[Tensor] = []
     errors: list[Tensor] = []
+    projections: list[Tensor] = []
     total = dy.new_zeros(())
-    for i in range(0, len(kept), step):
-        products = per_example_gradients(kept[i : i + step], dy[i : i + step])
+    for products in _products(kept, dy):
         total = total + products.sum(dim=0, dtype=torch.float32)
         some_norms, some_errors = norms_of(products, d_in)
         norms.append(some_norms)
         errors.append(some_errors)
-    return torch.cat(norms), torch.cat(errors), total
+        projections += [] if fold is None else [folded(products, fold)]
+    return torch.cat(norms), torch.cat(errors), total, torch.cat(projections) if projections else None
+
+
+def summed(kept: Tensor, dy: Tensor, fold: Fold | None) -> tuple[Tensor, Tensor | None]:
+    """The sum and the projections that `materialised` gives, without the norms."""
+    if fold is None:
+        return sketched_gradient(kept, dy), None
+    projections: list[Tensor] = []
+    total = dy.new_zeros(())
+    for products in _products(kept, dy):
+        total = total + products.sum(dim=0, dtype=torch.float32)
+        projections.append(folded(products, fold))
+    return total, torch.cat(projections)
+
+
+def folded(products: Tensor, fold: Fold) -> Tensor:
+    """Projections of per-example gradients or their sketches, (B, d_out, columns) → (B, m)."""
+    return fold(products.mT.flatten(1))  # as `per_example_gradients` lays them out in memory
+
+
+def fold(vectors: Tensor, size: int, seed: int) -> Tensor:
+    """Vectors a of n numbers projected on m = `size`, (B, n) → (B, m) float32; n numbers or fewer stay as they are.
+
+    Number p goes to place p mod m with a random sign, and each place adds up what comes to it (count sketch: Charikar,
+    Chen and Farach-Colton 2002, doi:10.1016/S0304-3975(03)00400-6; as a projection Weinberger et al. 2009,
+    arXiv:0902.2206). So ⟨fold(a), fold(a′)⟩ estimates ⟨a, a′⟩ without bias over the signs, with a standard error of
+    √((‖a‖²‖a′‖² + ⟨a, a′⟩²)/m) where the vectors' squares are spread evenly over the places. For that m should be a
+    prime: the numbers of one row, and of one column, of a flattened matrix then come to different places. The signs
+    are those of a table of 4096·m, and of every further such stretch of the vector once more a sign. One pass over the
+    numbers, where a dense projection would take m.
+    """
+    if vectors.shape[1] <= size or not size:
+        short = vectors[:, :size].float()
+        return torch.nn.functional.pad(short, (0, size - short.shape[1]))
+    signs, of_stretches = _signs(size, seed, vectors.device, vectors.dtype)
+    total = vectors.new_zeros(len(vectors), size, dtype=torch.float32)
+    for sign, stretch in zip(of_stretches, vectors.split(_FOLDS * size, dim=1), strict=False):
+        rows, left = divmod(stretch.shape[1], size)
+        whole = stretch[:, : rows * size].unflatten(1, (rows, size))
+        total += sign * (whole * signs[:rows]).sum(dim=1, dtype=torch.float32)
+        if left:
+            total[:, :left] += sign * stretch[:, rows * size :] * signs[rows % _FOLDS, :left]
+    return total
+
+
+@lru_cache(maxsize=4)
+def _signs(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (_FOLDS, size), generator=generator) * 2 - 1
+    of_stretches = torch.randint(0, 2, (_FOLDS,), generator=generator) * 2 - 1
+    return signs.to(device, dtype), tuple(of_stretches.tolist())
+
+
+def _products(kept: Tensor, dy: Tensor) -> Iterator[Tensor]:
+    step = max(1, NUMBERS_AT_A_TIME // (kept.shape[2] * dy.shape[2]))
+    for i in range(0, len(kept), step):
+        yield per_example_gradients(kept[i : i + step], dy[i : i + step])
 
 
 def norms_of(products: Tensor, d_in: int) -> tuple[Tensor, Tensor]:

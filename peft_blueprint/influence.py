@@ -26,6 +26,11 @@ class Influence:
             square is unbiased; the norm itself is then low by a share of half its squared relative error.
         norm_errors: (submodules, examples) float32; the predicted relative standard error of each norm as an estimate
             of that example's, 0 where it is exact.
+        projections: (submodules, examples, m) float32, every example's gradient, or its sketch, projected on m numbers.
+            Inner products between examples of one submodule estimate those of their gradients without bias, with a
+            standard error of at most about √(2/sketch_size + 2/m) of the product of norms, and less the more directions
+            the gradients have. The sketch's part of it is common to gradients of the same directions. m is 0 if none
+            were kept. A gradient of no more than m numbers is here itself, in some order.
         losses: (examples,) float32; mean over an example's own target tokens, in nats.
         target_tokens: (examples,) int64.
         sketches: for every submodule the mean over examples of its gradient times Ω, (d_out, s) float32; the mean
@@ -41,6 +46,7 @@ class Influence:
     submodules: tuple[Submodule, ...]
     norms: Tensor
     norm_errors: Tensor
+    projections: Tensor
     losses: Tensor
     target_tokens: Tensor
     sketches: tuple[Tensor, ...]
@@ -90,17 +96,42 @@ class Influence:
         """(examples,) J(z), the gradient norm over all submodules together (eq. 27)."""
         return torch.linalg.vector_norm(self.norms, dim=0)
 
-    def singular_energy(self, rank: int) -> Tensor:
+    @property
+    def alignments(self) -> Tensor:
+        """(submodules, examples) C, how much each example's gradient agrees with the other examples' mean gradient.
+
+        C[i, b] = ⟨g_b, mean of g_b′ over b′ ≠ b⟩, estimated from projections. The example itself is left out of the
+        mean, so that its noise does not count as agreement: C[i, b] is without bias for ⟨g_b, E g⟩, and its mean over
+        examples for ‖E g‖², which `signal_norms` estimates as well. To first order a small gradient step on submodule
+        i lowers example b's loss in proportion to C[i, b]. NaN for a single example.
+
+        Raises:
+            MeasurementError: if no projections were kept.
+        """
+        if not self.projections.shape[2]:
+            raise MeasurementError("There are no projections to align. Measure with projection_size=251.")
+        sums = self.projections.sum(dim=1, keepdim=True)
+        products = (self.projections * sums).sum(dim=2) - self.projections.square().sum(dim=2)
+        return products / (self.examples - 1 or float("nan"))
+
+    def singular_energy(self, rank: int, rows: Sequence[int] | None = None) -> Tensor:
         """(submodules,) share of the mean gradient's energy ‖ḡ‖² that its `rank` leading left directions hold.
 
         From a sketch, each column of GΩ is projected on the leading directions of the others, so that directions fitted
         to noise earn nothing; an estimate from below, since they come from s − 1 columns (Halko et al. 2011,
-        arXiv:0909.4061, on what such directions miss). Exact where the mean gradient is kept whole.
+        arXiv:0909.4061, on what such directions miss). Exact where the mean gradient is kept whole. Of all submodules,
+        or of some rows.
 
         Raises:
             MeasurementError: for a rank below 1, or not below the sketch's size.
         """
-        return torch.stack([self._energy(index, rank) for index in range(len(self.submodules))])
+        return torch.stack(
+            [self._energy(index, rank) for index in (range(len(self.submodules)) if rows is None else rows)]
+        )
+
+    def shows_rank(self, row: int, rank: int) -> bool:
+        """Whether a submodule's sketch has columns enough for directions of this rank."""
+        return rank >= 1 and (not self._is_sketched(row) or rank < self.sketches[row].shape[1])
 
     def left_directions(self, rank: int) -> tuple[Tensor, ...]:
         """For every submodule the `rank` leading left singular vectors of the mean gradient, (d_out, ≤ rank).
@@ -119,22 +150,22 @@ class Influence:
         """Join measurements of different examples on one model; nothing is lost, since sketches add.
 
         Raises:
-            MismatchError: if submodules, sketch size or seed differ.
+            MismatchError: if submodules, sketch size, projection size or seed differ.
         """
         first = parts[0]
         for part in parts[1:]:
             names, others = [s.name for s in first.submodules], [s.name for s in part.submodules]
-            if names != others or (first.sketch_size, first.seed) != (part.sketch_size, part.seed):
+            if names != others or first._settings != part._settings:
                 raise MismatchError(
-                    f"These measurements do not merge: {len(names)} submodules, sketch size {first.sketch_size}, seed "
-                    f"{first.seed}, and {len(others)} submodules, sketch size {part.sketch_size}, seed {part.seed}. "
-                    "Measure with the same model and settings."
+                    f"These measurements do not merge: {len(names)} submodules, {first._settings}, and {len(others)} "
+                    f"submodules, {part._settings}. Measure with the same model and settings."
                 )
         total = sum(part.examples for part in parts)
         return replace(
             first,
             norms=torch.cat([part.norms for part in parts], dim=1),
             norm_errors=torch.cat([part.norm_errors for part in parts], dim=1),
+            projections=torch.cat([part.projections for part in parts], dim=1),
             losses=torch.cat([part.losses for part in parts]),
             target_tokens=torch.cat([part.target_tokens for part in parts]),
             sketches=tuple(
@@ -144,6 +175,10 @@ class Influence:
             tokens=sum(part.tokens for part in parts),
             data_digest=joined_digest([part.data_digest for part in parts]),
         )
+
+    @property
+    def _settings(self) -> str:
+        return f"sketch size {self.sketch_size}, projection size {self.projections.shape[2]}, seed {self.seed}"
 
     def _signal_squares(self) -> Tensor:
         n = self.examples
@@ -155,7 +190,7 @@ class Influence:
 
     def _check_rank(self, index: int, rank: int) -> None:
         columns = self.sketches[index].shape[1]
-        if rank < 1 or (self._is_sketched(index) and rank >= columns):
+        if not self.shows_rank(index, rank):
             raise MeasurementError(
                 f"rank={rank}: the sketch of {self.submodules[index].name!r} has {columns} columns, which show ranks from "
                 f"1 to {columns - 1}. Measure with sketch_size={max(2 * rank, 2)}."

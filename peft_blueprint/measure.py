@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .distributed import Findings, Processes, reshard
-from .entry import SKETCH_SIZE, Include, Method, Submodule, some
+from .entry import PROJECTION_SIZE, SKETCH_SIZE, Include, Method, Submodule, some
 from .errors import MeasurementError
 from .influence import Influence
 from .losses import (
@@ -45,6 +45,7 @@ from .taps import prepared, streamed, tapped
 
 
 Batch = Mapping[str, Any]
+_Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _FP16_LOSS_SCALE = 2.0**14
 
@@ -56,6 +57,7 @@ def measure_influence(
     max_examples: int | None = None,
     method: Method = "auto",
     sketch_size: int | None = SKETCH_SIZE,
+    projection_size: int = PROJECTION_SIZE,
     include: Include = "adaptable",
     loss_fn: LossFunction | None = None,
     seed: int = 0,
@@ -90,25 +92,27 @@ def measure_influence(
         sketch_size: columns of the sketch, s. A sketched norm's relative error is at most √(1/(2s)), less the more
             directions the gradient has; `Influence.norm_errors` says how much. None keeps the mean gradients whole, in
             as much memory as the weights take in fp32, and makes "auto" exact.
+        projection_size: m, numbers kept of every example's gradient in every submodule, 4·m bytes each, from which
+            follows how examples and submodules agree (`Influence.alignments`); best a prime. 0 keeps none.
         include: "adaptable", the weights that an adapter may be put on, or "all".
         loss_fn: `loss_fn(model, batch)` → losses (B,) of the batch's B examples, for an objective other than the
             model's own. It may call the model several times, on several rows an example too. Where an example's loss
             depends on other rows of the batch (contrastive), its norm is that of the summed losses' gradient through its
             own rows, and the batch can only be measured at once.
-        seed: of the sketch.
+        seed: of the sketch and the projections.
         progress: show a progress bar, of the first process.
         reduce: unite the measurements of several processes. False gives each process its own, of up to `max_examples`
             examples; use it to measure on one process alone, while the others do something else (but not with a model
             that is sharded over all of them).
 
     Returns:
-        Norms (submodules, examples) with their errors, losses and sketches.
+        Norms (submodules, examples) with their errors, losses, sketches and projections.
 
     Raises:
         MeasurementError: without data, targets or measurable submodules, if a norm is not finite, or if another process
             failed or measured the same data.
     """
-    _check_options(max_examples, method, sketch_size, include)
+    _check_options(max_examples, include)
     model = without_ddp(model)
     processes = Processes(model, reduce)
     weights = {weight.name: weight for weight in find_weights(model)}
@@ -118,10 +122,11 @@ def measure_influence(
         raise MeasurementError(
             f"{type(unwrap(model)).__name__} has no linear submodules to measure; give a transformers model."
         )
-    recorder = Recorder(submodules, method, sketch_size, seed)
+    recorder = Recorder(submodules, method, sketch_size, projection_size, seed)
     with processes.telling_errors():
         own = _find(model, batches, plan, recorder, loss_fn, processes, processes.share(max_examples), progress)
-    found = processes.united(own, (structure_digest(submodules), include, method, sketch_size, seed))
+    settings = (structure_digest(submodules), include, method, sketch_size, projection_size, seed)
+    found = processes.united(own, settings)
     if not found.examples:
         raise MeasurementError("There is nothing to measure: the batches are empty. Give at least one example.")
 
@@ -143,6 +148,7 @@ def measure_influence(
         submodules=kept,
         norms=matrix,
         norm_errors=found.errors[measured],
+        projections=found.projections if len(measured) == len(submodules) else found.projections[measured],
         losses=found.losses,
         target_tokens=found.target_tokens,
         sketches=tuple(found.sketches[i] / found.examples for i in measured),
@@ -167,7 +173,7 @@ def _find(
     progress: bool,
 ) -> Findings:
     """What this process's batches show of all rows."""
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[_Part] = []
     tokens, digest = 0, hashlib.sha256()
     reshard(model)
     with ExitStack() as stack:
@@ -196,12 +202,14 @@ def _find(
             measuring.idle_pass()
     unreached = recorder.unmeasured()
     nothing = torch.empty(len(recorder.submodules), 0)
-    norms, errors, losses, target_tokens = zip(
-        (nothing, nothing, torch.empty(0), torch.empty(0, dtype=torch.long)), *parts, strict=True
+    no_projections = torch.empty(*nothing.shape, recorder.projection_size)
+    norms, errors, projections, losses, target_tokens = zip(
+        (nothing, nothing, no_projections, torch.empty(0), torch.empty(0, dtype=torch.long)), *parts, strict=True
     )
     return Findings(
         norms=torch.cat(norms, dim=1),
         errors=torch.cat(errors, dim=1),
+        projections=torch.cat(projections, dim=1),
         losses=torch.cat(losses),
         target_tokens=torch.cat(target_tokens),
         sketches={i: recorder.sketch(i) for i in range(len(recorder.submodules)) if i not in unreached},
@@ -260,8 +268,10 @@ class _Measuring:
         self.is_asked = False  # whether it was seen what the losses are
         self.scale = _FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
 
-    def batch(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Norms and errors (submodules, B'), losses and target tokens (B',) of a batch, whole or example by example."""
+    def batch(self, batch: Batch) -> Iterator[_Part]:
+        """Norms and errors (submodules, B'), projections (submodules, B', m), losses and target tokens (B',) of a batch,
+        whole or example by example.
+        """
         self._ask(batch)
         if not self.one_at_a_time and not is_interleaved(self.model, batch):
             measured = self._pass(batch)
@@ -296,7 +306,7 @@ class _Measuring:
             self.one_at_a_time = self.one_at_a_time or self.is_own_objective
             self.is_asked = True
 
-    def _pass(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def _pass(self, batch: Batch) -> _Part | None:
         """One forward and one backward pass, or None where the examples of a batch cannot be told apart in it.
 
         Made again if a submodule turns out to be called twice in it, or float16 overflows.
@@ -326,12 +336,12 @@ class _Measuring:
                 return None
             if recorder.repeated != repeated:
                 continue
-            norms, errors = recorder.finish()
+            norms, errors, projections = recorder.finish()
             if scale > 1 and not torch.isfinite(norms).all():
                 scale /= 4
                 continue
             recorder.commit()
-            return norms, errors, losses.detach().float().cpu(), tokens.cpu()
+            return norms, errors, projections, losses.detach().float().cpu(), tokens.cpu()
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return (
@@ -341,17 +351,11 @@ class _Measuring:
         )
 
 
-def _check_options(max_examples: int | None, method: str, sketch_size: int | None, include: str) -> None:
+def _check_options(max_examples: int | None, include: str) -> None:
     if max_examples is not None and max_examples < 1:
         raise MeasurementError(f"max_examples={max_examples} leaves nothing to measure: give at least 1, or None.")
-    if method not in get_args(Method):
-        raise MeasurementError(f"method={method!r}: choose auto, sketch or exact.")
     if include not in get_args(Include):
         raise MeasurementError(f"include={include!r}: choose adaptable or all.")
-    if sketch_size is not None and sketch_size < 2:
-        raise MeasurementError(f"sketch_size={sketch_size}: give at least 2, or None to keep mean gradients whole.")
-    if sketch_size is None and method == "sketch":
-        raise MeasurementError("method='sketch' needs a sketch_size; 32 is the default.")
 
 
 def _left_out(weight: Weight) -> str:

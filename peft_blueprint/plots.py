@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .blueprint import Blueprint
-from .entry import score_of
+from .entry import NUMBERS, score_of
 from .errors import BlueprintError
 from .placement import Placement
 
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by: str = "gradient_norm") -> Figure:
+def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by: str | None = None) -> Figure:
     """A statistic by layer and kind, shaded within each kind, with what was placed outlined.
 
     Every row is shaded relative to its own largest value, because kinds do not compare; the value is written at its end.
 
     Args:
         blueprint: at submodule level, with kinds and depths.
-        placement: its LoRA submodules are outlined, the submodules of unfrozen blocks filled with hatching.
-        by: the statistic, such as "gradient_norm" or "adam_gain".
+        placement: its LoRA submodules are outlined, with their ranks where those differ; the submodules of unfrozen
+            blocks are filled with hatching.
+        by: the statistic, such as "gradient_norm" or "adam_gain"; by default the one that the placement went by, or the
+            gradient norm.
 
     Returns:
         A figure; `figure.savefig(path)` writes it.
@@ -42,6 +44,7 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
     except ImportError as error:
         raise BlueprintError("Pictures need matplotlib: pip install 'peft-blueprint[plots]'.") from error
 
+    by = by or (placement.rank_by if placement is not None and placement.rank_by in NUMBERS else "gradient_norm")
     placed = [entry for entry in blueprint if entry.kind is not None and entry.depth is not None]
     if not placed:
         raise BlueprintError(f"The blueprint of {blueprint.model_id!r} says no kinds and depths; expand it first.")
@@ -59,6 +62,9 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         corner = ((entry.depth or 0) - 0.5, kinds.index(entry.kind) - 0.5)
         if placement is not None and entry.name in placement.lora:
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d9480f", linewidth=2))
+            if entry.name in placement.ranks:
+                place = (entry.depth or 0, kinds.index(entry.kind))
+                axes.annotate(str(placement.ranks[entry.name]), place, ha="center", va="center", fontsize=6)
         elif placement is not None and any(entry.name.startswith(block) for block in placement.unfreeze):
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d9480f", hatch="///", linewidth=0))
     axes.set_yticks(range(len(kinds)), [str(kind) for kind in kinds])

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from typing import Any, cast, get_args
 
 from .blueprint import Blueprint
-from .entry import Form, Submodule, level_of_ids, some
+from .entry import NUMBERS, Form, Submodule, level_of_ids, some
 from .errors import FormatError
 from .theory import gamma_from_alpha
 
@@ -89,11 +89,7 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
     if not isinstance(data, Mapping) or not isinstance(data.get("id"), str):
         raise FormatError(f"Entry {index} of layers must be an object with a text id, not {_shown(data)}.")
     where = repr(data["id"])
-    numbers = {
-        key: _take(data, key, float, where)
-        for key in ENTRY_KEYS
-        if key.endswith(("_norm", "_gain", "_scale", "_error", "_star")) or key in ("alpha", "gamma")
-    }
+    numbers = {key: _take(data, key, float, where) for key in (*NUMBERS, "alpha_error", "gamma")}
     tags = _take(data, "domain_tags", dict, where) or {}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in tags.values()):
         raise FormatError(f"domain_tags of {where} must be numbers, not {_shown(tags)}.")
@@ -108,6 +104,7 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
         shape=_numbers(data, "shape", int, where),
         form=_form(data, where),
         norm_interval=_numbers(data, "norm_interval", float, where, count=2),
+        alignment=_numbers(data, "alignment", float, where),
         domain_tags=dict(tags),
         extra={k: v for k, v in data.items() if k != "id" and k not in ENTRY_KEYS},
     )

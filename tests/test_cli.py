@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import Blueprint, generate_blueprint, plan_placement
 from peft_blueprint.cli import main
-from peft_blueprint.testing import save_tiny_model, tiny_mixtral, toy_batches
+from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,33 @@ def test_targets_prints_the_placement(run, file, blueprint):
     assert json.loads(run(*words, "--json")[1])["lora"] == list(expected.lora)
     assert "8 adapters" in run(*words)[1]
     assert json.loads(run("targets", file, "--mode", "unfreeze", "--num-modules", 2, "--json")[1])["unfreeze"]
+
+
+def test_targets_speaks_each_trainers_language(run, file, blueprint):
+    """--for prints that configuration alone, with the rank and alpha asked for; --json puts it in an object."""
+    expected = plan_placement(blueprint, fraction=0.1)
+    status, out, err = run("targets", file, "--fraction", 0.1, "--for", "axolotl", "--rank", 4, "--alpha", 12)
+    config = yaml.safe_load(out)
+    assert status == 0 and not err
+    assert (config["lora_r"], config["lora_alpha"], config["lora_target_modules"]) == (4, 12, sorted(expected.lora))
+    words = ("targets", file, "--fraction", 0.1, "--for", "llamafactory")
+    config = yaml.safe_load(run(*words, "--rank", 4)[1])
+    assert (config["lora_rank"], config["lora_alpha"]) == (4, 8)
+    answer = json.loads(run(*words, "--json")[1])
+    assert answer["trainer"] == "llamafactory" and answer["config"] == run(*words, "-q")[1]
+
+
+def test_export_writes_an_adapter_of_one_rank(run, tmp_path):
+    """From a folder to another; the rank can be given; a folder without an adapter is bad use."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 5})
+    get_peft_model(tiny_llama(layers=2), config).save_pretrained(tmp_path / "many")
+    status, out, _ = run("export", tmp_path / "many", tmp_path / "one", "-q")
+    assert status == 0 and out.strip() == str(tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 5
+    assert json.loads(run("export", tmp_path / "many", tmp_path / "one", "--rank", 8, "--json")[1])["written"]
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 8
+    status, _, err = run("export", tmp_path, tmp_path / "two")
+    assert status == 2 and "There is no adapter in" in err
 
 
 def test_targets_says_which_names_are_parameters(run, tmp_path):
@@ -167,6 +196,11 @@ def test_generate_shares_the_work_among_processes(tmp_path):
         (["train", "no.yaml"], "The recipe no.yaml cannot be read"),
         (["frobnicate"], "No such command"),
         (["targets", "FILE", "--coverage", "everything"], "everything"),
+        (["targets", "FILE", "--rank-by", "luck"], "luck"),
+        (["targets", "FILE", "--mode", "prompt"], "prompt"),
+        (["targets", "FILE", "--for", "fairseq"], "fairseq"),
+        (["targets", "FILE", "--rank", "8"], "say which one, as --for peft"),
+        (["targets", "FILE", "--mode", "unfreeze", "--for", "llamafactory"], "unfreezes blocks beside LoRA only"),
     ],
 )
 def test_bad_use_is_one_line_and_status_2(run, file, words, message, monkeypatch):

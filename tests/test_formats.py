@@ -77,7 +77,10 @@ entries = st.builds(
     quantized=st.booleans(),
     norm_interval=st.none() | st.tuples(sizes, sizes).map(sorted).map(tuple),
     **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain"), st.none() | sizes),
-    **dict.fromkeys(("alpha", "alpha_error", "gamma", "k_star"), st.none() | sizes),
+    **dict.fromkeys(("alpha", "alpha_error", "gamma", "k_star", "weight_gradient"), st.none() | sizes),
+    singular_energy=st.none() | st.floats(0, 1),
+    alignment=st.none()
+    | st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=16).map(tuple),
     examples=counts,
     domain_tags=st.dictionaries(texts, sizes, max_size=2),
     extra=unknown_keys,

@@ -118,7 +118,7 @@ def test_ranking_goes_by_adam_gain_where_it_is_known():
         blueprint, submodules=(replace(blueprint.submodules[0], adam_gain=None), *blueprint.submodules[1:])
     )
     assert plan_placement(partly, num_modules=2).rank_by == "gradient_norm"
-    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' has no adam_gain"):
+    with pytest.raises(ValueError, match="1 of 4 entries have no adam_gain .'model.layers.0.self_attn.q_proj'"):
         plan_placement(partly, num_modules=2, rank_by="adam_gain")
 
 
@@ -278,7 +278,8 @@ def test_what_takes_no_adapter_is_left_out_and_counted(build, wish):
     model = build()
     placement = plan_placement(everything_of(model), **wish)
     assert placement.left_out == len(find_submodules(model, "all")) - len(find_submodules(model)) > 0
-    assert replace(placement, left_out=0) == plan_placement(of_model(model), **wish)
+    without = plan_placement(of_model(model), **wish)  # which knows less of what steps cost
+    assert replace(placement, left_out=0, cost={}, alternatives=()) == replace(without, cost={}, alternatives=())
     if "mode" not in wish:
         assert list(placement.lora) == [s.name for s in find_submodules(model)]
 
@@ -328,7 +329,7 @@ def test_a_placement_goes_through_json(wish):
     assert Placement.from_dict(json.loads(json.dumps(placement.to_dict()))) == placement
     older = {key: v for key, v in placement.to_dict().items() if key not in ("target_parameters", "left_out")}
     assert Placement.from_dict(older) == placement
-    for bad in ({"lora": []}, placement.to_dict() | {"rank": 8}, {}):
+    for bad in ({"lora": []}, placement.to_dict() | {"colour": 8}, {}):
         with pytest.raises(PlacementError, match="not a placement.*keys"):
             Placement.from_dict(bad)
 

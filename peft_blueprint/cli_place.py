@@ -1,0 +1,109 @@
+"""The verbs that place: where adapters go, in whose words, and what is made of an adapter for servers.
+
+Knows nothing of how things are measured or trained; torch is waited for only by verbs that read tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from .blueprint import Blueprint
+from .console import AsJson, Quiet, Source, print_answer
+from .errors import PlacementError
+from .export import Trainer, trainer_config
+from .placement import Placement
+from .strata import DEFAULT_FRACTION, Coverage
+
+
+if TYPE_CHECKING:
+    from .choosing import RankBy
+    from .planner import Mode
+
+
+def targets(
+    source: Source,
+    fraction: Annotated[
+        float | None, typer.Option(help=f"Share of the submodules; {DEFAULT_FRACTION} by default.")
+    ] = None,
+    num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="All whose score reaches this.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
+    coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
+    mode: Annotated[str, typer.Option(help="lora, unfreeze (whole blocks) or lora+unfreeze.")] = "lora",
+    trainer: Annotated[
+        Trainer | None, typer.Option("--for", help="Print that trainer's own configuration, to be pasted.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="LoRA's rank, with --for; the plan's, or 16.")] = None,
+    alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha, with --for; twice the rank.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
+    if trainer is None and (rank is not None or alpha is not None):
+        raise PlacementError("--rank and --alpha stand in a trainer's configuration: say which one, as --for peft.")
+    from .planner import plan_placement  # which waits for torch
+
+    blueprint = Blueprint.from_pretrained(source)
+    placement = plan_placement(
+        blueprint,
+        mode=cast("Mode", mode),
+        fraction=fraction,
+        num_modules=num_modules,
+        top_p=top_p,
+        threshold=threshold,
+        rank_by=cast("RankBy | None", rank_by),
+        coverage=coverage,
+    )
+    if picture:
+        from .plots import plot_blueprint, save_plot
+
+        save_plot(plot_blueprint(blueprint, placement), picture)
+    if trainer is not None:
+        text = trainer_config(placement, trainer, r=rank, lora_alpha=alpha)
+        if as_json:
+            print_answer({"trainer": trainer, "config": text}, [], True, quiet, [], "")
+        else:
+            print(text, end="")
+        return
+    chosen = [
+        {
+            "id": name,
+            "as": "adapter on a parameter" if name in placement.target_parameters else "adapter",
+            **_facts(placement, name),
+        }
+        for name in placement.lora
+    ]
+    chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
+    title = (
+        f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "
+        f"by {placement.rank_by}, spread over {placement.coverage}"
+    )
+    print_answer(placement.to_dict(), chosen, as_json, quiet, [*placement.lora, *placement.unfreeze], title)
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of all; by default the adapter's largest.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a LoRA adapter with one rank for all, for servers that ignore rank patterns (vLLM, llama.cpp)."""
+    from .uniform import export_uniform_lora
+
+    written = str(export_uniform_lora(adapter, out, rank=rank))
+    print_answer({"written": written}, [{"written": written}], as_json, quiet, [written], f"{adapter} with one rank")
+
+
+def _facts(placement: Placement, name: str) -> dict[str, Any]:
+    known = placement.facts.get(name, {})
+    return {"kind": known.get("kind"), "layer": known.get("depth"), placement.rank_by: known.get("score")}
+
+
+VERBS: tuple[Callable[..., None], ...] = (targets, export)
