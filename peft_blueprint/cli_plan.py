@@ -104,7 +104,7 @@ def plan(
                     "memory": shown("memory", setting.placement.cost["memory"]),
                     "lowest layer": setting.placement.cost.get("lowest"),
                     "step time": round(setting.time or 0.0, 3),
-                    "gain kept": f"{setting.placement.kept:.0%}" if setting.placement.kept is not None else None,
+                    "gain kept": f"{setting.placement.kept:.0%}",
                 }
             ),
         }

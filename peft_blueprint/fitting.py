@@ -107,7 +107,10 @@ def recommended(settings: Sequence[Setting]) -> Setting:
     fitting = [setting for setting in settings if setting.placement is not None]
     if not fitting:
         raise PlacementError(f"Nothing fits in any setting. In the last one: {settings[-1].reason}")
-    enough = [setting for setting in fitting if (setting.placement.kept or 0.0) >= KEEP - 1e-9]  # type: ignore[union-attr]
-    if enough:
-        return min(enough, key=lambda setting: setting.time or 0.0)
-    return max(fitting, key=lambda setting: setting.placement.kept or 0.0)  # type: ignore[union-attr]
+
+    def kept(setting: Setting) -> float:
+        assert setting.placement is not None and setting.placement.kept is not None
+        return setting.placement.kept
+
+    enough = [setting for setting in fitting if kept(setting) >= KEEP - 1e-9]
+    return min(enough, key=lambda setting: setting.time or 0.0) if enough else max(fitting, key=kept)

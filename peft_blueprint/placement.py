@@ -43,7 +43,8 @@ class Placement:
         ranks: rank by full name, where they differ.
         learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None where the
             blueprint does not carry what predicts it.
-        kept: predicted gain as a share of all-linear LoRA's; None likewise.
+        kept: predicted gain as a share of all-linear LoRA's, see `redundancy.CoverGain`: of Adam's first-order gain
+            where all entries carry it, else with every entry counted alike. None in placements made before there was one.
         cost: what it costs as far as that was predicted: `time` as a share of all-linear LoRA's step, `parameters`,
             `modules`, `lowest` (the depth at which the backward pass stops), `memory` and its parts in bytes.
         facts: of every name in `lora` its `kind`, `depth`, `score` and, where the blueprint says k*, `k_star_rank`: the

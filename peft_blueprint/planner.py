@@ -139,7 +139,7 @@ def plan_placement(
         rank=workload.rank if rank is not None or wish.is_priced or ranks == "influence" else None,
         ranks=choosing.ranks_of(lora) if ranks == "influence" else {},
         learning_rate_scale=choosing.learning_rate_scale(lora) if not unfreeze else None,
-        kept=chosen.gain if choosing.is_gain_known else None,
+        kept=chosen.gain,
         cost=chosen.costs,
         facts={entry.name: choosing.facts(entry) for entry in lora},
         alternatives=tuple({**other.costs, "kept": other.gain} for other in choosing.alternatives),
