@@ -1,0 +1,348 @@
+"""Does a placement pay? Held-out loss of SmolLM2-135M on GSM8K by placement, at equal steps and at equal time.
+
+    python recipes/benchmark_placement.py --data FOLDER [--arms ARM[@LEARNING_RATE][#SEED] ...] [--times] [--memory]
+
+FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`. A blueprint is measured once on 64 training examples that are not
+trained on, and kept beside the model. Every arm then trains LoRA, r = 16, for the same steps on the same batches of 8
+examples of at most 100 tokens, answers as targets, AdamW without decay, five steps of warm-up, at its own learning rate:
+all-linear's (1e-3) times the placement's `learning_rate_scale`, or one that is given. Losses do not depend on how busy
+the machine is, and go to --out as they come, so that arms may be added in later runs; step times do, and --times measures
+them apart, all arms in turn in one process, as ratios within a round; --memory each arm's peak in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import set_seed
+
+import smollm2
+from benchmark_cost import MALLOC
+from benchmark_measure import device_name
+from peft_blueprint import Blueprint, BlueprintConfig, Placement, generate_blueprint, plan_placement
+from peft_blueprint.cost import CostModel, Structure, Workload
+from peft_blueprint.data import encode, make_batches, pad_token_of
+from peft_blueprint.empty import empty_model
+from peft_blueprint.ledger import ledger
+from peft_blueprint.recipe import held_out_loss, load_model
+
+
+BASE_LEARNING_RATE = 1e-3
+LENGTH, BATCH, STEPS, WARM_UP, RANK = 100, 8, 30, 5, 16
+EVALUATED = (5, 10, 20, 30)
+MEASURED, HELD_OUT = 64, 40
+REFERENCE = "all-linear"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+# every arm is a wish; "QLoRA" is the default on weights of 4 bits
+WISHES: dict[str, dict[str, Any]] = {
+    REFERENCE: {"fraction": 1.0},
+    "default": {},
+    "0.7x": {"budget": "0.7x"},
+    "0.5x": {"budget": "0.5x"},
+    "QLoRA": {},
+    "keep 0.85": {"keep": 0.85},
+    "keep 0.8": {"keep": 0.8},
+    "keep 0.7": {"keep": 0.7},
+    "0.8x": {"budget": "0.8x"},
+    "0.6x": {"budget": "0.6x"},
+    "a fifth": {"fraction": 0.2},
+    "a fifth, even": {"fraction": 0.2, "rank_by": "even"},
+    "a fifth, random within kind": {"fraction": 0.2, "rank_by": "random", "coverage": "kind"},
+    "a fifth, random": {"fraction": 0.2, "rank_by": "random", "coverage": "none"},
+    "a fifth by norm": {"fraction": 0.2, "rank_by": "gradient_norm"},
+    "a fifth by norm, pooled": {"fraction": 0.2, "rank_by": "gradient_norm", "coverage": "none"},
+    "a fifth by cover_gain": {"fraction": 0.2, "rank_by": "cover_gain"},
+    "a fifth by set_gain": {"fraction": 0.2, "rank_by": "set_gain"},
+    "first fifth": {"fraction": 0.2, "rank_by": "first", "coverage": "none"},
+    "last fifth": {"fraction": 0.2, "rank_by": "last", "coverage": "none"},
+    "ten": {"num_modules": 10},
+    "ranks by influence": {"fraction": 0.2, "ranks": "influence"},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A placement's name, with a learning rate and a seed if they are given."""
+
+    name: str
+    learning_rate: float | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Arm:
+        """From `name`, `name@3e-3` or `name@3e-3#1`."""
+        rest, _, seed = text.partition("#")
+        name, _, rate = rest.partition("@")
+        if name not in WISHES:
+            raise SystemExit(f"There is no arm {name!r}; choose from {', '.join(WISHES)}.")
+        return cls(name, float(rate) if rate else None, int(seed or 0))
+
+
+def main() -> None:
+    """Parse, train what is missing, measure, and print tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K")
+    parser.add_argument("--arms", nargs="+", default=[REFERENCE, "default", "0.7x", "0.5x", "QLoRA"])
+    parser.add_argument("--times", type=int, default=0, metavar="ROUNDS", help="measure step times in so many rounds")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory")
+    parser.add_argument("--no-losses", action="store_true", help="do not train")
+    parser.add_argument("--out", type=Path, default=Path(".cache/benchmark_placement.jsonl"))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    bench = Bench(options.data)
+    if options.peak_of:
+        print(json.dumps(bench.peak(options.peak_of)))
+        return
+    arms = [Arm.of(text) for text in options.arms]
+    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    records = []
+    for arm in [] if options.no_losses else arms:
+        rate = arm.learning_rate or BASE_LEARNING_RATE * (bench.placement(arm.name).learning_rate_scale or 1.0)
+        same = [r for r in known if (r["arm"], r["seed"]) == (arm.name, arm.seed) and abs(r["lr"] / rate - 1) < 1e-6]
+        if not same:
+            same = [bench.train(arm.name, rate, arm.seed)]
+            with options.out.open("a") as file:
+                file.write(json.dumps(same[0]) + "\n")
+            print(same[0], file=sys.stderr, flush=True)
+        records.append(same[0])
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    ratios = bench.times([n for n in names if n != REFERENCE], options.times) if options.times else {}
+    peaks = {name: peak_elsewhere(name, options.data) for name in names} if options.memory else {}
+    print(f"8 x {LENGTH} tokens at most, float32, {device_name()}\n")
+    if ratios or peaks:
+        report_costs(bench, names, ratios, peaks)
+    if records:
+        report_losses(bench, records, {name: statistics.median(of) for name, of in ratios.items()})
+
+
+class Bench:
+    """The data, the blueprint and the placements, each made when first asked for."""
+
+    def __init__(self, data: Path):
+        self.data = data
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Of SmolLM2."""
+        return load_model(str(smollm2.prepare()), "float32")[1]
+
+    def rows(self, split: str, seed: int, longest: int) -> list[Any]:
+        """GSM8K's examples in random order, those of at most so many tokens."""
+        lines = map(json.loads, (self.data / f"gsm8k_{split}.jsonl").read_text().splitlines())
+        examples = [{"prompt": f"{row['question']}\n", "completion": row["answer"]} for row in lines]
+        random.Random(seed).shuffle(examples)
+        return [r for r in encode(examples, self.tokenizer, 4096) if len(r["input_ids"]) <= longest]
+
+    @functools.cached_property
+    def batches(self) -> tuple[list[Any], list[Any]]:
+        """To train on and to evaluate on."""
+        pad = pad_token_of(self.tokenizer)
+        train, test = self.rows("train", 0, LENGTH), self.rows("test", 1, LENGTH)
+        return (
+            make_batches(train[MEASURED : MEASURED + BATCH * 2 * STEPS], BATCH, pad),
+            make_batches(test[:HELD_OUT], BATCH, pad),
+        )
+
+    @functools.cached_property
+    def blueprint(self) -> Blueprint:
+        """Measured on the first examples of the training set."""
+        path = Path(".cache/gsm8k_blueprint.json")
+        if not path.exists():
+            model, _ = load_model(str(smollm2.prepare()), "float32")
+            batches = make_batches(self.rows("train", 0, LENGTH)[:MEASURED], BATCH, pad_token_of(self.tokenizer))
+            generate_blueprint(model, batches, model_id="HuggingFaceTB/SmolLM2-135M-Instruct", data="GSM8K").save(path)
+        return Blueprint.from_pretrained(path)
+
+    @functools.cache  # noqa: B019  one bench lives as long as the process
+    def placement(self, name: str) -> Placement:
+        """Planned on the empty model, for the steps that are run here."""
+        return plan_placement(
+            self.blueprint, empty_model(str(smollm2.FOLDER)), workload=self.workload(name), rank=RANK, **WISHES[name]
+        )
+
+    def workload(self, name: str) -> Workload:
+        """The step that is run here."""
+        return Workload(
+            batch_size=BATCH,
+            length=LENGTH,
+            dtype="float32",
+            quantization="nf4" if name == "QLoRA" else None,
+            rank=RANK,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+    def predicted_time(self, name: str) -> float:
+        """Of an arm's step, over all-linear LoRA's on weights that are not quantised."""
+        structure = Structure.of(empty_model(str(smollm2.FOLDER)))
+        own, reference = (CostModel(structure, self.workload(n)) for n in (name, REFERENCE))
+        of_all = own.step_time(own.all_linear()) / reference.step_time(reference.all_linear())
+        return self.placement(name).cost["time"] * of_all
+
+    def adapted(self, name: str, seed: int = 0) -> nn.Module:
+        """The model with its adapters."""
+        nf4 = {**NF4, "bnb_4bit_compute_dtype": torch.float32}
+        model, _ = load_model(str(smollm2.prepare()), "float32", nf4 if name == "QLoRA" else None)
+        placement = self.placement(name)
+        set_seed(seed)
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(placement.lora), task_type="CAUSAL_LM")
+        if placement.ranks:
+            config = BlueprintConfig(placement=placement, r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM")
+        return get_peft_model(model, config).train()  # type: ignore[arg-type]
+
+    def train(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+        """One arm: its losses on held-out examples."""
+        train, test = self.batches
+        model = self.adapted(name, seed)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+        order = list(range(len(train)))
+        random.Random(seed).shuffle(order)
+        curve: dict[int, float] = {}
+        for step in range(1, STEPS + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, step / WARM_UP)
+            one_step(model, optimizer, train[order[step - 1]])
+            if step in EVALUATED:
+                curve[step] = held_out_loss(model, test, progress=False)
+        placement = self.placement(name)
+        return {
+            "arm": name,
+            "lr": rate,
+            "seed": seed,
+            "modules": len(placement.lora),
+            "kept": placement.kept,
+            "parameters": sum(p.numel() for p in trained),
+            "curve": curve,
+        }
+
+    def step(self, name: str) -> Callable[[], None]:
+        """A training step of an arm on one full batch."""
+        model = self.adapted(name)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        batch = max(self.batches[0], key=lambda batch: batch["input_ids"].numel())
+        return lambda: one_step(model, optimizer, batch)
+
+    def times(self, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+        """Step times over all-linear's, by arm, one ratio a round; the first round warms up."""
+        steps = {name: self.step(name) for name in (REFERENCE, *names)}
+        ratios: dict[str, list[float]] = {name: [] for name in steps}
+        for i in range(rounds + 1):
+            seconds = {}
+            for name, step in steps.items():
+                with ledger() as spent:
+                    step()
+                seconds[name] = spent.seconds
+            print(f"round {i} of {rounds}: {seconds}", file=sys.stderr, flush=True)
+            if i:
+                for name in steps:
+                    ratios[name].append(seconds[name] / seconds[REFERENCE])
+        return ratios
+
+    def peak(self, name: str) -> int:
+        """Bytes of the process at the peak of a second step, less what it held before the model was there."""
+        before = resident()
+        step = self.step(name)
+        step()
+        with ledger() as spent:
+            step()
+        if spent.peak_bytes is None:
+            raise SystemExit("Peak memory cannot be measured on this machine: it needs Linux or CUDA.")
+        return spent.peak_bytes - before
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    """Forward, backward, update."""
+    device = next(model.parameters()).device
+    model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def resident() -> int:
+    """Bytes that the process, or on a GPU its allocator, holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_elsewhere(name: str, data: Path) -> int:
+    """An arm's peak, in a process of its own that gives back at once what it frees."""
+    command = [sys.executable, __file__, "--data", str(data), "--peak-of", name]
+    environment = {**os.environ, **MALLOC}
+    return int(
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+    )
+
+
+def report_costs(bench: Bench, names: Sequence[str], ratios: dict[str, list[float]], peaks: dict[str, int]) -> None:
+    """Measured beside predicted."""
+    print(
+        "| arm | adapters | lowest | time / all-linear | predicted | MiB | predicted | gain kept | learning rate × |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        placement = bench.placement(name)
+        cost = placement.cost
+        measured = ratios.get(name)
+        time = f"{statistics.median(measured):.2f} [{min(measured):.2f}, {max(measured):.2f}]" if measured else "–"
+        memory = f"{peaks[name] / 2**20:.0f}" if name in peaks else "–"
+        print(
+            f"| {name} | {len(placement.lora)} | {cost['lowest']:.0f} | {time} | {bench.predicted_time(name):.2f} | {memory} | "
+            f"{cost['memory'] / 2**20:.0f} | {placement.kept:.2f} | {placement.learning_rate_scale:.2f} |"
+        )
+    print()
+
+
+def report_losses(bench: Bench, records: Sequence[dict[str, Any]], ratios: dict[str, float]) -> None:
+    """Losses by step; and the time to all-linear's last loss, over all-linear's own."""
+    best = min((r for r in records if r["arm"] == REFERENCE), key=lambda r: last(r), default=None)
+    print(
+        "| arm | adapters | gain kept | learning rate | "
+        + " | ".join(f"loss at {s}" for s in EVALUATED)
+        + " | time to all-linear's last |"
+    )
+    print("|---" * (5 + len(EVALUATED)) + "|")
+    for record in records:
+        curve = {int(step): loss for step, loss in record["curve"].items()}
+        ratio = ratios.get(record["arm"], bench.predicted_time(record["arm"]))
+        reached = "–" if best is None else steps_to(curve, last(best))
+        time = reached if isinstance(reached, str) else f"{reached * ratio / STEPS:.2f}"
+        print(
+            f"| {record['arm']} | {record['modules']} | {record['kept']:.2f} | {record['lr']:.2g} | "
+            + " | ".join(f"{curve[step]:.3f}" for step in EVALUATED)
+            + f" | {time} |"
+        )
+
+
+def last(record: dict[str, Any]) -> float:
+    """The loss after the last step."""
+    return list(record["curve"].values())[-1]
+
+
+def steps_to(curve: dict[int, float], loss: float) -> float | str:
+    """Steps after which a curve first reaches a loss, between evaluations by a straight line."""
+    points = sorted(curve.items())
+    for (a, before), (b, after) in zip(points, points[1:], strict=False):
+        if after <= loss:
+            return a + (b - a) * (before - loss) / (before - after)
+    return f"not in {points[-1][0]} steps"
+
+
+if __name__ == "__main__":
+    main()
