@@ -41,9 +41,13 @@ RankBy = Literal[
 ]
 
 
+FRACTION = 0.2  # of the submodules, and
+KEEP = 0.8  # of the gain, where nothing is said
+
+
 @dataclass(frozen=True)
 class Wish:
-    """One of: a selector; a budget, a share of the gain to keep, or both."""
+    """One of: a selector; a budget, a share of the gain to keep, or both; or nothing."""
 
     selector: Mapping[str, float]
     budget: Budget | None = None
@@ -71,6 +75,12 @@ class Wish:
         if keep is not None and not 0 < keep <= 1:
             raise PlacementError(f"keep={keep} is not a share: give a number above 0 and at most 1.")
         return cls({}, None if budget is None else Budget.of(budget), keep)
+
+    def or_default(self, knows_costs: bool) -> Wish:
+        """What is done where nothing was wished for: keep most of the gain at the least cost, or take a share."""
+        if self.selector or self.is_priced:
+            return self
+        return Wish({}, keep=KEEP) if knows_costs else Wish({"fraction": FRACTION})
 
     def to_dict(self) -> dict[str, float]:
         """What was wished for, by name."""

@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from .blueprint import Blueprint, require_same_names
 from . import cli_place, cli_plan
+from .blueprint import Blueprint, require_same_names
 from .console import AsJson, Quiet, Source, print_answer, say
 from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError

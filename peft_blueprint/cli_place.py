@@ -16,37 +16,46 @@ from .console import AsJson, Quiet, Source, print_answer
 from .errors import PlacementError
 from .export import Trainer, trainer_config
 from .placement import Placement
-from .strata import DEFAULT_FRACTION, Coverage
+from .strata import Coverage
 
 
 if TYPE_CHECKING:
     from .choosing import RankBy
     from .planner import Mode
+    from .ranks import Ranks
 
 
 def targets(
     source: Source,
     fraction: Annotated[
-        float | None, typer.Option(help=f"Share of the submodules; {DEFAULT_FRACTION} by default.")
+        float | None, typer.Option(help="Share of the submodules; by default the cheapest that keep 0.8 of the gain.")
     ] = None,
     num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
     threshold: Annotated[float | None, typer.Option(help="All whose score reaches this.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="'0.7x' of all-linear's step time, '2M parameters', '42 modules', or several.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the predicted gain to keep at the least cost.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
+    ranks: Annotated[str, typer.Option(help="uniform, or influence: higher where the score is.")] = "uniform",
     coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
     mode: Annotated[str, typer.Option(help="lora, unfreeze (whole blocks) or lora+unfreeze.")] = "lora",
     trainer: Annotated[
         Trainer | None, typer.Option("--for", help="Print that trainer's own configuration, to be pasted.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="LoRA's rank, with --for; the plan's, or 16.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="LoRA's rank: with --for, --budget or --ranks.")] = None,
     alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha, with --for; twice the rank.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
-    if trainer is None and (rank is not None or alpha is not None):
-        raise PlacementError("--rank and --alpha stand in a trainer's configuration: say which one, as --for peft.")
+    if trainer is None and (alpha is not None or (rank is not None and budget is None and ranks == "uniform")):
+        raise PlacementError(
+            "--rank and --alpha stand in a trainer's configuration: say which one, as --for peft; --rank also with "
+            "--budget or --ranks influence."
+        )
     from .planner import plan_placement  # which waits for torch
 
     blueprint = Blueprint.from_pretrained(source)
@@ -57,6 +66,10 @@ def targets(
         num_modules=num_modules,
         top_p=top_p,
         threshold=threshold,
+        budget=budget,
+        keep=keep,
+        rank=rank,
+        ranks=cast("Ranks", ranks),
         rank_by=cast("RankBy | None", rank_by),
         coverage=coverage,
     )
@@ -103,7 +116,13 @@ def export(
 
 def _facts(placement: Placement, name: str) -> dict[str, Any]:
     known = placement.facts.get(name, {})
-    return {"kind": known.get("kind"), "layer": known.get("depth"), placement.rank_by: known.get("score")}
+    return {
+        "kind": known.get("kind"),
+        "layer": known.get("depth"),
+        placement.rank_by: known.get("score"),
+        **({"rank": placement.ranks[name]} if name in placement.ranks else {}),
+        **({"k* rank": known["k_star_rank"]} if "k_star_rank" in known else {}),
+    }
 
 
 VERBS: tuple[Callable[..., None], ...] = (targets, export)

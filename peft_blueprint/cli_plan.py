@@ -58,11 +58,9 @@ def plan(
     """Say what fits a card or a budget: for each quantisation and checkpointing a placement, and the one to take."""
     from .cost import Workload
     from .empty import empty_model
-    from .fitting import KEEP, recommended, what_fits
+    from .fitting import recommended, what_fits
 
     limits = _limits(vram, reserve, budget)
-    if not limits and keep is None:
-        keep = KEEP
     if picture is not None and blueprint is None:
         raise PlacementError("--picture draws a blueprint: give one with --blueprint.")
     record = None if blueprint is None else Blueprint.from_pretrained(blueprint)

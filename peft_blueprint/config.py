@@ -27,7 +27,7 @@ from .export import lora_settings
 from .formats import from_dict, to_dict, write_atomically
 from .hub import fetch
 from .placement import Placement
-from .planner import Mode, plan_placement
+from .planner import Mode, plan_placement, workload_of
 from .ranks import Ranks
 from .strata import Coverage
 from .submodules import check_fits, find_weights, is_quantized, unwrap
@@ -84,7 +84,9 @@ class BlueprintConfig(LoraConfig):
         mode (`str`, defaults to `"lora"`):
             `"lora"` (on a quantised base that is QLoRA), `"unfreeze"` for whole attention and feed-forward blocks, or
             `"lora+unfreeze"`.
-        fraction (`float`, *optional*): Share of the submodules, in (0, 1]; 0.2 when no selector is given.
+        fraction (`float`, *optional*):
+            Share of the submodules, in (0, 1]. Without any selector it is `keep=0.8` for adapters, and `fraction=0.2`
+            for blocks, with another coverage, and where the blueprint has no shapes.
         num_modules (`int`, *optional*): How many submodules, instead.
         top_p (`float`, *optional*): The fewest that hold this share of the score, instead.
         threshold (`float`, *optional*): All whose score reaches this, instead.
@@ -93,7 +95,8 @@ class BlueprintConfig(LoraConfig):
             modules"`, several with commas. Settled when the model is known; `r` is the rank that is planned with.
         keep (`float`, *optional*): Share of all-linear LoRA's predicted gain to keep at the least cost, instead.
         workload (`Workload | dict`, *optional*):
-            What a step is, for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`.
+            What a step is, for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; what is
+            left out is read off the model.
         rank_by (`str`, *optional*):
             A score of `scores.SCORES`, `"gradient_norm"` or `"adam_gain"` say; by default the latter where it was
             measured.
@@ -153,8 +156,8 @@ class BlueprintConfig(LoraConfig):
                 self.placement = None
         elif self.placement is not None:
             self._apply(self.placement)
-        elif record is not None and record.level == "submodule" and self.budget is None and self.keep is None:
-            self._apply(self._plan(record))  # what things cost is known with the model
+        elif record is not None and record.level == "submodule" and self.budget is None:
+            self._apply(self._plan(record))  # whether a budget is kept is known with the model
         super().__post_init__()
         self.peft_type = PeftType.LORA
 
@@ -243,7 +246,7 @@ class BlueprintConfig(LoraConfig):
         return self._record
 
     def _plan(self, record: Blueprint, model: nn.Module | None = None) -> Placement:
-        workload = Workload(**self.workload) if isinstance(self.workload, Mapping) else self.workload
+        workload = workload_of(model, **self.workload) if isinstance(self.workload, Mapping) else self.workload
         return plan_placement(
             record,
             model,

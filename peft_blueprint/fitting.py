@@ -11,13 +11,11 @@ from itertools import product
 from typing import Any
 
 from .blueprint import Blueprint
+from .choosing import KEEP
 from .cost import CostModel, Structure, Workload
 from .errors import PlacementError
 from .placement import Placement
 from .planner import as_module, plan_placement
-
-
-KEEP = 0.8  # of the gain is enough for a setting to be recommended
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ class Placement:
             places.add_row(kind, _runs(depths), held, str(len(names)))
         for name in self.unfreeze:
             places.add_row(name, "", "", "whole")
-        return _text(f"{self.model_id}: {self.summary()}", places, *([self._cost_table()] if self.cost else []), *self._notes())
+        return _text(
+            f"{self.model_id}: {self.summary()}", places, *([self._cost_table()] if self.cost else []), *self._notes()
+        )
 
     def _cost_table(self) -> Table:
         table = Table()

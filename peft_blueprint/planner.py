@@ -7,7 +7,7 @@ the least cost. Of the model only names and shapes are asked; it may be on the m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .blueprint import Blueprint
@@ -20,6 +20,7 @@ from .placement import Placement
 from .ranks import Ranks
 from .search import Choice
 from .strata import Coverage
+from .workload import DTYPES
 
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def plan_placement(
 
     Only what an adapter can be put on is chosen, linear layers and fused experts; other entries, of a blueprint that
     was measured with `include="all"`, are left out and counted. Give at most one of the four selectors, or a budget or
-    `keep` or both; without any, `fraction=0.2`.
+    `keep` or both. Without any it is `keep=0.8`; where no costs are known, for whole blocks and with another coverage
+    `fraction=0.2`.
 
     Args:
         blueprint: at submodule level, or at any level with `model`; None, with a model, to place evenly without any
@@ -83,9 +85,10 @@ def plan_placement(
         per_cost: rank by the score over the step time that an adapter there takes.
         coverage: "none" (the paper's rule: pooled), "kind", or "kind+depth".
         unfreeze_blocks: how many blocks, in mode "lora+unfreeze"; 1 by default.
-        rank: of the adapters; where a cost is predicted and nothing is said, 16.
+        rank: of the adapters; costs are predicted for 16 where nothing is said, and a budget then holds for that.
         ranks: "uniform", or "influence": higher where the score is, with as many in all.
-        workload: batch, length, dtype, quantisation, optimizer and so on that costs are predicted for.
+        workload: batch, length, dtype, quantisation, optimizer and so on that costs are predicted for; by default that
+            of a loaded model, see `workload_of`, with `Workload`'s batch of 8 examples of 512 tokens.
         seed: of rank_by="random".
 
     Raises:
@@ -111,11 +114,12 @@ def plan_placement(
     entries = tuple(entry for entry in whole if entry.form in ADAPTABLE)
     rank_by = rank_by or default_rank_by(entries)
     _check_choice("rank_by", rank_by, get_args(RankBy))
-    workload = workload or Workload()
+    workload = workload or workload_of(model)
     if rank is not None:
         workload = replace(workload, rank=rank)
     costs = None if structure is None else CostModel(structure, workload)
     _check_costs_are_known(wish, per_cost, costs, model is not None, whole.model_id)
+    wish = wish.or_default(knows_costs=costs is not None and mode == "lora" and coverage == "kind+depth")
     choosing = Choosing(entries, rank_by, per_cost, coverage, ranks, workload.rank, costs, seed)
 
     blocks: Choice | None = None
@@ -136,7 +140,7 @@ def plan_placement(
         candidates=len(entries) if mode != "unfreeze" else len(choosing.members),
         target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
         left_out=len(whole) - len(entries),
-        rank=workload.rank if rank is not None or wish.is_priced or ranks == "influence" else None,
+        rank=workload.rank if rank is not None or wish.budget is not None or ranks == "influence" else None,
         ranks=choosing.ranks_of(lora) if ranks == "influence" else {},
         learning_rate_scale=choosing.learning_rate_scale(lora) if not unfreeze else None,
         kept=chosen.gain,
@@ -223,3 +227,40 @@ def _check_costs_are_known(wish: Wish, per_cost: bool, costs: Any, has_model: bo
             f"The budget {wish.budget} needs the model, or its config, since a blueprint says nothing of the rest of the "
             "memory: plan_placement(blueprint, model, budget=…)."
         )
+
+
+def workload_of(model: Any, **settings: Any) -> Workload:
+    """A training step of a loaded model: its dtype, quantisation, device and gradient checkpointing, and what is given.
+
+    Args:
+        model: as it is to be trained; on the meta device, or a config, it says nothing.
+        **settings: `Workload`'s fields; they count before what the model says.
+
+    Raises:
+        PlacementError: for settings that are none, or an unknown value.
+    """
+    from torch import nn
+
+    from .submodules import find_weights, is_quantized
+
+    known = {f.name for f in fields(Workload)}
+    if unknown := [name for name in settings if name not in known]:
+        raise PlacementError(f"A workload has no {some(unknown)}; it has {', '.join(sorted(known))}.")
+    if not isinstance(model, nn.Module):
+        return Workload(**settings)
+    tensors = [weight.tensor for weight in find_weights(model)]
+    if all(tensor.is_meta for tensor in tensors):
+        return Workload(**settings)
+    quantized: Any = next((tensor for tensor in tensors if is_quantized(tensor)), None)
+    plain = next((tensor for tensor in tensors if not is_quantized(tensor)), None)
+    found: dict[str, Any] = {
+        "device": "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu",
+        "checkpointing": any(vars(module).get("gradient_checkpointing") is True for module in model.modules()),
+    }
+    if plain is not None and (dtype := str(plain.dtype).removeprefix("torch.")) in DTYPES:
+        found["dtype"] = dtype
+    if type(quantized).__name__ == "Params4bit" and quantized.quant_state is not None:
+        found |= {"quantization": quantized.quant_state.quant_type, "double_quant": bool(quantized.quant_state.nested)}
+    elif quantized is not None:
+        found["quantization"] = "int8" if type(quantized).__name__ == "Int8Params" else "nf4"
+    return Workload(**{**found, **settings})

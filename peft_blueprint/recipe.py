@@ -1,4 +1,5 @@
-"""One YAML, one run: measure a probe, settle a blueprint, place, train, and report what was gained for what was spent.
+"""One YAML, one run: measure a probe, settle a blueprint, plan, place, train, and report what was gained for what was
+spent.
 
 Every step is a function of its own, for those who want to take them singly. Knows everything below it.
 """
@@ -8,16 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -32,90 +32,61 @@ from transformers import (
 )
 
 from .blueprint import Blueprint
+from .checkpointing import CheckpointAbove
 from .config import BlueprintConfig
 from .data import Row, collate, encode, make_batches, pad_token_of, read_examples
 from .drift import check_drift, reconcile
+from .empty import empty_model
 from .errors import BlueprintError
 from .formats import require_writable, write_atomically
 from .generate import generate_blueprint
 from .hub import fetch
 from .ledger import ledger
 from .losses import per_example_losses
-from .placement import Placement
+from .recipe_file import ALL_LINEAR, WISHES, Recipe
+from .recipe_plan import (
+    Plan,
+    budget_of,
+    dtype_of,
+    learning_rate_of,
+    plan,
+    quantization_of,
+    training_settings,
+    unquantized,
+    workload_of,
+)
+from .unfreezing import share_base
+from .workload import Workload
 
 
-ALL_LINEAR = "all-linear"
-
-_TRAINING = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "remove_unused_columns": False,
-    "logging_steps": 5,
-    "dataloader_pin_memory": torch.cuda.is_available(),  # without a device to copy to, torch warns
-}
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A run, as a YAML file says it.
+class Prepared:
+    """A run up to its training: what every trainer needs.
 
     Args:
-        model: folder or Hub id.
-        train: training examples, see `data.read_examples`.
-        output: folder for the adapter and `report.json`.
-        held_out: examples to evaluate on, before and after.
-        columns: what the data calls `prompt` and `completion`.
-        max_length: of an example, in tokens.
-        held_out_examples: how many of them.
-        blueprint: a published one, by file, folder or Hub id; without one, the probe is the blueprint.
-        probe_examples: training examples of the local probe; 0 to do without, given a blueprint.
-        blend_weight: of the published blueprint.
-        drift_policy: "warn", "error", "refresh" or "coarsen".
-        placement: `BlueprintConfig`'s selectors and coverage, or "all-linear" for LoRA on every linear layer.
-        lora: `LoraConfig`'s fields.
-        training: `TrainingArguments`' fields.
-        dtype: of the base weights, such as "float32" or "bfloat16".
-        quantization: `BitsAndBytesConfig`'s fields.
-        seed: of everything that is random.
+        model: the base, without an adapter.
+        tokenizer: its own.
+        examples: of the training data.
+        rows: the same as tokens and labels.
+        config: of the adapter.
+        plan: what is adapted, with what that is predicted to cost.
+        learning_rate: None where the training's own counts.
+        drift: rank correlation of probe and published blueprint, None without both.
+        measure_seconds: of the probe.
     """
 
-    model: str
-    train: str
-    output: str
-    held_out: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    max_length: int = 512
-    held_out_examples: int = 64
-    blueprint: str | None = None
-    probe_examples: int = 32
-    blend_weight: float = 0.5
-    drift_policy: str = "warn"
-    placement: Mapping[str, Any] | str = field(default_factory=dict)
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
-    quantization: Mapping[str, Any] | None = None
-    seed: int = 0
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
-        """Read and check a recipe.
-
-        Raises:
-            BlueprintError: if it cannot be read, is not YAML, or has keys that are missing or unknown.
-        """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BlueprintError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BlueprintError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
-        known = [f.name for f in fields(cls)]
-        if not isinstance(data, dict) or not {"model", "train", "output"} <= data.keys():
-            raise BlueprintError(f"The recipe {path} needs the keys model, train and output.")
-        if unknown := [key for key in data if key not in known]:
-            raise BlueprintError(f"The recipe {path} has unknown keys {unknown}; a recipe's keys are {known}.")
-        return cls(**data)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row]
+    config: LoraConfig
+    plan: Plan
+    learning_rate: float | None
+    drift: float | None
+    measure_seconds: float
 
 
 @dataclass(frozen=True)
@@ -134,6 +105,13 @@ class Report:
         peak_bytes: while training, None where it cannot be measured.
         drift: rank correlation of probe and published blueprint, None without both.
         output: where the adapter is.
+        learning_rate: of the run, at its highest.
+        learning_rate_scale: what the plan says of it, over what suits LoRA on every linear layer; None where nothing
+            predicts it.
+        predicted_time: of a step, over that of LoRA on every linear layer.
+        predicted_bytes: at a step's peak, without what the process or CUDA's context take; None where not known.
+        kept: predicted share of all-linear LoRA's gain, None where nothing predicts it.
+        lowest: depth at which the backward pass stops.
     """
 
     placed: int
@@ -147,6 +125,12 @@ class Report:
     peak_bytes: int | None
     drift: float | None
     output: str
+    learning_rate: float
+    learning_rate_scale: float | None
+    predicted_time: float | None
+    predicted_bytes: int | None
+    kept: float | None
+    lowest: int | None
 
 
 def run(recipe: Recipe, *, progress: bool = True) -> Report:
@@ -155,31 +139,32 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
     Raises:
         BlueprintError: for data, blueprint or wishes that cannot be used; nothing is written then.
     """
-    arguments = _training_arguments(recipe, progress)  # what is wrong should not wait for the model
+    recipe.check()  # what is wrong should not wait for the model
+    arguments = _training_arguments(recipe, progress)
     require_writable(Path(recipe.output))
-    examples = read_examples(recipe.train, recipe.columns)
     kept_out = (
         read_examples(recipe.held_out, recipe.columns, split="test", limit=recipe.held_out_examples)
         if recipe.held_out
         else []
     )
-    set_seed(recipe.seed)
-    model, tokenizer = load_model(recipe.model, recipe.dtype, recipe.quantization)
-    pad = pad_token_of(tokenizer)
-    rows = encode(examples, tokenizer, recipe.max_length)
-    evaluation = encode(kept_out, tokenizer, recipe.max_length) if kept_out else []
+    prepared = prepare(recipe, arguments, progress=progress)
+    pad = pad_token_of(prepared.tokenizer)
+    evaluation = encode(kept_out, prepared.tokenizer, recipe.max_length) if kept_out else []
     held_out = make_batches(evaluation, arguments.per_device_eval_batch_size, pad)
-    loss_before = held_out_loss(model, held_out, progress=progress) if held_out else None
+    loss_before = held_out_loss(prepared.model, held_out, progress=progress) if held_out else None
 
-    config, drift, measure_seconds = settle(recipe, model, make_batches(rows, 8, pad), progress=progress)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(prepared.model, prepared.config)
+    if recipe.share_base:
+        share_base(adapted)
+    if prepared.learning_rate is not None:
+        arguments.learning_rate = prepared.learning_rate
     with ledger() as spent:
-        steps = train(adapted, rows, arguments, pad)
+        steps = train(adapted, prepared.rows, arguments, pad)
     loss_after = held_out_loss(adapted, held_out, progress=progress) if held_out else None
     adapted.save_pretrained(recipe.output)
-    tokenizer.save_pretrained(recipe.output)
-    placement = config.placement if isinstance(config, BlueprintConfig) else None
-    unfrozen = len(placement.unfreeze) if isinstance(placement, Placement) else 0
+    prepared.tokenizer.save_pretrained(recipe.output)
+    planned = prepared.plan
+    unfrozen = len(planned.placement.unfreeze) if planned.placement is not None else 0
     placed = sum(name.endswith("lora_A") for name, _ in adapted.named_modules())
     report = Report(
         placed=placed,
@@ -188,14 +173,71 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         steps=steps,
         loss_before=loss_before,
         loss_after=loss_after,
-        measure_seconds=measure_seconds,
+        measure_seconds=prepared.measure_seconds,
         train_seconds=spent.seconds,
         peak_bytes=spent.peak_bytes,
-        drift=drift,
+        drift=prepared.drift,
         output=recipe.output,
+        learning_rate=arguments.learning_rate,
+        learning_rate_scale=planned.learning_rate_scale,
+        predicted_time=planned.time,
+        predicted_bytes=planned.memory,
+        kept=planned.kept,
+        lowest=planned.lowest,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
+
+
+def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = True) -> Prepared:
+    """Everything before the training: data, model, probe, drift check, blend, plan.
+
+    Blocks that are to be unfrozen in a quantised model are chosen before it is loaded, by the published blueprint; a
+    probe then only checks that it fits the data.
+
+    Args:
+        recipe: the run.
+        arguments: transformers' or TRL's, made from `training_settings(recipe)`.
+        progress: show bars.
+
+    Raises:
+        BlueprintError: for data, blueprint or wishes that cannot be used.
+    """
+    recipe.check()
+    examples = read_examples(recipe.train, recipe.columns)
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    rows = encode(examples, tokenizer, recipe.max_length)
+    published = fetch(recipe.blueprint) if recipe.blueprint and recipe.placement != ALL_LINEAR else None
+    step = partial(workload_of, recipe, arguments, max(len(row["input_ids"]) for row in rows))
+
+    planned, quantization = None, recipe.quantization
+    if recipe.is_planned_on_the_empty_model:
+        empty = empty_model(recipe.model)
+        load = step(dtype=dtype_of(recipe.dtype, True) or torch.float32)
+        planned = plan(recipe, published, empty, load)
+        assert planned.placement is not None and quantization is not None
+        quantization = unquantized(quantization, planned.placement)
+    model, _ = load_model(recipe.model, recipe.dtype, quantization)
+    load = step(dtype=model.dtype, attention=model.config._attn_implementation)
+    blueprint, drift, seconds = settle(
+        recipe, model, make_batches(rows, 8, pad_token_of(tokenizer)), published, progress=progress
+    )
+    if planned is None:
+        planned = plan(recipe, blueprint, model, load)
+    else:
+        blueprint = published
+    return Prepared(
+        model=model,
+        tokenizer=tokenizer,
+        examples=examples,
+        rows=rows,
+        config=adapter_config(recipe, planned, blueprint, load),
+        plan=planned,
+        learning_rate=learning_rate_of(recipe, planned),
+        drift=drift,
+        measure_seconds=seconds,
+    )
 
 
 def join_processes() -> tuple[int, int]:
@@ -209,45 +251,71 @@ def join_processes() -> tuple[int, int]:
 def load_model(
     name: str, dtype: str = "auto", quantization: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a folder or the Hub, quantised if asked.
+    """A causal language model and its tokenizer from a folder or the Hub, frozen and quantised if asked.
+
+    What is not quantised keeps `dtype`, and so do activations: nothing is cast to float32 as by PEFT's
+    `prepare_model_for_kbit_training`, which a large vocabulary makes dear.
+
+    Args:
+        name: of the model.
+        dtype: a torch dtype, or "auto", see `Recipe`.
+        quantization: `BitsAndBytesConfig`'s fields.
 
     Raises:
         BlueprintError: if there is no such model, or an unknown dtype.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise BlueprintError(f"dtype={dtype!r} is no torch dtype; give float32, bfloat16, float16 or auto.")
-    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    try:
+    kind = dtype_of(dtype, bool(quantization))
+    settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind}
+    if torch.cuda.is_available():
+        settings["device_map"] = {"": torch.cuda.current_device()}
+
+    def load() -> PreTrainedModel:
         if quantization:
-            settings["quantization_config"] = BitsAndBytesConfig(**quantization)
-        if torch.cuda.is_available():
-            settings["device_map"] = {"": torch.cuda.current_device()}
-        model = AutoModelForCausalLM.from_pretrained(name, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+            settings["quantization_config"] = BitsAndBytesConfig(**quantization_of(quantization, kind))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **settings)
+        return model
+
+    model = _loaded(name, load)
+    if quantization:
+        model.requires_grad_(False)
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from a folder or the Hub.
+
+    Raises:
+        BlueprintError: if there is none.
+    """
+    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
+    return tokenizer
+
+
+def _loaded(name: str, load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
     except (OSError, ValueError, ImportError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BlueprintError(f"The model {name!r} cannot be loaded: {reason}") from error
-    if quantization:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model, tokenizer
 
 
 def settle(
-    recipe: Recipe, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = True
-) -> tuple[LoraConfig, float | None, float]:
-    """The adapter's config from a recipe: probe, drift check, blend.
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    published: Blueprint | None,
+    *,
+    progress: bool = True,
+) -> tuple[Blueprint | None, float | None, float]:
+    """The blueprint to plan by: probe, drift check, blend.
 
     Returns:
-        The config, the rank correlation of probe and published blueprint (None without both), and the probe's seconds.
+        The blueprint (None to place everywhere, or evenly), the rank correlation of probe and published blueprint (None
+        without both), and the probe's seconds.
     """
-    lora = {"task_type": "CAUSAL_LM", **recipe.lora}
-    if recipe.placement == ALL_LINEAR:
-        return LoraConfig(target_modules=ALL_LINEAR, **lora), None, 0.0
     if isinstance(recipe.placement, str):
-        raise BlueprintError(
-            f"placement: {recipe.placement} is not known; give {ALL_LINEAR} or a mapping of selectors."
-        )
-    published = fetch(recipe.blueprint).expand(model) if recipe.blueprint else None
+        return None, None, 0.0
+    published = published.expand(model) if published is not None else None
     drift, probe = None, None
     with ledger() as spent:
         if recipe.probe_examples:
@@ -260,18 +328,27 @@ def settle(
                 reduce=False,  # every process of a distributed run measures the same few examples
                 progress=progress,
             )
-    blueprint = _settled(recipe, published, probe)
-    if published is not None and probe is not None:
-        drift = check_drift(probe, published).correlation
-    return BlueprintConfig(blueprint=blueprint, **recipe.placement, **lora), drift, spent.seconds
-
-
-def _settled(recipe: Recipe, published: Blueprint | None, probe: Blueprint | None) -> Blueprint:
-    if published is None and probe is None:
-        raise BlueprintError("The recipe gives no blueprint and probe_examples is 0: give one of them.")
+    if published is None and probe is None and recipe.placement.get("rank_by") != "even":
+        raise BlueprintError(
+            "The recipe gives no blueprint and probe_examples is 0: give one of them, or rank_by: even in placement."
+        )
     if published is None or probe is None:
-        return published or probe  # type: ignore[return-value]  # one of them is there
-    return reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)  # type: ignore[arg-type]
+        return published or probe, None, spent.seconds
+    blueprint = reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)  # type: ignore[arg-type]
+    drift = check_drift(probe, published).correlation
+    return blueprint, drift, spent.seconds
+
+
+def adapter_config(recipe: Recipe, planned: Plan, blueprint: Blueprint | None, workload: Workload) -> LoraConfig:
+    """PEFT's config of a plan; what was wished for goes with it into the adapter's folder."""
+    lora = {"task_type": "CAUSAL_LM", **recipe.lora}
+    if planned.placement is None or isinstance(recipe.placement, str):
+        return LoraConfig(target_modules=ALL_LINEAR, **lora)
+    budget = budget_of(recipe.placement)
+    wishes: dict[str, Any] = {name: recipe.placement[name] for name in WISHES if name in recipe.placement}
+    if budget is not None:
+        wishes["budget"] = budget.limits
+    return BlueprintConfig(blueprint=blueprint, placement=planned.placement, workload=workload, **wishes, **lora)
 
 
 def train(model: PeftModel, rows: Sequence[Row], arguments: TrainingArguments, pad_token_id: int) -> int:
@@ -281,6 +358,7 @@ def train(model: PeftModel, rows: Sequence[Row], arguments: TrainingArguments, p
         args=arguments,
         train_dataset=list(rows),
         data_collator=partial(collate, pad_token_id=pad_token_id),
+        callbacks=[CheckpointAbove()],
     )
     trainer.train()
     return trainer.state.global_step
@@ -305,8 +383,8 @@ def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
 
 
 def _training_arguments(recipe: Recipe, progress: bool) -> TrainingArguments:
-    settings = {"output_dir": recipe.output, "seed": recipe.seed, "disable_tqdm": not progress, **_TRAINING}
+    settings = training_settings(recipe, progress=progress)
     try:
-        return TrainingArguments(**{**settings, **recipe.training})
+        return TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise BlueprintError(f"The recipe's training settings are not TrainingArguments': {error}.") from error

@@ -17,12 +17,11 @@ from .errors import PlacementError
 Coverage = Literal["none", "kind", "kind+depth"]
 Score = Callable[[Submodule], float]
 
-DEFAULT_FRACTION = 0.2
 _SIXTHS = 6
 
 
 def one_selector(**wishes: float | None) -> dict[str, float]:
-    """The one selector that is given, checked; `fraction` at its default if none is.
+    """The one selector that is given, checked; nothing if none is.
 
     Raises:
         PlacementError: for two of them, or a value out of range.
@@ -30,7 +29,9 @@ def one_selector(**wishes: float | None) -> dict[str, float]:
     given = {name: value for name, value in wishes.items() if value is not None}
     if len(given) > 1:
         raise PlacementError(f"{' and '.join(f'{k}={v}' for k, v in given.items())} are two selectors: give one.")
-    name, value = next(iter(given.items()), ("fraction", DEFAULT_FRACTION))
+    if not given:
+        return {}
+    [(name, value)] = given.items()
     if name in ("fraction", "top_p") and not 0 < value <= 1:
         raise PlacementError(f"{name}={value} is not a share: give a number above 0 and at most 1.")
     if name == "num_modules" and (value != int(value) or value < 1):

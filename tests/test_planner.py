@@ -20,11 +20,11 @@ from peft_blueprint.choosing import RankBy
 from peft_blueprint.cost import CostModel, Structure, Workload
 from peft_blueprint.empty import empty_model
 from peft_blueprint.errors import BlueprintError, MismatchError, PlacementError
-from peft_blueprint.fitting import recommended, what_fits
+from peft_blueprint.planner import workload_of
 from peft_blueprint.ranks import k_star_rank, ranks_by_influence
 from peft_blueprint.scores import SCORES
 from peft_blueprint.submodules import find_submodules
-from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_mixtral
+from peft_blueprint.testing import quantise, tiny_gpt2, tiny_llama, tiny_mixtral
 
 
 LOAD = Workload(batch_size=2, length=32, dtype="float32", device="cpu", rank=4)
@@ -87,7 +87,9 @@ def test_a_budget_that_is_accepted_is_never_exceeded(budget, gains, coverage, ra
     assert {name: placement.cost[name] for name in spent} == pytest.approx(spent)
 
 
-@pytest.mark.parametrize(("smaller", "larger"), [("0.5x", "0.9x"), ("1k params", "9k params"), ("3 modules", "30 modules")])
+@pytest.mark.parametrize(
+    ("smaller", "larger"), [("0.5x", "0.9x"), ("1k params", "9k params"), ("3 modules", "30 modules")]
+)
 def test_a_larger_budget_keeps_more(smaller, larger):
     """Of the predicted gain."""
     plans = [plan_placement(BLUEPRINT, LLAMA, budget=budget, workload=LOAD) for budget in (smaller, larger)]
@@ -108,7 +110,7 @@ def test_keep_is_the_cheapest_that_keeps_so_much():
     """No faster choice of the family keeps as much; a budget that forbids it is named, with what it allows."""
     placement = plan_placement(BLUEPRINT, LLAMA, keep=0.8, workload=LOAD)
     assert placement.kept >= 0.8 and placement.cost["time"] < 1
-    assert placement.selector == {"keep": 0.8} and placement.rank == 4
+    assert placement.selector == {"keep": 0.8} and placement.rank is None
     faster = plan_placement(BLUEPRINT, LLAMA, budget={"time": placement.cost["time"] - 1e-6}, workload=LOAD)
     assert faster.kept < 0.8
     with pytest.raises(PlacementError, match=r"keep=0.8 cannot be met within 3 modules: .* keeps 0\.\d\d of"):
@@ -122,7 +124,13 @@ def test_what_half_and_twice_as_much_would_be_is_said():
     assert (smaller["modules"], larger["modules"]) == (6, 24)
     assert smaller["kept"] < placement.kept < larger["kept"] and smaller["time"] < larger["time"]
     text = str(placement)
-    for part in ("org/m: 12 adapters of 42 candidates", "down_proj", "next smaller", "next larger", "Learning rate: 1.82 times"):
+    for part in (
+        "org/m: 12 adapters of 42 candidates",
+        "down_proj",
+        "next smaller",
+        "next larger",
+        "Learning rate: 1.82 times",
+    ):
         assert part in text
 
 
@@ -139,7 +147,9 @@ def test_scores_per_cost_prefer_the_cheaper_of_equals():
         plan_placement(shapeless, per_cost=True)
 
 
-@pytest.mark.parametrize("rank_by", [by for by in SCORES if by not in ("weight_gradient", "singular_energy", "signal_to_noise")])
+@pytest.mark.parametrize(
+    "rank_by", [by for by in SCORES if by not in ("weight_gradient", "singular_energy", "signal_to_noise")]
+)
 def test_every_score_places(rank_by):
     """As many as asked for; scores that differ place differently in the end."""
     placement = plan_placement(BLUEPRINT, num_modules=14, rank_by=rank_by)
@@ -189,27 +199,6 @@ def test_a_source_without_a_config_is_named(tmp_path):
     """A folder without one, and a config that transformers builds nothing from."""
     with pytest.raises(BlueprintError, match="There is no model config in .*Give a folder"):
         empty_model(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("text", "limits"),
-    [
-        ("12GiB", {"memory": 12 * 2**30}),
-        ("24 GB", {"memory": 24 * 10**9}),
-        ("900MiB", {"memory": 900 * 2**20}),
-        ("0.7x", {"time": 0.7}),
-        ("70%", {"time": 0.7}),
-        ("2M parameters", {"parameters": 2_000_000}),
-        ("1_000 params", {"parameters": 1000}),
-        ("42 modules", {"modules": 42}),
-        ("12GiB, 0.5x,1 module", {"memory": 12 * 2**30, "time": 0.5, "modules": 1}),
-        ({"memory": "1GiB", "time": 0.7, "parameters": "2M", "modules": 3}, {"memory": 2**30, "time": 0.7, "parameters": 2_000_000, "modules": 3}),
-    ],
-)
-def test_budgets_are_read_as_people_write_them(text, limits):
-    """Units say what is limited."""
-    assert Budget.of(text).limits == pytest.approx(limits)
-    assert Budget.of(Budget.of(text)) == Budget.of(text) and str(Budget.of(text))
 
 
 @pytest.mark.parametrize(
@@ -308,24 +297,26 @@ class TestConfig:
         assert free.rank is None and BlueprintConfig(placement=free, r=64).r == 64
 
 
-class TestWhatFits:
-    def test_settings_are_tried_and_the_fastest_that_keeps_enough_is_recommended(self):
-        """Where memory is plenty without checkpointing and quantisation; where it is short with what makes it fit."""
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
-        )
-        load = Workload(batch_size=4, length=256)
-        plenty = what_fits(None, config, {"memory": "4GiB"}, load)
-        assert [(s.quantization, s.checkpointing) for s in plenty] == [(None, False), (None, True), ("nf4", False), ("nf4", True)]
-        assert recommended(plenty) is plenty[0] and plenty[1].time > plenty[0].time
-        least = min(setting.all_linear for setting in plenty)
-        short = what_fits(None, config, {"memory": least}, load)
-        assert recommended(short).checkpointing
-        for setting in short:
-            if setting.placement is not None:
-                assert setting.placement.cost["memory"] <= least
-        with pytest.raises(PlacementError, match="Nothing fits in any setting.*too small"):
-            recommended(what_fits(None, config, {"memory": 1000}, load))
+class TestWorkload:
+    @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+    def test_it_is_read_off_a_loaded_model(self, kind):
+        """Quantisation, dtype, device and checkpointing; what is given counts first; an empty model says nothing."""
+        model = quantise(tiny_llama(), kind)
+        model.gradient_checkpointing_enable()
+        found = workload_of(model, length=64, optimizer="paged_adamw_8bit")
+        assert (found.quantization, found.dtype, found.device, found.checkpointing) == (kind, "float32", "cpu", True)
+        assert (found.length, found.optimizer, found.batch_size) == (64, "paged_adamw_8bit", 8)
+        assert workload_of(model, quantization=None).quantization is None
+        assert workload_of(empty_model(model.config)) == workload_of(model.config) == Workload()
+        with pytest.raises(PlacementError, match="no 'vram'; it has .*batch_size"):
+            workload_of(model, vram=3)
+
+    def test_a_loaded_model_is_planned_as_it_is(self):
+        """So that a budget of memory counts 4-bit weights as such without being told."""
+        plain, quantised = tiny_llama(), quantise(tiny_llama(), "nf4")
+        blueprint = measured(plain)
+        costs = [plan_placement(blueprint, m, num_modules=4).cost["memory"] for m in (plain, quantised)]
+        assert costs[1] < costs[0]
 
 
 def _timed(*args, **options):
