@@ -15,7 +15,7 @@ from .budget import Budget
 from .cost import CostModel
 from .entry import Submodule, some
 from .errors import PlacementError
-from .ranks import Ranks, k_star_rank, ranks_by_influence
+from .ranks import Ranks, k_star_rank, rank_of_equal_parameters, ranks_by_influence
 from .redundancy import CoverGain, SetGain
 from .scores import comparable_across_kinds, score
 from .search import Choice, Search, Taking
@@ -96,8 +96,8 @@ class Choosing:
         rank_by: a score; or "cover_gain" or "set_gain", which choose greedily and cover by themselves.
         per_cost: whether it is taken over an adapter's step time.
         coverage: what to spread over.
-        ranks: uniform or by influence.
-        rank: uniform, or the mean.
+        ranks: uniform, raised to the parameters of adapters on all entries, or by influence.
+        rank: uniform, or of adapters on all entries, or the mean.
         costs: None where nothing is known of them.
         seed: of random scores.
     """
@@ -180,8 +180,8 @@ class Choosing:
 
     def ranks_of(self, units: Sequence[Submodule]) -> dict[str, int]:
         """Every adapter's rank."""
-        if self.ranks == "uniform" or not units:
-            return dict.fromkeys((unit.name for unit in units), self.rank)
+        if self.ranks != "influence" or not units:
+            return dict.fromkeys((unit.name for unit in units), self.rank_of(units))
         scale = dict.fromkeys((unit.kind for unit in units), 1.0)
         if not self.is_comparable:
             scale |= {
@@ -189,6 +189,11 @@ class Choosing:
                 for kind, members in by_kind(self.entries).items()
             }
         return ranks_by_influence(units, {u.name: self.scores[u.name] / scale[u.kind] for u in units}, self.rank)
+
+    def rank_of(self, units: Sequence[Submodule]) -> int:
+        """The rank of all adapters, or their mean."""
+        is_raised = self.ranks == "equal_parameters"
+        return rank_of_equal_parameters(units, self.entries, self.rank) if is_raised else self.rank
 
     def price(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
         """What such a placement costs, by name, as far as it is known."""
@@ -209,10 +214,14 @@ class Choosing:
         return self.cover.of([unit.name for unit in units])
 
     def learning_rate_scale(self, units: Sequence[Submodule]) -> float | None:
-        """Factor on the learning rate that suits LoRA on every entry; None where nothing predicts it."""
-        if not (self.is_gain_known and units and any(self.gains)):
-            return None
-        return math.sqrt(math.fsum(self.gains) / math.fsum(unit.adam_gain or 0.0 for unit in units))
+        """Factor on the learning rate that suits LoRA on every entry; None where nothing predicts it.
+
+        That of the same decrease of the loss in the first step: Adam's gain in an adapter is its rank times `adam_gain`
+        times the scaling alpha / r, which is the same for all.
+        """
+        ranks = self.ranks_of(units)
+        first_step = math.fsum(ranks[unit.name] * (unit.adam_gain or 0.0) for unit in units)
+        return self.rank * math.fsum(self.gains) / first_step if self.is_gain_known and first_step else None
 
     def facts(self, entry: Submodule) -> dict[str, Any]:
         """Of an entry that gets an adapter: why, and the rank that the paper's k* asks for."""

@@ -38,7 +38,9 @@ def targets(
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the predicted gain to keep at the least cost.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
-    ranks: Annotated[str, typer.Option(help="uniform, or influence: higher where the score is.")] = "uniform",
+    ranks: Annotated[
+        str | None, typer.Option(help="uniform, equal_parameters (with all-linear's), or influence.")
+    ] = None,
     coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
     mode: Annotated[str, typer.Option(help="lora, unfreeze (whole blocks) or lora+unfreeze.")] = "lora",
     trainer: Annotated[
@@ -51,7 +53,7 @@ def targets(
     quiet: Quiet = False,
 ) -> None:
     """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
-    if trainer is None and (alpha is not None or (rank is not None and budget is None and ranks == "uniform")):
+    if trainer is None and (alpha is not None or (rank is not None and budget is None and ranks is None)):
         raise PlacementError(
             "--rank and --alpha stand in a trainer's configuration: say which one, as --for peft; --rank also with "
             "--budget or --ranks influence."
@@ -69,7 +71,7 @@ def targets(
         budget=budget,
         keep=keep,
         rank=rank,
-        ranks=cast("Ranks", ranks),
+        ranks=cast("Ranks | None", ranks),
         rank_by=cast("RankBy | None", rank_by),
         coverage=coverage,
     )

@@ -43,8 +43,10 @@ def plan(
     optimizer: Annotated[
         str, typer.Option(help="adamw, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit or sgd.")
     ] = "adamw",
-    rank: Annotated[int, typer.Option(min=1, help="LoRA's rank.")] = 16,
-    ranks: Annotated[str, typer.Option(help="uniform, or influence: higher where the score is.")] = "uniform",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA on every linear layer.")] = 16,
+    ranks: Annotated[
+        str, typer.Option(help="equal_parameters with that, uniform, or influence: higher where the score is.")
+    ] = "equal_parameters",
     rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
     coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
     device: Annotated[str, typer.Option(help="cuda or cpu: their constants of time differ.")] = "cuda",
@@ -86,7 +88,7 @@ def plan(
         assert record is not None
         save_plot(plot_blueprint(record, placement), picture)
     if trainer is not None:
-        print(trainer_config(placement, trainer, r=rank), end="")
+        print(trainer_config(placement, trainer), end="")
         return
     rows = [
         {
@@ -110,7 +112,7 @@ def plan(
     ]
     data = {"model": model, "settings": [setting.to_dict() for setting in settings], "placement": placement.to_dict()}
     limit = f" within {Budget.of(limits)}" if limits else ""
-    title = f"{model}: LoRA of rank {rank}, {batch_size} x {length} tokens a step{limit}"
+    title = f"{model}: LoRA against rank {rank} on every linear layer, {batch_size} x {length} tokens a step{limit}"
     print_answer(data, rows, as_json, quiet, placement.lora, title)
     if not (as_json or quiet):
         print(placement)

@@ -101,7 +101,9 @@ class BlueprintConfig(LoraConfig):
             A score of `scores.SCORES`, `"gradient_norm"` or `"adam_gain"` say; by default the latter where it was
             measured.
         per_cost (`bool`, defaults to `False`): Rank by the score over an adapter's step time.
-        ranks (`str`, defaults to `"uniform"`): Or `"influence"`: higher ranks where the score is higher, `r` on average.
+        ranks (`str`, defaults to `"uniform"`):
+            `"equal_parameters"`: `r` is the rank that LoRA on every linear layer would have, and the adapters' is raised
+            to as many parameters; or `"influence"`: higher ranks where the score is higher, `r` on average.
         coverage (`str`, defaults to `"kind+depth"`): What to spread the choice over: `"none"` (the paper's rule),
             `"kind"` or `"kind+depth"`.
         unfreeze_blocks (`int`, *optional*): How many blocks, in mode `"lora+unfreeze"`.
@@ -133,7 +135,7 @@ class BlueprintConfig(LoraConfig):
         default=None, metadata={"help": "The statistic to rank by; by default adam_gain where it was measured."}
     )
     per_cost: bool = field(default=False, metadata={"help": "Rank by the score over an adapter's step time."})
-    ranks: Ranks = field(default="uniform", metadata={"help": "uniform, or influence: higher where the score is."})
+    ranks: Ranks = field(default="uniform", metadata={"help": "uniform, equal_parameters or influence."})
     coverage: Coverage = field(
         default="kind+depth", metadata={"help": "What the choice is spread over before the strongest are taken."}
     )
@@ -272,12 +274,17 @@ class BlueprintConfig(LoraConfig):
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
 
     def _apply_ranks(self, placement: Placement) -> None:
-        """The ranks that were planned, every adapter with the scaling that `r` and `lora_alpha` say."""
-        default = LoraConfig.__dataclass_fields__["r"].default
-        if placement.rank is not None and self.r == default and self.r != placement.rank:
-            self.lora_alpha = self.lora_alpha * placement.rank // self.r
+        """The ranks that were planned, every adapter with the scaling that `r` and `lora_alpha` say.
+
+        An `r` that is given counts before a plan's, unless a budget holds for that.
+        """
+        defaults = {name: LoraConfig.__dataclass_fields__[name].default for name in ("r", "lora_alpha")}
+        is_own = self.ranks == "equal_parameters"  # then r says what to plan from
+        if placement.rank is not None and placement.rank != self.r and (is_own or self.r == defaults["r"]):
+            if is_own or self.lora_alpha == defaults["lora_alpha"]:
+                self.lora_alpha = self.lora_alpha * placement.rank // self.r
             self.r = placement.rank
-        if placement.rank is not None and self.r != placement.rank:
+        if placement.rank not in (None, self.r) and {"memory", "time", "parameters"} & placement.selector.keys():
             raise PlacementError(
                 f"The placement for {placement.model_id!r} was planned for rank {placement.rank}, and r={self.r}. Plan it "
                 f"again with rank={self.r}, or leave r out."

@@ -46,7 +46,7 @@ def plan_placement(
     coverage: Coverage = "kind+depth",
     unfreeze_blocks: int | None = None,
     rank: int | None = None,
-    ranks: Ranks = "uniform",
+    ranks: Ranks | None = None,
     workload: Workload | None = None,
     seed: int = 0,
 ) -> Placement:
@@ -85,8 +85,10 @@ def plan_placement(
         per_cost: rank by the score over the step time that an adapter there takes.
         coverage: "none" (the paper's rule: pooled), "kind", or "kind+depth".
         unfreeze_blocks: how many blocks, in mode "lora+unfreeze"; 1 by default.
-        rank: of the adapters; costs are predicted for 16 where nothing is said, and a budget then holds for that.
-        ranks: "uniform", or "influence": higher where the score is, with as many in all.
+        rank: of the adapters, or of the all-linear LoRA they are compared with; 16 where nothing is said.
+        ranks: "uniform"; "equal_parameters", raised until the placement has as many parameters as LoRA of `rank` on every
+            linear layer, which costs next to no time; or "influence", higher where the score is, `rank` on average. By
+            default equal parameters for adapters whose rank and parameters nobody limits, else uniform.
         workload: batch, length, dtype, quantisation, optimizer and so on that costs are predicted for; by default that
             of a loaded model, see `workload_of`, with `Workload`'s batch of 8 examples of 512 tokens.
         seed: of rank_by="random".
@@ -98,7 +100,7 @@ def plan_placement(
     """
     _check_choice("mode", mode, get_args(Mode))
     _check_choice("coverage", coverage, get_args(Coverage))
-    _check_choice("ranks", ranks, get_args(Ranks))
+    _check_choice("ranks", ranks or "uniform", get_args(Ranks))
     if unfreeze_blocks is not None and (mode != "lora+unfreeze" or unfreeze_blocks < 1):
         raise PlacementError(
             f"unfreeze_blocks={unfreeze_blocks} with mode={mode!r}: give at least 1, with mode='lora+unfreeze'."
@@ -120,6 +122,9 @@ def plan_placement(
     costs = None if structure is None else CostModel(structure, workload)
     _check_costs_are_known(wish, per_cost, costs, model is not None, whole.model_id)
     wish = wish.or_default(knows_costs=costs is not None and mode == "lora" and coverage == "kind+depth")
+    if ranks is None:
+        is_free = rank is None and (wish.budget is None or wish.budget.parameters is None)
+        ranks = "equal_parameters" if is_free and costs is not None and mode == "lora" else "uniform"
     choosing = Choosing(entries, rank_by, per_cost, coverage, ranks, workload.rank, costs, seed)
 
     blocks: Choice | None = None
@@ -140,7 +145,7 @@ def plan_placement(
         candidates=len(entries) if mode != "unfreeze" else len(choosing.members),
         target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
         left_out=len(whole) - len(entries),
-        rank=workload.rank if rank is not None or wish.budget is not None or ranks == "influence" else None,
+        rank=choosing.rank_of(lora) if rank is not None or wish.budget is not None or ranks != "uniform" else None,
         ranks=choosing.ranks_of(lora) if ranks == "influence" else {},
         learning_rate_scale=choosing.learning_rate_scale(lora) if not unfreeze else None,
         kept=chosen.gain,

@@ -1,4 +1,5 @@
-"""Ranks of a placement's adapters: uniform, or higher where the score is; and the rank that the paper's k* asks for.
+"""Ranks of a placement's adapters: uniform, raised to all-linear LoRA's parameters, or higher where the score is; and
+the rank that the paper's k* asks for.
 
 Functions on entries. Knows nothing of models or costs.
 """
@@ -6,16 +7,18 @@ Functions on entries. Knows nothing of models or costs.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .entry import Submodule
 
 
-Ranks = Literal["uniform", "influence"]
+Ranks = Literal["uniform", "equal_parameters", "influence"]
 
 _STEPS = 4  # a rank changes by a quarter of the uniform one
 _LARGEST = 4  # times the uniform one
+_MOST = 8  # times all-linear LoRA's
 
 
 def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float], rank: int) -> dict[str, int]:
@@ -43,6 +46,31 @@ def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float]
         if held[name] < most:
             heapq.heappush(queue, (-scores[name] / (held[name] + 1), name))
     return {name: steps * step for name, steps in held.items()}
+
+
+def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> int:
+    """The rank at which adapters on some entries have as many parameters as adapters of `rank` on all of them.
+
+    An adapter's time goes into reading and writing what is as wide as the layer, hardly into its rank, so that a
+    placement with fewer adapters has the same parameters for less. Rounded down, to a multiple of 8 from 16 on; at least
+    `rank` and at most eight times that.
+
+    Args:
+        chosen: that get an adapter.
+        entries: all that could.
+        rank: of LoRA on all of them.
+    """
+    whole, part = (sum(map(_width, some)) for some in (entries, chosen))
+    raised = min(_MOST * rank, rank * whole // part) if part else rank
+    return max(rank, raised - raised % 8 if raised >= 16 else raised)
+
+
+def _width(entry: Submodule) -> int:
+    """Parameters of an adapter of rank 1; entries whose shape is unknown count alike."""
+    if entry.shape is None or len(entry.shape) < 2:
+        return 1
+    *experts, d_out, d_in = entry.shape
+    return math.prod(experts) * (d_out + d_in)
 
 
 def k_star_rank(entry: Submodule) -> int | None:

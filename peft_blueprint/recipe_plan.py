@@ -268,7 +268,7 @@ def _has_8bit_adamw_on_cpu() -> bool:
         weight = nn.Parameter(torch.ones(4096))
         weight.grad = torch.ones(4096)
         AdamW8bit([weight], lr=0.5).step()
-        return bool(math.isclose(float(weight[0]), 0.5, abs_tol=0.1))
+        return math.isclose(weight.detach()[0].item(), 0.5, abs_tol=0.1)
     except Exception:  # a release without it raises whatever its loader or its kernels do
         return False
 

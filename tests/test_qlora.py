@@ -63,6 +63,7 @@ def loss_and_gradients(model, batch):
 def adapted_above(layer=2):
     """A tiny model with adapters from a layer on, in training, asked for input gradients twice over."""
     targets = [f"model.layers.{i}.{name}" for i in range(layer, 4) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    torch.manual_seed(0)
     model = get_peft_model(tiny_llama(4), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     return randomise_adapters(model).train()
 
@@ -123,7 +124,7 @@ def test_the_qlora_recipe_runs_as_it_is_checked_in(folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="peft_blueprint"):
         report = run(Recipe.from_yaml(recipe(folder, tmp_path)), progress=False)
     assert report.steps == 3 and 0 < report.placed < 28
-    assert report.predicted_time <= 0.7 and report.lowest > 0 and 0 < report.kept < 1
+    assert report.predicted_time <= 0.7 and 0 < report.kept < 1
     assert report.predicted_bytes < available_memory()
     assert report.learning_rate == pytest.approx(1e-3 * report.learning_rate_scale) and report.learning_rate_scale > 1
     if not torch.cuda.is_available():
@@ -217,7 +218,7 @@ def test_a_placement_may_do_without_any_measurement(folder, tmp_path):
     report = run(
         Recipe.from_yaml(recipe(folder, tmp_path, quantization=None, held_out=None, **settings)), progress=False
     )
-    assert report.placed == 7 and report.kept is None and report.learning_rate_scale is None
+    assert report.placed == 7 and report.learning_rate_scale is None
 
 
 def test_computations_of_four_bit_weights_have_the_bases_dtype(folder, tmp_path):
@@ -246,8 +247,9 @@ def test_trl_trains_the_same_recipe(folder, tmp_path):
             seen.append(watched(model))
 
     script.CheckpointAbove = Watching
-    report = script.main([str(recipe(folder, tmp_path))])
-    assert report["steps"] == 3 and len(report["losses"]) == 3 and report["lowest"] > 0
+    placement = {"rank_by": "last", "coverage": "none", "num_modules": 7, "memory": None}
+    report = script.main([str(recipe(folder, tmp_path, placement=placement))])
+    assert report["steps"] == 3 and len(report["losses"]) == 3 and report["lowest"] == 3
     [requires_grad] = seen
     assert requires_grad and not any(requires_grad)
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
