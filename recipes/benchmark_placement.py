@@ -1,12 +1,13 @@
-"""Does a placement pay? Held-out loss of SmolLM2-135M on GSM8K by placement, at equal steps and at equal time.
+"""Does a placement pay? Held-out loss of SmolLM2-135M on GSM8K by placement, at equal time.
 
-    python recipes/benchmark_placement.py --data FOLDER [--arms ARM[@LEARNING_RATE][#SEED] ...] [--times] [--memory]
+    python recipes/benchmark_placement.py --data FOLDER [--arms ARM[@LEARNING_RATE][#SEED] ...] [--times N] [--memory]
 
 FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`. A blueprint is measured once on 64 training examples that are not
-trained on, and kept beside the model. Every arm then trains LoRA, r = 16, for the same steps on the same batches of 8
-examples of at most 100 tokens, answers as targets, AdamW without decay, five steps of warm-up, at its own learning rate:
-all-linear's (1e-3) times the placement's `learning_rate_scale`, or one that is given. Losses do not depend on how busy
-the machine is, and go to --out as they come, so that arms may be added in later runs; step times do, and --times measures
+trained on, and kept beside the model. Every arm then trains on the same batches of 8 examples of at most 100 tokens,
+answers as targets, AdamW without decay, three steps of warm-up and then a linear fall to nought: all-linear LoRA of rank
+16 for 30 steps, every other arm for as many as its step time allows in --share of all-linear's time. The learning rate is
+all-linear's best times the placement's `learning_rate_scale`, or one that is given. Losses do not depend on how busy the
+machine is, and go to --out as they come, so that arms may be added in later runs; step times do, and --times measures
 them apart, all arms in turn in one process, as ratios within a round; --memory each arm's peak in a process of its own.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -41,24 +42,22 @@ from peft_blueprint.ledger import ledger
 from peft_blueprint.recipe import held_out_loss, load_model
 
 
-BASE_LEARNING_RATE = 1e-3
-LENGTH, BATCH, STEPS, WARM_UP, RANK = 100, 8, 30, 5, 16
-EVALUATED = (5, 10, 20, 30)
+BASE_LEARNING_RATE = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best for all-linear
+LENGTH, BATCH, STEPS, WARM_UP, RANK = 100, 8, 30, 3, 16
 MEASURED, HELD_OUT = 64, 40
 REFERENCE = "all-linear"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 # every arm is a wish; "QLoRA" is the default on weights of 4 bits
 WISHES: dict[str, dict[str, Any]] = {
-    REFERENCE: {"fraction": 1.0},
+    REFERENCE: {"fraction": 1.0, "rank": RANK},
     "default": {},
     "0.7x": {"budget": "0.7x"},
     "0.5x": {"budget": "0.5x"},
     "QLoRA": {},
-    "keep 0.85": {"keep": 0.85},
-    "keep 0.8": {"keep": 0.8},
+    "default, rank 16": {"rank": RANK},
+    "keep 0.9": {"keep": 0.9},
     "keep 0.7": {"keep": 0.7},
-    "0.8x": {"budget": "0.8x"},
     "0.6x": {"budget": "0.6x"},
     "a fifth": {"fraction": 0.2},
     "a fifth, even": {"fraction": 0.2, "rank_by": "even"},
@@ -71,7 +70,7 @@ WISHES: dict[str, dict[str, Any]] = {
     "first fifth": {"fraction": 0.2, "rank_by": "first", "coverage": "none"},
     "last fifth": {"fraction": 0.2, "rank_by": "last", "coverage": "none"},
     "ten": {"num_modules": 10},
-    "ranks by influence": {"fraction": 0.2, "ranks": "influence"},
+    "default, ranks by influence": {"rank": 3 * RANK, "ranks": "influence"},
 }
 
 
@@ -100,6 +99,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[REFERENCE, "default", "0.7x", "0.5x", "QLoRA"])
     parser.add_argument("--times", type=int, default=0, metavar="ROUNDS", help="measure step times in so many rounds")
     parser.add_argument("--memory", action="store_true", help="measure peak memory")
+    parser.add_argument("--share", type=float, default=0.8, help="of all-linear's time that the other arms have")
     parser.add_argument("--no-losses", action="store_true", help="do not train")
     parser.add_argument("--out", type=Path, default=Path(".cache/benchmark_placement.jsonl"))
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -114,9 +114,11 @@ def main() -> None:
     records = []
     for arm in [] if options.no_losses else arms:
         rate = arm.learning_rate or BASE_LEARNING_RATE * (bench.placement(arm.name).learning_rate_scale or 1.0)
-        same = [r for r in known if (r["arm"], r["seed"]) == (arm.name, arm.seed) and abs(r["lr"] / rate - 1) < 1e-6]
+        steps = STEPS if arm.name == REFERENCE else int(options.share * STEPS / bench.predicted_time(arm.name))
+        wanted = [arm.name, arm.seed, steps, list(bench.placement(arm.name).lora)]
+        same = [r for r in known if r["what"] == wanted and abs(r["lr"] / rate - 1) < 1e-6]
         if not same:
-            same = [bench.train(arm.name, rate, arm.seed)]
+            same = [{"what": wanted, **bench.train(arm.name, rate, arm.seed, steps)}]
             with options.out.open("a") as file:
                 file.write(json.dumps(same[0]) + "\n")
             print(same[0], file=sys.stderr, flush=True)
@@ -128,7 +130,7 @@ def main() -> None:
     if ratios or peaks:
         report_costs(bench, names, ratios, peaks)
     if records:
-        report_losses(bench, records, {name: statistics.median(of) for name, of in ratios.items()})
+        report_losses(records)
 
 
 class Bench:
@@ -173,7 +175,7 @@ class Bench:
     def placement(self, name: str) -> Placement:
         """Planned on the empty model, for the steps that are run here."""
         return plan_placement(
-            self.blueprint, empty_model(str(smollm2.FOLDER)), workload=self.workload(name), rank=RANK, **WISHES[name]
+            self.blueprint, empty_model(str(smollm2.FOLDER)), workload=self.workload(name), **WISHES[name]
         )
 
     def workload(self, name: str) -> Workload:
@@ -200,35 +202,34 @@ class Bench:
         model, _ = load_model(str(smollm2.prepare()), "float32", nf4 if name == "QLoRA" else None)
         placement = self.placement(name)
         set_seed(seed)
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(placement.lora), task_type="CAUSAL_LM")
-        if placement.ranks:
-            config = BlueprintConfig(placement=placement, r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM")
+        rank = placement.rank or RANK
+        config = BlueprintConfig(placement=placement, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
         return get_peft_model(model, config).train()  # type: ignore[arg-type]
 
-    def train(self, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """One arm: its losses on held-out examples."""
+    def train(self, name: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+        """One arm: its loss on held-out examples after so many steps."""
         train, test = self.batches
         model = self.adapted(name, seed)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         order = list(range(len(train)))
         random.Random(seed).shuffle(order)
-        curve: dict[int, float] = {}
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1, step / WARM_UP)
-            one_step(model, optimizer, train[order[step - 1]])
-            if step in EVALUATED:
-                curve[step] = held_out_loss(model, test, progress=False)
+                group["lr"] = rate * min(step / WARM_UP, (steps - step + 1) / (steps - WARM_UP + 1))
+            one_step(model, optimizer, train[order[(step - 1) % len(order)]])
         placement = self.placement(name)
         return {
             "arm": name,
             "lr": rate,
             "seed": seed,
+            "steps": steps,
+            "time": steps / STEPS * self.predicted_time(name),
             "modules": len(placement.lora),
+            "rank": placement.rank,
             "kept": placement.kept,
             "parameters": sum(p.numel() for p in trained),
-            "curve": curve,
+            "loss": held_out_loss(model, test, progress=False),
         }
 
     def step(self, name: str) -> Callable[[], None]:
@@ -293,9 +294,9 @@ def peak_elsewhere(name: str, data: Path) -> int:
 def report_costs(bench: Bench, names: Sequence[str], ratios: dict[str, list[float]], peaks: dict[str, int]) -> None:
     """Measured beside predicted."""
     print(
-        "| arm | adapters | lowest | time / all-linear | predicted | MiB | predicted | gain kept | learning rate × |"
+        "| arm | adapters | lowest | time / all-linear | predicted | MiB | predicted | gain kept | rank | learning rate × |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in names:
         placement = bench.placement(name)
         cost = placement.cost
@@ -304,44 +305,20 @@ def report_costs(bench: Bench, names: Sequence[str], ratios: dict[str, list[floa
         memory = f"{peaks[name] / 2**20:.0f}" if name in peaks else "–"
         print(
             f"| {name} | {len(placement.lora)} | {cost['lowest']:.0f} | {time} | {bench.predicted_time(name):.2f} | {memory} | "
-            f"{cost['memory'] / 2**20:.0f} | {placement.kept:.2f} | {placement.learning_rate_scale:.2f} |"
+            f"{cost['memory'] / 2**20:.0f} | {placement.kept:.2f} | {placement.rank} | {placement.learning_rate_scale:.2f} |"
         )
     print()
 
 
-def report_losses(bench: Bench, records: Sequence[dict[str, Any]], ratios: dict[str, float]) -> None:
-    """Losses by step; and the time to all-linear's last loss, over all-linear's own."""
-    best = min((r for r in records if r["arm"] == REFERENCE), key=lambda r: last(r), default=None)
-    print(
-        "| arm | adapters | gain kept | learning rate | "
-        + " | ".join(f"loss at {s}" for s in EVALUATED)
-        + " | time to all-linear's last |"
-    )
-    print("|---" * (5 + len(EVALUATED)) + "|")
-    for record in records:
-        curve = {int(step): loss for step, loss in record["curve"].items()}
-        ratio = ratios.get(record["arm"], bench.predicted_time(record["arm"]))
-        reached = "–" if best is None else steps_to(curve, last(best))
-        time = reached if isinstance(reached, str) else f"{reached * ratio / STEPS:.2f}"
+def report_losses(records: Sequence[dict[str, Any]]) -> None:
+    """Every arm's loss at the end of its time."""
+    print("| arm | adapters | rank | parameters | gain kept | learning rate | seed | steps | time | loss |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for r in records:
         print(
-            f"| {record['arm']} | {record['modules']} | {record['kept']:.2f} | {record['lr']:.2g} | "
-            + " | ".join(f"{curve[step]:.3f}" for step in EVALUATED)
-            + f" | {time} |"
+            f"| {r['arm']} | {r['modules']} | {r['rank']} | {r['parameters'] / 1e6:.2f} M | {r['kept']:.2f} | "
+            f"{r['lr']:.2g} | {r['seed']} | {r['steps']} | {r['time']:.2f} | {r['loss']:.4f} |"
         )
-
-
-def last(record: dict[str, Any]) -> float:
-    """The loss after the last step."""
-    return list(record["curve"].values())[-1]
-
-
-def steps_to(curve: dict[int, float], loss: float) -> float | str:
-    """Steps after which a curve first reaches a loss, between evaluations by a straight line."""
-    points = sorted(curve.items())
-    for (a, before), (b, after) in zip(points, points[1:], strict=False):
-        if after <= loss:
-            return a + (b - a) * (before - loss) / (before - after)
-    return f"not in {points[-1][0]} steps"
 
 
 if __name__ == "__main__":
