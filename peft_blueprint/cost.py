@@ -25,7 +25,7 @@ __all__ = ["FLOPS_PER_BYTE", "Cost", "CostModel", "Structure", "Workload"]
 # whose floor was 0.74 to 0.91 of all-linear and a fifth of the adapters 0.81 to 0.83; recipes/benchmark_cost.py prints
 # the constant that fits a machine best. "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves
 # 2.0 TB/s, an H100 989 and 3.35, of which large products reach about a half and elementwise kernels four fifths.
-FLOPS_PER_BYTE = {"cpu": 17.0, "cuda": 120.0}
+FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 120.0}
 
 _ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, v read, and p, m, v written
 
