@@ -118,7 +118,7 @@ def plan(
         print(placement)
         say(
             "All of it is predicted, step times as shares of LoRA on every linear layer in the first setting. With "
-            "checkpointing, call model.disable_input_require_grads(), or the backward pass runs to the bottom."
+            "checkpointing, use peft_blueprint.checkpointing.CheckpointAbove, or the backward pass runs to the bottom."
         )
 
 

@@ -21,9 +21,8 @@ from .workload import FLOAT, Array, Workload
 __all__ = ["FLOPS_PER_BYTE", "Cost", "CostModel", "Structure", "Workload"]
 
 # Floating-point operations in the time of moving one byte that no large matrix product moves: the time of a step is
-# its FLOPs and so many more for every such byte. "cpu" stands between recorded steps of SmolLM2-135M on two AVX2 cores,
-# whose floor was 0.74 to 0.91 of all-linear and a fifth of the adapters 0.81 to 0.83; recipes/benchmark_cost.py prints
-# the constant that fits a machine best. "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves
+# its FLOPs and so many more for every such byte. "cpu" fits steps of SmolLM2-135M in float32 on two AVX2 cores, for
+# seven placements within 8 %; recipes/benchmark_cost.py prints the constant that fits a machine best. "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves
 # 2.0 TB/s, an H100 989 and 3.35, of which large products reach about a half and elementwise kernels four fifths.
 FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 120.0}
 

@@ -63,8 +63,8 @@ def what_fits(
 ) -> tuple[Setting, ...]:
     """A placement for every setting, as far as one fits.
 
-    With checkpointing the backward pass is taken to stop below the lowest adapter, as without; it does after
-    `model.disable_input_require_grads()`.
+    With checkpointing the backward pass is taken to stop below the lowest adapter, as without; it does with
+    `checkpointing.CheckpointAbove`.
 
     Args:
         blueprint: None to place evenly.

@@ -194,7 +194,7 @@ def _find(
         for batch in processes.started(_take(batches, max_examples, device), device):
             for part in measuring.batch(batch):
                 parts.append(part)
-                bar.update(len(part[2]))
+                bar.update(part[0].shape[1])
             tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
             for key in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
                 digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())

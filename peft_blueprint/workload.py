@@ -48,8 +48,8 @@ class Workload:
             heads of their group.
         input_gradients: whether the embeddings' output is made to require a gradient, so that the backward pass runs
             to the bottom wherever the lowest adapter is. transformers does that when it turns gradient checkpointing
-            on, and PEFT once more in `get_peft_model`; after each, `model.disable_input_require_grads()` undoes it. None
-            stands for what they do: the same as `checkpointing`.
+            on, and PEFT once more in `get_peft_model`; `checkpointing.CheckpointAbove` undoes it. None stands for what
+            they do: the same as `checkpointing`.
 
     Raises:
         PlacementError: for a value that is none of these.

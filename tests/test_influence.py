@@ -265,3 +265,10 @@ def test_the_lean_cross_entropy_is_torchs_own(dtype, monkeypatch):
     [gradient] = torch.autograd.grad(mine @ weights, logits)
     torch.testing.assert_close(gradient, expected)
     assert not gradient[:, 1].any()
+
+
+def test_the_progress_bar_counts_examples(capsys):
+    """Not submodules or batches: the last line says so many of so many."""
+    batches = toy_batches(examples=6, batch_size=2)
+    measure_influence(tiny_llama(), batches, max_examples=5)
+    assert "5/5" in capsys.readouterr().err
