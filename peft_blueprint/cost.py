@@ -22,8 +22,9 @@ __all__ = ["FLOPS_PER_BYTE", "Cost", "CostModel", "Structure", "Workload"]
 
 # Floating-point operations in the time of moving one byte that no large matrix product moves: the time of a step is
 # its FLOPs and so many more for every such byte. "cpu" stands between the 4.5 and the 22 that fit two series of steps of
-# SmolLM2-135M in float32 on two AVX2 cores best; recipes/benchmark_cost.py prints the constant that fits a machine. "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves
-# 2.0 TB/s, an H100 989 and 3.35, of which large products reach about a half and elementwise kernels four fifths.
+# SmolLM2-135M in float32 on two AVX2 cores best; recipes/benchmark_cost.py prints the constant that fits a machine.
+# "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves 2.0 TB/s, an H100 989 and 3.35, of which
+# large products reach about a half and elementwise kernels four fifths.
 FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 120.0}
 
 _ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, v read, and p, m, v written
