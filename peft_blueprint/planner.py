@@ -111,10 +111,9 @@ def plan_placement(
     wish = Wish.of(budget, keep, selectors)
 
     whole, structure = fitted(blueprint, model)
-    if rank_by is None:
-        rank_by = "even" if blueprint is None else None
     entries = tuple(entry for entry in whole if entry.form in ADAPTABLE)
-    rank_by = rank_by or default_rank_by(entries)
+    if rank_by is None:
+        rank_by = "even" if blueprint is None else default_rank_by(entries)
     _check_choice("rank_by", rank_by, get_args(RankBy))
     workload = workload or workload_of(model)
     if rank is not None:
