@@ -42,7 +42,7 @@ RankBy = Literal[
 
 
 FRACTION = 0.2  # of the submodules, and
-KEEP = 0.8  # of the gain, where nothing is said
+KEEP = 0.85  # of the gain, where nothing is said
 
 
 @dataclass(frozen=True)
