@@ -51,6 +51,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 # every arm is a wish; "QLoRA" is the default on weights of 4 bits
 WISHES: dict[str, dict[str, Any]] = {
     REFERENCE: {"fraction": 1.0, "rank": RANK},
+    "all-linear, less time": {"fraction": 1.0, "rank": RANK},  # as much as the other arms have
     "default": {},
     "0.7x": {"budget": "0.7x"},
     "0.6x": {"budget": "0.6x"},
