@@ -126,11 +126,12 @@ def test_the_qlora_recipe_runs_as_it_is_checked_in(folder, tmp_path, caplog):
     assert report.steps == 3 and 0 < report.placed < 28
     assert report.predicted_time <= 0.7 and 0 < report.kept < 1
     assert report.predicted_bytes < available_memory()
-    assert report.learning_rate == pytest.approx(1e-3 * report.learning_rate_scale) and report.learning_rate_scale > 1
+    assert report.learning_rate == pytest.approx(1e-3 * report.learning_rate_scale)
     if not torch.cuda.is_available():
         assert [r.getMessage() for r in caplog.records if "paged_adamw_8bit does not exist on a CPU" in r.getMessage()]
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["peft_type"] == "LORA" and len(saved["target_modules"]) == report.placed
+    assert saved["r"] > 16 and saved["lora_alpha"] == 2 * saved["r"]  # the parameters of rank 16 everywhere
     depths = {int(name.split(".")[2]) for name in saved["target_modules"]}
     assert min(depths) == report.lowest
     assert json.loads((tmp_path / "out" / "report.json").read_text())["lowest"] == report.lowest
