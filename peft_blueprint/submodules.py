@@ -181,11 +181,6 @@ def is_sharded(weight: Tensor) -> "TypeGuard[DTensor]":
     return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
-def weight_norm(module: nn.Module, parameter: str = "weight") -> float:
-    """Frobenius norm of a module's weight, of the dequantised weight for 4- and 8-bit layers."""
-    return dequantized_weight(module, parameter).float().norm().item()
-
-
 def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     """The weight in floating point: of shape (d_out, d_in), or as stored for Conv1D and what is not linear.
 
