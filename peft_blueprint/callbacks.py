@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .blueprint import Blueprint
 from .entry import Submodule, some
 from .errors import BlueprintError
-from .formats import require_writable
+from .files import require_writable
 from .generate import versions
 from .submodules import find_submodules, structure_digest, unwrap
 

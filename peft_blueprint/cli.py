@@ -22,7 +22,8 @@ from .blueprint import Blueprint, require_same_names
 from .console import AsJson, Quiet, Source, print_answer, say
 from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError
-from .formats import require_writable, to_dict
+from .files import require_writable
+from .schema import to_dict
 
 
 app = typer.Typer(

@@ -24,11 +24,12 @@ from .cost import Workload
 from .entry import ADAPTABLE, some
 from .errors import BlueprintError, MismatchError, PlacementError
 from .export import lora_settings
-from .formats import from_dict, to_dict, write_atomically
+from .files import write_atomically
 from .hub import fetch
 from .placement import Placement
 from .planner import Mode, plan_placement, workload_of
 from .ranks import Ranks
+from .schema import from_dict, to_dict
 from .strata import Coverage
 from .submodules import check_fits, find_weights, is_quantized, unwrap
 

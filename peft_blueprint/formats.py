@@ -8,17 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .blueprint import Blueprint
 from .errors import BlueprintError, FormatError
-from .schema import ENTRY_KEYS, entry_to_dict, from_dict, to_dict
+from .files import write_atomically
+from .safe_json import loads
+from .schema import DIGEST, ENTRY_KEYS, entry_to_dict, from_dict, to_dict
 
 
 FILE_NAME = "blueprint.json"
@@ -32,13 +31,7 @@ def to_json(blueprint: Blueprint) -> str:
     Raises:
         FormatError: if what was added to it by hand (provenance, extra, …) is not JSON: NaN, an array.
     """
-    try:
-        text = json.dumps(to_dict(blueprint), indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise FormatError(
-            f"The blueprint of {blueprint.model_id!r} cannot be written as JSON: {error}. Give finite numbers, text, "
-            "lists and dicts."
-        ) from error
+    text = json.dumps(to_dict(blueprint), indent=2, allow_nan=False)
     # inside a JSON string no line ends, so that this is never a part of one
     return _LONG_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
@@ -49,26 +42,20 @@ def from_json(text: str, source: str = "the text") -> Blueprint:
     Raises:
         FormatError: if `text` is not JSON, holds NaN or a key twice, or is not a blueprint; names `source`.
     """
+    record = loads(text, source)
     try:
-        return from_dict(_loads(text))
-    except json.JSONDecodeError as error:
-        raise FormatError(
-            f"{source} is not valid JSON ({error.msg}, line {error.lineno} of {text.count(chr(10)) + 1}): "
-            "it may be cut short or not a blueprint at all."
-        ) from error
-    except RecursionError as error:
-        raise FormatError(f"{source} is nested too deeply to be a blueprint.") from error
+        return from_dict(record)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from error
 
 
 def to_csv(blueprint: Blueprint) -> str:
-    """One row per entry, for spreadsheets. What belongs to the whole model stands in `metadata`, on the first row."""
+    """One row per entry, for spreadsheets, which may reorder and round: no digest. What belongs to the whole model stands in `metadata`, on the first row."""
     out = io.StringIO()
     writer = csv.DictWriter(out, ("model_id", "training_checkpoint", "id", *ENTRY_KEYS, "extra", "metadata"))
     writer.writeheader()
     record = json.loads(to_json(blueprint))
-    metadata = json.dumps({k: v for k, v in record.items() if k != "layers"})
+    metadata = json.dumps({k: v for k, v in record.items() if k not in ("layers", DIGEST)})
     for entry in record["layers"]:
         row = {key: value for key, value in entry.items() if key in ("id", *ENTRY_KEYS)}
         extra = {key: value for key, value in entry.items() if key not in row}
@@ -160,38 +147,6 @@ def write_blueprint(blueprint: Blueprint, path: str | Path) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside `path`, then move it there, so that a reader sees the old one or the new one.
-
-    Raises:
-        BlueprintError: if the folder cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise BlueprintError(
-            f"{path} cannot be written: {error.strerror}. Choose a folder you may write to."
-        ) from error
-
-
-def require_writable(folder: Path) -> None:
-    """Raise BlueprintError now, rather than after the work, if nothing could be written to `folder`; makes nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
-
-
 def aggregate(sources: Mapping[str, Blueprint] | Iterable[str | Path]) -> list[dict[str, Any]]:
     """Many blueprints as one table (A.2): a row per entry, keyed by model, checkpoint, source and entry.
 
@@ -226,38 +181,9 @@ def _blank(value: float | None) -> str:
 
 def _cell(cell: str, column: str) -> Any:
     try:
-        value = _loads(cell)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"the cell {cell[:40]!r} in column {column} is not a value.") from error
+        value = loads(cell, "it")
+    except FormatError as error:
+        raise FormatError(f"the cell {cell[:40]!r} in column {column} is not a value: {error}") from error
     if column in ("extra", "metadata") and not isinstance(value, dict):
         raise FormatError(f"the cell {cell[:40]!r} in column {column} must be an object.")
     return value
-
-
-def _loads(text: str) -> Any:
-    """JSON without what it cannot mean: NaN, numbers beyond a double's range, a key twice."""
-    return json.loads(
-        text,
-        parse_constant=_refuse_number,
-        parse_float=lambda digits: float(digits) if math.isfinite(float(digits)) else _refuse_number(digits),
-        parse_int=lambda digits: int(digits) if len(digits) <= 308 else _refuse_number(digits[:20] + "…"),
-        object_pairs_hook=_unique_keys,
-    )
-
-
-def _refuse_number(digits: str) -> Any:
-    raise FormatError(f"it holds {digits}, which is no measurement. Measure the blueprint again.")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise FormatError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object.")
-    return result
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -38,7 +38,7 @@ from .data import Row, collate, encode, make_batches, pad_token_of, read_example
 from .drift import check_drift, reconcile
 from .empty import empty_model
 from .errors import BlueprintError
-from .formats import require_writable, write_atomically
+from .files import require_writable, write_atomically
 from .generate import generate_blueprint
 from .hub import fetch
 from .ledger import ledger

@@ -6,6 +6,7 @@ The object is that of the paper's appendix A.1 (`model_id`, `training_checkpoint
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from .theory import gamma_from_alpha
 
 
 SCHEMA_VERSION = 1
+DIGEST = "digest"  # of a blueprint's own content
 # An entry's keys but the id, the paper's first. A file spells `name` and `extra` otherwise.
 _PAPER_KEYS = ("gradient_norm", "alpha", "gamma", "k_star", "domain_tags")
 ENTRY_KEYS = (
@@ -30,14 +32,38 @@ _GAMMA_TOLERANCE = 0.006  # the paper's example prints two digits
 
 
 def to_dict(blueprint: Blueprint) -> dict[str, Any]:
-    """The JSON object of a blueprint; statistics that are not known are left out."""
+    """The JSON object of a blueprint with its own digest; statistics that are not known are left out."""
     top = {key: _plain(getattr(blueprint, key)) for key in _TOP_KEYS}
-    return {
+    record = {
         "schema_version": SCHEMA_VERSION,
         **{key: value for key, value in top.items() if _is_known(value)},
         **blueprint.extra,
         "layers": [entry_to_dict(entry) for entry in blueprint.submodules],
     }
+    return {"schema_version": SCHEMA_VERSION, DIGEST: content_digest(record), **record}
+
+
+def content_digest(record: Mapping[str, Any]) -> str:
+    """`sha256:…` over a blueprint's JSON object without its `digest`; the same however the JSON is laid out.
+
+    The order of keys, white space and whether a whole number is written 1 or 1.0 do not count; the order of entries does.
+
+    Raises:
+        FormatError: if the object is not JSON: NaN, an array.
+    """
+    try:
+        text = json.dumps(
+            _in_floats({key: value for key, value in record.items() if key != DIGEST}),
+            sort_keys=True,
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            f"The blueprint of {record.get('model_id')!r} cannot be written as JSON: {error}. Give finite numbers, text, "
+            "lists and dicts."
+        ) from error
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def from_dict(data: Any) -> Blueprint:
@@ -56,6 +82,7 @@ def from_dict(data: Any) -> Blueprint:
             f"This blueprint has schema_version {version}, and this package reads up to {SCHEMA_VERSION}: "
             "pip install --upgrade peft-blueprint."
         )
+    _check_digest(data)
     layers = _take(data, "layers", list, "the blueprint")
     if layers is None or data.get("model_id") is None:
         raise FormatError(
@@ -73,7 +100,7 @@ def from_dict(data: Any) -> Blueprint:
         model_revision=_take(data, "model_revision", str, "the blueprint"),
         model_digest=_take(data, "model_digest", str, "the blueprint"),
         **{key: _take(data, key, dict, "the blueprint") or {} for key in ("concentration", "costs", "provenance")},
-        extra={k: v for k, v in data.items() if k not in (*_TOP_KEYS, "layers", "schema_version")},
+        extra={k: v for k, v in data.items() if k not in (*_TOP_KEYS, DIGEST, "layers", "schema_version")},
     )
 
 
@@ -177,6 +204,25 @@ def _type(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     return json.dumps(value, default=repr)[:80]
+
+
+def _check_digest(data: Mapping[str, Any]) -> None:
+    written = _take(data, DIGEST, str, "the blueprint")
+    if written is not None and written != (found := content_digest(data)):
+        raise FormatError(
+            f"This blueprint was changed after it was written: its digest says {written[:23]}…, its content has "
+            f"{found[:23]}…. Get it again from where it came; if the change is yours, remove the key digest."
+        )
+
+
+def _in_floats(value: Any) -> Any:
+    """With every whole number that a double holds as a double."""
+    if isinstance(value, Mapping):
+        return {key: _in_floats(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_floats(item) for item in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and abs(value) <= 2**53 else value
 
 
 def _is_known(value: Any) -> bool:

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from .entry import some
 from .errors import BlueprintError, FormatError
-from .formats import write_atomically
+from .files import write_atomically
 
 
 CONFIG_NAME = "adapter_config.json"
