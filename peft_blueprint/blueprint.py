@@ -1,28 +1,25 @@
 """The record: how strongly each submodule of one model is moved by data of one kind.
 
 Plain frozen data and the arithmetic on it. Knows nothing of torch, files or the Hub; the methods that read and write
-(`from_pretrained`, `save`, `expand`) are doors to the floors above and import them only when walked through.
+(`from_pretrained`, `save`, `push_to_hub`, `digest`, `expand`) are doors to the floors above and import them only when walked through.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .combining import NOT_COMBINED, common_scale, even_share, inverse_variance, merge_entries, total_of
 from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, some, unit_of
 from .errors import BlueprintError, FormatError, MismatchError
 
 
 if TYPE_CHECKING:
     from torch import nn
-
-# statistics that do not follow from several blueprints' summaries
-_NOT_COMBINED: dict[str, Any] = dict.fromkeys(("adam_gain", "weight_gradient", "singular_energy", "alignment"))
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,14 @@ class Blueprint:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Blueprint:
-        """Read a blueprint from a file (JSON or CSV), a folder that holds `blueprint.json`, or a repository on the
-        Hub.
+        """Read a blueprint from a file (JSON, CSV or safetensors), a folder, or a repository on the Hub, where it costs
+        one request and no tensor.
 
         Args:
             source: path or repository id.
             revision: branch, tag or commit, for a repository.
-            **kwargs: passed to `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, `local_files_only`, …).
+            **kwargs: `domain` and `checkpoint`, which of several side by side; and of a repository `token`, `cache_dir`,
+                `local_files_only`, …, see `hub.fetch`.
 
         Raises:
             FormatError: if what is there is not a blueprint.
@@ -109,13 +107,35 @@ class Blueprint:
         return fetch(source, revision=revision, **kwargs)
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path`: CSV if it ends in `.csv`, else JSON; `blueprint.json` inside it if it is a folder.
+        """Write to `path`: CSV if it ends in `.csv`, tensors if in `.safetensors`, else JSON; `blueprint.json` inside it
+        if it is a folder.
 
         Returns the file, which is written beside and then moved into place: none is ever half overwritten.
         """
         from .formats import write_blueprint
 
         return write_blueprint(self, path)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish to a repository on the Hub in one commit, with a section of its model card.
+
+        Args:
+            repo_id: the model's own repository, or one of blueprints alone.
+            **kwargs: `domain`, `checkpoint`, `create_pr`, `dry_run`, `token`, …, see `publish.publish`.
+
+        Returns:
+            The URL of the commit or pull request; with `dry_run` what would be sent.
+        """
+        from .publish import publish
+
+        return publish(self, repo_id, **kwargs)
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` over the content, the same in every file that holds all of it."""
+        from .schema import content_digest, to_dict
+
+        return content_digest(to_dict(self))
 
     def expand(self, model: nn.Module) -> Blueprint:
         """A group- or layer-level blueprint spoken about the submodules of `model`; others are returned as they are.
@@ -148,7 +168,7 @@ class Blueprint:
                 f"{some(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
             )
         expanded = tuple(
-            _even_share(entry, member, len(members[entry.name]))
+            even_share(entry, member, len(members[entry.name]))
             for entry in self.submodules
             for member in members[entry.name]
         )
@@ -185,8 +205,8 @@ class Blueprint:
                     kind=name.rpartition(".")[0],
                     depth=members[0].depth,
                     group=members[0].group if level == "group" else None,
-                    adam_gain=_sum([m.adam_gain for m in members]),
-                    weight_gradient=_sum([m.weight_gradient for m in members]),
+                    adam_gain=total_of([m.adam_gain for m in members]),
+                    weight_gradient=total_of([m.weight_gradient for m in members]),
                     alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
                     examples=members[0].examples,
                 )
@@ -215,7 +235,7 @@ class Blueprint:
                 median_norm=None,
                 signal_norm=None,
                 noise_scale=None,
-                **_NOT_COMBINED,
+                **NOT_COMBINED,
             )
             for entry in self.submodules
         )
@@ -245,9 +265,9 @@ class Blueprint:
             raise BlueprintError(f"weight={weight} is not a blend weight: give a number from 0 to 1.")
         require_same_names(self, local, "blended")
         others = {entry.name: entry for entry in local.submodules}
-        scale = _common_scale(self.submodules, others, norm_of)
+        scale = common_scale(self.submodules, others, norm_of)
         gain_scales = {
-            by: _common_scale(self.submodules, others, partial(score_of, by=by))
+            by: common_scale(self.submodules, others, partial(score_of, by=by))
             for by in ("adam_gain", "weight_gradient")
             if all(getattr(entry, by) is not None for entry in (*self.submodules, *local.submodules))
         }
@@ -255,9 +275,9 @@ class Blueprint:
         blended = []
         for mine in self.submodules:
             other = others[mine.name]
-            w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
+            w = inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
             changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
-            changed |= _NOT_COMBINED
+            changed |= NOT_COMBINED
             for by, gain_scale in gain_scales.items():
                 changed[by] = w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
             interval = None
@@ -290,7 +310,8 @@ class Blueprint:
                         f"{getattr(other, what)!r}. Aggregate them into one table instead."
                     )
             require_same_names(first, other, "merged")
-        merged = tuple(_merge_entries([b[entry.name] for b in blueprints]) for entry in first.submodules)
+        by_name = [{entry.name: entry for entry in blueprint} for blueprint in blueprints]
+        merged = tuple(merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules)
         return replace(
             first, submodules=merged, concentration={}, provenance={"merged": [dict(b.provenance) for b in blueprints]}
         )
@@ -317,83 +338,3 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
             f"{some(only_b) or 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, or bring "
             "them to one level with expand() or coarsen()."
         )
-
-
-def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
-    """`member` with its part of the statistics of a unit of `count` members."""
-    root = math.sqrt(count)
-    return replace(
-        unit,
-        name=member.name,
-        kind=member.kind,
-        depth=member.depth,
-        group=member.group,
-        shape=member.shape,
-        form=member.form,
-        quantized=member.quantized,
-        gradient_norm=norm_of(unit) / root,
-        norm_interval=None
-        if unit.norm_interval is None
-        else (unit.norm_interval[0] / root, unit.norm_interval[1] / root),
-        median_norm=None if unit.median_norm is None else unit.median_norm / root,
-        signal_norm=None if unit.signal_norm is None else unit.signal_norm / root,
-        weight_norm=None,
-        adam_gain=None if unit.adam_gain is None else unit.adam_gain / count,
-        weight_gradient=None if unit.weight_gradient is None else unit.weight_gradient / count,
-        singular_energy=None,
-        alignment=None if unit.alignment is None else tuple(value / count for value in unit.alignment),
-    )
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    return None if None in values else math.fsum(value or 0.0 for value in values)
-
-
-def _common_scale(
-    mine: Sequence[Submodule], others: Mapping[str, Submodule], value: Callable[[Submodule], float]
-) -> float:
-    pairs = [(value(m), value(others[m.name])) for m in mine]
-    logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
-    return math.exp(statistics.fmean(logs)) if logs else 1.0
-
-
-def _inverse_variance(weight: float, mine: Submodule, other: Submodule, scale: float) -> float:
-    if not mine.norm_error or not other.norm_error:
-        return weight
-    precision, other_precision = weight / mine.norm_error**2, (1 - weight) / (scale * other.norm_error) ** 2
-    return precision / (precision + other_precision)
-
-
-def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
-    counts = [entry.examples for entry in entries]
-    if any(not count for count in counts):
-        raise MismatchError(f"{entries[0].name!r} does not say how many examples it is over, so it cannot be merged.")
-    total = sum(count or 0 for count in counts)
-    shares = [(count or 0) / total for count in counts]
-    norm = math.fsum(share * norm_of(entry) for share, entry in zip(shares, entries, strict=True))
-    errors = [entry.norm_error for entry in entries]
-    interval = None
-    if all(error is not None for error in errors):
-        half = Z95 * math.hypot(*(share * (error or 0.0) for share, error in zip(shares, errors, strict=True)))
-        interval = (max(0.0, norm - half), norm + half)
-    tags = set.intersection(*(set(entry.domain_tags) for entry in entries))
-    return replace(
-        entries[0],
-        gradient_norm=norm,
-        norm_interval=interval,
-        examples=total,
-        domain_tags={
-            tag: math.fsum(s * norm_of(e) * e.domain_tags[tag] for s, e in zip(shares, entries, strict=True)) / norm
-            if norm
-            else entries[0].domain_tags[tag]
-            for tag in sorted(tags)
-        },
-        median_norm=None,
-        signal_norm=None,
-        noise_scale=None,
-        **_NOT_COMBINED,
-        alpha=None,
-        alpha_error=None,
-        gamma=None,
-        k_star=None,
-    )

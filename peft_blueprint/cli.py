@@ -10,20 +10,24 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_place, cli_plan
+from . import cli_aggregate, cli_place, cli_plan, cli_publish
+from .answers import show_blueprint
 from .blueprint import Blueprint, require_same_names
 from .console import AsJson, Quiet, Source, print_answer, say
 from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError
 from .files import require_writable
-from .schema import to_dict
+
+
+if TYPE_CHECKING:
+    from .privacy import Privacy
 
 
 app = typer.Typer(
@@ -60,6 +64,17 @@ def generate(
     ] = "auto",
     sketch_size: Annotated[int, typer.Option(min=2, help="Columns of the sketch.")] = SKETCH_SIZE,
     include: Annotated[Include, typer.Option(help="What an adapter may be put on, or every weight.")] = "adaptable",
+    noise: Annotated[
+        float, typer.Option(min=0, help="Publish with Gaussian noise, as a share of a kind's mean norm; no guarantee.")
+    ] = 0.0,
+    dp_epsilon: Annotated[float | None, typer.Option(help="Publish with differential privacy, such as 4.")] = None,
+    dp_delta: Annotated[float | None, typer.Option(help="Goes with it: far below one over the examples.")] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(help="Bound on an example's norm, from other data; by default all count alike.")
+    ] = None,
+    digest_weights: Annotated[
+        bool, typer.Option("--digest-weights", help="Also bind it to the weights' values, by a digest.")
+    ] = False,
     seed: int = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -69,6 +84,7 @@ def generate(
     from .generate import generate_blueprint
     from .recipe import join_processes, load_model
 
+    privacy = _privacy(noise, dp_epsilon, dp_delta, dp_clip)
     require_writable(out if out.is_dir() else out.parent)
     rank, processes = join_processes()
     examples = {
@@ -94,13 +110,15 @@ def generate(
         method=method,
         sketch_size=sketch_size,
         include=include,
+        privacy=privacy,
+        digest_weights=digest_weights,
         seed=seed,
         progress=not quiet,
     )
     if rank:
         return
     written = blueprint.save(out)
-    _show(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
+    show_blueprint(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
     if not (as_json or quiet):
         say(f"Written to {written}. Next: peft-blueprint targets {written}")
 
@@ -123,7 +141,7 @@ def show(
 
         save_plot(plot_blueprint(blueprint, by=by), picture)
     names = [entry.name for entry in sorted(blueprint, key=lambda e: -score_of(e, by))]
-    _show(blueprint, by, top, as_json, quiet, bare=names[: top or None])
+    show_blueprint(blueprint, by, top, as_json, quiet, bare=names[: top or None])
 
 
 @app.command()
@@ -187,7 +205,7 @@ def drift(
     raise typer.Exit(1 if found.drifted else 0)
 
 
-for verb in (*cli_place.VERBS, *cli_plan.VERBS):
+for verb in (*cli_place.VERBS, *cli_plan.VERBS, *cli_publish.VERBS, *cli_aggregate.VERBS):
     app.command()(verb)
 
 
@@ -240,34 +258,12 @@ def main() -> None:
         sys.exit(0)
 
 
-def _show(blueprint: Blueprint, by: str, top: int, as_json: bool, quiet: bool, bare: Sequence[str]) -> None:
-    ranked = sorted(blueprint, key=lambda entry: -score_of(entry, by))[: top or None]
-    rows = [
-        {
-            "id": entry.name,
-            "kind": entry.kind,
-            "gradient_norm": entry.gradient_norm,
-            "95 %": "–".join(f"{x:.3g}" for x in entry.norm_interval) if entry.norm_interval else None,
-            "signal_norm": entry.signal_norm,
-            "adam_gain": entry.adam_gain,
-        }
-        for entry in ranked
-    ]
-    title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
-    if len(ranked) < len(blueprint):
-        title += f"; the {len(ranked)} strongest by {by}"
-    print_answer(to_dict(blueprint), rows, as_json, quiet, bare, title)
+def _privacy(noise: float, epsilon: float | None, delta: float | None, clip: float | None) -> Privacy | None:
+    if not noise and (epsilon, delta, clip) == (None, None, None):
+        return None
+    from .privacy import Privacy
 
-
-def _concentration(blueprint: Blueprint) -> str:
-    """How concentrated the norms are within kinds, and what law they follow, where the file says so."""
-    known = blueprint.concentration
-    gamma = f", gamma_fit {known['gamma_fit']:.3f}" if "gamma_fit" in known else ""
-    tail = known.get("tail_within_kinds") or known.get("tail")
-    if not isinstance(tail, Mapping) or "gini" not in tail:
-        return gamma
-    gini = tail["gini"]
-    return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"
+    return Privacy(noise, epsilon, delta, clip)
 
 
 def _domains(data: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
+from .binding import check_fits
 from .blueprint import Blueprint
 from .choosing import RankBy
 from .cost import Workload
@@ -31,7 +32,7 @@ from .planner import Mode, plan_placement, workload_of
 from .ranks import Ranks
 from .schema import from_dict, to_dict
 from .strata import Coverage
-from .submodules import check_fits, find_weights, is_quantized, unwrap
+from .submodules import find_weights, is_quantized, unwrap
 
 
 SIDECAR = "blueprint_config.json"

@@ -26,6 +26,17 @@ ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
+# Far beyond any model, and such that what is computed from them stays small.
+MAX_NAME = 1024  # characters of an id, kind, group or tag
+MAX_BLOCKS = 4096
+MAX_EXAMPLES = 10**12
+MAX_ELEMENTS = 2**53  # of a shape, all that a double counts
+MAX_DIMENSIONS = 16
+MAX_ALIGNMENT = 64  # columns; 16 are measured
+MAX_TAGS = 256
+
+# What would change how the rest of a line is shown, and halves of characters, which no file can hold.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
 _LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
 
@@ -157,7 +168,8 @@ def level_of_ids(ids: Iterable[str]) -> Level:
 
 
 def check_numbers(entry: Submodule, model_id: str) -> None:
-    """Raise FormatError unless every number of an entry is finite and not negative, and the norm is there."""
+    """Raise FormatError unless every number of an entry is finite and not negative, the norm is there, and sizes are sane."""
+    check_bounds(entry, model_id)
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
@@ -176,6 +188,46 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
         )
     if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
         raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
+
+
+def check_bounds(entry: Submodule, model_id: str) -> None:
+    """Raise FormatError unless an entry's names can be shown and its counts and sizes are such as models have."""
+    check_text(entry.name, "the id")
+    where = f"{entry.name!r} in the blueprint of {model_id!r}"
+    if not entry.name or "\\" in entry.name or entry.name.startswith("/") or ".." in entry.name.split("/"):
+        raise FormatError(
+            f"{where} is no name of a submodule: it is empty or reads as a path. Give the module's name, such as "
+            "model.layers.3.self_attn.q_proj."
+        )
+    for name in (entry.kind, entry.group, *entry.domain_tags):
+        if name is not None:
+            check_text(name, f"a kind, group or tag of {where}")
+    for what, value, most in (("depth", entry.depth, MAX_BLOCKS - 1), ("examples", entry.examples, MAX_EXAMPLES)):
+        if value is not None and not 0 <= value <= most:
+            raise FormatError(f"{where} has {what}={value}; it must be from 0 to {most:,}. Measure it again.")
+    for what, count, most in (
+        ("dimensions in its shape", len(entry.shape or ()), MAX_DIMENSIONS),
+        ("numbers in its alignment", len(entry.alignment or ()), MAX_ALIGNMENT),
+        ("domain_tags", len(entry.domain_tags), MAX_TAGS),
+    ):
+        if count > most:
+            raise FormatError(f"{where} has {count:,} {what}; at most {most} are read. Leave the others out.")
+    if entry.shape and (min(entry.shape) < 1 or math.prod(entry.shape) > MAX_ELEMENTS):
+        raise FormatError(
+            f"{where} has shape={entry.shape}; dimensions are at least 1, and their product at most 2**53. Measure it "
+            "again."
+        )
+
+
+def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
+    """Raise FormatError if a name is too long, or has control characters in it, which would rule a terminal."""
+    if len(text) > limit:
+        raise FormatError(
+            f"{what} {text[:40]!r}… has {len(text):,} characters; at most {limit:,} are read. Shorten it."
+        )
+    if found := _UNPRINTABLE.search(text):
+        shown = ascii(text if len(text) <= 80 else text[:80] + "…")
+        raise FormatError(f"{what} {shown} holds the control character U+{ord(found[0]):04X}. Take it out.")
 
 
 def unit_of(entry: Submodule, level: Level) -> str:

@@ -1,4 +1,4 @@
-"""The record as JSON and CSV: text becomes a checked `Blueprint`, and back, exactly; files are written whole.
+"""The record as JSON and CSV text, exactly, and as a file of any kind: a path becomes a checked `Blueprint`, and back.
 
 What the JSON holds is `schema`'s to say. Knows nothing of models; torch is not imported.
 """
@@ -9,18 +9,22 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .arrays import from_arrays_bytes, has_arrays, to_arrays_bytes
 from .blueprint import Blueprint
+from .embedding import INDEX_FILE, MODEL_FILE, extract
 from .errors import BlueprintError, FormatError
 from .files import write_atomically
-from .safe_json import loads
-from .schema import DIGEST, ENTRY_KEYS, entry_to_dict, from_dict, to_dict
+from .header import read_metadata
+from .safe_json import csv_rows, loads, read_text
+from .schema import DIGEST, ENTRY_KEYS, from_dict, to_dict
+from .slots import JSON_KEY
 
 
 FILE_NAME = "blueprint.json"
+MAX_ARRAYS = 2**28  # bytes
 
 _LONG_LIST = re.compile(r"\[\n([-+.,eE\d\s]+)\]")
 
@@ -87,8 +91,7 @@ def from_csv(text: str, source: str = "the text") -> Blueprint:
 
 def _csv_record(text: str) -> dict[str, Any]:
     """The JSON object that the rows of a CSV stand for."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # metadata may pass the usual 131,072 characters
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = list(csv_rows(text))
     if not rows or not {"model_id", "id", "gradient_norm"} <= set(rows[0]):
         raise FormatError("this is not a blueprint: its CSV needs the columns model_id, id and gradient_norm.")
     model_id, checkpoint = rows[0]["model_id"], rows[0].get("training_checkpoint")
@@ -111,8 +114,13 @@ def _csv_record(text: str) -> dict[str, Any]:
     return record
 
 
-def read_blueprint(path: str | Path) -> Blueprint:
-    """Read a `.json` or `.csv` file, or the `blueprint.json` of a folder.
+def read_blueprint(path: str | Path, name: str = FILE_NAME) -> Blueprint:
+    """Read a `.json`, `.csv` or `.safetensors` file, the last a blueprint's own or a model's; or what a folder holds.
+
+    Args:
+        path: of the file; or of a folder, where `name` is looked for, then the same with `.safetensors`, then, for the
+            main blueprint, the header or index of the model there.
+        name: of the file in a folder.
 
     Raises:
         BlueprintError: if there is no such file, or it cannot be read.
@@ -120,59 +128,50 @@ def read_blueprint(path: str | Path) -> Blueprint:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / FILE_NAME
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # line ends as they are: an id may hold one
-    except FileNotFoundError:
-        raise BlueprintError(f"There is no blueprint at {path}. Make one with `peft-blueprint generate`.") from None
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{path} is not text ({error.reason} at byte {error.start}), so it is no blueprint."
-        ) from error
-    except OSError as error:
-        raise BlueprintError(f"{path} cannot be read: {error.strerror}.") from error
+        beside = (path / name, path / f"{name.removesuffix('.json')}.safetensors")
+        in_model = (path / MODEL_FILE, path / INDEX_FILE) if name == FILE_NAME else ()
+        path = next((file for file in (*beside, *in_model) if file.exists()), path / name)
+    if path.name.endswith((".safetensors", INDEX_FILE)):
+        return from_arrays_bytes(_read_bytes(path), str(path)) if _has_arrays(path) else extract(path)
+    text = read_text(path)
     return from_csv(text, str(path)) if path.suffix == ".csv" else from_json(text, str(path))
 
 
 def write_blueprint(blueprint: Blueprint, path: str | Path) -> Path:
-    """Write CSV if `path` ends in `.csv`, else JSON; into `blueprint.json` if `path` is a folder. Returns the file.
+    """Write CSV if `path` ends in `.csv`, tensors if in `.safetensors`, else JSON; into `blueprint.json` if it is a folder.
+
+    Returns the file.
 
     Raises:
-        BlueprintError: if it cannot be written; what was there before is untouched.
+        BlueprintError: if it cannot be written, or is a safetensors file that holds something else, such as a model; what
+            was there before is untouched.
     """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
-    write_atomically(path, to_csv(blueprint) if path.suffix == ".csv" else to_json(blueprint))
+    if path.suffix == ".safetensors":
+        if path.exists() and not _has_arrays(path):
+            raise BlueprintError(
+                f"{path} holds tensors of its own and is not written over. To put the blueprint into its header, run "
+                f"`peft-blueprint embed {path} BLUEPRINT`; else choose another name."
+            )
+        write_atomically(path, to_arrays_bytes(blueprint))
+    else:
+        write_atomically(path, to_csv(blueprint) if path.suffix == ".csv" else to_json(blueprint))
     return path
 
 
-def aggregate(sources: Mapping[str, Blueprint] | Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Many blueprints as one table (A.2): a row per entry, keyed by model, checkpoint, source and entry.
+def _has_arrays(path: Path) -> bool:
+    """Whether a safetensors file is a blueprint of its own, and not a model that may carry one."""
+    text = read_metadata(path).get(JSON_KEY) if path.suffix == ".safetensors" else None
+    return text is not None and has_arrays(loads(text, str(path)))
 
-    The paper's snippet keys by model, checkpoint and entry alone, so that a second lab's or task's file overwrites the
-    first (and it returns after the first file). Here the source is part of the key.
 
-    Args:
-        sources: blueprints by name of their source, or files to read, named by their paths.
-
-    Returns:
-        Rows with `model_id`, `training_checkpoint`, `source`, `id` and the entry's statistics.
-
-    Raises:
-        BlueprintError: if a file is not there or is not a blueprint.
-    """
-    named = sources if isinstance(sources, Mapping) else {str(path): read_blueprint(path) for path in sources}
-    return [
-        {
-            "model_id": blueprint.model_id,
-            "training_checkpoint": blueprint.training_checkpoint,
-            "source": source,
-            **entry_to_dict(entry),
-        }
-        for source, blueprint in named.items()
-        for entry in blueprint.submodules
-    ]
+def _read_bytes(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_ARRAYS:
+        raise FormatError(f"{path} has {size:,} bytes; a blueprint of its own has at most {MAX_ARRAYS:,}.")
+    return path.read_bytes()
 
 
 def _blank(value: float | None) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .binding import WEIGHTS_DIGEST, weights_digest
 from .blueprint import Blueprint
 from .distributed import of_first_process, process_count
 from .entry import ADAPTABLE, PROJECTION_SIZE, SKETCH_SIZE, Include, Method, Submodule, norm_of
@@ -23,6 +24,7 @@ from .errors import MeasurementError
 from .influence import Influence
 from .losses import LossFunction
 from .measure import Batch, measure_influence
+from .privacy import Privacy, one_by_one, published
 from .redundancy import alignment_factor
 from .submodules import (
     Weight,
@@ -67,6 +69,8 @@ def generate_blueprint(
     seed: int = 0,
     progress: bool = True,
     reduce: bool = True,
+    privacy: Privacy | None = None,
+    digest_weights: bool = False,
 ) -> Blueprint:
     """Measure a blueprint of a model on data.
 
@@ -92,9 +96,13 @@ def generate_blueprint(
         progress: show progress bars.
         reduce: under `torchrun` or `accelerate launch` unite the processes' measurements, so that each has the same
             blueprint, see `measure_influence`.
+        privacy: publish norms with noise, or with a guarantee of differential privacy, and nothing else that depends on
+            the examples but their number. Each domain is released by itself. Under a guarantee examples are measured one
+            by one.
+        digest_weights: bind the blueprint to the weights' values too, by a digest in the provenance.
 
     Raises:
-        MeasurementError: without data or targets, or if a norm is not finite.
+        MeasurementError: without data or targets, if a norm is not finite, or for too few examples for `privacy`.
     """
     domains = batches if isinstance(batches, Mapping) else {"": batches}
     if not domains:
@@ -102,11 +110,11 @@ def generate_blueprint(
     influences = {
         name: measure_influence(
             model,
-            of_domain,
+            one_by_one(of_domain) if privacy is not None and privacy.is_guaranteed else of_domain,
             max_examples=max_examples,
             method=method,
             sketch_size=sketch_size,
-            projection_size=projection_size,
+            projection_size=projection_size if privacy is None else 0,
             include=include,
             loss_fn=loss_fn,
             seed=seed,
@@ -115,16 +123,17 @@ def generate_blueprint(
         )
         for name, of_domain in domains.items()
     }
-    reference, influence = next(iter(influences.items()))
-    entries = _with_weights(
-        summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost),
-        influence,
-        model,
-    )
-    if reference:
-        entries = _with_tags(entries, influences)
-    config = getattr(unwrap(model), "config", None)
     processes = process_count() if reduce else 1
+    if privacy is None:
+        reference, influence = next(iter(influences.items()))
+        entries = summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost)
+        entries = _with_weights(entries, model, influence)
+        if reference:
+            entries = _with_tags(entries, {name: _means(part) for name, part in influences.items()})
+        measured = _measured(influences) | {"projection_size": projection_size, "bootstrap": bootstrap}
+    else:
+        entries, measured = _released(influences, model, include, privacy, processes)
+    config = getattr(unwrap(model), "config", None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parameter = next(model.parameters())
     return Blueprint(
@@ -141,28 +150,16 @@ def generate_blueprint(
             "created": of_first_process(created) if processes > 1 else created,
             **({"command": command} if command else {}),
             **({"data": data if isinstance(data, str) else dict(data)} if data else {}),
-            "domains": {
-                name or "data": {
-                    "examples": part.examples,
-                    "tokens": part.tokens,
-                    "target_tokens": int(part.target_tokens.sum()),
-                    "mean_loss": float(part.losses.mean()),
-                    "data_digest": part.data_digest,
-                    "norm_error": float(part.norm_errors.mean()),
-                }
-                for name, part in influences.items()
-            },
+            **measured,
             "method": method,
             "sketch_size": sketch_size,
-            "projection_size": projection_size,
-            "bootstrap": bootstrap,
             "seed": seed,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "quantized": any(entry.quantized for entry in entries),
             "device": parameter.device.type,
             **({"processes": processes} if processes > 1 else {}),
-            "unmeasured": len(influence.unmeasured),
             "versions": versions(),
+            **({WEIGHTS_DIGEST: weights_digest(model)} if digest_weights else {}),
         },
     )
 
@@ -298,20 +295,60 @@ def _alignments(influence: Influence) -> list[tuple[float, ...]]:
     return [tuple(float(f"{value:.6g}") for value in row) for row in factor]
 
 
-def _with_weights(entries: Sequence[Submodule], influence: Influence, model: nn.Module) -> tuple[Submodule, ...]:
-    """With the weight's norm, and its product with the gradient where an adapter could be."""
+def _measured(influences: Mapping[str, Influence]) -> dict[str, Any]:
+    """What the provenance says of the data."""
+    return {
+        "domains": {
+            name or "data": {
+                "examples": part.examples,
+                "tokens": part.tokens,
+                "target_tokens": int(part.target_tokens.sum()),
+                "mean_loss": float(part.losses.mean()),
+                "data_digest": part.data_digest,
+                "norm_error": float(part.norm_errors.mean()),
+            }
+            for name, part in influences.items()
+        },
+        "unmeasured": len(next(iter(influences.values())).unmeasured),
+    }
+
+
+def _released(
+    influences: Mapping[str, Influence], model: nn.Module, include: Include, privacy: Privacy, processes: int
+) -> tuple[tuple[Submodule, ...], dict[str, Any]]:
+    """Entries, and what the provenance says of the data: from released norms, the model and numbers of examples alone.
+
+    Noise is drawn once: of several processes the first one's release is everyone's.
+    """
+    reference, influence = next(iter(influences.items()))
+    # which rows there are must not depend on which of them the examples reached
+    every = [row for row in find_submodules(model, include) if row.form in ("linear", "head") or not row.quantized]
+    rows = every if privacy.is_guaranteed else list(influence.submodules)
+    parts = {name: (part.submodules, part.norms.double().numpy()) for name, part in influences.items()}
+    norms, statement = published(parts, rows, privacy)
+    if processes > 1:
+        norms, statement = of_first_process((norms, statement))
+    means = {name: dict(zip((r.name for r in rows), of.tolist(), strict=True)) for name, of in norms.items()}
+    count = influence.examples
+    entries = [replace(row, gradient_norm=means[reference][row.name], examples=count) for row in rows]
+    counts = {name or "data": {"examples": part.examples} for name, part in influences.items()}
+    completed = _with_weights(entries, model)
+    return _with_tags(completed, means) if reference else completed, {"domains": counts, "privacy": statement}
+
+
+def _with_weights(
+    entries: Sequence[Submodule], model: nn.Module, influence: Influence | None = None
+) -> tuple[Submodule, ...]:
+    """With the weight's norm, and given the measurement its product with the gradient where an adapter could be."""
     weights = {weight.name: weight for weight in find_weights(model)}
+    gradient_rows = influence.row_norms if influence is not None else ()
     completed = []
-    for entry, gradient_rows in zip(entries, influence.row_norms, strict=True):
+    for i, entry in enumerate(entries):
         rows = _row_norms(weights[entry.name])
-        is_adaptable = entry.form in ADAPTABLE
-        completed.append(
-            replace(
-                entry,
-                weight_norm=float(np.linalg.norm(rows)),
-                weight_gradient=weight_gradient(rows, gradient_rows.double().numpy()) if is_adaptable else None,
-            )
-        )
+        entry = replace(entry, weight_norm=float(np.linalg.norm(rows)))
+        if gradient_rows and entry.form in ADAPTABLE:
+            entry = replace(entry, weight_gradient=weight_gradient(rows, gradient_rows[i].double().numpy()))
+        completed.append(entry)
     return tuple(completed)
 
 
@@ -327,11 +364,13 @@ def _row_norms(weight: Weight) -> np.ndarray:
     return torch.linalg.vector_norm(rows, dim=1).double().cpu().numpy()
 
 
-def _with_tags(entries: Sequence[Submodule], influences: Mapping[str, Influence]) -> tuple[Submodule, ...]:
-    means = {
-        domain: dict(zip((s.name for s in part.submodules), part.norms.double().mean(dim=1).tolist(), strict=True))
-        for domain, part in influences.items()
-    }
+def _means(influence: Influence) -> dict[str, float]:
+    means = influence.norms.double().mean(dim=1).tolist()
+    return dict(zip((submodule.name for submodule in influence.submodules), means, strict=True))
+
+
+def _with_tags(entries: Sequence[Submodule], means: Mapping[str, Mapping[str, float]]) -> tuple[Submodule, ...]:
+    """With every domain's mean norm over the entry's own."""
     return tuple(
         replace(
             entry,

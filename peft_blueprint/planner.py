@@ -170,7 +170,8 @@ def fitted(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Structur
         raise PlacementError("There is nothing to place by: give a blueprint, or a model (its config will do).")
     structure: Structure | None = None
     if model is not None:
-        from .submodules import check_fits, find_submodules, find_weights
+        from .binding import check_fits
+        from .submodules import find_submodules, find_weights
 
         model = as_module(model)
         structure = Structure.of(model)

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from .blueprint import Blueprint
-from .entry import ADAPTABLE, Form, Include, Submodule, some
-from .errors import MismatchError
+from .entry import ADAPTABLE, Form, Include, Submodule
 
 
 if TYPE_CHECKING:
@@ -234,26 +232,6 @@ def structure_digest(submodules: Sequence[Submodule]) -> str:
 def by(shape: Sequence[int]) -> str:
     """A shape as one says it: 576x1536."""
     return "x".join(map(str, shape))
-
-
-def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
-    """Raise MismatchError unless every entry of a blueprint is a submodule of the model, of the same shape."""
-    shapes = {weight.name: weight.shape for weight in find_weights(model)}
-    missing = [entry.name for entry in blueprint if entry.name not in shapes]
-    if missing:
-        raise MismatchError(
-            f"The blueprint of {blueprint.model_id!r} does not fit this {type(unwrap(model)).__name__}: "
-            f"{len(missing)} of its {len(blueprint)} entries are not in the model ({some(missing)}), which has "
-            f"{some(list(shapes)) or 'no weights'}. Use a blueprint of this model, or measure one with "
-            "generate_blueprint(model, batches)."
-        )
-    for entry in blueprint:
-        if entry.shape is not None and entry.shape != shapes[entry.name]:
-            raise MismatchError(
-                f"{entry.name!r} is {by(entry.shape)} in the blueprint of {blueprint.model_id!r} and "
-                f"{by(shapes[entry.name])} in this model: it is a blueprint of another size of it. Use this model's own, "
-                "or measure one with generate_blueprint(model, batches)."
-            )
 
 
 def _is_transformers(model: nn.Module) -> bool:

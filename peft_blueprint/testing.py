@@ -1,14 +1,8 @@
 """Tiny random models, toy batches and a Hub on loopback, for this project's tests and for yours.
 
-Models take milliseconds to build and to run. The Hub speaks as much of the protocol as downloads need, to the real
-client, over HTTP.
+Models take milliseconds to build and to run. The Hub is that of `loopback.py`, under a second name.
 """
 
-import hashlib
-import http.server
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +25,27 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from .loopback import COMMIT, LoopbackHub, loopback_hub
 from .submodules import linear_modules, shape_of
+
+
+__all__ = [
+    "COMMIT",
+    "VOCABULARY",
+    "LoopbackHub",
+    "loopback_hub",
+    "quantise",
+    "random_model",
+    "randomise_adapters",
+    "save_tiny_model",
+    "tiny_bert",
+    "tiny_gpt2",
+    "tiny_llama",
+    "tiny_mixtral",
+    "tiny_t5",
+    "tiny_vit",
+    "toy_batches",
+]
 
 
 VOCABULARY = 97
@@ -187,74 +201,6 @@ def save_tiny_model(folder: Path, layers: int = 3) -> Path:
     ).save_pretrained(folder)
     tiny_llama(layers).save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def loopback_hub(repositories: Mapping[str, Path], token: str | None = None, gated: bool = False) -> Iterator[str]:
-    """Serve folders as repositories of a Hub on 127.0.0.1, for as long as the `with` lasts.
-
-    Args:
-        repositories: folder by repository id, `org/name`.
-        token: when given, requests without it are answered 401, as for private repositories.
-        gated: let the answer say that they are there and need permission, instead of what the Hub says of both private
-            and missing ones.
-
-    Yields:
-        The endpoint, to be given as `endpoint=` or as `HF_ENDPOINT` (read at import) in a subprocess. Every repository
-        has the branch `main`, at the commit `COMMIT`.
-    """
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.0"  # no connection outlives its answer, so that none outlives the `with`
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-        def _answer(self, with_body: bool) -> None:
-            path = self.path.split("?")[0].lstrip("/")
-            repository, _, rest = path.partition("/resolve/")
-            revision, _, name = rest.partition("/")
-            if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
-                code = "GatedRepo" if gated else "RepoNotFound"
-                return self._send(401, b"", {"X-Error-Code": code, "X-Error-Message": "Invalid username or password."})
-            if repository not in repositories:
-                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-            if revision not in ("main", COMMIT):
-                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            file = repositories[repository] / name
-            if not file.is_file():
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-            body = file.read_bytes()
-            etag = hashlib.sha256(body).hexdigest()
-            self._send(200, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, with_body)
-
-        def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _vocabulary() -> dict[str, Any]:

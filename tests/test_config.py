@@ -286,7 +286,10 @@ def test_a_name_that_pefts_endings_would_match_elsewhere_is_refused(blueprint):
     """A wrapper whose inner names end alike would get adapters on both; that is said instead."""
     model = tiny_llama(layers=12)
     model.vision = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": tiny_llama(layers=12).model.layers})})
-    with pytest.raises(MismatchError, match="would also reach 'vision.model.layers"):
+    with (
+        pytest.raises(MismatchError, match="would also reach 'vision.model.layers"),
+        pytest.warns(UserWarning, match="other submodules than this one, which also has 'vision.model.layers"),
+    ):
         get_peft_model(model, BlueprintConfig(blueprint=blueprint))
 
 

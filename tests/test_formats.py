@@ -16,7 +16,6 @@ from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, Submodule
 from peft_blueprint.entry import Form
 from peft_blueprint.errors import FormatError
 from peft_blueprint.formats import (
-    aggregate,
     from_csv,
     from_json,
     read_blueprint,
@@ -370,18 +369,3 @@ def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask):
     finally:
         os.umask(old)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def test_aggregation_keeps_two_labs_and_two_tasks_apart(tmp_path):
-    """Four files of one model and checkpoint give four rows for its one entry, as files and as named blueprints."""
-    sources = {}
-    for lab in ("oxford", "berlin"):
-        for task in ("law", "code"):
-            entry = Submodule("attn.0", float(len(sources)))
-            sources[f"{lab}/{task}"] = Blueprint("org/m", (entry,), training_checkpoint=0.8, level="group")
-    rows = aggregate(sources)
-    assert [row["gradient_norm"] for row in rows] == [0.0, 1.0, 2.0, 3.0]
-    assert len({(r["model_id"], r["training_checkpoint"], r["source"], r["id"]) for r in rows}) == 4
-    paths = [blueprint.save(tmp_path / source / "blueprint.json") for source, blueprint in sources.items()]
-    assert [row | {"source": ""} for row in aggregate(paths)] == [row | {"source": ""} for row in rows]
-    assert {row["source"] for row in aggregate(paths)} == set(map(str, paths))

@@ -1,0 +1,223 @@
+"""A blueprint in the model's own files: in the header of its safetensors, and in the index of a sharded one.
+
+No tensor changes. Knows which files a model has; what is in a header is `header`'s to say, what in the text `compact`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .blueprint import Blueprint
+from .compact import VERSION, VERSION_KEY, from_header_text, require_version, to_header_text
+from .errors import BlueprintError, FormatError
+from .files import require_writable, write_atomically
+from .header import FIRST_READ, metadata_of_prefix, read_header, read_metadata, replace_metadata
+from .safe_json import MAX_STRING, loads, read_text
+from .slots import JSON_KEY, escaped
+from .stored import Tensors, check_stored
+
+
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_TEXT = 8_000_000  # bytes in a header
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a model that may hold a blueprint: the first (or only) one with tensors, and the index."""
+
+    tensors: Path
+    index: Path | None
+    shards: tuple[Path, ...]
+
+
+def embed(
+    blueprint: Blueprint,
+    path: str | Path,
+    *,
+    reserve: int = 0,
+    check: bool = True,
+    digits: int = 4,
+    progress: bool = True,
+) -> list[Path]:
+    """Put a blueprint into a model's files, in place of one that is there.
+
+    Args:
+        blueprint: of this model; kept to `digits` significant digits, without alignments, medians and keys of entries
+            that this version does not know, see `compact.rounded`.
+        path: a `.safetensors` file, of a model or an adapter; or the folder of a model in one file, or in shards with an
+            index. Then it goes into the index and into the first shard.
+        reserve: bytes of room for later blueprints, so that an update that fits takes milliseconds and not a copy of the
+            file, which grows by twice that.
+        check: whether every entry must be among the model's tensors.
+        digits: significant digits that are kept.
+        progress: whether to show a bar while a file is written anew.
+
+    Returns:
+        The files that were changed.
+
+    Raises:
+        BlueprintError: if a file is not there, is the Hub's cache's, cannot be written, or the text is longer than 8 MB
+            (1 MB for an index).
+        MismatchError: if the blueprint is not of this model.
+        FormatError: if a file is not what its name says.
+    """
+    files = _find(Path(path))
+    if check:
+        check_stored(blueprint, _tensors_of(files), str(path))
+    text = to_header_text(blueprint, digits)
+    _require_short(text, blueprint, files)
+    changes: dict[str, str | None] = {JSON_KEY: text, VERSION_KEY: VERSION}
+    changed = _write(files, changes, reserve, progress)
+    with open(files.tensors, "rb") as file:
+        metadata, needed = metadata_of_prefix(file.read(FIRST_READ), str(files.tensors))
+    if metadata is None:
+        warnings.warn(
+            f"The header of {files.tensors} has {needed:,} bytes, and its metadata ends beyond the first {FIRST_READ:,}, "
+            "which the Hub's clients read at once: reading this blueprint takes them a second request. Reserve less, or "
+            "publish blueprint.safetensors beside the model.",
+            stacklevel=2,
+        )
+    return changed
+
+
+def extract(path: str | Path) -> Blueprint:
+    """The blueprint in a model's files: of the header, or else of the index. Reads no tensor.
+
+    Raises:
+        BlueprintError: if there is none, or a file is not there.
+        FormatError: if what is there is not a blueprint, or was changed.
+    """
+    path = Path(path)
+    files = _find(path)
+    places: list[tuple[Path, Any]] = []
+    if files.tensors.exists() or files.index is None:
+        places.append((files.tensors, read_metadata(files.tensors)))
+    if files.index is not None:
+        places.append((files.index, _read_index(files.index).get("metadata") or {}))
+    for place, metadata in places:
+        text = metadata.get(JSON_KEY)
+        if text is not None:
+            require_version(metadata, str(place))
+            if not isinstance(text, str):
+                raise FormatError(f"{JSON_KEY} in the metadata of {place} must be text.")
+            return from_header_text(text, f"{JSON_KEY} in {place}")
+    raise BlueprintError(
+        f"{path} carries no blueprint. Put one there with `peft-blueprint embed {path} blueprint.json`."
+    )
+
+
+def remove(path: str | Path, *, progress: bool = True) -> list[Path]:
+    """Take a blueprint out of a model's files again, with the room that was reserved.
+
+    Returns:
+        The files that were changed; none if they carry none.
+
+    Raises:
+        BlueprintError: if a file is not there, is the Hub's cache's, or cannot be written.
+        FormatError: if a file is not what its name says.
+    """
+    return _write(_find(Path(path)), {JSON_KEY: None, VERSION_KEY: None}, 0, progress)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _find(path: Path) -> _Files:
+    if path.is_dir():
+        if (path / MODEL_FILE).exists():
+            return _Files(path / MODEL_FILE, None, (path / MODEL_FILE,))
+        if not (path / INDEX_FILE).exists():
+            raise BlueprintError(
+                f"{path} holds neither {MODEL_FILE} nor {INDEX_FILE}. Give the folder of a model in safetensors, or one "
+                ".safetensors file."
+            )
+        path = path / INDEX_FILE
+    if not path.name.endswith(".safetensors.index.json"):
+        if path.suffix != ".safetensors":
+            raise BlueprintError(f"{path} is no .safetensors file and no folder with a model in that format.")
+        return _Files(path, None, (path,))
+    weights = _read_index(path)["weight_map"]
+    shards = tuple(path.parent / name for name in sorted(set(weights.values())))
+    return _Files(shards[0], path, shards)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    index = loads(read_text(path), str(path))
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(_is_plain_name(name) for name in weights.values()):
+        raise FormatError(
+            f"{path} is no index of a sharded model: it needs weight_map, from tensors to files beside it."
+        )
+    if not isinstance(index.get("metadata"), dict | None):
+        raise FormatError(f"metadata in {path} must be an object.")
+    return index
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
+
+
+def _tensors_of(files: _Files) -> Tensors:
+    """Dtype and shape of every tensor, by name; None for those of shards that are not here."""
+    tensors: dict[str, Any] = {}
+    if files.index is not None:
+        tensors = dict.fromkeys(_read_index(files.index)["weight_map"])
+    for shard in files.shards:
+        if shard.exists() or files.index is None:
+            tensors |= read_header(shard).tensors
+    return tensors
+
+
+def _require_short(text: str, blueprint: Blueprint, files: _Files) -> None:
+    size = len(escaped(text))
+    limit = MAX_TEXT if files.index is None else MAX_STRING
+    if size > limit:
+        raise BlueprintError(
+            f"The blueprint of {blueprint.model_id!r} would have {size:,} bytes in {files.index or files.tensors}, with "
+            f"{len(blueprint):,} entries; at most {limit:,} are put there. Save it as blueprint.safetensors beside the model."
+        )
+
+
+def _write(files: _Files, changes: dict[str, str | None], reserve: int, progress: bool) -> list[Path]:
+    targets = [path for path in (files.tensors, files.index) if path is not None]
+    for target in targets:
+        if not target.exists():
+            raise BlueprintError(f"There is no file {target}. Get the whole model, or check the path.")
+        _require_own(target)
+        require_writable(target.parent)
+    changed = []
+    metadata = read_metadata(files.tensors)
+    if any(metadata.get(key) != value for key, value in changes.items()) or reserve:
+        replace_metadata(files.tensors, changes, reserve, progress)
+        changed.append(files.tensors)
+    if files.index is not None:
+        index = _read_index(files.index)
+        old = dict(index.get("metadata") or {})
+        new = {key: value for key, value in {**old, **changes}.items() if value is not None}
+        if new != old:
+            text = read_text(files.index)
+            content = json.dumps({"metadata": new, **index, **{"metadata": new}}, indent=2)
+            write_atomically(files.index, content + "\n" * text.endswith("\n"))
+            changed.append(files.index)
+    return changed
+
+
+def _require_own(path: Path) -> None:
+    """Raise BlueprintError for a symbolic link, or a file of the Hub's cache, which others read too."""
+    folders = {parent.name for parent in path.resolve().parents}
+    in_cache = any(name.startswith("models--") for name in folders) and bool(folders & {"blobs", "snapshots"})
+    if in_cache:
+        raise BlueprintError(
+            f"{path} is in the Hub's cache, which other programs read and which is checked by its hash; it is not changed. "
+            "Copy the model first: `hf download <model> --local-dir <folder>`, and give that folder."
+        )
+    if path.is_symlink():
+        raise BlueprintError(
+            f"{path} is a symbolic link to {path.resolve()}, which is not changed through it. Give that file itself if it is "
+            "yours; a model from the Hub's cache is copied with `hf download <model> --local-dir <folder>`."
+        )
