@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .measure import measure_influence
     from .placement import Placement
     from .planner import plan_placement
+    from .privacy import Privacy
     from .unfreezing import share_base
     from .uniform import export_uniform_lora
     from .workload import Workload
@@ -32,6 +33,7 @@ __all__ = [
     "BlueprintError",
     "Influence",
     "Placement",
+    "Privacy",
     "Submodule",
     "Workload",
     "check_drift",
@@ -50,6 +52,7 @@ _HOMES = {
     "BlueprintConfig": "config",
     "Influence": "influence",
     "Placement": "placement",
+    "Privacy": "privacy",
     "Submodule": "entry",
     "Workload": "workload",
     "check_drift": "drift",

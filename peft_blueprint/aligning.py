@@ -32,8 +32,7 @@ class Target:
         submodules: names of those that count.
         directions: (submodules, m) float32, the mean projection.
         weights: (submodules,) float32, what each submodule's inner product counts.
-        norm: of the whole direction under these weights, without the bias that the noise of few examples adds where
-            there are two or more.
+        norm: of the whole direction under these weights; the noise of few examples makes it too large.
         seed: of the sketches and projections, which only compare under the same.
         examples: of the set.
     """
@@ -77,17 +76,13 @@ def target_of(
         floor = 1e-6 * float(sizes.max()) or 1.0  # where no gradient arrives, nothing is to be magnified
         weights = counts.sqrt() / sizes.clamp_min(floor) if precondition == "adam" else sizes.clamp_min(floor) ** -2
         weights = weights / weights.mean()
-    square = float((weights * directions.square().sum(dim=1)).sum())
-    n = influence.examples
-    if n > 1:  # ‖ḡ‖² less the noise's share; at least a hundredth of it, where noise is all there is to see
-        noise = float((weights * influence.projections[rows].square().sum(dim=2).mean(dim=1)).sum())
-        square = max((n * square - noise) / (n - 1), square / 100)
-    if not square > 0:
+    norm = float((weights * directions.square().sum(dim=1)).sum().sqrt())
+    if not norm > 0:
         raise MeasurementError(
             "The target's mean gradient is zero: nothing can be aligned with it. Give other target examples."
         )
     names = tuple(influence.submodules[row].name for row in rows)
-    return Target(names, directions, weights, square**0.5, influence.seed, n)
+    return Target(names, directions, weights, norm, influence.seed, influence.examples)
 
 
 def alignment_scores(influence: Influence, target: Target, similarity: Similarity = "cosine") -> np.ndarray:
@@ -103,8 +98,8 @@ def alignment_scores(influence: Influence, target: Target, similarity: Similarit
         similarity: "cosine" or "dot".
 
     Returns:
-        (examples,) float64; 0 for an example without a gradient. The target's noise makes cosines a little too large or
-        too small, by one factor for all.
+        (examples,) float64; 0 for an example without a gradient. The noise of a small target makes cosines smaller than
+        with what it stands for, by one factor for all.
 
     Raises:
         MismatchError: if the two were not measured alike.

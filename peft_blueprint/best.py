@@ -47,7 +47,7 @@ class Best:
 
     @property
     def threshold(self) -> float:
-        """The lowest score that is kept, in nothing less than which an offer can succeed; −∞ until `count` are there."""
+        """The lowest score that is kept, below which nothing is taken; −∞ until `count` are there."""
         return self._heap[0][0] if len(self._heap) == self.count else -math.inf
 
     def takes(self, score: float, index: int) -> bool:

@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -205,7 +205,13 @@ def drift(
     raise typer.Exit(1 if found.drifted else 0)
 
 
-for verb in (*cli_place.VERBS, *cli_plan.VERBS, *cli_publish.VERBS, *cli_aggregate.VERBS):
+_VERBS: tuple[Callable[..., None], ...] = (
+    *cli_place.VERBS,
+    *cli_plan.VERBS,
+    *cli_publish.VERBS,
+    *cli_aggregate.VERBS,
+)
+for verb in _VERBS:
     app.command()(verb)
 
 

@@ -123,7 +123,9 @@ def embed(
     from .embedding import embed
 
     blueprint = Blueprint.from_pretrained(source)
-    changed = embed(blueprint, model, reserve=0 if reserve is None else _bytes(reserve), check=check, progress=not quiet)
+    changed = embed(
+        blueprint, model, reserve=0 if reserve is None else _bytes(reserve), check=check, progress=not quiet
+    )
     rows = [{"file": str(path), "bytes": path.stat().st_size} for path in changed]
     title = f"The blueprint of {blueprint.model_id} with {len(blueprint)} {blueprint.level}s is now in"
     print_answer({"files": rows}, rows, as_json, quiet, [str(path) for path in changed], title)

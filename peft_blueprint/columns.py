@@ -16,7 +16,7 @@ from .schema import ENTRY_KEYS
 from .theory import gamma_from_alpha, k_star
 
 
-MAX_ENTRIES = 200_000
+MAX_ENTRIES = 100_000
 _MAX_CHARACTERS = 50_000_000  # of all names together
 _MAX_DEPTH = 16  # numbers in one name
 
@@ -206,7 +206,7 @@ def _with_hash(value: Any, depth: Any) -> Any:
 
 
 def _without_hash(value: Any, depth: Any) -> Any:
-    return f"{value[:-1]}{depth}" if isinstance(value, str) and value.endswith(".#") else value
+    return f"{value[:-1]}{depth}" if isinstance(value, str) and len(value) <= 1024 and value.endswith(".#") else value
 
 
 # ------------------------------------------------------------------------------------------ names

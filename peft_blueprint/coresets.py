@@ -89,8 +89,8 @@ def facility_location(points: ArrayLike, count: int, *, metric: Metric = "euclid
     greedy choice has at least 1 − 1/e of the most possible (Nemhauser, Wolsey and Fisher 1978,
     doi:10.1007/BF01588971). With s a constant less the distance of gradients it is the coreset of CRAIG (Mirzasoleiman
     et al. 2020, arXiv:1906.01827). Unlike k-centre it goes for where points are dense. A point is looked at again only
-    if what it added before would still make it the best (Minoux 1978, doi:10.1007/BFb0006528); the choice is that of
-    plain greedy. Ties go to the earlier point.
+    if what it added before would still make it the best (Minoux 1978, doi:10.1007/BFb0006528); but for
+    rounding in single precision, which decides among what adds alike, the choice is that of plain greedy.
 
     Of up to 10,000 points all similarities are held, 4·n² bytes and 400 MB at most: seconds. Of more they are computed
     again when they are needed, a few MB at a time: some minutes for 2,000 of 20,000 points of 251 numbers, as n²·d and

@@ -33,11 +33,11 @@ class CrossInfluence:
     """The cross-influence matrix T (eq. 32) at the level of submodules.
 
     The entries are norms of gradients, as in the paper, unless asked otherwise. Sums of norms say how much is moved, not
-    where to: two examples that pull apart count twice, and a wrong label counts much. The alignments say the latter. The
-    sum of C over submodules S and the mean over examples D is, to first order, what a step on S along D's gradient gains
-    on the others; entries of examples that harm are negative and count against, and shares may pass 1. They are noisier:
-    with few examples, what a joint choice captures of them is partly chance. Norms are the default for being exact and
-    always positive; neither is shown to choose better.
+    where to: two examples that pull apart count twice, and a wrong label counts much. The alignments say the latter: to
+    first order the loss falls in proportion to their sum over S and D when submodules S step along examples D's gradient.
+    Those of examples that harm are negative and count against, and shares may pass 1. They are noisier: of few examples
+    what is captured of them is partly chance. Norms are the default since they are the paper's, positive, of one example
+    each, and mergeable; neither is shown to choose better.
 
     Args:
         values: (submodules, examples) float32, read-only.

@@ -17,7 +17,7 @@ from .errors import BlueprintError, FormatError
 from .files import require_writable, write_atomically
 from .header import FIRST_READ, metadata_of_prefix, read_header, read_metadata, replace_metadata
 from .safe_json import MAX_STRING, loads, read_text
-from .slots import JSON_KEY, escaped
+from .slots import JSON_KEY, escaped, first_text
 from .stored import Tensors, check_stored
 
 
@@ -74,12 +74,12 @@ def embed(
     changes: dict[str, str | None] = {JSON_KEY: text, VERSION_KEY: VERSION}
     changed = _write(files, changes, reserve, progress)
     with open(files.tensors, "rb") as file:
-        metadata, needed = metadata_of_prefix(file.read(FIRST_READ), str(files.tensors))
-    if metadata is None:
+        start = file.read(FIRST_READ)
+    if first_text(start) is None and metadata_of_prefix(start, str(files.tensors))[0] is None:
         warnings.warn(
-            f"The header of {files.tensors} has {needed:,} bytes, and its metadata ends beyond the first {FIRST_READ:,}, "
-            "which the Hub's clients read at once: reading this blueprint takes them a second request. Reserve less, or "
-            "publish blueprint.safetensors beside the model.",
+            f"The blueprint of {blueprint.model_id!r} has {len(escaped(text)):,} bytes in {files.tensors}, and ends beyond "
+            f"the first {FIRST_READ:,}, which are read at once: reading it from the Hub takes a second request. Publish it "
+            "beside the model too.",
             stacklevel=2,
         )
     return changed

@@ -9,12 +9,14 @@ import csv
 import io
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .arrays import from_arrays_bytes, has_arrays, to_arrays_bytes
 from .blueprint import Blueprint
 from .embedding import INDEX_FILE, MODEL_FILE, extract
+from .entry import some
 from .errors import BlueprintError, FormatError
 from .files import write_atomically
 from .header import read_metadata
@@ -98,19 +100,19 @@ def _csv_record(text: str) -> dict[str, Any]:
     record: dict[str, Any] = {"model_id": model_id}
     if checkpoint:
         record["training_checkpoint"] = _cell(checkpoint, "training_checkpoint")
-    record |= _cell(rows[0].get("metadata") or "{}", "metadata")
+    record |= _beside(record, rows[0].get("metadata"), "metadata")
     record["layers"] = []
     for row in rows:
         if row["model_id"] != model_id:
             raise FormatError(
-                f"this is a table of several models ({model_id!r}, {row['model_id']!r}); a blueprint is of one. "
+                f"this is a table of several models ({model_id[:80]!r}, {row['model_id'][:80]!r}); a blueprint is of one. "
                 "Keep one model's rows."
             )
         entry: dict[str, Any] = {"id": row["id"]}
         for key in ENTRY_KEYS:
             if cell := row.get(key):
                 entry[key] = cell if key in ("kind", "group", "form") else _cell(cell, key)
-        record["layers"].append(entry | _cell(row.get("extra") or "{}", "extra"))
+        record["layers"].append(entry | _beside(entry, row.get("extra"), "extra"))
     return record
 
 
@@ -176,6 +178,15 @@ def _read_bytes(path: Path) -> bytes:
 
 def _blank(value: float | None) -> str:
     return "" if value is None else repr(value)
+
+
+def _beside(known: Mapping[str, Any], cell: str | None, column: str) -> dict[str, Any]:
+    """The object in a cell, which may not contradict what the other columns say."""
+    more = _cell(cell or "{}", column)
+    twice = [key for key in more if key in known and known[key] != more[key]]
+    if twice:
+        raise FormatError(f"{some(twice)} stand both in a column and, otherwise, in {column}; keep one.")
+    return more
 
 
 def _cell(cell: str, column: str) -> Any:

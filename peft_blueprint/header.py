@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -196,7 +197,7 @@ def replace_metadata(
             rewrite(file, part, path, header.size, head, progress)
         except OSError as error:
             raise BlueprintError(
-                f"{path} cannot be written: {error.strerror or error}. It is unchanged; make it and its folder writable, "
+                f"{path} cannot be written: {error.strerror or error}. Its tensors are unchanged; make it and its folder writable, "
                 "or copy it elsewhere."
             ) from error
     return False
@@ -368,6 +369,8 @@ def _new_head(header: Header, changes: Mapping[str, str | None], reserve: int, s
 @contextmanager
 def _reading(path: Path) -> Iterator[FileIO]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise FormatError(f"{path} is a device or a pipe, not a file. Copy what it gives into a file first.")
         file = open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise BlueprintError(f"There is no file {path}. Check the path.") from None

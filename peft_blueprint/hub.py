@@ -33,8 +33,8 @@ from .files import write_atomically
 from .formats import read_blueprint
 from .header import FIRST_READ, HEADER_LIMIT, metadata_of_prefix
 from .naming import SUFFIXES, file_name
-from .safe_json import loads
-from .slots import JSON_KEY
+from .safe_json import loads, read_text
+from .slots import JSON_KEY, first_text
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -128,7 +128,7 @@ def _in_the_model(repository: _Repository) -> _Found | None:
         except _NETWORK_ERRORS:
             pass  # hf_hub_download, which comes next, says what is wrong if the cache has nothing either
     reference = repository.cache("revisions", revision)
-    commit = loads(reference.read_text(encoding="utf-8"), str(reference)) if reference.exists() else revision
+    commit = loads(read_text(reference), str(reference)) if reference.exists() else revision
     cached = repository.cache("commits", str(commit))
     return _cached(cached) if cached.exists() else None
 
@@ -157,7 +157,10 @@ def _asked(repository: _Repository, revision: str) -> _Found | None:
 
 
 def _of_header(data: bytes, source: str, size: int | None) -> tuple[dict[str, str] | None, int]:
-    return metadata_of_prefix(data, source, size)
+    metadata, needed = metadata_of_prefix(data, source, size)
+    if metadata is None and (text := first_text(data)) is not None:
+        return {JSON_KEY: text}, needed
+    return metadata, needed
 
 
 def _of_index(data: bytes, source: str, size: int | None) -> tuple[dict[str, Any] | None, int]:
@@ -256,7 +259,7 @@ def _remember(repository: _Repository, revision: str, commit: str, found: _Found
 
 
 def _cached(path: Path) -> _Found | None:
-    record = loads(path.read_text(encoding="utf-8"), str(path))
+    record = loads(read_text(path), str(path))
     return _Found(str(record["file"]), str(record["text"])) if isinstance(record, dict) else None
 
 

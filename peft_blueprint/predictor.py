@@ -140,12 +140,16 @@ def fit_predictor(
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's rank correlation, with mean ranks for ties; 0 where either is constant, and so says nothing."""
+    return float(_spearman(np.asarray(first, dtype=float)[None], np.asarray(second, dtype=float)[None])[0])
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Row by row. (k, n), (k, n) → (k,)"""
     from scipy.stats import rankdata
 
-    a, b = (rankdata(np.asarray(values, dtype=float)) for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else 0.0
+    a, b = (rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (first, second))
+    sizes = np.sqrt(np.square(a).sum(axis=1) * np.square(b).sum(axis=1))
+    return np.divide((a * b).sum(axis=1), sizes, out=np.zeros(len(a)), where=sizes > 0)
 
 
 def _candidates(seed: int) -> dict[str, Callable[[], Estimator]]:
@@ -165,9 +169,7 @@ def _candidates(seed: int) -> dict[str, Callable[[], Estimator]]:
         ),
         "network": lambda: make_pipeline(
             StandardScaler(),
-            MLPRegressor(
-                hidden_layer_sizes=(16,), alpha=3.0, solver="lbfgs", max_iter=200, max_fun=1000, random_state=seed
-            ),
+            MLPRegressor(hidden_layer_sizes=(16,), alpha=3.0, solver="lbfgs", max_iter=100, random_state=seed),
         ),
     }
 
@@ -176,7 +178,7 @@ def _fitted(build: Callable[[], Estimator], features: np.ndarray, targets: np.nd
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps are what the network is given
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 100 steps are what the network is given
         return build().fit(features, targets)
 
 
@@ -197,9 +199,8 @@ def _best(correlations: Mapping[str, float]) -> str:
 
 
 def _interval(found: np.ndarray, targets: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(targets), size=(resamples, len(targets)))
-    low, high = np.percentile([spearman(found[draw], targets[draw]) for draw in draws], [2.5, 97.5])
+    draws = np.random.default_rng(seed).integers(len(targets), size=(resamples, len(targets)))
+    low, high = np.percentile(_spearman(found[draws], targets[draws]), [2.5, 97.5])
     return float(low), float(high)
 
 

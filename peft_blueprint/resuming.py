@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | Blueprin
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
             header = json.loads(found["header"].tobytes())
             arrays = {k.removeprefix("array_"): found[k] for k in found.files if k.startswith("array_")}
         if {"settings", "position", "digest", "notes"} - set(header):

@@ -5,7 +5,6 @@ Knows nothing of what is in the file.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
@@ -16,8 +15,9 @@ from pathlib import Path
 from .errors import BlueprintError
 
 
-_CHUNK = 1 << 24  # bytes copied at once
-_NOT_COPIED_IN_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+# Bytes copied at once. Through memory is as fast as `cp`: what follows another beginning stands elsewhere in its pages,
+# where copy_file_range, which moves whole pages or shares them, is slower.
+_CHUNK = 1 << 20
 
 
 def lock(file: FileIO, path: Path) -> None:
@@ -77,31 +77,21 @@ def rewrite(file: FileIO, part: Path, path: Path, skipped: int, head: bytes, pro
 
 
 def _copy(source: FileIO, target: FileIO, count: int, what: str, progress: bool) -> None:
-    """`count` bytes from one file to another, in the kernel where it can."""
+    """`count` bytes from one file to another."""
     from tqdm import tqdm
 
+    buffer = memoryview(bytearray(min(_CHUNK, count)))
     with tqdm(total=count, unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
-        in_kernel = sys.platform == "linux"
         while count:
-            copied = 0
-            if in_kernel:
-                try:
-                    copied = os.copy_file_range(source.fileno(), target.fileno(), min(count, _CHUNK))
-                except OSError as error:
-                    if error.errno not in _NOT_COPIED_IN_THE_KERNEL:
-                        raise
-                in_kernel = copied > 0
-            if not copied:
-                data = source.read(min(count, _CHUNK)) or b""
-                _write_all(target, data)
-                copied = len(data)
+            copied = source.readinto(buffer[: min(_CHUNK, count)])
             if not copied:
                 raise OSError("it became shorter while it was copied")
+            _write_all(target, buffer[:copied])
             count -= copied
             bar.update(copied)
 
 
-def _write_all(file: FileIO, data: bytes) -> None:
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

@@ -114,6 +114,12 @@ class Scan:
             arrays["small_features"], values, scalars=range(scalars), logarithmic=logarithmic, seed=seed
         )
         self.predictor = predictor
+        if predictor.interval[0] <= 0:
+            low, high = predictor.interval
+            self.fallbacks.append(
+                f"what was predicted may be no better than chance: on examples held out the rank correlation is "
+                f"{predictor.rank_correlation:.2f} [{low:.2f}, {high:.2f}]"
+            )
         found = predictor.predict(arrays["small_features"])
         self.known = dict(zip(arrays["small"].tolist(), found.tolist(), strict=True))
         return lambda candidates: predictor.predict(featurize(candidates))

@@ -17,6 +17,7 @@ from .data import pad_token_of
 from .entry import some
 from .errors import BlueprintError, MismatchError
 from .placement import Placement
+from .predictor import MEASURED
 from .scoring import METHODS, Method
 from .selection_methods import ITERATIVE, FeatureKind
 from .submodules import find_submodules, is_sharded, unwrap
@@ -65,6 +66,10 @@ def check_wish(
     for option, value in numbers.items():
         if value < 1:
             raise BlueprintError(f"{option}={value}: give at least 1.")
+    if method.is_predicted and numbers["small"] < MEASURED:
+        raise BlueprintError(
+            f"small={numbers['small']} examples are too few to learn from: measure at least {MEASURED}."
+        )
     if features not in get_args(FeatureKind):
         raise BlueprintError(f"features={features!r}: choose from {', '.join(get_args(FeatureKind))}.")
 

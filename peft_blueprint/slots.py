@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 
 
@@ -33,6 +33,7 @@ _CLEAN = re.compile(
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^"]+')
 _STRING = rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 _KEY = rb'\s*"blueprint\.(json|room)"\s*:\s*'
+_FIRST = re.compile(rb'\{\s*"__metadata__"\s*:\s*\{\s*"blueprint\.json"\s*:\s*' + _STRING)
 _LAYOUT = re.compile(rb'\{\s*"__metadata__"\s*:\s*\{' + _KEY + _STRING + rb"\s*," + _KEY + _STRING + rb"\s*[,}]")
 
 
@@ -132,7 +133,8 @@ def is_clean(body: bytes, offset: int) -> bool:
 def update(file: FileIO, slots: Slots, text: str) -> bool:
     """Make `text` the current one, in place; a process killed at any moment leaves the old one or the new one.
 
-    So does a power failure, since the disk holds each step before the next begins.
+    So does a power failure, since the disk holds each step before the next begins. In the end it stands in the first
+    place, where whoever reads a file's first bytes alone finds it; from there it is brought into the second and back.
 
     Args:
         file: opened for reading and writing without a buffer.
@@ -145,6 +147,24 @@ def update(file: FileIO, slots: Slots, text: str) -> bool:
     Raises:
         OSError: if the disk does not take it; the old text counts until the names are swapped.
     """
+    if not _into_room(file, slots, text):
+        return False
+    if slots.current == 0:
+        _into_room(file, replace(slots, current=1, is_renamed=False), text)
+    return True
+
+
+def first_text(head: bytes) -> str | None:
+    """The text in the first place, from a file's first bytes, though the second may lie beyond; None if it is not there.
+
+    Of an update on its way it is the old one or the new one.
+    """
+    found = _FIRST.match(head, 8)
+    return json.loads(b'"' + found[1] + b'"') if found else None
+
+
+def _into_room(file: FileIO, slots: Slots, text: str) -> bool:
+    """Write a text into the room and swap the names; False if it does not fit there."""
     room = 1 - slots.current
     start = slots.texts[room]
     body = fit(text, start)

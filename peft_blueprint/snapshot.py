@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
 
 from .blueprint import Blueprint
-from .compact import VERSION, VERSION_KEY, to_header_text
+from .compact import VERSION, VERSION_KEY, from_header_text, rounded, to_header_text
 from .errors import BlueprintError, FormatError
 from .refusals import CARD
 from .safe_json import loads
@@ -134,7 +134,10 @@ def has_other_header(blueprint: Blueprint, there: Snapshot) -> bool:
         return False
     if JSON_KEY not in metadata:
         return False
-    return metadata[JSON_KEY] != to_header_text(blueprint)
+    try:
+        return from_header_text(metadata[JSON_KEY]).digest != rounded(blueprint).digest
+    except FormatError:
+        return True
 
 
 def _in_style_of(text: str, index: Any, changed: Any) -> str:

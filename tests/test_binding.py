@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from peft_blueprint import BlueprintConfig, generate_blueprint
-from peft_blueprint.entry import Submodule
 from peft_blueprint.binding import WEIGHTS_DIGEST, check_fits, check_weights, weights_digest
+from peft_blueprint.entry import Submodule
 from peft_blueprint.errors import MismatchError
 from peft_blueprint.testing import quantise, tiny_llama, toy_batches
 

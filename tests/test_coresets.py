@@ -24,6 +24,14 @@ def covered(similarities, chosen):
     return similarities[:, list(chosen)].max(axis=1).sum()
 
 
+def covers_as_much(similarities, chosen, expected):
+    """At every step; two points that cover each other and nothing else add alike, and either may come first."""
+    steps = range(1, len(expected) + 1)
+    return len(set(chosen)) == len(expected) and np.allclose(
+        [covered(similarities, chosen[:n]) for n in steps], [covered(similarities, expected[:n]) for n in steps], 1e-5
+    )
+
+
 def plain_greedy(similarities, count):
     """Facility location without any shortcut."""
     chosen = []
@@ -66,13 +74,16 @@ def test_facility_location_is_plain_greedy(monkeypatch, held):
     monkeypatch.setattr(coresets, "HELD_POINTS", held)
     monkeypatch.setattr(coresets, "_AT_ONCE", 4)
     monkeypatch.setattr(coresets, "_ELEMENTS", 500)
-    points = np.concatenate([RNG.normal(size=(40, 4)), 5 + 0.1 * RNG.normal(size=(40, 4))])
-    similarities = similarities_of(points)
-    expected = plain_greedy(similarities, 12)
-    assert facility_location(points, 12).tolist() == expected
-    assert facility_location(similarities, 12, metric="precomputed").tolist() == expected
-    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
-    assert facility_location(points, 6, metric="cosine").tolist() == plain_greedy(1 + unit @ unit.T, 6)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        points = np.concatenate([rng.normal(size=(40, 4)), 5 + 0.1 * rng.normal(size=(40, 4))])
+        similarities = similarities_of(points)
+        expected = plain_greedy(similarities, 12)
+        assert covers_as_much(similarities, facility_location(points, 12), expected)
+        assert covers_as_much(similarities, facility_location(similarities, 12, metric="precomputed"), expected)
+        unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+        cosines = 1 + unit @ unit.T
+        assert covers_as_much(cosines, facility_location(points, 6, metric="cosine"), plain_greedy(cosines, 6))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

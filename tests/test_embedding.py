@@ -213,14 +213,16 @@ def test_the_cache_is_left_alone(blueprint, saved, tmp_path, how):
 
 
 def test_a_long_text_is_warned_of_and_a_longer_one_refused(blueprint, saved, tmp_path, monkeypatch):
-    """Beyond the first 100 kB a reader asks twice; beyond the limit it does not belong there."""
+    """Beyond the first 100 kB a reader asks twice, room for later aside; beyond the limit it does not belong there."""
     path = tmp_path / "model.safetensors"
     path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed(blueprint, path, progress=False)
-    with pytest.warns(UserWarning, match="second request.*blueprint.safetensors"):
-        embed(blueprint, path, reserve=60_000, progress=False)
+        embed(blueprint, path, reserve=90_000, progress=False)
+    long = replace(blueprint, provenance={"note": "x" * 100_000})
+    with pytest.warns(UserWarning, match="second request.*beside the model"):
+        embed(long, path, progress=False)
     before = path.read_bytes()
     monkeypatch.setattr("peft_blueprint.embedding.MAX_TEXT", 1000)
     with pytest.raises(BlueprintError, match=r"with 84 entries; at most 1,000.*blueprint.safetensors"):

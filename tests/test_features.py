@@ -8,7 +8,7 @@ from peft_blueprint import measure_influence
 from peft_blueprint.errors import MeasurementError
 from peft_blueprint.features import model_features, token_features
 from peft_blueprint.losses import per_example_losses
-from peft_blueprint.predictor import fit_predictor
+from peft_blueprint.predictor import fit_predictor, spearman
 from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, toy_batches
 
 
@@ -96,12 +96,12 @@ def test_other_models_have_features_too():
 
 
 def test_they_predict_gradient_norms():
-    """What Algorithm 2 hopes: from 48 measured examples the order of the others' norms."""
-    model, batches = tiny_llama(), toy_batches(examples=144, batch_size=24)
+    """What Algorithm 2 hopes: from 64 measured examples the order of the others' norms."""
+    model, batches = tiny_llama(), toy_batches(examples=112, batch_size=28, length=48)
     values = model_features(model, batches)
     norms = measure_influence(model, batches, progress=False).example_norms.numpy()
-    predictor = fit_predictor(values.values[:48], norms[:48], scalars=range(values.scalars), bootstrap=20)
-    assert np.corrcoef(predictor.predict(values.values[48:]), norms[48:])[0, 1] > 0.5
+    predictor = fit_predictor(values.values[:64], norms[:64], scalars=range(values.scalars), bootstrap=20)
+    assert spearman(predictor.predict(values.values[64:]), norms[64:]) > 0.5
 
 
 def test_token_ids_alone_give_features():

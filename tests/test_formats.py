@@ -5,15 +5,14 @@ import json
 import os
 import resource
 import string
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from random_blueprints import PAPER, blueprints, texts
 
 from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, Submodule
-from peft_blueprint.entry import Form
 from peft_blueprint.errors import FormatError
 from peft_blueprint.formats import (
     from_csv,
@@ -25,79 +24,6 @@ from peft_blueprint.formats import (
 )
 from peft_blueprint.testing import tiny_llama
 from peft_blueprint.theory import gamma_from_alpha
-
-
-# Appendix A.1, its braces mended.
-PAPER = """{
-  "model_id": "foundation-7b",
-  "training_checkpoint": 0.80,
-  "layers": [
-    {
-      "id": "attn.0", "gradient_norm": 0.052, "alpha": 1.47, "gamma": 0.60, "k_star": 0.15,
-      "domain_tags": {"general": 1.0, "bio": 0.79, "legal": 0.63}
-    },
-    {
-      "id": "ffn.0", "gradient_norm": 0.033, "alpha": 1.12, "gamma": 0.53, "k_star": 0.25,
-      "domain_tags": {"general": 1.0, "bio": 0.68, "legal": 0.50}
-    },
-    {
-      "id": "attn.1", "gradient_norm": 0.045, "alpha": 1.50, "gamma": 0.60, "k_star": 0.13,
-      "domain_tags": {"general": 1.0, "bio": 0.75, "legal": 0.80}
-    }
-  ]
-}"""
-
-# ------------------------------------------------------------------------------------------ random blueprints
-
-sizes = st.floats(0, allow_nan=False, allow_infinity=False)
-texts = st.text(max_size=8)
-plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**60), 2**60)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=4,
-)
-unknown_keys = st.dictionaries(
-    texts.map("x-".__add__) | st.sampled_from(["extra", "name", "metadata"]), plain, max_size=2
-)
-counts = st.none() | st.integers(0, 200)
-entries = st.builds(
-    Submodule,
-    name=texts,
-    gradient_norm=sizes,
-    kind=st.none() | st.text(min_size=1, max_size=5),
-    depth=counts,
-    group=st.none() | st.sampled_from(["attn.0", "ffn.3", "ä.1"]),
-    shape=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
-    form=st.sampled_from(get_args(Form)),
-    quantized=st.booleans(),
-    norm_interval=st.none() | st.tuples(sizes, sizes).map(sorted).map(tuple),
-    **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain"), st.none() | sizes),
-    **dict.fromkeys(("alpha", "alpha_error", "gamma", "k_star", "weight_gradient"), st.none() | sizes),
-    singular_energy=st.none() | st.floats(0, 1),
-    alignment=st.none()
-    | st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=16).map(tuple),
-    examples=counts,
-    domain_tags=st.dictionaries(texts, sizes, max_size=2),
-    extra=unknown_keys,
-)
-objects = st.dictionaries(texts, plain, max_size=2)
-blueprints = st.builds(
-    Blueprint,
-    model_id=texts,
-    submodules=st.lists(entries, min_size=1, max_size=4, unique_by=lambda e: e.name).map(tuple),
-    training_checkpoint=st.none() | st.sampled_from([0.5, 1.0, 1 / 3]),
-    level=st.sampled_from(["submodule", "group", "layer"]),
-    model_revision=st.none() | texts,
-    model_digest=st.none() | texts,
-    concentration=objects,
-    costs=objects,
-    provenance=objects,
-    extra=unknown_keys,
-)
 
 
 @given(blueprints)

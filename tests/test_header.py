@@ -29,7 +29,7 @@ from peft_blueprint.header import (
     replace_metadata,
     with_metadata,
 )
-from peft_blueprint.slots import escaped, find_slots, fit, is_clean
+from peft_blueprint.slots import escaped, find_slots, first_text, fit, is_clean
 
 
 KEY = "blueprint.json"
@@ -152,8 +152,10 @@ class Stopped(OSError):
 @pytest.mark.parametrize("start", [0, 1])
 def test_every_state_of_an_update_reads_as_the_old_or_the_new(roomy, monkeypatch, start):
     """Stopped after any number of writes, from either slot, also from what an earlier stop left; then it goes on."""
-    if start:
-        replace_metadata(roomy, {KEY: text_of(9)})
+    if start:  # as an update leaves it that is stopped halfway
+        with open(roomy, "r+b", buffering=0) as file:
+            assert slots._into_room(file, find_slots(roomy.read_bytes()), text_of(9))
+        assert find_slots(roomy.read_bytes()).current == 1
     old, new = text_of(9 if start else 0), text_of(1)
     clean, write, count, seen = roomy.read_bytes(), slots._write_at, 0, []
     while not seen or seen[-1] != "done":
@@ -176,9 +178,12 @@ def test_every_state_of_an_update_reads_as_the_old_or_the_new(roomy, monkeypatch
             seen.append("old" if same(read_metadata(roomy)[KEY], old) else "new")
         monkeypatch.setattr(slots, "_write_at", write)
         check_loads(roomy, old, new)
+        early = first_text(roomy.read_bytes())
+        assert early is None or same(early, old) or same(early, new)
         halfway = json.loads(json.dumps(read_metadata(roomy)))
         assert replace_metadata(roomy, {KEY: text_of(2)}) is True, halfway.keys()
         check_loads(roomy, text_of(2))
+        assert same(first_text(roomy.read_bytes()), text_of(2)), "in the end it stands first"
         count += 1
     assert count >= 5 and seen[0] == "old" and (("new" in seen) == (start == 0))
     assert seen == sorted(seen, key=["old", "new", "done"].index)
@@ -284,17 +289,12 @@ def test_a_failed_rewrite_leaves_the_file(model, monkeypatch):
     assert model.read_bytes() == before and os.listdir(model.parent) == [model.name]
 
 
-def test_a_kernel_that_does_not_copy_is_no_failure(model, monkeypatch):
-    """Where copy_file_range is not possible the bytes go through memory."""
-
-    def unsupported(*_):
-        raise OSError(errno.EXDEV, "not here")
-
-    monkeypatch.setattr(os, "copy_file_range", unsupported)
-    before = data_of(model)
-    replace_metadata(model, {KEY: text_of(1)}, progress=False)
-    check_loads(model, text_of(1))
-    assert data_of(model) == before
+def test_progress_is_shown_in_bytes(model, capsys):
+    """A bar while the file is written anew, none while it is updated in place."""
+    replace_metadata(model, {KEY: "{}"}, reserve=1000)
+    assert "Rewriting model.safetensors: 100%" in capsys.readouterr().err
+    assert replace_metadata(model, {KEY: "[]"}) is True
+    assert not capsys.readouterr().err
 
 
 def test_two_writers_do_not_meet(model):

@@ -173,6 +173,20 @@ def test_a_header_that_is_longer_takes_a_second_request(blueprint, tmp_path):
         assert sum(request.sent for request in hub.requests) < path.stat().st_size
 
 
+def test_room_for_later_costs_no_second_request(blueprint, rounded, tmp_path):
+    """64 KiB were reserved and used: what stands in the first 100 kB still counts, after an update and another."""
+    tiny_llama(layers=12).save_pretrained(tmp_path / "roomy")
+    path = tmp_path / "roomy" / "model.safetensors"
+    embed(replace(blueprint, model_revision="1"), path, reserve=64 * 1024, progress=False)
+    size = path.stat().st_size
+    for revision in ("2", None):
+        embed(replace(blueprint, model_revision=revision), path, progress=False)
+        with LoopbackHub({"org/roomy": tmp_path / "roomy"}) as hub:
+            found = Blueprint.from_pretrained("org/roomy", **wish(hub, tmp_path / str(revision)))
+            assert (found.model_revision, len(hub.requests)) == (revision, 1)
+    assert found == rounded and path.stat().st_size == size
+
+
 def test_an_index_whose_metadata_stands_last_is_read_whole(rounded, sharded, tmp_path):
     """Other tools write an index in another order."""
     folder = tmp_path / "last"
@@ -188,7 +202,9 @@ def test_an_index_whose_metadata_stands_last_is_read_whole(rounded, sharded, tmp
         assert [request.status for request in hub.requests] == [404, 206, 206]
 
 
-@pytest.mark.parametrize("spoil", [lambda text: text[:-40], lambda text: text.replace("0", "9")], ids=["cut", "changed"])
+@pytest.mark.parametrize(
+    "spoil", [lambda text: text[:-40], lambda text: text.replace("0", "9")], ids=["cut", "changed"]
+)
 def test_a_spoilt_one_is_refused(blueprint, tmp_path, spoil):
     """Its digest, or its form, does not agree."""
     from peft_blueprint.header import replace_metadata

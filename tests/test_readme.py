@@ -22,6 +22,7 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
     blueprint.save(tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
     model, batches = tiny_llama(layers=12), toy_batches()
+    model.save_pretrained("model-folder")
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
     settings = TrainingArguments(
         "run", num_train_epochs=10, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False
