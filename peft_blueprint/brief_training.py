@@ -30,8 +30,13 @@ def given_back(model: nn.Module) -> Iterator[None]:
     numbers go on as if nothing had been drawn. Takes a second copy of the weights, on the CPU.
 
     Raises:
-        BlueprintError: if modules were added or taken away, which is not undone.
+        BlueprintError: if weights were added or taken away, which is not undone; or if some are offloaded, so that they
+            cannot be copied.
     """
+    if any(value.is_meta for _, value in _tensors(model)):
+        raise BlueprintError(
+            "Some of the model's weights are offloaded, and cannot be kept for giving them back. Load the model whole."
+        )
     state = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(model)}
     flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}

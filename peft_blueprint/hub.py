@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +145,9 @@ def _asked(repository: _Repository, revision: str) -> _Found | None:
             if metadata is None:
                 start = _read_start(repository, file, needed)
                 metadata, _ = parse(start.data, f"{file} of {repository.id}", start.size)
-        except EntryNotFoundError:
+        except EntryNotFoundError as error:
+            if isinstance(error, HfHubHTTPError) and error.response is not None:
+                commit = _commit_of([error.response])
             continue
         commit = start.commit
         text = (metadata or {}).get(JSON_KEY)
@@ -209,14 +211,16 @@ def _read_start(repository: _Repository, file: str, count: int) -> _Start:
             data += chunk
             if len(data) >= count:
                 break
-        asked = (*response.history, response)
-        commit = next((r.headers[_COMMIT_HEADER] for r in asked if _COMMIT_HEADER in r.headers), None)
+        commit = _commit_of([*response.history, response])
         ranged = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
         size = int(ranged[1]) if ranged else _length(response) if response.status_code == 200 else None
         return _Start(bytes(data[:count]), size, commit)
 
 
-_COMMIT_HEADER = constants.HUGGINGFACE_HEADER_X_REPO_COMMIT
+def _commit_of(responses: Sequence[Any]) -> str | None:
+    """The commit that the Hub's answers name; where it redirects, only its own do."""
+    name = constants.HUGGINGFACE_HEADER_X_REPO_COMMIT
+    return next((response.headers[name] for response in responses if name in response.headers), None)
 
 
 def _length(response: Any) -> int | None:

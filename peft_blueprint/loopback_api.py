@@ -139,7 +139,8 @@ def _resolve(world: World, asked: Asked, at: Fields) -> Answer:
     commit = repository.resolve(at["revision"])
     blob = repository.tree(commit).get(at["path"])
     if blob is None:
-        raise Refusal(404, "Entry not found", "EntryNotFound")
+        said = refused(Refusal(404, "Entry not found", "EntryNotFound"))
+        return Answer(said.blob, said.status, {**said.headers, "X-Repo-Commit": commit})
     headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": commit}
     if blob.lfs:
         headers |= {"X-Linked-ETag": f'"{blob.etag}"', "X-Linked-Size": str(blob.size)}

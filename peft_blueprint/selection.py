@@ -273,7 +273,9 @@ def select_examples(
         "model": digest_of_model(model) if keep_state is not None and model is not None else None,
     }
     state = Progress(keep_state, identity, writes=rank == 0)
-    work = Work(model or nn.Module(), names, batch_size, padding_of(model, tokenizer), seed, loss_fn)
+    work = Work(
+        nn.Module() if model is None else model, names, batch_size, padding_of(model, tokenizer), seed, loss_fn
+    )
     scan = Scan(pool, work, state, state_every, progress)
     scan.fallbacks += state.notes.get("fallbacks", [])
     if rank == 0 and "cost" in state.notes:

@@ -87,6 +87,11 @@ def test_beside_it_is_found_exactly(blueprint, hub, tmp_path):
         with LoopbackHub({"org/beside": folder}) as other:
             assert Blueprint.from_pretrained("org/beside", **wish(other, tmp_path / name)) == blueprint
             assert asked(other)[-1] == ("GET", name, 200)
+            count = len(other.requests)
+            pinned = Blueprint.from_pretrained("org/beside", revision=COMMIT, **wish(other, tmp_path / name))
+            assert pinned == blueprint and len(other.requests) - count <= (name != "blueprint.json"), (
+                "two 404s are remembered"
+            )
 
 
 def test_several_side_by_side_are_asked_for_by_name(blueprint, tmp_path):

@@ -270,8 +270,9 @@ class Killed(BaseException):
     """As a signal would come."""
 
 
-@pytest.mark.parametrize("method", ["norm", "predicted_norm", "alignment"])
-@pytest.mark.parametrize("form", [list, iter])
+@pytest.mark.parametrize(
+    ("method", "form"), [("norm", list), ("norm", iter), ("predicted_norm", iter), ("alignment", list)]
+)
 def test_a_run_that_was_killed_is_resumed_to_the_same_selection(tmp_path, monkeypatch, method, form):
     """Little that was measured is measured again, nothing is chosen otherwise, and what is done answers at once."""
     path = tmp_path / "state"
