@@ -175,12 +175,13 @@ def _into_room(file: FileIO, slots: Slots, text: str) -> bool:
         return False
     for position, part in _pages(body.ljust(slots.size), start):
         _write_at(file, position, part)
-    _sync(file)
     # From the first to the second, the new name comes last and counts at once. Back, it comes first and counts when the
     # last is gone. Whether the disk has the last of these steps or not, a text counts.
+    if room == 1:
+        _sync(file)
     if not slots.is_renamed:
         _write_at(file, slots.names[room], b"json")
-        _sync(file)
+    _sync(file)
     _write_at(file, slots.names[slots.current], b"room")
     return True
 

@@ -4,8 +4,8 @@
 
 Times are on a file that is made for it and removed. Every repeat copies the file with `cp`, which ends
 before the disk has it; then with `sync` after it and `mv` over the old one, whose room on the disk is given back, as
-embedding does; then embeds. The ratios are medians over repeats of the ratio within one. The blueprints are those of a Llama of as many blocks, with every statistic of a
-measurement and one domain tag beside the general one.
+embedding does; then embeds. The ratios are medians over repeats of the ratio within one. The blueprints are those of a
+Llama of as many blocks, with every statistic of a measurement and one domain tag beside the general one.
 """
 
 from __future__ import annotations
