@@ -6,6 +6,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # More options for pytest, such as -m 'not slow'.
 PYTEST_ARGS ?=
+# A process for every core; a file's tests stay in one, since they share what they measure.
+PYTEST_SHARES ?= -n auto --dist loadfile
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -17,7 +19,7 @@ IN_VENV := $(VENV)/bin/python
 help: ## print this list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-14s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON (now $(PYTHON)), PIP_ARGS, PYTEST_ARGS."
+	@echo "Variables: PYTHON (now $(PYTHON)), PIP_ARGS, PYTEST_ARGS, PYTEST_SHARES."
 
 demo: environment weights ## measure, place, train, save and reload on SmolLM2-135M (under 10 minutes on 2 cores)
 	@echo "==> Running the demo (recipes/demo.py)"
@@ -29,7 +31,7 @@ test: environment weights ## lint, check the types and run all tests
 	$(LINT) || failed="$$failed lint"; \
 	$(TYPES) || failed="$$failed types"; \
 	echo "==> Running the tests (pytest)"; \
-	$(IN_VENV) -m pytest $(PYTEST_ARGS) || failed="$$failed pytest"; \
+	$(IN_VENV) -m pytest $(PYTEST_SHARES) $(PYTEST_ARGS) || failed="$$failed pytest"; \
 	if [ -n "$$failed" ]; then \
 		echo "==> Not passed:$$failed. What to mend is above, under the name of each."; \
 		exit 1; \
@@ -40,7 +42,7 @@ test: environment weights ## lint, check the types and run all tests
 test-oldest: ## run the tests, but the slow one, on the oldest versions that pyproject.toml allows
 	$(call make_environment,$(OLDEST),constraints-oldest.txt,-e '.[quant$(comma)demo$(comma)plots]' --group test)
 	@echo "==> Running the tests on the oldest versions (pytest)"
-	@$(OLDEST)/bin/python -m pytest -m 'not slow' -o filterwarnings=default $(PYTEST_ARGS)
+	@$(OLDEST)/bin/python -m pytest -m 'not slow' -o filterwarnings=default $(PYTEST_SHARES) $(PYTEST_ARGS)
 	@echo "==> The tests passed on the oldest versions. For the newest: make test"
 
 lint: environment ## check style and form (ruff)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .placement import Placement
     from .planner import plan_placement
     from .privacy import Privacy
+    from .selection import Selection, select_examples
     from .unfreezing import share_base
     from .uniform import export_uniform_lora
     from .workload import Workload
@@ -34,6 +35,7 @@ __all__ = [
     "Influence",
     "Placement",
     "Privacy",
+    "Selection",
     "Submodule",
     "Workload",
     "check_drift",
@@ -42,6 +44,7 @@ __all__ = [
     "measure_influence",
     "plan_placement",
     "reconcile",
+    "select_examples",
     "share_base",
 ]
 
@@ -53,6 +56,7 @@ _HOMES = {
     "Influence": "influence",
     "Placement": "placement",
     "Privacy": "privacy",
+    "Selection": "selection",
     "Submodule": "entry",
     "Workload": "workload",
     "check_drift": "drift",
@@ -61,6 +65,7 @@ _HOMES = {
     "measure_influence": "measure",
     "plan_placement": "planner",
     "reconcile": "drift",
+    "select_examples": "selection",
     "share_base": "unfreezing",
 }
 

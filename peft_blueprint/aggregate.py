@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from .blueprint import Blueprint
-from .entry import NUMBERS, Submodule, some
+from .entry import NUMBERS, Submodule, by, some
 from .errors import BlueprintError
 from .files import replacing
 from .naming import SUFFIXES
@@ -272,18 +272,18 @@ def _rows(source: str, blueprint: Blueprint) -> list[dict[str, Any]]:
         "model_id": blueprint.model_id,
         "training_checkpoint": _number(blueprint.training_checkpoint),
         "source": source,
-        "domain": _joined(name for name, _ in references),
+        "domain": joined(name for name, _ in references),
     }
     about = {
         "level": blueprint.level,
         "model_revision": blueprint.model_revision,
         "model_digest": blueprint.model_digest,
-        "data": _joined(part.get("data") for part in parts),
-        "data_digest": _joined(digest for _, digest in references),
-        "method": _joined(part.get("method") for part in parts),
-        "dtype": _joined(part.get("dtype") for part in parts),
-        "command": _joined(part.get("command") for part in parts),
-        "created": _joined(part.get("created") for part in parts),
+        "data": joined(part.get("data") for part in parts),
+        "data_digest": joined(digest for _, digest in references),
+        "method": joined(part.get("method") for part in parts),
+        "dtype": joined(part.get("dtype") for part in parts),
+        "command": joined(part.get("command") for part in parts),
+        "created": joined(part.get("created") for part in parts),
         "private": has_privacy(blueprint),
         "privacy_epsilon": _largest(privacy, "epsilon"),
         "privacy_delta": _largest(privacy, "delta"),
@@ -298,7 +298,7 @@ def _of_entry(entry: Submodule) -> dict[str, Any]:
         "depth": entry.depth,
         "group": entry.group,
         "form": entry.form,
-        "shape": None if entry.shape is None else "x".join(map(str, entry.shape)),
+        "shape": None if entry.shape is None else by(entry.shape),
         "parameters": None if entry.shape is None else math.prod(entry.shape),
         "quantized": entry.quantized,
         "examples": entry.examples,
@@ -320,7 +320,7 @@ def _largest(privacy: Iterable[Any], key: str) -> float | None:
     return max((value for value in known if value is not None), default=None)
 
 
-def _joined(values: Iterable[Any]) -> str | None:
+def joined(values: Iterable[Any]) -> str | None:
     """Each of the values once, as text."""
     texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values if value]
     return "; ".join(dict.fromkeys(texts)) or None

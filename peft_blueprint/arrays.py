@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from .blueprint import Blueprint
 from .columns import from_columns, to_columns
-from .compact import VERSION, VERSION_KEY, require_version
+from .compact import VERSION, VERSION_KEY, has_arrays, require_version
 from .entry import NUMBERS
 from .errors import FormatError
 from .header import parse_header, with_metadata
@@ -89,11 +89,6 @@ def from_arrays_bytes(data: bytes, source: str = "the bytes") -> Blueprint:
         raise FormatError(f"{source}: {error}") from error
     except SafetensorError as error:
         raise FormatError(f"{source} is no sound safetensors file: {error}.") from error
-
-
-def has_arrays(packed: Any) -> bool:
-    """Whether the JSON in a safetensors file is a blueprint whose numbers are that file's tensors."""
-    return isinstance(packed, dict) and isinstance(packed.get("layers"), dict) and "arrays" in packed["layers"]
 
 
 def _fill(

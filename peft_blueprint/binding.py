@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from .blueprint import Blueprint
-from .entry import some
+from .entry import by, some
 from .errors import MismatchError
-from .submodules import by, find_submodules, find_weights, is_quantized, is_sharded, structure_digest, unwrap
+from .submodules import find_submodules, find_weights, is_quantized, is_sharded, structure_digest, unwrap
 
 
 WEIGHTS_DIGEST = "weights_digest"  # in a blueprint's provenance

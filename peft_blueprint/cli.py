@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_aggregate, cli_place, cli_plan, cli_publish
+from . import cli_aggregate, cli_place, cli_plan, cli_publish, cli_select
 from .answers import show_blueprint
 from .blueprint import Blueprint, require_same_names
-from .console import AsJson, Quiet, Source, print_answer, say
+from .console import AsJson, Quiet, Source, pairs_of, print_answer, say
 from .entry import SKETCH_SIZE, Include, Method, norm_of, score_of
 from .errors import BlueprintError
 from .files import require_writable
@@ -88,7 +88,7 @@ def generate(
     require_writable(out if out.is_dir() else out.parent)
     rank, processes = join_processes()
     examples = {
-        name: read_examples(source, _pairs(columns), limit=max_examples)[rank::processes]
+        name: read_examples(source, pairs_of(columns), limit=max_examples)[rank::processes]
         for name, source in _domains(data).items()
     }
     loaded, tokenizer = load_model(
@@ -210,6 +210,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     *cli_plan.VERBS,
     *cli_publish.VERBS,
     *cli_aggregate.VERBS,
+    *cli_select.VERBS,
 )
 for verb in _VERBS:
     app.command()(verb)
@@ -281,13 +282,6 @@ def _domains(data: Sequence[str]) -> dict[str, str]:
     if len(named) != len(data) or (len(data) > 1 and "" in named):
         raise BlueprintError(f"--data {' --data '.join(data)}: name every domain, once, as --data bio=FILE.")
     return named
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [item.split("=", 1) for item in text.split(",") if item]
-    if any(len(pair) != 2 for pair in pairs):
-        raise BlueprintError(f"--columns {text}: write prompt=question,completion=answer.")
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .aggregate import aggregate as table_of
-from .aggregate import parts_of, read_sources, reference_of, skipped_in_words, write_table, writer_of
+from .aggregate import joined, parts_of, read_sources, reference_of, skipped_in_words, write_table, writer_of
 from .blueprint import Blueprint
 from .console import AsJson, Quiet, print_answer, say
 from .errors import BlueprintError
@@ -102,13 +102,12 @@ def _movement(blueprints: Mapping[str, Blueprint]) -> Any:
 
 
 def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
-    domains = [reference_of(part)[0] for part in parts_of(blueprint.provenance)]
     examples = {entry.examples for entry in blueprint}
     return {
         "source": source,
         "model_id": blueprint.model_id,
         "checkpoint": blueprint.training_checkpoint,
-        "domain": "; ".join(dict.fromkeys(domain for domain in domains if domain)) or None,
+        "domain": joined(reference_of(part)[0] for part in parts_of(blueprint.provenance)),
         "entries": len(blueprint),
         "level": blueprint.level,
         "examples": examples.pop() if len(examples) == 1 else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .blueprint import Blueprint
-from .console import AsJson, Quiet, print_answer, say
+from .console import AsJson, Quiet, pairs_of, print_answer, say
 from .errors import BlueprintError
 from .files import require_writable
 from .tables import read_table, require_format, write_table
@@ -101,7 +101,7 @@ def select_data(
         count=count,
         method=method,
         tokenizer=tokenizer,
-        columns=_pairs(columns),
+        columns=pairs_of(columns),
         target=aims,
         placement=None if blueprint is None else _placement(blueprint, placement_fraction),
         small=small,
@@ -148,13 +148,6 @@ def _rows(selection: Selection) -> list[dict[str, Any]]:
         rows.append({"what": "FLOPs", "value": float(report["cost"]["flops"])})
         rows.append({"what": "share of measuring all", "value": report["cost"]["share_of_measuring_all"]})
     return rows
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [item.split("=", 1) for item in text.split(",") if item]
-    if any(len(pair) != 2 for pair in pairs):
-        raise BlueprintError(f"--columns {text}: write prompt=question,completion=answer.")
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 VERBS: tuple[Callable[..., None], ...] = (select_data,)

@@ -44,7 +44,7 @@ def from_header_text(text: str, source: str = "the header") -> Blueprint:
         FormatError: if it is not JSON, not a blueprint, or was changed (by its digest); names `source`.
     """
     record = loads(text, source)
-    if isinstance(record, dict) and isinstance(record.get("layers"), dict) and "arrays" in record["layers"]:
+    if has_arrays(record):
         raise FormatError(
             f"{source} is that of a blueprint.safetensors, whose numbers are its tensors: read that file."
         )
@@ -52,6 +52,11 @@ def from_header_text(text: str, source: str = "the header") -> Blueprint:
         return from_dict(from_columns(record))
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from error
+
+
+def has_arrays(record: Any) -> bool:
+    """Whether the JSON in a safetensors file is a blueprint whose numbers are that file's tensors, see `arrays`."""
+    return isinstance(record, dict) and isinstance(record.get("layers"), dict) and "arrays" in record["layers"]
 
 
 def require_version(metadata: Mapping[str, Any], source: str) -> None:

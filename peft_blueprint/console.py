@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .errors import BlueprintError
+
 
 Source = Annotated[str, typer.Argument(help="A blueprint: file (JSON or CSV), folder, or repository id on the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -39,6 +41,18 @@ def print_answer(
             table.add_row(*(_cell(row.get(column)) for column in columns))
         # a file or a pipe has no width: names stay whole there
         Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def pairs_of(text: str) -> dict[str, str]:
+    """The option `--columns prompt=question,completion=answer` as a mapping.
+
+    Raises:
+        BlueprintError: for anything else.
+    """
+    pairs = [item.split("=", 1) for item in text.split(",") if item]
+    if any(len(pair) != 2 for pair in pairs):
+        raise BlueprintError(f"--columns {text}: write prompt=question,completion=answer.")
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _cell(value: Any) -> str:

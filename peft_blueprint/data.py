@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from .entry import some
 from .errors import BlueprintError
 from .losses import IGNORED
+from .tables import read_table
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Row = dict[str, list[int]]
 
 _LOG = logging.getLogger(__name__)
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def read_examples(
@@ -45,21 +44,7 @@ def read_examples(
     Raises:
         BlueprintError: if there is no such file, it cannot be read, or has none of these columns.
     """
-    from datasets import load_dataset
-
-    path = Path(source)
-    try:
-        if path.suffix in _FORMATS:
-            if not path.is_file():
-                raise BlueprintError(f"There is no file {path} with examples. Check the path.")
-            table = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-        else:
-            table = load_dataset(source, split=split)
-    except BlueprintError:
-        raise
-    except Exception as error:  # datasets raises a dozen kinds, of its own and of others
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BlueprintError(f"The data {source!r} cannot be read: {reason}.") from error
+    table = read_table(source, split=split)
     names = {name: (columns or {}).get(name, name) for name in ("prompt", "completion", "messages", "text")}
     for wanted in (("prompt", "completion"), ("messages",), ("text",)):
         if all(names[name] in table.column_names for name in wanted):

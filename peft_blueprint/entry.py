@@ -243,6 +243,11 @@ def unit_of(entry: Submodule, level: Level) -> str:
     return entry.name
 
 
+def by(shape: Sequence[int]) -> str:
+    """A shape as one says it: 576x1536."""
+    return "x".join(map(str, shape))
+
+
 def some(names: Sequence[str], limit: int = 4) -> str:
     """The first few of a list of names, for an error message."""
     shown = ", ".join(repr(name) for name in names[:limit])

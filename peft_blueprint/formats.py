@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .arrays import from_arrays_bytes, has_arrays, to_arrays_bytes
+from .arrays import from_arrays_bytes, to_arrays_bytes
 from .blueprint import Blueprint
+from .compact import has_arrays
 from .embedding import INDEX_FILE, MODEL_FILE, extract
 from .entry import some
 from .errors import BlueprintError, FormatError

@@ -33,13 +33,12 @@ from .files import write_atomically
 from .formats import read_blueprint
 from .header import FIRST_READ, HEADER_LIMIT, metadata_of_prefix
 from .naming import SUFFIXES, file_name
+from .refusals import NETWORK_ERRORS, needs_permission
 from .safe_json import loads, read_text
 from .slots import JSON_KEY, first_text
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# requests' errors are OSErrors; httpx's are of the class that the client's own errors come from
-_NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 def fetch(
@@ -74,16 +73,17 @@ def fetch(
         return read_blueprint(path, name)
     repository = _Repository(str(source), revision, name, kwargs)
     with _in_our_words(repository):
-        found = None if domain or checkpoint else _in_the_model(repository)
+        found, is_reached = (None, True) if domain or checkpoint else _in_the_model(repository)
         if found is not None:
             return from_header_text(found.text, f"{found.file} of {source}")
+        settings = {"revision": revision, **kwargs} | ({} if is_reached else {"local_files_only": True})
         try:
-            return read_blueprint(hf_hub_download(str(source), name, revision=revision, **kwargs))
+            return read_blueprint(hf_hub_download(str(source), name, **settings))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
             arrays = Path(name).with_suffix(".safetensors").name
-            return read_blueprint(hf_hub_download(str(source), arrays, revision=revision, **kwargs))
+            return read_blueprint(hf_hub_download(str(source), arrays, **settings))
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,26 @@ class _Found(NamedTuple):
     text: str
 
 
-def _in_the_model(repository: _Repository) -> _Found | None:
-    """What the model's own header or index holds; asked of the Hub, else, where that is out of reach, of the cache."""
+def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
+    """What the model's own header or index holds, and whether the Hub, if it was asked, gave an answer.
+
+    Where it gave none, the cache is asked.
+    """
     revision = repository.revision or constants.DEFAULT_REVISION
+    is_reached = True
     if _COMMIT.fullmatch(revision) and (cached := repository.cache("commits", revision)).exists():
-        return _cached(cached)
+        return _cached(cached), is_reached
     if not repository.is_offline:
         try:
-            return _asked(repository, revision)
+            return _asked(repository, revision), is_reached
         except HfHubHTTPError:
             raise
-        except _NETWORK_ERRORS:
-            pass  # hf_hub_download, which comes next, says what is wrong if the cache has nothing either
+        except NETWORK_ERRORS:
+            is_reached = False
     reference = repository.cache("revisions", revision)
     commit = loads(read_text(reference), str(reference)) if reference.exists() else revision
     cached = repository.cache("commits", str(commit))
-    return _cached(cached) if cached.exists() else None
+    return (_cached(cached) if cached.exists() else None), is_reached
 
 
 def _asked(repository: _Repository, revision: str) -> _Found | None:
@@ -278,9 +282,7 @@ def _in_our_words(repository: _Repository) -> Iterator[None]:
             f"{name!r} is neither a file or folder here nor a repository id such as 'org/model'. Check the path."
         ) from None
     except GatedRepoError as error:
-        raise BlueprintError(
-            f"The repository {name!r} needs permission: ask for it on its page, then run `hf auth login`."
-        ) from error
+        raise BlueprintError(needs_permission(name)) from error
     except RepositoryNotFoundError as error:
         raise BlueprintError(
             f"There is no repository {name!r} on the Hub that you may see, and no such file or folder here. "
@@ -300,5 +302,5 @@ def _in_our_words(repository: _Repository) -> Iterator[None]:
             f"The repository {name!r} publishes no {repository.file}, nor a blueprint in its model's header or index. "
             "Measure one with `peft-blueprint generate`."
         ) from error
-    except HfHubHTTPError as error:
+    except NETWORK_ERRORS as error:
         raise BlueprintError(f"The Hub did not give the blueprint of {name!r}: {error}. Try again later.") from error

@@ -44,6 +44,11 @@ def require_token(repo_id: str, token: str | bool | None) -> None:
         raise BlueprintError(f"Nothing can be published to {repo_id!r} without a token. {LOG_IN}")
 
 
+def needs_permission(repo_id: str) -> str:
+    """What to say of a gated repository."""
+    return f"The repository {repo_id!r} needs permission: ask for it on its page, then run `hf auth login`."
+
+
 @contextmanager
 def in_our_words(repo_id: str, *, revision: str | None = None, sending: bool = False) -> Iterator[None]:
     """The client's exceptions as ours.
@@ -113,7 +118,7 @@ def _answered(repo_id: str, error: HfHubHTTPError, sending: bool) -> str:
     said = _one_line(error.server_message or str(error))
     done = "Nothing was published. " if sending else ""
     if isinstance(error, GatedRepoError):
-        return f"The repository {repo_id!r} needs permission: ask for it on its page, then run `hf auth login`."
+        return needs_permission(repo_id)
     if status == 401:
         return f"The Hub does not know your token, or it may not see {repo_id!r} (401). {done}{LOG_IN}"
     if status == 403:

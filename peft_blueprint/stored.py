@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .blueprint import Blueprint
-from .entry import Submodule, some
+from .entry import Submodule, by, some
 from .errors import MismatchError
 
 
@@ -64,8 +64,8 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
             continue
         if sorted(entry.shape) != sorted(found_shape[1]):
             raise MismatchError(
-                f"{entry.name!r} is {_by(entry.shape)} in the blueprint of {blueprint.model_id!r}, and {stored!r} is "
-                f"{_by(found_shape[1])} in {source}: it is a blueprint of another size of the model. Use this model's own, "
+                f"{entry.name!r} is {by(entry.shape)} in the blueprint of {blueprint.model_id!r}, and {stored!r} is "
+                f"{by(found_shape[1])} in {source}: it is a blueprint of another size of the model. Use this model's own, "
                 "or give check=False to have it there all the same."
             )
 
@@ -134,7 +134,3 @@ def _mismatch(
         f"not there ({some(missing)}); it {verb} {some(stored) or 'nothing'}. Use a blueprint of this model, give a sharded "
         "model's folder rather than one shard, or give check=False to have it there all the same."
     )
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from .entry import ADAPTABLE, Form, Include, Submodule
+from .entry import ADAPTABLE, Form, Include, Submodule, by
 
 
 if TYPE_CHECKING:
@@ -227,11 +227,6 @@ def structure_digest(submodules: Sequence[Submodule]) -> str:
     """`sha256:…` over the names and shapes of a model's linear submodules, the same however they are quantised."""
     lines = sorted(f"{s.name} {by(s.shape)}\n" for s in submodules if s.shape is not None)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def by(shape: Sequence[int]) -> str:
-    """A shape as one says it: 576x1536."""
-    return "x".join(map(str, shape))
 
 
 def _is_transformers(model: nn.Module) -> bool:

@@ -138,10 +138,10 @@ NAMES = {"runs": [["a.", 0, 3, 0]], "blocks": [[""]]}
 HOSTILE = {
     "no names": (packed(), "names of the columns must be an object"),
     "names without end": (packed(names={"runs": [["a", 0, 1, 0]], "blocks": [[["a", 0, 1, 0]]]}), "over block 0 of 1"),
-    "too many names": (packed(names={"runs": [["a", 0, 10**9, 0]], "blocks": [[""]]}), "more than 200,000 names"),
+    "too many names": (packed(names={"runs": [["a", 0, 10**9, 0]], "blocks": [[""]]}), "more than 100,000 names"),
     "a bomb": (
         packed(names={"runs": [["a", 0, 999, 9]], "blocks": [["", ""]] + [[["b", 0, 999, i]] * 99 for i in range(9)]}),
-        "more than 200,000 names",
+        "more than 100,000 names",
     ),
     "long names": (packed(names={"runs": [["a" * 10**5, 0, 9**5, 0]], "blocks": [["", ""]]}), "too many or too long"),
     "a short column": (packed(names=NAMES, columns={"gradient_norm": [1, 2]}), "has 2 values where there should be 3"),

@@ -37,10 +37,6 @@ def random_blueprint(seed, layers=100, error=None):
     return blueprint_of(error, **{kind: generator.lognormal(size=layers) for kind in GROUPS})
 
 
-def norms_of(blueprint):
-    return [entry.gradient_norm for entry in blueprint]
-
-
 UP, DOWN = [1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]
 PUBLISHED = blueprint_of(q_proj=UP, up_proj=UP)
 DRIFTED = blueprint_of(q_proj=DOWN, up_proj=DOWN)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from random_blueprints import PAPER, blueprints, texts
+from random_blueprints import PAPER, blueprints, junk, texts
 
 from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, Submodule
 from peft_blueprint.errors import FormatError
@@ -202,19 +202,6 @@ def test_what_is_no_text_and_what_is_not_there(tmp_path):
             Blueprint.from_pretrained(missing)
 
 
-keys = st.sampled_from(
-    "model_id layers id gradient_norm schema_version level alpha gamma domain_tags norm_interval shape depth "
-    "training_checkpoint provenance quantized extra x".split()
-)
-junk = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from([10**400, 1e308, "attn.0", "a", "submodule", 1, 0.5]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6),
-    max_leaves=20,
-)
 near = st.fixed_dictionaries(
     {
         "model_id": st.just("m") | junk,

@@ -1,22 +1,14 @@
 """Blueprints fetched over HTTP by the real client, from a Hub on loopback. Run: pytest tests/test_hub.py"""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from hub_client import adapters_placed
 
 from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.errors import FormatError
 from peft_blueprint.testing import COMMIT, loopback_hub
 
 
-@pytest.fixture(autouse=True)
-def no_token_of_mine(monkeypatch):
-    """The tests' requests carry no credentials but those that they name."""
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+pytestmark = pytest.mark.usefixtures("no_token_of_mine")
 
 
 @pytest.fixture
@@ -111,17 +103,5 @@ def test_a_folder_of_that_name_goes_first(blueprint, folder, tmp_path, monkeypat
 
 def test_a_config_takes_a_repository_id(folder, tmp_path):
     """BlueprintConfig(blueprint="org/name") in a process whose Hub is HF_ENDPOINT, through get_peft_model."""
-    script = (
-        "import json; from peft import get_peft_model; from peft_blueprint import BlueprintConfig\n"
-        "from peft_blueprint.testing import tiny_llama\n"
-        "config = BlueprintConfig(blueprint='org/name', num_modules=5, r=2)\n"
-        "model = get_peft_model(tiny_llama(layers=12), config)\n"
-        "print(json.dumps(sorted(n for n, _ in model.named_modules() if n.endswith('lora_A'))))\n"
-    )
     with loopback_hub({"org/name": folder}) as endpoint:
-        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        run = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
-        )
-    assert run.returncode == 0, run.stderr
-    assert len(json.loads(run.stdout)) == 5
+        assert len(adapters_placed("org/name", endpoint, tmp_path / "home")) == 5

@@ -15,11 +15,7 @@ from peft_blueprint.loopback import COMMIT, LoopbackHub
 from peft_blueprint.testing import tiny_llama
 
 
-@pytest.fixture(autouse=True)
-def no_token_of_mine(monkeypatch):
-    """The tests' requests carry no credentials but those that they name."""
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+pytestmark = pytest.mark.usefixtures("no_token_of_mine")
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +225,13 @@ def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
     hub.fail(500, times=None)
     with pytest.raises(BlueprintError, match="(?s)The Hub did not give the blueprint of 'org/whole'.*Try again later"):
         Blueprint.from_pretrained("org/whole", **wish(hub, tmp_path))
+
+
+def test_a_connection_that_is_always_cut_is_said(blueprint, tmp_path, monkeypatch):
+    """In the middle of what stands beside, again and again: our error, with nothing half read."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    folder = blueprint.save(tmp_path / "beside" / "blueprint.json").parent
+    with LoopbackHub({"org/beside": folder}) as hub:
+        hub.cut(1000, "GET .*blueprint.json", times=None)
+        with pytest.raises(BlueprintError, match="The Hub did not give the blueprint of 'org/beside'"):
+            Blueprint.from_pretrained("org/beside", **wish(hub, tmp_path))

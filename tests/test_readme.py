@@ -27,7 +27,14 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
     settings = TrainingArguments(
         "run", num_train_epochs=10, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False
     )
-    namespace = {"model": model, "batches": batches, "trainer": Trainer(model, settings, train_dataset=rows)}
+    wanted = rows[:2]
+    namespace = {
+        "rows": rows,
+        "wanted": wanted,
+        "model": model,
+        "batches": batches,
+        "trainer": Trainer(model, settings, train_dataset=rows),
+    }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     for block in [*blocks[1:], blocks[0]]:  # the first wraps the model in adapters

@@ -1,26 +1,19 @@
-"""Examples are chosen as asked, from lists, data sets and streams, by one process or two. Run: pytest tests/test_selection.py
-
-What needs two processes runs once, in two gloo processes that `torchrun` starts with this very file as their script.
-"""
+"""Examples are chosen as asked, from lists, data sets and streams, by one process or two. Run: pytest tests/test_selection.py"""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 
 from peft_blueprint import measure_influence, plan_placement
 from peft_blueprint.candidates import Pool
 from peft_blueprint.data import collate
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
-from peft_blueprint.scoring import METHODS, Work
+from peft_blueprint.scoring import Work
 from peft_blueprint.selection import select_examples
 from peft_blueprint.testing import save_tiny_model, tiny_llama
 
@@ -51,14 +44,6 @@ def norms_of(rows, submodules=None):
 
 def top(scores, count):
     return tuple(sorted(np.argsort(-np.asarray(scores), kind="stable")[:count].tolist()))
-
-
-def error_of(act):
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 POOL = made(40)
@@ -196,7 +181,6 @@ def test_near_duplicates_do_not_fill_a_selection():
     assert found.report["duplicates"] == 9 and found.indices[0] == 0 and all(i >= 10 for i in found.indices[1:])
     stream = choose(iter(rows), count=5, method="length")
     assert (stream.indices, stream.report["duplicates"]) == (found.indices, 9)
-    assert choose(rows, count=5, method="length", deduplicate=False).indices == tuple(range(0, 10, 2))
     few = choose(rows[:10], count=5, method="length")
     assert few.indices == (0,) and "5 examples were asked for and 1 chosen" in few.fallbacks[0]
     assert len(choose(rows, count=6, method="coreset_k_centre", small=4)) == 6
@@ -414,89 +398,3 @@ def test_scores_that_are_not_finite_are_refused():
         Work(model(), None, 4, 0, 0, None).together(lambda some: np.full(len(some), np.inf), candidates)
     with pytest.raises(BlueprintError, match="method='loss' asks the model"):
         select_examples(None, POOL, count=3, method="loss")
-
-
-SHARED = ["random", "norm", "alignment", "predicted_norm", "coreset_k_centre", "iterative"]
-
-
-def shared(method):
-    options = {"count": 6, "method": method, "small": 18, "target": made(4, seed=8), "train_steps": 2}
-    return (
-        options
-        if method == "alignment" or METHODS.get(method, METHODS["norm"]).uses_target
-        else options | {"target": None}
-    )
-
-
-def scenario(rank, path):
-    """What a process finds."""
-    from torch.distributed.fsdp import fully_shard
-
-    whole = fully_shard(model())
-    return {
-        **{method: choose(POOL, **shared(method)) for method in SHARED},
-        "stream": choose(iter(POOL), **shared("norm"), keep_state=path / "state"),
-        "sharded": choose(POOL[:37], whole, count=6, method="norm"),
-        "other data": error_of(lambda: choose(POOL[rank:], count=6, method="norm")),
-        "failing": error_of(lambda: choose(POOL, count=6, method="norm", loss_fn=lambda m, b: failing(m, b, rank))),
-    }
-
-
-def failing(inner, batch, rank):
-    if rank == 1:
-        raise OSError("the device is gone")
-    return inner(batch["input_ids"]).logits.mean(dim=(1, 2))
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory, pytestconfig):
-    """What both processes found."""
-    path = tmp_path_factory.mktemp("found")
-    run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *run, __file__, str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("method", SHARED)
-def test_two_processes_choose_what_one_does(found, method):
-    """Each measures its share, and both have the same selection."""
-    one, other = (of_process[method] for of_process in found)
-    alone = choose(POOL, **shared(method))
-    assert one.indices == other.indices == alone.indices and one.scores == other.scores
-    assert one.scores == pytest.approx(alone.scores, rel=1e-3, abs=1e-4)
-    assert one.report["cost"]["flops"] == other.report["cost"]["flops"]
-
-
-def test_two_processes_share_streams_and_sharded_models(found):
-    """A stream is read by both and measured by halves; on a model sharded by FSDP2 they stay in step."""
-    for of_process in found:
-        assert of_process["stream"].indices == choose(POOL, **shared("norm")).indices
-        assert of_process["sharded"].indices == choose(POOL[:37], count=6, method="norm").indices
-
-
-def test_an_error_on_one_process_ends_the_others(found):
-    """With its message; other data on each are no shares."""
-    first, second = (of_process["failing"] for of_process in found)
-    assert first.startswith("MeasurementError: Process 1 of 2 failed") and "the device is gone" in first
-    assert second == "OSError: the device is gone"
-    assert all("different" in of_process["other data"] for of_process in found)
-
-
-def main():
-    """One process of the two."""
-    dist.init_process_group("gloo")
-    path, rank = Path(sys.argv[1]), dist.get_rank()
-    torch.set_num_threads(1)
-    torch.save(scenario(rank, path), path / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
