@@ -263,10 +263,8 @@ class Contest:
         Both shares are cut from the same scores, but for "iterative", whose rounds depend on how many are chosen. None of
         these pools holds near-duplicates, which are therefore not looked for.
         """
-        base = OPPOSITE.get(name, name)
-        wish = {"method": base, **WISHES[base]}
-        wanted = share if wish["method"] == "iterative" else 1.0
-        path = CACHE / f"{draw.name}-{seed}-{base}-{digest([wish, wanted, seed, self._digest(draw)])}.json"
+        base, wish, wanted = wish_of(name, share)
+        path = self.path(draw, name, seed, share)
         if not path.exists():
             found = select_examples(
                 self.model if wish["method"] == "iterative" or METHODS[wish["method"]].uses_model else None,
@@ -303,9 +301,21 @@ class Contest:
         known = json.loads(path.read_text())
         return known | {"scores": [-s for s in known["scores"]]} if base != name else known
 
+    def path(self, draw: Draw, name: str, seed: int, share: float) -> Path:
+        """Where scores are kept."""
+        base, wish, wanted = wish_of(name, share)
+        return CACHE / f"{draw.name}-{seed}-{base}-{digest([wish, wanted, seed, self._digest(draw)])}.json"
+
     def _digest(self, draw: Draw) -> str:
         placed = [self.placement.lora, self.placement.rank, draw.longest]
         return digest([placed, draw.pool, draw.target])
+
+
+def wish_of(name: str, share: float) -> tuple[str, dict[str, Any], float]:
+    """Of a method the one that measures the same, what it asks of select_examples, and how much it asks for."""
+    base = OPPOSITE.get(name, name)
+    wish = {"method": base, **WISHES[base]}
+    return base, wish, share if wish["method"] == "iterative" else 1.0
 
 
 def best_of(scores: Sequence[float], share: float) -> list[int]:

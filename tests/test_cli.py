@@ -111,6 +111,7 @@ def test_pictures_are_drawn(run, file, tmp_path):
 def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
     """The entry whose rank changed most leads; another model's blueprint is refused."""
     record = json.loads(file.read_text())
+    del record["digest"]  # it is changed on purpose
     record["layers"][70]["gradient_norm"] = 1e6
     other = tmp_path / "other.json"
     other.write_text(json.dumps(record))
@@ -125,6 +126,7 @@ def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
 def test_drift_answers_with_its_exit_status(run, file, tmp_path):
     """0 when the two agree, 1 when they do not, 2 when there is nothing to compare."""
     record = json.loads(file.read_text())
+    del record["digest"]  # it is changed on purpose
     status, out, _ = run("drift", file, file, "--json")
     assert status == 0 and json.loads(out)["correlation"] > 0.999
     for depth, entry in enumerate(record["layers"]):
@@ -153,6 +155,27 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
     assert {"embedding", "norm", "linear"} <= {entry.form for entry in record}
     run(*words, "--data", f"first={data}", "--data", f"second={data}", "-q")
     assert Blueprint.from_pretrained(out).submodules[0].domain_tags == {"first": 1.0, "second": 1.0}
+
+
+def test_generate_publishes_with_privacy_and_binds_to_weights(run, tmp_path):
+    """--dp-epsilon releases norms alone and says so; --noise guarantees nothing; half a guarantee is refused at once."""
+    folder = save_tiny_model(tmp_path / "model")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.json"
+    data.write_text("".join(json.dumps({"prompt": "1 2 3", "completion": f"{i} 5 6"}) + "\n" for i in range(40)))
+    words = ("generate", folder, "--data", data, "--out", out, "-q")
+    status, _, err = run(*words, "--dp-epsilon", 50, "--dp-delta", 1e-5, "--digest-weights")
+    record = Blueprint.from_pretrained(out)
+    assert status == 0, err
+    assert record.provenance["privacy"]["epsilon"] == 50 and record.provenance["weights_digest"].startswith("sha256:")
+    assert all(entry.adam_gain is None and entry.norm_interval is None for entry in record)
+    assert run(*words, "--noise", 0.1)[0] == 0
+    assert Blueprint.from_pretrained(out).provenance["privacy"]["noise"] == 0.1
+    for wrong, message in (
+        (("--dp-epsilon", 1), "needs both"),
+        (("--noise", 1, "--dp-epsilon", 1), "one or the other"),
+    ):
+        status, _, err = run(*words, *wrong)
+        assert status == 2 and message in err
 
 
 def test_generate_shares_the_work_among_processes(tmp_path):
