@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.compact import to_header_text
 from peft_blueprint.formats import from_json, to_json
+from peft_blueprint.loopback import LoopbackHub
 from peft_blueprint.naming import file_name
 from peft_blueprint.publish import Publication, prepare
 
@@ -247,3 +248,14 @@ def test_prepare_only_reads(two_layers, model_hub):
     assert {request.method for request in model_hub.requests} <= {"GET", "HEAD"}
     assert plan.parent_commit == model_hub.repository("tiny/llama").refs["main"] and plan.previous_card == CARD
     assert base64.b64encode(plan.files["blueprint.png"])
+
+
+def test_a_blueprint_publishes_itself(two_layers, tmp_path):
+    """`push_to_hub` is the same door, and `from_pretrained` finds what it put there."""
+    with LoopbackHub(token="hf_right") as hub:
+        settings = {"endpoint": hub.endpoint, "token": "hf_right"}
+        shown = two_layers.push_to_hub("org/blueprints", dry_run=True, picture=False, **settings)
+        assert "blueprint.json" in str(shown) and not hub.repositories
+        url = two_layers.push_to_hub("org/blueprints", picture=False, **settings)
+        assert url.startswith(f"{hub.endpoint}/org/blueprints/commit/")
+        assert two_layers.from_pretrained("org/blueprints", cache_dir=tmp_path, **settings) == two_layers
