@@ -76,7 +76,8 @@ def fetch(
         found, is_reached = (None, True) if domain or checkpoint else _in_the_model(repository)
         if found is not None:
             return from_header_text(found.text, f"{found.file} of {source}")
-        settings = {"revision": revision, **kwargs} | ({} if is_reached else {"local_files_only": True})
+        is_out_of_reach = repository.is_offline or not is_reached
+        settings = {"revision": revision, **kwargs} | ({"local_files_only": True} if is_out_of_reach else {})
         try:
             return read_blueprint(hf_hub_download(str(source), name, **settings))
         except LocalEntryNotFoundError:
