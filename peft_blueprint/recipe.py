@@ -51,9 +51,9 @@ from .recipe_plan import (
     learning_rate_of,
     plan,
     quantization_of,
+    step_of,
     training_settings,
     unquantized,
-    workload_of,
 )
 from .unfreezing import share_base
 from .workload import Workload
@@ -209,7 +209,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
     tokenizer = load_tokenizer(recipe.model)
     rows = encode(examples, tokenizer, recipe.max_length)
     published = fetch(recipe.blueprint) if recipe.blueprint and recipe.placement != ALL_LINEAR else None
-    step = partial(workload_of, recipe, arguments, max(len(row["input_ids"]) for row in rows))
+    step = partial(step_of, recipe, arguments, max(len(row["input_ids"]) for row in rows))
 
     planned, quantization = None, recipe.quantization
     if recipe.is_planned_on_the_empty_model:

@@ -124,7 +124,7 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def workload_of(
+def step_of(
     recipe: Recipe, arguments: TrainingArguments, length: int, *, dtype: torch.dtype, attention: str | None = None
 ) -> Workload:
     """A training step of a recipe, for the cost model.
