@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fused import needs_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -79,7 +80,7 @@ def test_what_lies_beyond_the_table_of_signs_is_unbiased_too():
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "exact"}, {"method": "sketch"}, {"sketch_size": None}])
-@pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])
+@pytest.mark.parametrize("build", [tiny_llama, pytest.param(tiny_mixtral, marks=needs_fused)])
 def test_alignments_are_inner_products_with_the_other_examples_mean(build, options):
     """By every way to measure: with layers this small and as many numbers as they have, exactly."""
     model, batches = build(layers=2), toy_batches(examples=6)
@@ -323,18 +324,18 @@ def test_wrong_use_is_named(act, message):
         act()
 
 
-def test_the_weights_and_their_gradients_product_is_estimated_from_rows():
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, pytest.param(tiny_mixtral, marks=needs_fused)])
+def test_the_weights_and_their_gradients_product_is_estimated_from_rows(build):
     """Near the true sum of |w·ḡ| for every layer of a random model, Conv1D's stored the other way round included."""
-    for build in (tiny_llama, tiny_gpt2, tiny_mixtral):
-        batches = toy_batches(examples=4)
-        blueprint = generate_blueprint(build(), batches, progress=False, method="exact", sketch_size=None)
-        model = build()
-        gradients = gradients_of(model, batches)
-        weights = {name.removesuffix(".weight"): p.detach().flatten() for name, p in model.named_parameters()}
-        for entry in blueprint:
-            true = (weights[entry.name] * gradients[entry.name].mean(dim=0)).abs().sum().item()
-            assert entry.weight_gradient == pytest.approx(true, rel=0.35), entry.name
-            assert entry.weight_norm == pytest.approx(weights[entry.name].norm().item(), rel=1e-5)
+    batches = toy_batches(examples=4)
+    blueprint = generate_blueprint(build(), batches, progress=False, method="exact", sketch_size=None)
+    model = build()
+    gradients = gradients_of(model, batches)
+    weights = {name.removesuffix(".weight"): p.detach().flatten() for name, p in model.named_parameters()}
+    for entry in blueprint:
+        true = (weights[entry.name] * gradients[entry.name].mean(dim=0)).abs().sum().item()
+        assert entry.weight_gradient == pytest.approx(true, rel=0.35), entry.name
+        assert entry.weight_norm == pytest.approx(weights[entry.name].norm().item(), rel=1e-5)
 
 
 def test_the_share_of_energy_in_16_directions():

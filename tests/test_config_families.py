@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from fused import needs_fused
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_blueprint import Blueprint, BlueprintConfig, Placement
@@ -114,10 +115,9 @@ def test_experts_are_adapted_where_the_blueprint_says_and_reload_as_plain_lora(b
         ({"lora_bias": True}, "lora_bias=True does not work"),
     ],
 )
+@needs_fused
 def test_what_peft_cannot_do_on_whole_parameters_is_said_when_the_config_is_made(extra, message):
     """The field, its value, and what to do; without fused experts in the placement it is nobody's business."""
-    if not has_fused_experts(tiny_mixtral):
-        pytest.skip("experts are linear layers here")
     with pytest.raises(PlacementError, match=message):
         BlueprintConfig(blueprint=measured(tiny_mixtral), fraction=1.0, **extra)
     BlueprintConfig(blueprint=measured(tiny_mixtral, q_proj=9.0), threshold=9.0, **extra)

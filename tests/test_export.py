@@ -6,6 +6,7 @@ import types
 
 import pytest
 import yaml
+from fused import needs_fused
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
@@ -159,6 +160,7 @@ def test_blocks_alone_are_unfrozen_or_refused(trainer, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # PEFT looks for them among modules only
+@needs_fused
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("lora", [EXPERTS, (*LORA[:1], *EXPERTS)], ids=["experts", "both"])
 def test_fused_experts_are_parameters_or_refused(trainer, lora, monkeypatch):
@@ -191,6 +193,7 @@ def test_ranks_that_differ_keep_one_scaling(trainer, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
+@needs_fused
 def test_ranks_of_fused_experts(monkeypatch):
     """A parameter's rank stands under its own name, beside a linear layer's."""
     placed = placement((LORA[0], *EXPERTS), target_parameters=EXPERTS, ranks={EXPERTS[0]: 3, EXPERTS[1]: 5})

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from fused import needs_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -383,6 +384,7 @@ def test_a_mixture_of_10000_submodules_is_planned_in_seconds():
     assert placement.kept >= 0.5 and seconds < 10
 
 
+@needs_fused
 def test_fused_experts_are_planned_by_their_real_size():
     """An adapter there has a rank for every expert, and costs so."""
     config = Qwen3MoeConfig(

@@ -83,7 +83,7 @@ def test_checkpointing_stops_below_the_lowest_adapter_and_changes_no_gradient():
     model = adapted_above()
     model.enable_input_require_grads()
     model.enable_input_require_grads()  # only the last of such hooks can be undone by transformers itself
-    assert checkpoint_above(model) == 3
+    assert checkpoint_above(model) >= 2  # and a third of transformers 5
     seen = watched(model)
     again, checkpointed = loss_and_gradients(model, batch)
     assert seen == [False] and again == pytest.approx(loss)
@@ -98,13 +98,16 @@ def test_a_trainer_that_checkpoints_stops_below_the_lowest_adapter(tmp_path):
     losses = {}
     for callbacks in ([], [CheckpointAbove()]):
         model = adapted_above()
+        model.enable_input_require_grads()  # which transformers 5 does by itself
         seen = watched(model)
         settings = {"max_steps": 2, "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
         settings |= {"logging_steps": 1, "disable_tqdm": True, "output_dir": str(tmp_path), "learning_rate": 1e-2}
         rows = [{key: value[i] for key, value in batch.items()} for batch in toy_batches(8) for i in range(4)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`gradient_checkpointing.*` is deprecated", FutureWarning)
-            arguments = TrainingArguments(gradient_checkpointing=True, **settings)
+            arguments = TrainingArguments(
+                gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, **settings
+            )
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
         trainer.train()
         assert any(seen) is not bool(callbacks)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from fused import needs_fused
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -99,6 +100,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # PEFT looks for them among modules only
 @pytest.mark.filterwarnings("ignore:.*rank_pattern|.*alpha_pattern")
 @pytest.mark.parametrize("ranks", [{}, {"gate_up_proj": 3}, {"down_proj": 5, "q_proj": 2}], ids=str)
+@needs_fused
 def test_fused_experts_are_widened_expert_by_expert(tmp_path, ranks):
     """Both parameters of a layer's experts, at ranks of their own, give the same logits at one rank."""
     experts = "model.layers.1.mlp.experts"
@@ -149,6 +151,7 @@ def test_what_servers_refuse_is_refused_here(tmp_path, settings, message):
     assert not (tmp_path / "one").exists()
 
 
+@needs_fused
 def test_experts_of_which_one_parameter_is_adapted_are_refused(tmp_path):
     """vLLM wants both; an adapter with one would be taken for another's."""
     one = ["model.layers.1.mlp.experts.down_proj"]
