@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .arrays import to_arrays_bytes
 from .blueprint import Blueprint
 from .card import TAG, card_section, datasets_of, is_hub_id, new_card, with_metadata, with_section
+from .entry import some
 from .errors import BlueprintError, FormatError, MismatchError
 from .formats import FILE_NAME, from_json, to_json
 from .naming import file_name
@@ -35,6 +37,7 @@ OF_A_MODEL = frozenset(
 )
 
 _LOG = logging.getLogger(__name__)
+_LOCAL_PATH = re.compile(r"(?<![\w/:.])(?:~?/[\w.@ -]+(?:/[\w.@-]+)+|[A-Za-z]:\\\\[\w.\\-]+)")
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ def prepare(
         if published is not None and is_new and not replace:
             _require_same_model(blueprint, published, f"{name} of {repo_id!r}")
         files = {name: content} if is_new else {}
-        notes: list[str] = []
+        notes = _local_paths(blueprint)
 
         arrays = Path(name).with_suffix(".safetensors").name
         wants_arrays = with_arrays if with_arrays is not None else len(content) > LARGE
@@ -263,6 +266,16 @@ def prepare(
         parent_commit=there.commit,
         notes=tuple(notes),
     )
+
+
+def _local_paths(blueprint: Blueprint) -> list[str]:
+    """A note if the provenance, which everybody will read, names files of one's own machine."""
+    found = sorted(set(_LOCAL_PATH.findall(json.dumps(dict(blueprint.provenance), ensure_ascii=False))))
+    if not found:
+        return []
+    return [
+        f"The provenance names files of this machine, for all to read: {some(found)}. Measure from another folder, or edit it."
+    ]
 
 
 def _at_checkpoint(blueprint: Blueprint, checkpoint: float | None) -> Blueprint:

@@ -259,3 +259,16 @@ def test_a_blueprint_publishes_itself(two_layers, tmp_path):
         url = two_layers.push_to_hub("org/blueprints", picture=False, **settings)
         assert url.startswith(f"{hub.endpoint}/org/blueprints/commit/")
         assert two_layers.from_pretrained("org/blueprints", cache_dir=tmp_path, **settings) == two_layers
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate org/m --data ~/mine/a.jsonl", "generate org/m --data /secret/b.jsonl", "generate C:\\mine\\c"],
+)
+def test_files_of_ones_own_machine_are_pointed_out(two_layers, model_hub, command):
+    """Before a provenance that names them is public; ids and addresses are no files."""
+    told = replace(two_layers, provenance={"command": command, "data": "openai/gsm8k", "see": "https://a.org/b/c"})
+    [note] = prepare(told, "org/other", endpoint=model_hub.endpoint, picture=False).notes
+    assert "files of this machine" in note and "gsm8k" not in note and "a.org" not in note
+    plain = replace(told, provenance={"command": "generate org/m --data a.jsonl", "see": "https://a.org/b/c"})
+    assert not prepare(plain, "org/other", endpoint=model_hub.endpoint, picture=False).notes
