@@ -209,7 +209,8 @@ def prepare(
         if not is_own and not allow_other_model and (theirs := sorted(there.files & OF_A_MODEL)):
             raise MismatchError(
                 f"{repo_id!r} holds a model ({', '.join(theirs)}), and the blueprint is of {blueprint.model_id!r}. Publish it to "
-                "that model's repository or to one of its own; for a copy of the same model say allow_other_model=True."
+                "that model's repository or to one of its own; for a copy of the same model say --allow-other-model "
+                "(allow_other_model=True)."
             )
         published = there.read(name)
         is_new = published != content
@@ -310,14 +311,14 @@ def _require_same_model(blueprint: Blueprint, published: bytes, where: str) -> N
     except (FormatError, UnicodeDecodeError) as error:
         raise BlueprintError(
             f"{where} is no blueprint that can be read ({error}). Publish under another domain, or replace it with "
-            "replace=True."
+            "--replace (replace=True)."
         ) from error
     for what in ("model_id", "model_digest"):
         mine, theirs = getattr(blueprint, what), getattr(old, what)
         if mine != theirs and None not in (mine, theirs):
             raise MismatchError(
                 f"{where} is a blueprint of another model: its {what} is {theirs!r}, that of the new one {mine!r}. Publish "
-                "under another domain or to another repository, or replace it with replace=True."
+                "under another domain or to another repository, or replace it with --replace (replace=True)."
             )
 
 
