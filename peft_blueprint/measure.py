@@ -7,7 +7,7 @@ or of what the numbers are for.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -37,6 +37,7 @@ from .submodules import (
     find_submodules,
     find_weights,
     is_sharded,
+    named,
     structure_digest,
     unwrap,
     without_ddp,
@@ -59,6 +60,7 @@ def measure_influence(
     sketch_size: int | None = SKETCH_SIZE,
     projection_size: int = PROJECTION_SIZE,
     include: Include = "adaptable",
+    submodules: Collection[str] | None = None,
     loss_fn: LossFunction | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -95,6 +97,8 @@ def measure_influence(
         projection_size: m, numbers kept of every example's gradient in every submodule, 4·m bytes each, from which
             follows how examples and submodules agree (`Influence.alignments`); best a prime. 0 keeps none.
         include: "adaptable", the weights that an adapter may be put on, or "all".
+        submodules: names of those to measure, of the ones that are included; by default all. The backward pass ends at
+            the first of them, so that later ones alone cost less.
         loss_fn: `loss_fn(model, batch)` → losses (B,) of the batch's B examples, for an objective other than the
             model's own. It may call the model several times, on several rows an example too. Where an example's loss
             depends on other rows of the batch (contrastive), its norm is that of the summed losses' gradient through its
@@ -111,44 +115,45 @@ def measure_influence(
     Raises:
         MeasurementError: without data, targets or measurable submodules, if a norm is not finite, or if another process
             failed or measured the same data.
+        MismatchError: for names that the model does not have.
     """
     _check_options(max_examples, include)
     model = without_ddp(model)
     processes = Processes(model, reduce)
     weights = {weight.name: weight for weight in find_weights(model)}
-    submodules = find_submodules(model, include)
-    plan = _Plan.of(submodules, weights)
+    rows = named(find_submodules(model, include), submodules)
+    plan = _Plan.of(rows, weights)
     if not plan.tapped and not plan.streamed:
         raise MeasurementError(
             f"{type(unwrap(model)).__name__} has no linear submodules to measure; give a transformers model."
         )
-    recorder = Recorder(submodules, method, sketch_size, projection_size, seed)
+    recorder = Recorder(rows, method, sketch_size, projection_size, seed)
     with processes.telling_errors():
         own = _find(model, batches, plan, recorder, loss_fn, processes, processes.share(max_examples), progress)
-    settings = (structure_digest(submodules), include, method, sketch_size, projection_size, seed)
+    settings = (structure_digest(rows), include, method, sketch_size, projection_size, seed)
     found = processes.united(own, settings)
     if not found.examples:
         raise MeasurementError("There is nothing to measure: the batches are empty. Give at least one example.")
 
     unmeasured = {i: why for i, why in recorder.unmeasured().items() if i not in found.sketches} | plan.unmeasured
-    measured = [i for i in range(len(submodules)) if i not in unmeasured]
+    measured = [i for i in range(len(rows)) if i not in unmeasured]
     if not measured:
         reasons = sorted(set(unmeasured.values()))
-        raise MeasurementError(f"None of the {len(submodules)} submodules could be measured: {reasons}.")
+        raise MeasurementError(f"None of the {len(rows)} submodules could be measured: {reasons}.")
     matrix = found.norms[measured]
-    kept = tuple(submodules[i] for i in measured)
+    kept = tuple(rows[i] for i in measured)
     broken = [s.name for s, row in zip(kept, matrix, strict=True) if not torch.isfinite(row).all()]
     if broken:
         raise MeasurementError(
             f"The gradient of {some(broken)} is infinite or NaN for some example. Look for NaN in the weights or the "
             "data; with float16 weights, load the model in bfloat16 or float32 instead."
         )
-    rows = {submodule.name for submodule in submodules}
+    known = weights.keys() if submodules is not None else {row.name for row in rows}
     return Influence(
         submodules=kept,
         norms=matrix,
         norm_errors=found.errors[measured],
-        projections=found.projections if len(measured) == len(submodules) else found.projections[measured],
+        projections=found.projections if len(measured) == len(rows) else found.projections[measured],
         losses=found.losses,
         target_tokens=found.target_tokens,
         sketches=tuple(found.sketches[i] / found.examples for i in measured),
@@ -156,8 +161,8 @@ def measure_influence(
         seed=seed,
         method=method,
         tokens=found.tokens,
-        unmeasured=tuple((submodules[i].name, reason) for i, reason in sorted(unmeasured.items()))
-        + tuple((w.name, _left_out(w)) for w in weights.values() if w.name not in rows),
+        unmeasured=tuple((rows[i].name, reason) for i, reason in sorted(unmeasured.items()))
+        + tuple((w.name, _left_out(w)) for w in weights.values() if w.name not in known),
         data_digest=found.data_digest,
     )
 

@@ -6,6 +6,7 @@ Under several processes each scores its share of a chunk, and all know all score
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,7 @@ class Cost:
         measured_tokens: positions that went through a measurement's forward and backward pass.
         trained_tokens: positions that adapters were trained on, between two choices.
         parameters: that a token is multiplied with.
+        backward: those of them that a backward pass goes through, from the first submodule that counts on.
         seconds: wall-clock time.
     """
 
@@ -94,15 +96,20 @@ class Cost:
     measured_tokens: int = 0
     trained_tokens: int = 0
     parameters: int = 0
+    backward: int = 0
     seconds: float = 0.0
 
     @property
     def flops(self) -> int:
-        """2 for each parameter and token of a forward pass, and 4 of a measurement, or a step with adapters: their
-        backward passes compute the gradients of activations, but not those of weights, for which training all weights
-        takes 2 more. Attention's own products, sketches and the predictor are left out.
+        """2 for each parameter and token of a forward pass, and 2 more for those that a backward pass goes through, of a
+        measurement or a step with adapters: they compute the gradients of activations, but not those of weights, for
+        which training all weights takes 2 more. Attention's own products, sketches and the predictor are left out.
         """
-        return self.parameters * (2 * self.forward_tokens + 4 * (self.measured_tokens + self.trained_tokens))
+        return 2 * self.parameters * self.forward_tokens + self.passes_of(self.measured_tokens + self.trained_tokens)
+
+    def passes_of(self, tokens: int) -> int:
+        """FLOPs of a forward and backward pass over so many positions."""
+        return 2 * (self.parameters + self.backward) * tokens
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
@@ -112,6 +119,7 @@ class Cost:
             "measured_tokens": self.measured_tokens,
             "trained_tokens": self.trained_tokens,
             "parameters": self.parameters,
+            "backward_parameters": self.backward,
             "flops": self.flops,
         }
 
@@ -144,6 +152,7 @@ class Work:
             self.model,
             [collate(part, self.pad_token_id) for part in _parts(rows, self.batch_size)],
             projection_size=PROJECTION_SIZE if projections else 0,
+            submodules=self.submodules,
             loss_fn=self.loss_fn,
             seed=self.seed,
             progress=False,
@@ -227,6 +236,7 @@ class Work:
             measured_tokens=sum(one.measured_tokens for one in said),
             trained_tokens=sum(one.trained_tokens for one in said),
             parameters=self.cost.parameters,
+            backward=self.cost.backward,
             seconds=self.cost.seconds,
         )
 
@@ -243,17 +253,18 @@ def random_keys(seed: int) -> Scorer:
     return lambda candidates: np.array([np.random.default_rng([seed, one.index]).random() for one in candidates])
 
 
-def parameters_per_token(model: nn.Module) -> int:
-    """How many weights each token is multiplied with: those of linear layers and the head, a tied one included. Experts
-    count as if all were asked.
+def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = None) -> tuple[int, int]:
+    """How many weights each token is multiplied with, those of linear layers and the head, a tied one included; and how
+    many of them come with or after the first of some submodules, all for None. Experts count as if all were asked.
     """
-    weights = find_weights(model)
-    counts = [int(np.prod(weight.shape)) for weight in weights if weight.form in ("linear", "head", "experts")]
+    weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
+    counts = [math.prod(weight.shape) for weight in weights]
     base: Any = unwrap(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     known = {id(weight.module) for weight in weights if weight.form == "head"}
     tied = 0 if head is None or id(head) in known else int(head.weight.numel())
-    return sum(counts) + tied
+    first = next((i for i, w in enumerate(weights) if submodules is not None and w.name in set(submodules)), 0)
+    return sum(counts) + tied, sum(counts[first:]) + tied
 
 
 def _parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

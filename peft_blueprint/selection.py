@@ -281,7 +281,7 @@ def select_examples(
     if rank == 0 and "cost" in state.notes:
         work.cost.forward_tokens, work.cost.measured_tokens, work.cost.seconds = state.notes["cost"]
     if model is not None:
-        work.cost.parameters = parameters_per_token(model)
+        work.cost.parameters, work.cost.backward = parameters_per_token(model, names)
     before = work.cost.seconds
     maker = Maker(scan, chosen, aims, similarity, precondition, features, small)
     all_scores, rows = None, None
@@ -324,7 +324,7 @@ def select_examples(
 def _report(scan: Scan, picked: Picked) -> dict[str, Any]:
     notes, examples = scan.progress.notes, scan.progress.position
     cost = scan.work.total_cost()
-    whole = 4 * cost.parameters * notes["tokens"]
+    whole = cost.passes_of(notes["tokens"])
     return {
         "examples": examples,
         "usable": examples - notes["without_targets"],

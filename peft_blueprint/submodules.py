@@ -7,13 +7,14 @@ import hashlib
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from .entry import ADAPTABLE, Form, Include, Submodule, by
+from .entry import ADAPTABLE, Form, Include, Submodule, by, some
+from .errors import MismatchError
 
 
 if TYPE_CHECKING:
@@ -152,6 +153,25 @@ def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[S
             )
         )
     return tuple(found)
+
+
+def named(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:
+    """Those of these names, in their own order; all for None.
+
+    Raises:
+        MismatchError: for a name that is not among them, or for none at all.
+    """
+    if names is None:
+        return tuple(submodules)
+    if isinstance(names, str):
+        raise MismatchError(f"submodules={names!r} is one name: give a list, [{names!r}].")
+    missing = sorted(set(names) - {submodule.name for submodule in submodules})
+    if missing or not names:
+        raise MismatchError(
+            f"{len(missing)} of {len(names)} submodules are not in this model ({some(missing) or 'none was named'}), which "
+            f"has {some([submodule.name for submodule in submodules])}. Give names of its submodules, in full."
+        )
+    return tuple(submodule for submodule in submodules if submodule.name in set(names))
 
 
 def shape_of(module: nn.Linear) -> tuple[int, int]:

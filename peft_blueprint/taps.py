@@ -135,7 +135,9 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Weights frozen, dropout off, embeddings' outputs taking a gradient; all put back afterwards."""
+    """Weights frozen, dropout off, under gradient checkpointing embeddings' outputs taking a gradient; all put back
+    afterwards.
+    """
     training = {module: module.training for module in model.modules()}
     # by their places, because offloading puts new parameters there in every pass
     trainable = [(m, k) for m in model.modules() for k, p in m.named_parameters(recurse=False) if p.requires_grad]
@@ -151,7 +153,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
             dropouts += [(module, key, rate) for key, rate in rates]
             for key, _ in rates:
                 setattr(module, key, 0.0)
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    is_checkpointed = any(vars(m).get("gradient_checkpointing") is True and m.training for m in model.modules())
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if is_checkpointed else []
     hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
     try:
         with torch.enable_grad():

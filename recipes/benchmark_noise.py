@@ -154,7 +154,7 @@ def measured(contest: Contest) -> dict[str, np.ndarray]:
             "tokens": tokens,
             "seconds": np.array([of_scores, of_features, time.perf_counter() - start]),
             "positions": np.array([work.cost.measured_tokens - of_target, work.cost.forward_tokens, of_target]),
-            "parameters": np.array(parameters_per_token(contest.model)),
+            "parameters": np.array(parameters_per_token(contest.model, names)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
@@ -229,10 +229,12 @@ def cost_of(found: dict[str, Any], what: str, features: str, size: int, learning
     positions, read, of_target = found["positions"].tolist()
     every, forward, by_tokens = found["seconds"].tolist()
     target = of_target if what == "alignment" else 0
-    flops = 4 * (part * positions + target) + (2 * read if features == "model" else 0)
+    parameters, backward = found["parameters"].tolist()
+    a_pass = parameters + backward
+    flops = a_pass * (part * positions + target) + (parameters * read if features == "model" else 0)
     extra = every * target / positions
     seconds = part * every + extra + learning + (forward if features == "model" else by_tokens)
-    return flops / (4 * (positions + target)), seconds / (every + extra)
+    return flops / (a_pass * (positions + target)), seconds / (every + extra)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,24 @@ def test_norms_agree_with_autograd_whatever_the_padding(build, padding):
     assert len(influence.submodules) == len(list(linear_modules(model))) - 1  # all but the head
 
 
+def test_some_submodules_are_measured_as_among_all_without_the_passes_before_them():
+    """Norms are those of the whole measurement, in the model's order, and the backward pass ends at the first of them."""
+    model, batches = tiny_llama(layers=4), toy_batches()
+    whole = measure_influence(model, batches, progress=False)
+    names = ["model.layers.3.mlp.down_proj", "model.layers.2.self_attn.v_proj"]
+    reached = []
+    for layer in model.model.layers:
+        layer.mlp.register_full_backward_hook(lambda *_: reached.append(1))
+    part = measure_influence(model, batches, submodules=names, progress=False)
+    assert [s.name for s in part.submodules] == names[::-1] and part.unmeasured == ()
+    rows = [[s.name for s in whole.submodules].index(name) for name in names[::-1]]
+    torch.testing.assert_close(part.norms, whole.norms[rows])
+    assert len(reached) == 2 * len(batches)
+    for wrong, said in ((["model.layers.9.mlp.up_proj"], "1 of 1"), ([], "none was named"), ("x", "one name")):
+        with pytest.raises(MismatchError, match=said):
+            measure_influence(model, batches, submodules=wrong, progress=False)
+
+
 @pytest.mark.parametrize("tokens", [False, True])
 def test_norms_agree_with_autograd_on_an_encoder(tokens):
     """BERT for sequence and for token classification."""

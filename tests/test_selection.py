@@ -16,6 +16,7 @@ from peft_blueprint.data import collate
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
 from peft_blueprint.scoring import Work
 from peft_blueprint.selection import select_examples
+from peft_blueprint.submodules import find_submodules
 from peft_blueprint.testing import save_tiny_model, tiny_llama
 
 
@@ -30,6 +31,7 @@ def top(scores, count):
 
 
 POOL = made(40)
+NAMES = [submodule.name for submodule in find_submodules(model())]
 
 
 def test_the_norm_keeps_the_largest_gradients_in_the_datas_order():
@@ -68,8 +70,22 @@ def test_algorithm_2_measures_a_few_and_predicts_all(features):
     assert predictor["measured"] == 40 and predictor["rank_correlation"] > 0.4
     assert cost["measured_tokens"] < 0.45 * found.report["tokens"]
     assert (cost["forward_tokens"] > 0) == (features == "model")
-    assert cost["flops"] == cost["parameters"] * (2 * cost["forward_tokens"] + 4 * cost["measured_tokens"])
+    passes = cost["parameters"] + cost["backward_parameters"]
+    assert cost["flops"] == 2 * (cost["parameters"] * cost["forward_tokens"] + passes * cost["measured_tokens"])
     assert cost["share_of_measuring_all"] < 1
+
+
+def test_the_last_submodules_alone_cost_less():
+    """Gradients of the last block's submodules are measured without going back through those before it, and the FLOPs
+    say so.
+    """
+    layers = len(model().model.layers)
+    last = [name for name in NAMES if f".{layers - 1}." in name]
+    whole, part = (choose(POOL, count=6, method="norm", submodules=names).report["cost"] for names in (None, last))
+    assert whole["backward_parameters"] == whole["parameters"] == part["parameters"]
+    of_blocks = whole["parameters"] - model().lm_head.weight.numel()
+    assert part["backward_parameters"] == whole["parameters"] - of_blocks * (layers - 1) // layers
+    assert part["flops"] < whole["flops"]
 
 
 def test_alignment_chooses_what_is_like_the_target():
