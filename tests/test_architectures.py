@@ -364,7 +364,10 @@ def test_sketched_norms_are_as_near_as_they_say_and_no_input_is_kept():
     assert 0.5 < errors.square().mean().sqrt() < 1.5 and errors.abs().max() < 5
 
     def plain():
-        with prepared(model):
+        with (
+            prepared(model),
+            model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_()),
+        ):
             per_example_losses(model, batches[0])[0].sum().backward()
 
     anyway = saved_shapes(plain)
