@@ -2,14 +2,15 @@
 
     python recipes/benchmark_selection.py --data FOLDER [--sets SET ...] [--arms ARM[@Q][#SEED] ...] [--seeds 0 1 2] [--print]
 
-FOLDER holds `gsm8k_{train,test}.jsonl`, `pubmedqa_ori_pqal.json` and `pubmedqa_test_ground_truth.json`. Of a pool of 80
+FOLDER holds `gsm8k_{train,test}.jsonl`, `pubmedqa_ori_pqal.json` and `pubmedqa_test_ground_truth.json`. Of a pool of 60
 examples each method keeps a share q, and the default placement is trained on those, again and again, until the budget is
-spent: what 20 steps of 8 examples of the whole pool cost, padding included. Choosing is paid out of it, by
+spent: what 15 steps of 8 examples of the whole pool cost, padding included. Choosing is paid out of it, by
 `Selection.report`'s FLOPs; a training token costs 2P forward, 2P backward times the share of the backward pass that the
 placement needs by `CostModel`, and its adapters and their optimizer. With P the parameters that a token is multiplied with,
 so that both are counted alike. References, which choose nothing: "everything", the whole pool for the whole budget;
-"one_pass", the whole pool once, for less; "untrained". One learning rate for all, benchmark_placement.py's for the
-placement, with a linear fall over the arm's own steps; seeds vary the pool's and the target's draw, order and adapters.
+"one_pass", the whole pool once, for less; "untrained". One learning rate for all, a third of benchmark_placement.py's for
+the placement, since small shares are seen many times over, with a linear fall over the arm's own steps; seeds vary the
+pool's and the target's draw, order and adapters.
 Results go to --out as they come and are not computed again; scores are kept in .cache/benchmark_selection/, so that what
 arms share is measured once, and charged to each. --print prints the table of what is there.
 """
@@ -45,8 +46,9 @@ from peft_blueprint.selection import select_examples
 CACHE = Path(".cache/benchmark_selection")
 PLACEMENT = "default"
 LENGTHS = {"gsm8k": 90, "pubmedqa": 60}  # tokens of an example at most: short, so that many arms fit in hours
-POOL, TARGET, HELD_OUT, STEPS = 80, 16, 36, 20
+POOL, TARGET, HELD_OUT, STEPS = 60, 12, 36, 15
 SHARES, SEEDS = (0.3, 0.1), (0, 1, 2)
+LEARNING_RATE = BASE_LEARNING_RATE / 3
 REFERENCES = ("everything", "one_pass", "untrained")
 
 # what an arm asks of select_examples, beyond its defaults
@@ -56,9 +58,9 @@ WISHES: dict[str, dict[str, Any]] = {
     "norm_low": {},
     "alignment": {},
     "predicted_norm": {},
-    "predicted_norm, tokens": {"method": "predicted_norm", "features": "tokens", "small": 32},
+    "predicted_norm, tokens": {"method": "predicted_norm", "features": "tokens", "small": 24},
     "predicted_alignment": {},
-    "predicted_alignment, tokens": {"method": "predicted_alignment", "features": "tokens", "small": 32},
+    "predicted_alignment, tokens": {"method": "predicted_alignment", "features": "tokens", "small": 24},
     "alignment, adam": {"method": "alignment", "precondition": "adam"},
     "coreset_facility": {},
     "coreset_k_centre": {},
@@ -216,7 +218,7 @@ class Contest:
     def key(self, name: str, arm: Arm) -> str:
         """Of all that bears on an arm's result."""
         draw = self.draw(name, arm.seed)
-        rate = BASE_LEARNING_RATE * self.placement.learning_rate_scale
+        rate = LEARNING_RATE * self.placement.learning_rate_scale
         matters = [arm.name, arm.share, arm.seed, WISHES.get(arm.name), self.steps, BATCH, WARM_UP, HELD_OUT, rate]
         return f"{name} {arm.name}@{arm.share}#{arm.seed} {digest([*matters, self._digest(draw)])}"
 
@@ -249,7 +251,7 @@ class Contest:
     def train(self, batches: Sequence[Sequence[Row]], test: Sequence[Any], seed: int) -> dict[str, Any]:
         """Train the placement on these batches; the loss on held-out examples."""
         model = self.bench.adapted(PLACEMENT, seed)
-        rate = BASE_LEARNING_RATE * self.placement.learning_rate_scale
+        rate = LEARNING_RATE * self.placement.learning_rate_scale
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         steps, start = len(batches), time.perf_counter()
