@@ -12,6 +12,7 @@ from .errors import BlueprintError
 
 
 if TYPE_CHECKING:
+    from .accounting import LedgerCallback
     from .blueprint import Blueprint
     from .config import BlueprintConfig
     from .drift import check_drift, reconcile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .planner import plan_placement
     from .privacy import Privacy
     from .selection import Selection, select_examples
+    from .stopping import MarginalReturn
     from .unfreezing import share_base
     from .uniform import export_uniform_lora
     from .workload import Workload
@@ -33,6 +35,8 @@ __all__ = [
     "BlueprintConfig",
     "BlueprintError",
     "Influence",
+    "LedgerCallback",
+    "MarginalReturn",
     "Placement",
     "Privacy",
     "Selection",
@@ -54,6 +58,8 @@ _HOMES = {
     "Blueprint": "blueprint",
     "BlueprintConfig": "config",
     "Influence": "influence",
+    "LedgerCallback": "accounting",
+    "MarginalReturn": "stopping",
     "Placement": "placement",
     "Privacy": "privacy",
     "Selection": "selection",

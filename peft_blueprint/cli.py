@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_aggregate, cli_place, cli_plan, cli_publish, cli_select
+from . import cli_aggregate, cli_place, cli_plan, cli_publish, cli_report, cli_select
 from .answers import show_blueprint
 from .blueprint import Blueprint, require_same_names
 from .console import AsJson, Quiet, Source, pairs_of, print_answer, say
@@ -211,6 +211,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     *cli_publish.VERBS,
     *cli_aggregate.VERBS,
     *cli_select.VERBS,
+    *cli_report.VERBS,
 )
 for verb in _VERBS:
     app.command()(verb)

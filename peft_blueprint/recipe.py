@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -26,22 +26,20 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from .blueprint import Blueprint
-from .checkpointing import CheckpointAbove
 from .config import BlueprintConfig
-from .data import Row, collate, encode, make_batches, pad_token_of, read_examples
+from .data import Row, encode, make_batches, pad_token_of, read_examples
 from .drift import check_drift, reconcile
 from .empty import empty_model
 from .errors import BlueprintError
 from .files import require_writable, write_atomically
 from .generate import generate_blueprint
 from .hub import fetch
-from .ledger import ledger
+from .ledger import Ledger
 from .losses import per_example_losses
 from .recipe_file import ALL_LINEAR, WISHES, Recipe
 from .recipe_plan import (
@@ -55,6 +53,7 @@ from .recipe_plan import (
     training_settings,
     unquantized,
 )
+from .recipe_training import train, with_ends
 from .unfreezing import share_base
 from .workload import Workload
 
@@ -134,7 +133,7 @@ class Report:
 
 
 def run(recipe: Recipe, *, progress: bool = True) -> Report:
-    """Carry out a recipe: the adapter goes to `recipe.output`, with `report.json` beside it.
+    """Carry out a recipe: the adapter goes to `recipe.output`, with `report.json` and the books, `run.json`, beside it.
 
     Raises:
         BlueprintError: for data, blueprint or wishes that cannot be used; nothing is written then.
@@ -158,8 +157,16 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         share_base(adapted)
     if prepared.learning_rate is not None:
         arguments.learning_rate = prepared.learning_rate
-    with ledger() as spent:
-        steps = train(adapted, prepared.rows, arguments, pad)
+    with Ledger() as spent:
+        trained = train(
+            adapted,
+            prepared.rows,
+            arguments,
+            pad,
+            held_out=evaluation,
+            stop=recipe.stop,
+            carbon=recipe.carbon,
+        )
     loss_after = held_out_loss(adapted, held_out, progress=progress) if held_out else None
     adapted.save_pretrained(recipe.output)
     prepared.tokenizer.save_pretrained(recipe.output)
@@ -170,7 +177,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         placed=placed,
         unfrozen=unfrozen,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        steps=steps,
+        steps=trained.steps,
         loss_before=loss_before,
         loss_after=loss_after,
         measure_seconds=prepared.measure_seconds,
@@ -186,6 +193,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         lowest=planned.lowest,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    about = {"probe_seconds": prepared.measure_seconds, "train": recipe.train, "held_out": recipe.held_out}
+    with_ends(trained, loss_before, loss_after, about).save(recipe.output)
     return report
 
 
@@ -317,7 +326,7 @@ def settle(
         return None, None, 0.0
     published = published.expand(model) if published is not None else None
     drift, probe = None, None
-    with ledger() as spent:
+    with Ledger() as spent:
         if recipe.probe_examples:
             probe = generate_blueprint(
                 model,
@@ -349,19 +358,6 @@ def adapter_config(recipe: Recipe, planned: Plan, blueprint: Blueprint | None, w
     if budget is not None:
         wishes["budget"] = budget.limits
     return BlueprintConfig(blueprint=blueprint, placement=planned.placement, workload=workload, **wishes, **lora)
-
-
-def train(model: PeftModel, rows: Sequence[Row], arguments: TrainingArguments, pad_token_id: int) -> int:
-    """Train with transformers' Trainer. Returns the number of optimizer steps."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(rows),
-        data_collator=partial(collate, pad_token_id=pad_token_id),
-        callbacks=[CheckpointAbove()],
-    )
-    trainer.train()
-    return trainer.state.global_step
 
 
 def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, progress: bool = True) -> float:

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from .carbon import carbon_factor
 from .errors import BlueprintError
+from .stopping import MarginalReturn
 
 
 ALL_LINEAR = "all-linear"
@@ -46,6 +48,10 @@ class Recipe:
         workload: `Workload`'s fields, where a step is another than the other keys say.
         lora: `LoraConfig`'s fields.
         training: `TrainingArguments`' fields.
+        stop: the rule that may end the training early: `MarginalReturn`'s settings, with `metric` and `resource` as for
+            `LedgerCallback`; `{}` for its defaults. The held-out examples are then evaluated twenty times, unless
+            `training` says how often.
+        carbon: grams of CO2e per kWh, or a country's three letters, for the books in `run.json`.
         base_learning_rate: what suits LoRA on every linear layer; a placement's learning rate is predicted from it.
         share_base: whether the originals of unfrozen blocks are released, see `share_base`.
         dtype: of base weights that are not quantised, such as "float32" or "bfloat16". "auto" is what the checkpoint
@@ -69,6 +75,8 @@ class Recipe:
     workload: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    stop: Mapping[str, Any] | None = None
+    carbon: str | float | None = None
     base_learning_rate: float | None = None
     share_base: bool = False
     dtype: str = "auto"
@@ -127,6 +135,12 @@ class Recipe:
                     f"placement: memory and {' and '.join(sizes)} both say how much: give one, or a budget or keep "
                     "beside memory."
                 )
+        if self.stop is not None and self.held_out is None and self.stop.get("metric") != "loss":
+            raise BlueprintError(
+                "stop: wants held_out, examples on which the return is measured; or metric: loss, the training loss."
+            )
+        rule_of(self.stop)
+        carbon_factor(self.carbon)
         if self.base_learning_rate is not None:
             self._check_learning_rate()
         if self.share_base and "unfreeze" not in self.mode:
@@ -164,3 +178,19 @@ class Recipe:
                 f"base_learning_rate: {rate} with mode: {self.mode}: nothing predicts what unfrozen blocks want. Give "
                 "training's learning_rate."
             )
+
+
+def rule_of(stop: Mapping[str, Any] | None) -> tuple[MarginalReturn | None, dict[str, Any]]:
+    """The rule that `stop:` asks for, and `LedgerCallback`'s settings among what it says.
+
+    Raises:
+        BlueprintError: for settings that there are not, or that are out of range.
+    """
+    if stop is None:
+        return None, {}
+    options = {key: stop[key] for key in ("metric", "resource") if key in stop}
+    settings = {key: value for key, value in stop.items() if key not in options}
+    known = MarginalReturn().settings()
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise BlueprintError(f"stop: has unknown keys {unknown}; it may have metric, resource, {', '.join(known)}.")
+    return MarginalReturn(**settings), options

@@ -232,6 +232,10 @@ def training_settings(recipe: Recipe, *, progress: bool = True) -> dict[str, Any
     """
     settings: dict[str, Any] = {"output_dir": recipe.output, "seed": recipe.seed, "disable_tqdm": not progress}
     settings |= {**_TRAINING, **recipe.training}
+    if recipe.stop is not None and recipe.stop.get("metric") != "loss" and "eval_strategy" not in settings:
+        settings |= {"eval_strategy": "steps", "eval_steps": 0.05}
+    if settings.get("eval_strategy", "no") != "no":
+        settings.setdefault("eval_on_start", True)  # what is gained counts from there
     known = {f.name for f in fields(TrainingArguments)}
     new = "activation_checkpointing" in known  # transformers 5's name
     for ending in ("", "_kwargs"):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmark_measure import device_name, prepare
 from peft_blueprint.cost import FLOPS_PER_BYTE, Cost, CostModel, Structure, Workload
-from peft_blueprint.ledger import ledger
+from peft_blueprint.ledger import Ledger
 from peft_blueprint.submodules import find_submodules
 
 
@@ -166,7 +166,7 @@ def measure_times(names: Names, options: argparse.Namespace) -> dict[str, list[f
         seconds = {}
         for name, step in steps.items():
             before = time.process_time()
-            with ledger() as spent:
+            with Ledger() as spent:
                 step()
             seconds[name] = time.process_time() - before if options.cpu_time else spent.seconds
         for name in names:
@@ -194,7 +194,7 @@ def peak_of(name: str, options: argparse.Namespace) -> float:
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident()
     step = step_of(name, model, batch, options.checkpointing)
     step()
-    with ledger() as spent:
+    with Ledger() as spent:
         step()
     if spent.peak_bytes is None:
         raise SystemExit("Peak memory cannot be measured on this machine: it needs Linux or CUDA.")

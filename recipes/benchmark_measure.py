@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import smollm2
 import stdlib_docs
 from peft_blueprint import measure_influence
-from peft_blueprint.ledger import ledger
+from peft_blueprint.ledger import Ledger
 from peft_blueprint.losses import per_example_losses
 from peft_blueprint.recipe import load_model
 from peft_blueprint.submodules import find_submodules
@@ -68,7 +68,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(options.rounds + 1):
         for name, arm in arms.items():
-            with ledger() as spent:
+            with Ledger() as spent:
                 arm()
             if i:  # the first round warms up
                 seconds[name].append(spent.seconds)
@@ -224,7 +224,7 @@ def peak_of(arm: Arm) -> int:
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
-    with ledger() as spent:
+    with Ledger() as spent:
         arm()
     if spent.peak_bytes is None:
         raise SystemExit("Peak memory cannot be measured on this machine: it needs Linux or CUDA.")

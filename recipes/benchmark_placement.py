@@ -38,7 +38,7 @@ from peft_blueprint import Blueprint, BlueprintConfig, Placement, generate_bluep
 from peft_blueprint.cost import CostModel, Structure, Workload
 from peft_blueprint.data import encode, make_batches, pad_token_of
 from peft_blueprint.empty import empty_model
-from peft_blueprint.ledger import ledger
+from peft_blueprint.ledger import Ledger
 from peft_blueprint.recipe import held_out_loss, load_model
 
 
@@ -247,7 +247,7 @@ class Bench:
         for i in range(rounds + 1):
             seconds = {}
             for name, step in steps.items():
-                with ledger() as spent:
+                with Ledger() as spent:
                     step()
                 seconds[name] = spent.seconds
             print(f"round {i} of {rounds}: {seconds}", file=sys.stderr, flush=True)
@@ -261,7 +261,7 @@ class Bench:
         before = resident()
         step = self.step(name)
         step()
-        with ledger() as spent:
+        with Ledger() as spent:
             step()
         if spent.peak_bytes is None:
             raise SystemExit("Peak memory cannot be measured on this machine: it needs Linux or CUDA.")

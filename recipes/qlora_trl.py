@@ -20,7 +20,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from peft_blueprint.checkpointing import CheckpointAbove
-from peft_blueprint.ledger import ledger
+from peft_blueprint.ledger import Ledger
 from peft_blueprint.recipe import Recipe, prepare
 from peft_blueprint.recipe_plan import training_settings
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not half:  # bfloat16 is slow on CPUs, and pairs badly with activations in float32
         for parameter in trained:
             parameter.data = parameter.data.float()
-    with ledger() as spent:
+    with Ledger() as spent:
         trainer.train()
     trainer.save_model(recipe.output)
 

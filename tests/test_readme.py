@@ -25,7 +25,13 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
     model.save_pretrained("model-folder")
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
     settings = TrainingArguments(
-        "run", num_train_epochs=10, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False
+        "run",
+        num_train_epochs=10,
+        eval_strategy="epoch",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
     )
     wanted = rows[:2]
     namespace = {
@@ -33,7 +39,7 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
         "wanted": wanted,
         "model": model,
         "batches": batches,
-        "trainer": Trainer(model, settings, train_dataset=rows),
+        "trainer": Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:4]),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2

@@ -1,6 +1,7 @@
 """A YAML becomes a trained adapter with a report. Run: pytest tests/test_recipe.py"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from peft import AutoPeftModelForCausalLM
 from peft_blueprint import BlueprintError, generate_blueprint
 from peft_blueprint.data import encode, make_batches, pad_token_of, read_examples
 from peft_blueprint.recipe import Recipe, held_out_loss, load_model, run
+from peft_blueprint.recipe_plan import training_settings
+from peft_blueprint.run_record import RunRecord
 from peft_blueprint.testing import save_tiny_model
 
 
@@ -48,6 +51,10 @@ def test_a_recipe_trains_saves_and_reports(folder, tmp_path):
     assert report.train_seconds > 0 and report.drift is None
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["loss_after"] == report.loss_after and saved["trainable_parameters"] == report.trainable_parameters
+    books = RunRecord.load(tmp_path / "out")
+    assert [point.metrics["held_out_loss"] for point in books.points] == [report.loss_before, report.loss_after]
+    assert books.totals["tokens"].how == "measured" and books.points[-1].step == 8
+    assert len(books.about["placement"]["lora"]) == 10 and books.stopping is None
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     _, tokenizer = load_model(str(folder / "model"))
     rows = encode(read_examples(str(folder / "data.jsonl")), tokenizer, 32)
@@ -76,9 +83,24 @@ def test_a_recipe_may_quantise_the_base(folder, tmp_path):
     assert report.loss_after < report.loss_before and report.placed == 10
 
 
+def test_a_recipe_may_stop_when_it_no_longer_pays(folder, tmp_path):
+    """At a constant rate that has brought all it can, the rule ends the run early, and the books say why."""
+    training = {"max_steps": 60, "learning_rate": 0.02, "lr_scheduler_type": "constant", "eval_steps": 2}
+    changes = {"training": {**training, "eval_strategy": "steps"}, "stop": {"worth": 0.2, "resource": "tokens"}}
+    report = run(Recipe.from_yaml(recipe(folder, tmp_path, **changes)), progress=False)
+    books = RunRecord.load(tmp_path / "out")
+    assert report.steps < 60 and books.stopping["stopped"] and books.stopping["step"] == report.steps
+    assert (books.metric, books.resource, books.points[0].step) == ("eval_loss", "tokens", 0)
+    assert training_settings(replace(Recipe("m", "t", "o"), stop={}))["eval_steps"] == 0.05
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"stop": {"patients": 3}}, r"stop: has unknown keys \['patients'\]; it may have metric, resource, direction"),
+        ({"stop": {"window": 1}}, "window=1"),
+        ({"stop": {}, "held_out": None}, "stop: wants held_out"),
+        ({"carbon": "Atlantis"}, "no country .ATLANTIS."),
         ({"modle": "x"}, r"unknown keys \['modle'\]"),
         ({"model": "nowhere/at-all"}, "'nowhere/at-all' cannot be loaded"),
         ({"train": "nothing.jsonl"}, "There is no file nothing.jsonl"),

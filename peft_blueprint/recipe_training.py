@@ -1,0 +1,89 @@
+"""The training of a recipe, with its books: transformers' Trainer, the ledger, and the rule that may end it early.
+
+Knows nothing of how the model was prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from .accounting import LedgerCallback
+from .checkpointing import CheckpointAbove
+from .data import Row, collate
+from .recipe_file import rule_of
+from .run_record import Point, RunRecord
+
+
+HELD_OUT = "held_out_loss"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to.
+
+    Args:
+        steps: optimizer steps.
+        record: its books, as they stand in `run.json`.
+        summary: the same in lines to print.
+    """
+
+    steps: int
+    record: RunRecord
+    summary: str
+
+
+def train(
+    model: PeftModel,
+    rows: Sequence[Row],
+    arguments: TrainingArguments,
+    pad_token_id: int,
+    *,
+    held_out: Sequence[Row] = (),
+    stop: Mapping[str, Any] | None = None,
+    carbon: str | float | None = None,
+) -> Trained:
+    """Train with transformers' Trainer, keep books, and stop when it no longer pays, if asked to.
+
+    Args:
+        model: with its adapter.
+        rows: to train on.
+        arguments: of the Trainer.
+        pad_token_id: what fills a batch.
+        held_out: what the Trainer evaluates on, if its arguments say that it does.
+        stop: `MarginalReturn`'s settings, with `metric` and `resource`; None for the whole length.
+        carbon: see `carbon_factor`.
+
+    Raises:
+        BlueprintError: for settings that do not go together.
+    """
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        eval_dataset=list(held_out) or None,
+        data_collator=partial(collate, pad_token_id=pad_token_id),
+        callbacks=[CheckpointAbove()],
+    )
+    rule, options = rule_of(stop)
+    books = LedgerCallback(trainer, stop=rule, carbon=carbon, **options)
+    trainer.add_callback(books)
+    trainer.train()
+    return Trained(trainer.state.global_step, books.log.record(), books.summary())
+
+
+def with_ends(trained: Trained, before: float | None, after: float | None, about: Mapping[str, Any]) -> RunRecord:
+    """The record with what else is known, and with the held-out losses from before and after, in nats per target token, as
+    its evaluations where the Trainer made none.
+    """
+    record = replace(trained.record, about={**trained.record.about, **about})
+    if before is None or after is None or record.metric != "loss" or record.stopping is not None:
+        return record
+    spent = {name: figure.value for name, figure in record.totals.items() if figure.value is not None}
+    ends = (Point(0, {}, {HELD_OUT: before}), Point(trained.steps, spent, {HELD_OUT: after}))
+    return replace(record, metric=HELD_OUT, direction="minimize", points=ends)
