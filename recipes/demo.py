@@ -24,6 +24,9 @@ from peft_blueprint import Blueprint, Placement, generate_blueprint
 from peft_blueprint.data import encode, make_batches, pad_token_of, read_examples
 from peft_blueprint.plots import plot_blueprint, save_plot
 from peft_blueprint.recipe import Recipe, Report, load_model, run
+from peft_blueprint.report import make_report
+from peft_blueprint.report_page import save_page
+from peft_blueprint.run_record import RunRecord
 
 
 RECIPE = Path("recipes/stdlib_docs.yaml")
@@ -80,7 +83,8 @@ def main() -> None:
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s: SmolLM2-135M now documents Python a little better, with adapters "
         f"on {placed.placed} of its submodules.\nThe adapter is in {placed.output}, the blueprint in "
-        f"{OUTPUT / 'blueprint.json'}, the picture in {OUTPUT / 'placement.png'}.\n"
+        f"{OUTPUT / 'blueprint.json'}, the picture in {OUTPUT / 'placement.png'};\n"
+        f"{OUTPUT / 'report.html'} says what was gained for what was spent.\n"
         "Next, try: .venv/bin/peft-blueprint show demo-output/blueprint.json"
     )
     if abs(reloaded - (placed.loss_after or 0)) > 1e-3:
@@ -140,7 +144,7 @@ def reload(recipe: Recipe) -> float:
 
 
 def report(placed: Report, everything: Report, reloaded: float) -> None:
-    """One table, on the screen and in `demo-output/report.json`."""
+    """One table, on the screen and in `demo-output/report.json`; and what was gained for what was spent, as a page."""
     table = Table()
     for column in ("", "by blueprint", "all-linear", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -160,6 +164,8 @@ def report(placed: Report, everything: Report, reloaded: float) -> None:
     Console(width=100 if not sys.stdout.isatty() else None, highlight=False).print(table)
     if placed.drift is not None:
         print(f"Rank correlation of the local probe with the published blueprint, within kinds: {placed.drift:.2f}")
+    runs = [RunRecord.load(one.output) for one in (placed, everything)]
+    save_page(make_report(runs, baseline=runs[1].name, resource="flops"), OUTPUT / "report.html")
     results = {"by_blueprint": asdict(placed), "all_linear": asdict(everything), "reloaded_loss": reloaded}
     (OUTPUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
 
