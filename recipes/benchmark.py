@@ -1,0 +1,299 @@
+"""What should the library recommend? Every rule for placing adapters on equal terms, as a study says.
+
+    python recipes/benchmark.py recipes/studies/contest_gsm8k.yaml --data FOLDER [--budget-minutes 180] [--report]
+
+A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at one
+learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so that
+a run that was killed goes on where it was, on the same machine or another. An arm fills its budget of trainable
+parameters from below. Its learning rate goes up and down a ladder of factors of two until the best is not at an edge, at
+least three of them; where the ladder begins is told by Adam's first step, from a blueprint, also for arms that are not
+charged for one. --report makes one JSON of all result files and prints the tables from that alone; it may be asked for
+while another process is running jobs. Losses do not depend on how busy a machine is, seconds do: --times measures step
+times apart, all arms in turn in one process, as ratios within a round; time in the tables is predicted by the cost model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from contest.report import markdown, picture
+from contest.results import TIMES, Store, outcome, summary
+from contest.schedule import Schedule
+from contest.study import TASK, UNTRAINED, Entry, Job, Study
+from peft_blueprint.errors import BlueprintError
+from peft_blueprint.files import write_atomically
+
+
+OUT = Path(".cache/contest")
+RESULTS = Path(__file__).parent / "results"
+# PEFT asks transformers a question that is about to be renamed
+NOISE = "`is_gradient_checkpointing` is deprecated"
+
+
+def main() -> None:
+    """Parse, and run, list, time or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="a YAML, as in recipes/studies")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder with the data sets")
+    parser.add_argument("--out", type=Path, help=f"folder of result files; by default {OUT}/STUDY")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no job that would end later")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU if there is one")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="of jobs' names, as --list shows them")
+    parser.add_argument("--list", action="store_true", help="show what has run, and what is next")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--report", action="store_true", help="write the JSON and the picture, and print the tables")
+    parser.add_argument("--times", type=int, metavar="ROUNDS", help="measure step times in so many rounds")
+    options = parser.parse_args()
+
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore", NOISE, FutureWarning)
+    logging.disable_progress_bar()
+    study = Study.read(options.study)
+    store = Store(options.out or OUT / study.name, study)
+    if options.report:
+        report(study, store, RESULTS)
+        return
+    runner = Runner(study, store, options.data)
+    runner.require(options.device)
+    if options.list:
+        runner.show(options.only)
+    elif options.times:
+        runner.times(options.times, options.only)
+    else:
+        runner.run(options.budget_minutes, options.only, options.retry)
+
+
+def report(study: Study, store: Store, folder: Path) -> dict[str, Any]:
+    """The summary, written; its tables printed from what was written."""
+    times = store.folder / TIMES
+    found = summary(study, store.all(), json.loads(times.read_text()) if times.exists() else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{study.name}.json"
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    read = json.loads(path.read_text())
+    print(markdown(read))
+    picture(read, path.with_suffix(".png"))
+    return found
+
+
+class Runner:
+    """Runs a study's jobs, first things first.
+
+    Args:
+        study: what is wanted.
+        store: where results are.
+        data: folder of the data sets.
+    """
+
+    def __init__(self, study: Study, store: Store, data: Path):
+        from contest.ground import Ground
+
+        self.study = study
+        self.store = store
+        self.ground = Ground(study, data, store.folder.parent / "measured")
+        self.schedule = Schedule(study, self._outcome, self._guess, self._is_budgeted, self._stop_share)
+
+    def require(self, device: str | None) -> None:
+        """Raise `SystemExit` unless the device is there, and every arm of the study."""
+        from contest.arms import arm_of
+
+        if device == "cuda" and self.ground.device != "cuda":
+            raise SystemExit("There is no GPU here that torch can use: leave --device out, or say cpu.")
+        for entry in self.study.entries:
+            arm_of(entry.arm)
+
+    def run(self, minutes: float, only: str = "*", retry: bool = False) -> int:
+        """Run what is missing until it is done or the time is up. Returns how many ran."""
+        start, count = time.monotonic(), 0
+        again: set[Path] = set()
+        while True:
+            job = next((job for job in self._matching(only) if self._is_missing(job, retry, again)), None)
+            if job is None:
+                say("All that is wanted has run.")
+                return count
+            spent, needed = (time.monotonic() - start) / 60, self._minutes(job)
+            if spent + needed > minutes:
+                say(
+                    f"{spent:.0f} of {minutes:g} minutes are spent, and {job.label} would take about {needed:.1f} more."
+                )
+                return count
+            record = self._one(job)
+            count += 1
+            loss = f" {record['loss']:.4f}" if record["status"] == "done" else f": {record.get('error', '')}"
+            say(f"{count}, {(time.monotonic() - start) / 60:.0f} min: {job.label}: {record['status']}{loss}")
+
+    def show(self, only: str) -> None:
+        """Every job that is known to be wanted, with its loss or the minutes it should take."""
+        total = 0.0
+        for job in self._matching(only):
+            record = self.store.read(self._path(job))
+            total += 0 if record else self._minutes(job)
+            state = f"by {total:6.0f} min" if record is None else f"{record['status']} {record.get('loss') or ''}"
+            print(f"{state:30} {job.label}")
+        print(
+            f"about {total:.0f} minutes for these; ladders of learning rates and the closest arms add theirs as they come"
+        )
+
+    def times(self, rounds: int, only: str) -> None:
+        """Step times over the reference's, of every arm in turn; the first round warms up."""
+        from contest.job import step_seconds
+
+        rows = {}
+        for job in self.schedule.jobs():
+            name = job.entry.label + ("" if job.budget is None else f" at {job.budget:.0%}")
+            if fnmatch.fnmatch(name, only) and job.entry.arm != UNTRAINED and not self._reason(job):
+                rows.setdefault(name, job)
+        reference = Job(Entry(self.study.reference), None, 0, 0, self.study.steps)
+        base = self.ground.model()
+        path = self.store.folder / TIMES
+        ratios: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+        for i in range(rounds + 1):
+            for name, job in rows.items():
+                of_all = step_seconds(self.ground, self._choice(reference), base)
+                own = step_seconds(self.ground, self._choice(job), base)
+                if i:
+                    ratios.setdefault(name, []).append(round(own / of_all, 4))
+                    write_atomically(path, json.dumps(ratios))
+                say(f"round {i} of {rounds}: {name} {own:.2f} s, {self.study.reference} {of_all:.2f} s")
+
+    def _one(self, job: Job) -> dict[str, Any]:
+        """Run a job, and write what came of it, errors too."""
+        from contest.job import run
+
+        reason = self._reason(job)
+        record: dict[str, Any]
+        if reason:
+            record = {"status": "infeasible", "error": reason}
+        else:
+            try:
+                record = run(self.ground, job, self._choice(job))
+                record |= {"agreement": self._agreement(job), "stopped_by": self._stopped if job.entry.stop else None}
+            except Exception as error:  # whatever an arm's library raises is that arm's result
+                said = traceback.format_exc().splitlines()[-8:]
+                record = {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": said}
+        self.store.write(self._path(job), job, record)
+        return record
+
+    @functools.cache  # noqa: B019  one runner lives as long as the process
+    def _choose(self, entry: Entry, budget: float | None) -> Any:
+        """A choice, or in words why there is none; the same for all that is only selected or stopped otherwise."""
+        from contest.arms import Infeasible, choice_of
+
+        try:
+            return choice_of(self.ground, entry, budget)
+        except Infeasible as error:
+            return str(error)
+        except BlueprintError as error:  # a score that this blueprint does not carry, say
+            return f"{type(error).__name__}: {error}"
+
+    def _choice(self, job: Job) -> Any:
+        return self._choose(Entry(job.entry.arm, job.entry.blueprint), job.budget)
+
+    def _reason(self, job: Job) -> str:
+        choice = self._choice(job)
+        return choice if isinstance(choice, str) else ""
+
+    @functools.cache  # noqa: B019
+    def _path(self, job: Job) -> Path:
+        choice = self._choice(job)
+        return self.store.path(job, {"none": True} if isinstance(choice, str) else choice.to_dict())
+
+    def _outcome(self, job: Job) -> float | None:
+        return outcome(self.store.read(self._path(job)))
+
+    def _guess(self, entry: Entry, budget: float | None) -> int:
+        from contest.arms import guess_of
+
+        choice = self._choose(Entry(entry.arm, entry.blueprint), budget)
+        return 0 if isinstance(choice, str) else guess_of(self.ground, entry.arm, choice)
+
+    def _is_budgeted(self, arm: str) -> bool:
+        from contest.arms import arm_of
+
+        return arm_of(arm).is_budgeted
+
+    @property
+    def _stopped(self) -> tuple[float, str] | None:
+        """At which share of the steps the reference might have ended, and what says so; None until it has run."""
+        from contest.job import stop_share
+
+        reference = Entry(self.study.reference)
+        octave = self.schedule.best(reference, None)
+        untrained = self.store.read(self._path(Job(Entry(UNTRAINED), None, 0, 0, 0)))
+        if octave is None or untrained is None or untrained["status"] != "done":
+            return None
+        record = self.store.read(self._path(Job(reference, None, octave, 0, self.study.steps)))
+        assert record is not None
+        return stop_share([*untrained["curve"], *record["curve"]], self.study.steps)
+
+    def _stop_share(self) -> float | None:
+        found = self._stopped
+        return None if found is None else found[0]
+
+    def _agreement(self, job: Job) -> dict[str, float | None] | None:
+        """Of a blueprint and what was placed by it with the study's own."""
+        from peft_blueprint.drift import check_drift
+
+        if job.entry.blueprint == TASK:
+            return None
+        own = self._choose(Entry(job.entry.arm), job.budget)
+        ours, theirs = set(own.ranks), set(self._choice(job).ranks)
+        try:
+            drift = check_drift(self.ground.blueprint(job.entry.blueprint), self.ground.blueprint())
+        except BlueprintError:  # a model with too few submodules of a kind to correlate
+            return {"jaccard": len(ours & theirs) / len(ours | theirs), "correlation": None}
+        return {"jaccard": len(ours & theirs) / len(ours | theirs), "correlation": drift.correlation}
+
+    def _minutes(self, job: Job) -> float:
+        """That a job should take, at the speed of those that ran."""
+        from contest.arms import cost_of
+
+        if self._reason(job):
+            return 0.0
+        done = [r for _, r in self.store.all() if r["status"] == "done" and r["flops"] and r["device"]]
+        speed = self.study.flops_per_second
+        if done:
+            speed = sum(r["flops"] for r in done) / sum(r["seconds"] for r in done)
+        study = self.study
+        forward = self.ground.costs.floor().forward
+        positions = 0.9 * study.batch * study.length  # of a batch, on average
+        evaluated = (study.held_out + 2 * study.unrelated) * study.length
+        return (
+            (cost_of(self.ground, self._choice(job)).flops * positions * job.steps + forward * evaluated) / speed / 60
+        )
+
+    def _matching(self, only: str) -> Iterator[Job]:
+        return (job for job in self.schedule.jobs() if fnmatch.fnmatch(job.label, only))
+
+    def _is_missing(self, job: Job, retry: bool, again: set[Path]) -> bool:
+        """Whether a job has no result; one that failed loses it, once, if it is to run again."""
+        path = self._path(job)
+        record = self.store.read(path)
+        if record is not None and record["status"] == "failed" and retry and path not in again:
+            again.add(path)
+            self.store.forget(path)
+            return True
+        return record is None
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""The arms: what each rule adapts, at which ranks and with what start, within so many trainable parameters.
+
+Knows what can be chosen from. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from peft_blueprint.choosing import Choosing, Wish
+from peft_blueprint.cost import Cost
+from peft_blueprint.entry import Submodule, norm_of
+from peft_blueprint.ranks import rank_of_equal_parameters
+from peft_blueprint.scores import SCORES
+from peft_blueprint.strata import spreading
+
+from .ground import Charge, Ground
+from .study import UNTRAINED, Entry
+
+
+Taking = Callable[[int], Sequence[Submodule]]
+
+RAISED = 4  # times fewer adapters, in arms whose ranks are raised
+NEARLY = 0.95  # of a budget, below which ranks are raised
+TOP_BLOCKS = 2
+ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same
+STEEPEST = 4.0  # most that a submodule's learning rate is raised or lowered
+
+
+class Infeasible(Exception):
+    """An arm that cannot be had within a budget."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is trained, and how it begins.
+
+    Args:
+        ranks: of adapters, by submodule.
+        whole: names of modules that are trained whole.
+        start: "lora", "eva", "lora_ga", "directions" or "adalora".
+        factors: on the learning rate, by submodule; 1 for others.
+        scale: of the learning rate that suits all-linear LoRA, as far as Adam's gain predicts it.
+        charges: what had to be measured: "blueprint", "weights", "eva", "lora_ga", "directions".
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    start: str = "lora"
+    factors: Mapping[str, float] = field(default_factory=dict)
+    scale: float = 1.0
+    charges: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A rule.
+
+    Args:
+        choose: ground, trainable parameters and a blueprint's name → what is trained.
+        is_budgeted: whether it fills a budget; others have a size of their own.
+        octaves: added to where its ladder of learning rates begins.
+    """
+
+    choose: Callable[[Ground, int, str], Choice]
+    is_budgeted: bool = True
+    octaves: int = 0
+
+
+def arm_of(name: str) -> Arm:
+    """An arm by its name.
+
+    Raises:
+        SystemExit: if there is none.
+    """
+    if name not in ARMS:
+        raise SystemExit(f"There is no arm {name!r}; choose from {', '.join(sorted(ARMS))}.")
+    return ARMS[name]
+
+
+def choice_of(ground: Ground, entry: Entry, budget: float | None) -> Choice:
+    """What an entry trains within a share of all-linear's parameters.
+
+    Raises:
+        Infeasible: if nothing fits, with the reason.
+    """
+    limit = ground.whole if budget is None else math.floor(budget * ground.whole)
+    return arm_of(entry.arm).choose(ground, limit, entry.blueprint)
+
+
+def guess_of(ground: Ground, arm: str, choice: Choice) -> int:
+    """Where to begin with learning rates, in octaves over the study's: half the octaves that the first step's gain asks
+    for, as the best of the first contests rose about with its root.
+    """
+    return max(-3, min(3, round(math.log2(choice.scale) / 2))) + arm_of(arm).octaves
+
+
+def cost_of(ground: Ground, choice: Choice) -> Cost:
+    """Of a training step."""
+    return ground.costs.cost(dict(choice.ranks), choice.whole)
+
+
+def charge_of(ground: Ground, choice: Choice, blueprint: str) -> Charge:
+    """What was spent before training. EVA's and LoRA-GA's starts are counted as one look at the measured examples."""
+    rows, spent = ground.data.measured, Charge()
+    for what in choice.charges:
+        spent += {
+            "blueprint": lambda: ground.charge(blueprint),
+            "weights": lambda: ground.of_weights,
+            "eva": lambda: ground.passes(rows, forward=1),
+            "lora_ga": lambda: ground.passes(rows, forward=1, backward=1, weights=1),
+            "directions": lambda: ground.passes(rows, forward=1, backward=1, weights=1),
+        }[what]()
+    return spent
+
+
+# ---- how much
+
+
+def width(entry: Submodule) -> int:
+    """Parameters of an adapter of rank 1."""
+    assert entry.shape is not None
+    *experts, d_out, d_in = entry.shape
+    return math.prod(experts) * (d_out + d_in)
+
+
+def largest(take: Taking, count: int, limit: float, size: Callable[[Sequence[Submodule]], float]) -> list[Submodule]:
+    """The most that a rule takes within a limit: by bisection, and one by one from there, since sizes differ.
+
+    Raises:
+        Infeasible: if already one is too large.
+    """
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(take(middle)) <= limit else (low, middle - 1)
+    best = max((n for n in range(max(1, low), min(count, low + 8) + 1) if size(take(n)) <= limit), default=0)
+    if not best:
+        raise Infeasible(f"the smallest choice has {size(take(1)):,.0f} parameters, and {limit:,.0f} are allowed")
+    return list(take(best))
+
+
+def filled(chosen: Sequence[Submodule], limit: float) -> dict[str, int]:
+    """As nearly one rank for all of these as fills a limit: the largest that fits, and one more on as many as fit.
+
+    Raises:
+        Infeasible: if rank 1 is too much.
+    """
+    whole = sum(map(width, chosen))
+    rank = math.floor(limit / whole) if whole else 0
+    if rank < 1:
+        raise Infeasible(f"rank 1 on {len(chosen)} submodules has {whole:,} parameters, and {limit:,.0f} are allowed")
+    ranks = dict.fromkeys((entry.name for entry in chosen), rank)
+    left = limit - rank * whole
+    for entry in random.Random(0).sample(list(chosen), len(chosen)):
+        if width(entry) <= left:
+            ranks[entry.name] += 1
+            left -= width(entry)
+    return ranks
+
+
+def with_scale(ground: Ground, choice: Choice) -> Choice:
+    """With the learning rate that the same first step as all-linear LoRA's asks for."""
+    gains = {entry.name: entry.adam_gain or 0.0 for entry in ground.entries()}
+    first = math.fsum(rank * gains[name] for name, rank in choice.ranks.items())
+    whole = ground.study.rank * math.fsum(gains.values())
+    return replace(choice, scale=whole / first if first and whole else 1.0)
+
+
+def taking(
+    ground: Ground, take: Taking, limit: float, charges: tuple[str, ...] = (), raised: bool = False, **options: Any
+) -> Choice:
+    """A rule that takes any number: as many adapters of the study's rank as fit, or fewer of a higher rank; higher ones too
+    where the last adapter that does not fit leaves much of a small budget.
+    """
+    rank, count = ground.study.rank, len(ground.entries())
+    chosen = largest(take, count, limit / (RAISED if raised else 1), lambda some: rank * sum(map(width, some)))
+    is_short = rank * sum(map(width, chosen)) < NEARLY * limit  # so few adapters that one more is too many
+    ranks = filled(chosen, limit) if raised or is_short else dict.fromkeys((e.name for e in chosen), rank)
+    return with_scale(ground, Choice(ranks, charges=charges, **options))
+
+
+# ---- rules
+
+
+def choosing(ground: Ground, blueprint: str, **wishes: Any) -> Choosing:
+    """The library's own chooser."""
+    settings: dict[str, Any] = {
+        "rank_by": "adam_gain",
+        "per_cost": False,
+        "coverage": "kind+depth",
+        "ranks": "uniform",
+        "rank": ground.study.rank,
+        "seed": 0,
+        **wishes,
+    }
+    return Choosing(ground.entries(blueprint), costs=ground.costs, **settings)
+
+
+def by_wish(ground: Ground, limit: int, blueprint: str, raised: bool = False, **wishes: Any) -> Choice:
+    """What `plan_placement` chooses for these wishes, as many as fit."""
+    found = choosing(ground, blueprint, **wishes)
+
+    @functools.cache
+    def take(count: int) -> tuple[Submodule, ...]:
+        return found.adapters(Wish({"num_modules": count}), ()).units
+
+    charges = () if found.rank_by in CONTROLS else ("blueprint",)
+    if found.ranks == "influence":
+        chosen = largest(take, len(found.entries), limit, lambda some: found.price(some, ())["parameters"])
+        return with_scale(ground, Choice(found.ranks_of(chosen), charges=charges))
+    return taking(ground, take, limit, charges, raised)
+
+
+def planner(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, **wishes: Any) -> Choice:
+    """What `plan_placement` does without a selector; as shipped with all-linear's parameters, else within the limit."""
+    found = choosing(ground, blueprint, ranks="equal_parameters")
+    wish = Wish.of(wishes.get("budget"), wishes.get("keep"), {}).or_default(knows_costs=True)
+    chosen = found.adapters(wish, ()).units
+    if is_shipped:
+        rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
+        ranks = dict.fromkeys((entry.name for entry in chosen), rank)
+    else:
+        ranks = filled(chosen, limit)
+    return with_scale(ground, Choice(ranks, charges=("blueprint",)))
+
+
+def control(ground: Ground, limit: int, blueprint: str, **wishes: Any) -> Choice:
+    """As many adapters as the planner's default has, with all-linear's parameters as well, chosen without a measurement."""
+    found = choosing(ground, blueprint, coverage="kind", **wishes)
+    chosen = found.adapters(Wish({"num_modules": len(planner(ground, limit, blueprint).ranks)}), ()).units
+    rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
+    return with_scale(ground, Choice(dict.fromkeys((entry.name for entry in chosen), rank)))
+
+
+def group(ground: Ground, limit: int, part: str, **options: Any) -> Choice:
+    """LoRA of one rank on all linear layers, or on those of attention or the feed-forward part alone."""
+    chosen = [e for e in ground.entries() if (e.group or "").startswith(part)]
+    return with_scale(ground, Choice(filled(chosen, limit), **options))
+
+
+def all_linear(ground: Ground, limit: int, blueprint: str) -> Choice:
+    """The reference."""
+    return Choice(dict.fromkeys((entry.name for entry in ground.entries()), ground.study.rank))
+
+
+def strata_bottom(ground: Ground, limit: int, blueprint: str) -> Choice:
+    """The smallest norm of each kind and stratum of depth."""
+    take = spreading(ground.entries(blueprint), lambda e: 1 / max(norm_of(e), 1e-30), "kind+depth", False)
+    return taking(ground, take, limit, ("blueprint",))
+
+
+def by_weights(ground: Ground, limit: int, of: Callable[[Ground], Mapping[str, float]], coverage: Any) -> Choice:
+    """A score of weights alone."""
+    scores, entries = of(ground), ground.entries()
+    return taking(ground, spreading(entries, lambda e: scores[e.name], coverage, True), limit, ("weights",))
+
+
+def unfrozen(ground: Ground, limit: int | None, blueprint: str, rank_by: str) -> Choice:
+    """Attention and feed-forward parts trained whole: as many as fit, or the top blocks."""
+    found = choosing(ground, blueprint, rank_by=rank_by, coverage="none")
+    blocks = len(found.members)
+
+    def take(count: int) -> Sequence[Submodule]:
+        return found.blocks(Wish({"num_modules": count})).units
+
+    def size(units: Sequence[Submodule]) -> float:
+        return float(found.price((), found.modules_of(units))["parameters"])
+
+    units = take(min(blocks, 2 * TOP_BLOCKS)) if limit is None else largest(take, blocks, limit, size)
+    return Choice(whole=found.modules_of(units), charges=() if rank_by == "last" else ("blueprint",))
+
+
+def full(ground: Ground, limit: int, blueprint: str) -> Choice:
+    """Everything is trained, embeddings and norms too."""
+    roots = {part.name.partition(".")[0] for part in ground.structure.parts}
+    return Choice(whole=tuple(sorted(roots)))
+
+
+def begun(arm: Callable[[Ground, int, str], Choice], start: str) -> Callable[[Ground, int, str], Choice]:
+    """The same adapters with another start, which has its own charge."""
+
+    def choose(ground: Ground, limit: int, blueprint: str) -> Choice:
+        choice = arm(ground, limit, blueprint)
+        if start in ONE_RANK:
+            choice = replace(choice, ranks=dict.fromkeys(choice.ranks, min(choice.ranks.values())))
+        return replace(choice, start=start, charges=(*choice.charges, *([start] if start != "adalora" else [])))
+
+    return choose
+
+
+def rates_by_gain(ground: Ground, limit: int, blueprint: str, power: float) -> Choice:
+    """The planner's placement, each adapter's learning rate by a power of its gain over the mean."""
+    choice = planner(ground, limit, blueprint)
+    gains = {e.name: e.adam_gain or 0.0 for e in ground.entries(blueprint) if e.name in choice.ranks}
+    mean = math.fsum(gains.values()) / len(gains) or 1.0
+    factors = {n: min(STEEPEST, max(1 / STEEPEST, (max(g, 1e-30) / mean) ** power)) for n, g in gains.items()}
+    return replace(choice, factors=factors)
+
+
+def _arms() -> dict[str, Arm]:
+    arms = {
+        UNTRAINED: Arm(lambda g, n, b: Choice(), is_budgeted=False),
+        "all-linear": Arm(all_linear, is_budgeted=False),
+        "all-linear, low rank": Arm(lambda g, n, b: group(g, n, "")),
+        "attention only": Arm(lambda g, n, b: group(g, n, "attn")),
+        "MLP only": Arm(lambda g, n, b: group(g, n, "ffn")),
+        "norm, bottom of strata": Arm(strata_bottom),
+        "planner": Arm(planner),
+        "planner, as shipped": Arm(functools.partial(planner, is_shipped=True), is_budgeted=False),
+        "KappaTune": Arm(lambda g, n, b: by_weights(g, n, lambda g: g.kappa, "none")),
+        "Spectrum": Arm(lambda g, n, b: by_weights(g, n, lambda g: g.spectrum, "kind")),
+        "AdaLoRA": Arm(begun(lambda g, n, b: group(g, n, ""), "adalora")),
+        "full fine-tuning": Arm(full, is_budgeted=False, octaves=-6),
+        "unfreeze top": Arm(lambda g, n, b: unfrozen(g, n, b, "last"), octaves=-4),
+        "unfreeze top blocks": Arm(lambda g, n, b: unfrozen(g, None, b, "last"), is_budgeted=False, octaves=-4),
+        "unfreeze by gain": Arm(lambda g, n, b: unfrozen(g, n, b, "adam_gain"), octaves=-4),
+        "planner, rates by gain": Arm(functools.partial(rates_by_gain, power=0.5)),
+        "planner, rates against gain": Arm(functools.partial(rates_by_gain, power=-0.5)),
+        "gain per second": Arm(functools.partial(by_wish, per_cost=True)),
+        "gain per second, pooled": Arm(functools.partial(by_wish, per_cost=True, coverage="none")),
+        "ranks by gain": Arm(functools.partial(by_wish, ranks="influence")),
+        "ranks by energy": Arm(functools.partial(by_wish, rank_by="singular_energy", ranks="influence")),
+    }
+    for name, wish in (("planner, 0.7x", {"budget": "0.7x"}), ("planner, keep 0.7", {"keep": 0.7})):
+        arms[name] = Arm(functools.partial(planner, **wish))
+        arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
+    arms["even, as shipped"] = Arm(functools.partial(control, rank_by="even"), is_budgeted=False)
+    for draw in range(DRAWS):
+        name = "random, within kind, as shipped" + (f" #{draw}" if draw else "")
+        arms[name] = Arm(functools.partial(control, rank_by="random", seed=draw), is_budgeted=False)
+    starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
+    for title, start in starts.items():
+        arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
+        arms[f"planner, {title}"] = Arm(begun(planner, start))
+    for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
+        for score in (*SCORES, "cover_gain", "set_gain"):
+            wish = {"rank_by": score, "coverage": coverage}
+            arms[f"{score}{title}"] = Arm(functools.partial(by_wish, **wish))
+            arms[f"{score}{title}, raised"] = Arm(functools.partial(by_wish, raised=True, **wish))
+            for draw in range(1, DRAWS) if score == "random" else ():
+                again = functools.partial(by_wish, seed=draw, **wish)
+                arms[f"{score}{title} #{draw}"] = Arm(again)
+                arms[f"{score}{title}, raised #{draw}"] = Arm(functools.partial(again, raised=True))
+    return arms
+
+
+DRAWS = 3  # of random choices, the first without a number
+CONTROLS = ("random", "even", "first", "last")  # they look at no measurement
+ARMS = _arms()

@@ -1,0 +1,212 @@
+"""The tables and the picture of a study, from its summary alone.
+
+Knows the summary's JSON and Markdown. Knows nothing of result files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .verdict import (
+    Row,
+    difference,
+    done,
+    final_of_few,
+    loss_of,
+    paragraph,
+    random_rows,
+    reference_of,
+    time_to_reach,
+)
+
+
+PAPER = (0.72, 0.06)  # §4.4: share of the gain at share of the cost
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """All of a study's tables, with its paragraph first."""
+    facts = summary["facts"]
+    said = [
+        f"{summary['study']}: {facts['data']}, {facts['steps']} steps of {facts['batch']} x at most {facts['length']} tokens, "
+        f"{facts['dtype']}, {facts['held_out']} held-out examples, {summary['jobs']} jobs on {summary['device']}"
+    ]
+    tables = {"contest": contest, "transfer": transfer, "multiplication": multiplication}[summary["kind"]]
+    if summary["kind"] != "multiplication":
+        said.append(paragraph(summary))
+    said.append(tables(summary))
+    if failed := [row for row in summary["rows"] if not row["seeds"]]:
+        said.append(
+            "\n".join(
+                f"- {row['label']}{_share(row)}: {row['status']}, {row['error'] or 'at every rate tried'}"
+                for row in failed
+            )
+        )
+    if summary["not_run"]:
+        said.append(f"Not run: {', '.join(summary['not_run'])}.")
+    return "\n\n".join(said)
+
+
+def contest(summary: Mapping[str, Any]) -> str:
+    """Every arm at its own best learning rate, by budget."""
+    reference = reference_of(summary)
+    before = summary["untrained"]
+    names = list(before["unrelated"]) if before else []
+    has_accuracy = any(one["accuracy"] is not None for row in done(summary) for one in row["seeds"].values())
+    columns: dict[str, Callable[[Row], str]] = {
+        "arm": lambda row: row["label"],
+        "modules": lambda row: str(row["modules"]),
+        "rank": lambda row: "–".join(map(str, sorted({*row["ranks"][:1], *row["ranks"][-1:]}))) or "whole",
+        "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",
+        "from layer": lambda row: "–" if row["lowest"] is None else str(row["lowest"]),
+        "learning rate": lambda row: _rate(row),
+        "seeds": lambda row: str(len(row["seeds"])),
+        "loss": lambda row: f"{loss_of(row):.4f}",
+        "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
+        "less random's": lambda row: _less_random(summary, row),
+        "step time": lambda row: f"{row['step_time']:.2f}{_measured(summary, row)}",
+        "time to all-linear's loss": lambda row: _reach(summary, row, reference),
+        "MiB": lambda row: f"{row['memory'] / 2**20:.0f}",
+        "TFLOP": lambda row: f"{(row['flops'] + row['charged_flops']) / 1e12:.1f}",
+    }
+    for name in names:
+        columns[f"{name} text"] = functools.partial(_forgotten, name=name, before=before["unrelated"][name])
+    if has_accuracy:
+        columns["accuracy"] = lambda row: f"{_accuracy(row):.2f}"
+    parts = []
+    for budget in dict.fromkeys(row["budget"] for row in done(summary)):
+        rows = [row for row in done(summary) if row["budget"] == budget]
+        title = "Arms with a size of their own" if budget is None else f"At {budget:.0%} of all-linear's parameters"
+        parts.append(f"{title}\n\n{table(columns, sorted(rows, key=loss_of))}")
+    if before:
+        accuracy = "" if before["accuracy"] is None else f", accuracy {before['accuracy']:.2f}"
+        parts.append(f"Untrained: loss {before['loss']:.4f}{accuracy}.")
+    return "\n\n".join(parts)
+
+
+def transfer(summary: Mapping[str, Any]) -> str:
+    """Blueprints of other data, of few examples, of the 4-bit model, and later in training."""
+    reference = reference_of(summary)
+    own = next((row for row in done(summary) if row["label"] == summary["default"]), None)
+
+    def agreement(row: Row, key: str) -> str:
+        found = (row.get("agreement") or {}).get(key)
+        return "–" if found is None else f"{found:.2f}"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "arm [blueprint]": lambda row: row["label"] + _share(row),
+        "same adapters (Jaccard)": lambda row: agreement(row, "jaccard"),
+        "rank correlation": lambda row: agreement(row, "correlation"),
+        "learning rate": lambda row: _rate(row),
+        "loss": lambda row: f"{loss_of(row):.4f}",
+        "less its own blueprint's": lambda row: _shown(own and difference(summary, row, [own])),
+        "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
+        "measuring, in steps": lambda row: f"{row['charged_time']:.1f}",
+    }
+    return table(columns, done(summary))
+
+
+def multiplication(summary: Mapping[str, Any]) -> str:
+    """What remains of all-linear's gain, at what share of its cost."""
+    reference, before = reference_of(summary), summary["untrained"]
+    if reference is None or before is None:
+        return f"{summary['reference']} or the untrained model has not run yet."
+    gain, cost = before["loss"] - loss_of(reference), reference["flops"] + reference["charged_flops"]
+    columns: dict[str, Callable[[Row], str]] = {
+        "arm": lambda row: row["label"],
+        "examples": lambda row: str(row["examples"]),
+        "steps": lambda row: str(row["steps"]),
+        "learning rate": lambda row: _rate(row),
+        "loss": lambda row: f"{loss_of(row):.4f}",
+        "gain kept": lambda row: f"{(before['loss'] - loss_of(row)) / gain:.0%}",
+        "FLOPs": lambda row: f"{(row['flops'] + row['charged_flops']) / cost:.0%}",
+        "of them measuring and choosing": lambda row: f"{row['charged_flops'] / cost:.0%}",
+        "time": lambda row: f"{row['time'] / reference['time']:.2f}",
+    }
+    stopped = next((row["stopped_by"] for row in done(summary) if row.get("stopped_by")), None)
+    told = f"Stopping is at {stopped[0]:.0%} of the steps, by {stopped[1]}. " if stopped else ""
+    return (
+        f"{table(columns, done(summary))}\n\n{told}Shares are of {reference['label']} on everything. "
+        f"The paper's: {PAPER[0]:.0%} of the gain at {PAPER[1]:.0%} of the cost."
+    )
+
+
+def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    """Rows in Markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows)])
+
+
+def picture(summary: Mapping[str, Any], path: Path) -> None:
+    """Loss against predicted time and memory, with the front of those that nothing beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, reference = done(summary), reference_of(summary)
+    if reference is None:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
+    for axis, key, title in zip(axes, ("time", "memory"), ("predicted time", "predicted peak memory"), strict=True):
+        budgets = list(dict.fromkeys(row["budget"] for row in rows))
+        for i, budget in enumerate(budgets):
+            some = [row for row in rows if row["budget"] == budget]
+            label = "own size" if budget is None else f"{budget:.0%} of the parameters"
+            axis.scatter(
+                [row[key] / reference[key] for row in some], [loss_of(r) for r in some], 18, f"C{i}", label=label
+            )
+        front = [r for r in rows if not any(o[key] <= r[key] and loss_of(o) < loss_of(r) for o in rows)]
+        front.sort(key=lambda row: row[key])
+        axis.plot([row[key] / reference[key] for row in front], [loss_of(row) for row in front], color="0.6", lw=1)
+        for row in front:
+            axis.annotate(row["label"] + _share(row), (row[key] / reference[key], loss_of(row)), fontsize=7)
+        axis.set_xlabel(f"{title} / {reference['label']}'s")
+    axes[0].set_ylabel("held-out loss per token")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _rate(row: Row) -> str:
+    """The best, of how many, and whether it is at the edge of them."""
+    is_at_edge = len(row["tried"]) > 2 and not row["is_inside"]
+    return f"{row['rate']:.2g} of {len(row['tried'])}{' (edge)' if is_at_edge else ''}"
+
+
+def _share(row: Row) -> str:
+    return "" if row["budget"] is None else f" at {row['budget']:.0%}"
+
+
+def _shown(one: object) -> str:
+    return "–" if one is None else str(one)
+
+
+def _less_random(summary: Mapping[str, Any], row: Row) -> str:
+    others = [other for other in random_rows(summary, row["budget"]) if other is not row]
+    return _shown(difference(summary, row, others) if others else None)
+
+
+def _reach(summary: Mapping[str, Any], row: Row, reference: Row | None) -> str:
+    loss = None if reference is None else final_of_few(reference)
+    found = None if loss is None else time_to_reach(summary, row, loss)
+    return "–" if found is None else f"{found:.2f}"
+
+
+def _measured(summary: Mapping[str, Any], row: Row) -> str:
+    ratios = sorted(summary["times"].get(row["label"] + _share(row), []))
+    return f" ({ratios[len(ratios) // 2]:.2f} measured)" if ratios else ""
+
+
+def _forgotten(row: Row, name: str, before: float) -> str:
+    """How far the loss on an unrelated text has risen."""
+    found = [one["unrelated"][name] for one in row["seeds"].values()]
+    return f"{sum(found) / len(found) - before:+.3f}"
+
+
+def _accuracy(row: Row) -> float:
+    found = [one["accuracy"] for one in row["seeds"].values()]
+    return float(sum(found) / len(found))

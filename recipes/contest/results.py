@@ -1,0 +1,148 @@
+"""Result files, one a job, and the summary of a study's: all that its tables need, and no more.
+
+Pure but for reading and writing files. Knows nothing of models, or of how tables look.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft_blueprint.files import write_atomically
+
+from .study import UNTRAINED, Entry, Job, Study, digest
+
+
+TIMES = "times.json"
+# of a row, from its first seed's record at the best learning rate
+_OF_BEST = ("rate", "parameters", "modules", "lowest", "examples", "flops", "charged_flops", "step_time", "time")
+_MORE_OF_BEST = ("charged_time", "memory", "peak_bytes", "seconds", "agreement", "stopped_by")
+_OF_SEED = ("loss", "losses", "curve", "unrelated", "accuracy")
+
+
+class Store:
+    """A study's result files.
+
+    Args:
+        folder: of the study.
+        study: whose facts are part of every file's name.
+    """
+
+    def __init__(self, folder: Path, study: Study):
+        self.folder = folder
+        self.study = study
+        self._known: dict[Path, dict[str, Any]] = {}
+
+    def path(self, job: Job, choice: Mapping[str, Any]) -> Path:
+        """Named by what the job is, and a digest of all that bears on its result."""
+        name = re.sub(r"[^\w.+-]+", "_", job.label)
+        return self.folder / f"{name}-{digest([self.study.facts(), asdict(job), choice])}.json"
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """A record, or None if the job has not run."""
+        if path not in self._known and path.exists():
+            self._known[path] = json.loads(path.read_text())
+        return self._known.get(path)
+
+    def write(self, path: Path, job: Job, record: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        whole = {"job": asdict(job), "study": self.study.facts(), "created": now, **record}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(whole, allow_nan=False))
+        self._known[path] = whole
+
+    def forget(self, path: Path) -> None:
+        """So that a job runs again."""
+        self._known.pop(path, None)
+        path.unlink()
+
+    def all(self) -> list[tuple[Job, dict[str, Any]]]:
+        """Every record of this study at its present sizes; of one job the newest."""
+        found: dict[Job, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            record = self.read(path) if path.name != TIMES else None
+            if record is not None and record.get("study") == self.study.facts():
+                job = Job.of(record["job"])
+                if job not in found or record["created"] >= found[job]["created"]:
+                    found[job] = record
+        return list(found.items())
+
+
+def outcome(record: Mapping[str, Any] | None) -> float | None:
+    """A job's loss as the schedule wants it: infinite where it diverged, NaN where it failed or cannot be."""
+    if record is None:
+        return None
+    if record["status"] == "done":
+        return float(record["loss"])
+    return math.inf if record["status"] == "diverged" else math.nan
+
+
+def summary(
+    study: Study, records: Sequence[tuple[Job, Mapping[str, Any]]], times: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the report is made from.
+
+    Args:
+        study: whose they are.
+        records: every job's.
+        times: step times over all-linear's by row, one ratio a round.
+    """
+    by_row: dict[tuple[Entry, float | None], list[tuple[Job, Mapping[str, Any]]]] = {}
+    for job, record in records:
+        by_row.setdefault((job.entry, job.budget), []).append((job, record))
+    rows = [_row(study, entry, budget, runs) for (entry, budget), runs in by_row.items() if entry.arm != UNTRAINED]
+    order = {entry: i for i, entry in enumerate(study.entries)}
+    names = {entry.label: order[entry] for entry in study.entries}
+    rows.sort(key=lambda row: (row["budget"] is not None, -(row["budget"] or 0), names.get(row["label"], len(names))))
+    untrained = next((record for job, record in records if job.entry.arm == UNTRAINED), None)
+    done = next((record for _, record in records if record["status"] == "done"), None)
+    ran = {row["label"] for row in rows}
+    return {
+        "study": study.name,
+        "facts": study.facts(),
+        "about": dict(study.about),
+        "kind": study.report,
+        "reference": study.reference,
+        "default": study.default,
+        "device": None if done is None else done["device"],
+        "versions": None if done is None else done["versions"],
+        "jobs": len(records),
+        "created": max((record["created"] for _, record in records), default=None),
+        "counts": [] if done is None else done["counts"],
+        "untrained": None if untrained is None else {key: untrained.get(key) for key in _OF_SEED},
+        "rows": rows,
+        "times": dict(times),
+        "not_run": [entry.label for entry in study.entries if entry.label not in ran and entry.arm != UNTRAINED],
+    }
+
+
+def _row(
+    study: Study, entry: Entry, budget: float | None, runs: Sequence[tuple[Job, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """One arm at one budget, at its own best learning rate."""
+    first = {job.octave: outcome(record) for job, record in runs if job.seed == 0}
+    known = {k: v for k, v in first.items() if v is not None and math.isfinite(v)}
+    own = {"arm": entry.arm, "label": entry.label, "entry": asdict(entry), "budget": budget}
+    tried = {f"{study.rate * 2.0**k:.3g}": known.get(k) for k in sorted(first)}
+    if not known:
+        return {**own, "status": runs[0][1]["status"], "error": runs[0][1].get("error"), "tried": tried, "seeds": {}}
+    best = min(known, key=lambda k: known[k])
+    at_best = {job.seed: (job, record) for job, record in runs if job.octave == best and record["status"] == "done"}
+    job, record = at_best[0]
+    return {
+        **own,
+        "status": "done",
+        "steps": job.steps,
+        "tried": tried,
+        "is_inside": best - 1 in first and best + 1 in first,
+        **{key: record.get(key) for key in (*_OF_BEST, *_MORE_OF_BEST)},
+        "ranks": sorted(set(record["ranks"].values())),
+        "seeds": {str(seed): {key: at_best[seed][1].get(key) for key in _OF_SEED} for seed in sorted(at_best)},
+    }
