@@ -21,7 +21,9 @@ from .blueprint import Blueprint
 from .distributed import of_first_process, process_count
 from .entry import ADAPTABLE, PROJECTION_SIZE, SKETCH_SIZE, Include, Method, Submodule, norm_of
 from .errors import MeasurementError
+from .figures import modelled
 from .influence import Influence
+from .ledger import Ledger
 from .losses import LossFunction
 from .measure import Batch, measure_influence
 from .privacy import Privacy, one_by_one, published
@@ -33,6 +35,7 @@ from .submodules import (
     find_submodules,
     find_weights,
     is_conv1d,
+    parameters_per_token,
     structure_digest,
     unwrap,
 )
@@ -46,6 +49,7 @@ FIXED_COST = 2.0
 VARIABLE_COST = 14.0
 
 RANK = 16  # of `singular_energy`, a usual one of LoRA
+SPENT = ("seconds", "tokens", "flops", "peak_bytes", "energy_joules")  # on a measurement, for the provenance
 
 
 def generate_blueprint(
@@ -107,22 +111,25 @@ def generate_blueprint(
     domains = batches if isinstance(batches, Mapping) else {"": batches}
     if not domains:
         raise MeasurementError("There are no domains to measure: give batches, or a mapping of names to batches.")
-    influences = {
-        name: measure_influence(
-            model,
-            one_by_one(of_domain) if privacy is not None and privacy.is_guaranteed else of_domain,
-            max_examples=max_examples,
-            method=method,
-            sketch_size=sketch_size,
-            projection_size=projection_size if privacy is None else 0,
-            include=include,
-            loss_fn=loss_fn,
-            seed=seed,
-            progress=progress,
-            reduce=reduce,
-        )
-        for name, of_domain in domains.items()
-    }
+    flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
+    with Ledger(flops_per_token=flops) as ledger:
+        influences = {
+            name: measure_influence(
+                model,
+                one_by_one(of_domain) if privacy is not None and privacy.is_guaranteed else of_domain,
+                max_examples=max_examples,
+                method=method,
+                sketch_size=sketch_size,
+                projection_size=projection_size if privacy is None else 0,
+                include=include,
+                loss_fn=loss_fn,
+                seed=seed,
+                progress=progress,
+                reduce=reduce,
+            )
+            for name, of_domain in domains.items()
+        }
+        ledger.add(sum(part.tokens for part in influences.values()))
     processes = process_count() if reduce else 1
     if privacy is None:
         reference, influence = next(iter(influences.items()))
@@ -130,7 +137,9 @@ def generate_blueprint(
         entries = _with_weights(entries, model, influence)
         if reference:
             entries = _with_tags(entries, {name: _means(part) for name, part in influences.items()})
+        spent = {name: figure.to_dict() for name, figure in ledger.figures().items() if name in SPENT}
         measured = _measured(influences) | {"projection_size": projection_size, "bootstrap": bootstrap}
+        measured["spent"] = of_first_process(spent) if processes > 1 else spent
     else:
         entries, measured = _released(influences, model, include, privacy, processes)
     config = getattr(unwrap(model), "config", None)
@@ -143,9 +152,8 @@ def generate_blueprint(
         training_checkpoint=training_checkpoint,
         submodules=entries,
         concentration=concentration(entries),
-        costs={"fixed_cost": fixed_cost, "variable_cost": variable_cost, "unit": "bytes per parameter"}
-        if (fixed_cost, variable_cost) == (FIXED_COST, VARIABLE_COST)
-        else {"fixed_cost": fixed_cost, "variable_cost": variable_cost},
+        costs={"fixed_cost": fixed_cost, "variable_cost": variable_cost}
+        | ({"unit": "bytes per parameter"} if (fixed_cost, variable_cost) == (FIXED_COST, VARIABLE_COST) else {}),
         provenance={
             "created": of_first_process(created) if processes > 1 else created,
             **({"command": command} if command else {}),

@@ -6,7 +6,6 @@ Under several processes each scores its share of a chunk, and all know all score
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,6 @@ from .features import DEPTHS, Features, model_features
 from .influence import Influence
 from .losses import IGNORED, LossFunction
 from .measure import measure_influence
-from .submodules import find_weights, unwrap
 
 
 @dataclass(frozen=True)
@@ -251,20 +249,6 @@ def random_keys(seed: int) -> Scorer:
     sample, of a stream too.
     """
     return lambda candidates: np.array([np.random.default_rng([seed, one.index]).random() for one in candidates])
-
-
-def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = None) -> tuple[int, int]:
-    """How many weights each token is multiplied with, those of linear layers and the head, a tied one included; and how
-    many of them come with or after the first of some submodules, all for None. Experts count as if all were asked.
-    """
-    weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
-    counts = [math.prod(weight.shape) for weight in weights]
-    base: Any = unwrap(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    known = {id(weight.module) for weight in weights if weight.form == "head"}
-    tied = 0 if head is None or id(head) in known else int(head.weight.numel())
-    first = next((i for i, w in enumerate(weights) if submodules is not None and w.name in set(submodules)), 0)
-    return sum(counts) + tied, sum(counts[first:]) + tied
 
 
 def _parts(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

@@ -27,9 +27,10 @@ from .losses import LossFunction
 from .placement import Placement
 from .resuming import Progress, next_digest
 from .scanning import Picked, Scan
-from .scoring import Work, parameters_per_token
+from .scoring import Work
 from .selection_checks import check_wish, digest_of_model, encoded, method_of, names_of, padding_of, wanted_of
 from .selection_methods import ITERATIVE, FeatureKind, Maker, iterate, lexical_scores
+from .submodules import parameters_per_token
 
 
 if TYPE_CHECKING:

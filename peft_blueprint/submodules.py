@@ -4,6 +4,7 @@ Reads a model's structure and, for norms, its weights; never changes it. Knows n
 """
 
 import hashlib
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -153,6 +154,20 @@ def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[S
             )
         )
     return tuple(found)
+
+
+def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = None) -> tuple[int, int]:
+    """How many weights each token is multiplied with, those of linear layers and the head, a tied one included; and how
+    many of them come with or after the first of some submodules, all for None. Experts count as if all were asked.
+    """
+    weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
+    counts = [math.prod(weight.shape) for weight in weights]
+    base: Any = unwrap(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    known = {id(weight.module) for weight in weights if weight.form == "head"}
+    tied = 0 if head is None or id(head) in known else int(head.weight.numel())
+    first = next((i for i, w in enumerate(weights) if submodules is not None and w.name in set(submodules)), 0)
+    return sum(counts) + tied, sum(counts[first:]) + tied
 
 
 def named(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:

@@ -46,7 +46,8 @@ from peft_blueprint.candidates import Candidate, Pool
 from peft_blueprint.data import pad_token_of
 from peft_blueprint.features import token_features
 from peft_blueprint.predictor import fit_predictor, spearman
-from peft_blueprint.scoring import Work, parameters_per_token
+from peft_blueprint.scoring import Work
+from peft_blueprint.submodules import parameters_per_token
 
 
 SWAPPED = 0.2

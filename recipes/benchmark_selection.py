@@ -39,8 +39,9 @@ from peft_blueprint.cost import CostModel, Structure
 from peft_blueprint.data import Row, collate, encode, make_batches, pad_token_of
 from peft_blueprint.empty import empty_model
 from peft_blueprint.recipe import held_out_loss, load_model
-from peft_blueprint.scoring import METHODS, parameters_per_token
+from peft_blueprint.scoring import METHODS
 from peft_blueprint.selection import select_examples
+from peft_blueprint.submodules import parameters_per_token
 
 
 CACHE = Path(".cache/benchmark_selection")

@@ -28,6 +28,9 @@ def test_a_blueprint_says_how_it_was_made():
     blueprint = measured(model, batches, data={"name": "toy"}, command="peft-blueprint generate …", **wish)
     assert (blueprint.model_id, blueprint.model_revision, blueprint.training_checkpoint) == ("org/m", "abc", 0.8)
     made = blueprint.provenance
+    spent = made["spent"]
+    assert spent["tokens"]["value"] > 0 and {spent[name]["how"] for name in ("seconds", "tokens")} == {"measured"}
+    assert spent["flops"]["how"] == "modelled" and spent["flops"]["value"] > 2 * spent["tokens"]["value"]
     assert (made["data"], made["command"]) == ({"name": "toy"}, "peft-blueprint generate …")
     assert (made["seed"], made["dtype"], made["quantized"], made["unmeasured"]) == (3, "float32", False, 7)
     domain = made["domains"]["data"]
