@@ -96,3 +96,14 @@ def model_hub():
     with LoopbackHub() as hub:
         hub.repository("tiny/llama").commit({"README.md": CARD.encode(), "config.json": b"{}"})
         yield hub
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr("peft_blueprint.ledger.time.perf_counter", lambda: Clock.now)
+    return Clock

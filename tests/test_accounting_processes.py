@@ -3,8 +3,6 @@
 They run once, as two gloo processes that `torchrun` starts with this very file as their script.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accounts import LENGTH, At, end, logged, train
+from processes import error_of, in_two_processes
 
 from peft_blueprint.figures import UNITS, modelled
 from peft_blueprint.ledger import Ledger
@@ -25,14 +24,6 @@ STEP = 2 * 4 * LENGTH  # tokens of both processes
 
 def rule():
     return MarginalReturn(threshold=1e9, window=3, patience=2)
-
-
-def error_of(act):
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def outcome(trainer, callback):
@@ -103,15 +94,7 @@ SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
 def found(tmp_path_factory):
     """What both processes found, by scenario, and their folder."""
     folder = tmp_path_factory.mktemp("found")
-    run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *run, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    in_two_processes(__file__, folder)
     both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     return {name.removeprefix("scenario_"): [of[name] for of in both] for name in SCENARIOS} | {"folder": folder}
 

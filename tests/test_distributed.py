@@ -4,8 +4,6 @@ What needs two processes runs once, in two gloo processes that `torchrun` starts
 each scenario below returns what it found, and the tests compare.
 """
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import error_of, in_two_processes
 from torch import nn
 
 from peft_blueprint import Influence, generate_blueprint, measure_influence
@@ -37,14 +36,6 @@ def sharded(model):
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
-
-
-def error_of(act):
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def shares(rank, sizes=(1, 3)):
@@ -221,15 +212,7 @@ SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
 def found(tmp_path_factory, pytestconfig):
     """What both processes found, by scenario."""
     folder = tmp_path_factory.mktemp("found")
-    run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *run, __file__, str(folder), pytestconfig.getini("filterwarnings")[0]],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    in_two_processes(__file__, folder, pytestconfig.getini("filterwarnings")[0])
     return {
         name.removeprefix("scenario_"): [
             torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)

@@ -29,17 +29,6 @@ class FakeMeter:
         return self.shown
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
-
-    class Clock:
-        now = 100.0
-
-    monkeypatch.setattr(ledger_module.time, "perf_counter", lambda: Clock.now)
-    return Clock
-
-
 def test_every_figure_is_there_with_its_label():
     """What was not counted is absent and says why; nothing is left out."""
     with Ledger(meters=[]) as spent:

@@ -12,17 +12,6 @@ from peft_blueprint.ledger import GB, Ledger
 MIB = 2**20
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
-
-    class Clock:
-        now = 100.0
-
-    monkeypatch.setattr(ledger_module.time, "perf_counter", lambda: Clock.now)
-    return Clock
-
-
 def test_memory_is_the_peak_between_looks(clock, monkeypatch):
     """Gigabyte-hours sum each stretch's peak times its length; the peak is the largest of all."""
     marks = iter([9e9, 2e9, 4e9, 1e9])

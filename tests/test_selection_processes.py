@@ -3,8 +3,6 @@
 They run once, as gloo processes that `torchrun` starts with this very file as their script.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,16 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from choosing import choose, made, model
+from processes import error_of, in_two_processes
 
 from peft_blueprint.scoring import METHODS
-
-
-def error_of(act):
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 POOL = made(40)
@@ -63,15 +54,7 @@ def failing(inner, batch, rank):
 def found(tmp_path_factory, pytestconfig):
     """What both processes found."""
     path = tmp_path_factory.mktemp("found")
-    run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *run, __file__, str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    in_two_processes(__file__, path)
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
