@@ -31,11 +31,13 @@ from transformers import (
 )
 
 from .blueprint import Blueprint
+from .carbon import carbon_factor
 from .config import BlueprintConfig
 from .data import Row, encode, make_batches, pad_token_of, read_examples
 from .drift import check_drift, reconcile
 from .empty import empty_model
 from .errors import BlueprintError
+from .figures import Figure
 from .files import require_writable, write_atomically
 from .generate import generate_blueprint
 from .hub import fetch
@@ -53,7 +55,7 @@ from .recipe_plan import (
     training_settings,
     unquantized,
 )
-from .recipe_training import train, with_ends
+from .recipe_training import train, with_ends, with_probe
 from .unfreezing import share_base
 from .workload import Workload
 
@@ -74,7 +76,7 @@ class Prepared:
         plan: what is adapted, with what that is predicted to cost.
         learning_rate: None where the training's own counts.
         drift: rank correlation of probe and published blueprint, None without both.
-        measure_seconds: of the probe.
+        probe: what the probe spent; empty without one.
     """
 
     model: PreTrainedModel
@@ -85,7 +87,7 @@ class Prepared:
     plan: Plan
     learning_rate: float | None
     drift: float | None
-    measure_seconds: float
+    probe: Mapping[str, Figure]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         steps=trained.steps,
         loss_before=loss_before,
         loss_after=loss_after,
-        measure_seconds=prepared.measure_seconds,
+        measure_seconds=prepared.probe["seconds"].value or 0.0 if prepared.probe else 0.0,
         train_seconds=spent.seconds,
         peak_bytes=spent.peak_bytes,
         drift=prepared.drift,
@@ -193,8 +195,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         lowest=planned.lowest,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
-    about = {"probe_seconds": prepared.measure_seconds, "train": recipe.train, "held_out": recipe.held_out}
-    with_ends(trained, loss_before, loss_after, about).save(recipe.output)
+    books = with_ends(trained, loss_before, loss_after)
+    with_probe(books, prepared.probe, {"train": recipe.train, "held_out": recipe.held_out}).save(recipe.output)
     return report
 
 
@@ -229,7 +231,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         quantization = unquantized(quantization, planned.placement)
     model, _ = load_model(recipe.model, recipe.dtype, quantization)
     load = step(dtype=model.dtype, attention=model.config._attn_implementation)
-    blueprint, drift, seconds = settle(
+    blueprint, drift, spent = settle(
         recipe, model, make_batches(rows, 8, pad_token_of(tokenizer)), published, progress=progress
     )
     if planned is None:
@@ -245,7 +247,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         plan=planned,
         learning_rate=learning_rate_of(recipe, planned),
         drift=drift,
-        measure_seconds=seconds,
+        probe=spent,
     )
 
 
@@ -315,18 +317,18 @@ def settle(
     published: Blueprint | None,
     *,
     progress: bool = True,
-) -> tuple[Blueprint | None, float | None, float]:
+) -> tuple[Blueprint | None, float | None, Mapping[str, Figure]]:
     """The blueprint to plan by: probe, drift check, blend.
 
     Returns:
         The blueprint (None to place everywhere, or evenly), the rank correlation of probe and published blueprint (None
-        without both), and the probe's seconds.
+        without both), and what the probe spent, if there was one.
     """
     if isinstance(recipe.placement, str):
-        return None, None, 0.0
+        return None, None, {}
     published = published.expand(model) if published is not None else None
     drift, probe = None, None
-    with Ledger() as spent:
+    with Ledger(carbon=carbon_factor(recipe.carbon)) as ledger:
         if recipe.probe_examples:
             probe = generate_blueprint(
                 model,
@@ -337,15 +339,19 @@ def settle(
                 reduce=False,  # every process of a distributed run measures the same few examples
                 progress=progress,
             )
+    if probe is not None:
+        measured = {name: Figure.from_dict(figure) for name, figure in probe.provenance["spent"].items()}
+        ledger.add(int(measured["tokens"].value or 0), measured["flops"])
+    spent = ledger.figures() if probe is not None else {}
     if published is None and probe is None and recipe.placement.get("rank_by") != "even":
         raise BlueprintError(
             "The recipe gives no blueprint and probe_examples is 0: give one of them, or rank_by: even in placement."
         )
     if published is None or probe is None:
-        return published or probe, None, spent.seconds
+        return published or probe, None, spent
     blueprint = reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)  # type: ignore[arg-type]
     drift = check_drift(probe, published).correlation
-    return blueprint, drift, spent.seconds
+    return blueprint, drift, spent
 
 
 def adapter_config(recipe: Recipe, planned: Plan, blueprint: Blueprint | None, workload: Workload) -> LoraConfig:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from .accounting import LedgerCallback
 from .checkpointing import CheckpointAbove
 from .data import Row, collate
+from .figures import RESOURCES, Figure, largest, total
 from .recipe_file import rule_of
 from .run_record import Point, RunRecord
 
@@ -77,13 +78,36 @@ def train(
     return Trained(trainer.state.global_step, books.log.record(), books.summary())
 
 
-def with_ends(trained: Trained, before: float | None, after: float | None, about: Mapping[str, Any]) -> RunRecord:
-    """The record with what else is known, and with the held-out losses from before and after, in nats per target token, as
-    its evaluations where the Trainer made none.
+def with_ends(trained: Trained, before: float | None, after: float | None) -> RunRecord:
+    """The record with the held-out losses from before and after, in nats per target token, as its evaluations where the
+    Trainer made none.
     """
-    record = replace(trained.record, about={**trained.record.about, **about})
+    record = trained.record
     if before is None or after is None or record.metric != "loss" or record.stopping is not None:
         return record
     spent = {name: figure.value for name, figure in record.totals.items() if figure.value is not None}
     ends = (Point(0, {}, {HELD_OUT: before}), Point(trained.steps, spent, {HELD_OUT: after}))
     return replace(record, metric=HELD_OUT, direction="minimize", points=ends)
+
+
+def with_probe(record: RunRecord, probe: Mapping[str, Figure], about: Mapping[str, Any]) -> RunRecord:
+    """The record with what the probe spent charged to the run, in its totals and from its first step on."""
+
+    def charged(point: Point) -> Point:
+        more = {name: value + (probe[name].value or 0.0) for name, value in point.spent.items() if name in added}
+        return replace(point, spent={**point.spent, **more}) if point.step > 0 else point
+
+    added = set(RESOURCES) & probe.keys()
+    totals = {
+        name: total((figure, probe[name])) if name in added else figure for name, figure in record.totals.items()
+    }
+    if probe:
+        totals["peak_bytes"] = largest((record.totals["peak_bytes"], probe["peak_bytes"]))
+        about = {**about, "probe": {name: figure.to_dict() for name, figure in probe.items()}}
+    return replace(
+        record,
+        totals=totals,
+        points=tuple(map(charged, record.points)),
+        losses=tuple(map(charged, record.losses)),
+        about={**record.about, **about},
+    )

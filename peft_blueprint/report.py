@@ -318,6 +318,9 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
             f"Gains count from the first evaluation, which is not of the untrained model in {named}. "
             "eval_on_start=True makes it so."
         )
+    probed = [row.name for row in rows if row.record.about.get("probe")]
+    if probed:
+        notes.append(f"What measuring a blueprint spent before training is charged to {', '.join(probed)}.")
     labels = {row.spent.how for row in rows} - {"absent"}
     if len(labels) > 1:
         modelled = ", ".join(row.name for row in rows if row.spent.how == "modelled")

@@ -53,7 +53,10 @@ def test_a_recipe_trains_saves_and_reports(folder, tmp_path):
     assert saved["loss_after"] == report.loss_after and saved["trainable_parameters"] == report.trainable_parameters
     books = RunRecord.load(tmp_path / "out")
     assert [point.metrics["held_out_loss"] for point in books.points] == [report.loss_before, report.loss_after]
-    assert books.totals["tokens"].how == "measured" and books.points[-1].step == 8
+    assert books.points[-1].step == 8 and books.about["probe"]["tokens"]["value"] > 0
+    for name in ("tokens", "flops"):  # the probe is charged to the run
+        of_training = books.totals[name].value - books.about["probe"][name]["value"]
+        assert 0 < of_training < books.totals[name].value == pytest.approx(books.points[-1].spent[name])
     assert len(books.about["placement"]["lora"]) == 10 and books.stopping is None
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     _, tokenizer = load_model(str(folder / "model"))

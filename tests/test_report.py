@@ -230,3 +230,10 @@ def test_of_a_run_of_which_little_is_known_the_rest_is_null():
     read = read_as_peft_does(json.loads(json.dumps(result, allow_nan=False)))
     assert read["model_id"] is None and read["train_time"] is None and read["train samples"] is None
     assert result["peft_blueprint"]["run"]["metric"] is None
+
+
+def test_a_probe_that_is_charged_is_said():
+    """Whoever compares runs should know that one of them paid for a measurement."""
+    probed, plain = made_up_run("probed", probe={"seconds": {"value": 9.0, "how": "measured"}}), made_up_run("plain")
+    assert any("charged to probed." in note for note in make_report([probed, plain]).notes)
+    assert not any("charged" in note for note in make_report([plain]).notes)
