@@ -52,7 +52,7 @@ class BlueprintCallback(TrainerCallback):
     """Logs the gradient norm of every submodule that is trained, and writes a blueprint at milestones of the training.
 
     Add it to a trainer that is there, as in `trainer.add_callback(BlueprintCallback(trainer, every=50))`: figures are
-    sent with `trainer.log`, so that they reach the log history and whatever `report_to` names.
+    sent with the Trainer's own `log`, so that they reach the log history and whatever `report_to` names.
 
     A figure is the norm of what the optimizer is given: of the batch's accumulated gradient, averaged over processes
     and, if `max_grad_norm` is set, as it is in `TrainingArguments` by default, already clipped. Clipping scales all
@@ -179,7 +179,8 @@ class BlueprintCallback(TrainerCallback):
         self._window.add(state.global_step, figures)
 
         should_log = control.should_log
-        self.trainer.log({PREFIX + name: value for name, value in self._figures_to_log(figures).items()})
+        # not `self.trainer.log`: TRL's SFTTrainer empties its own averages into whatever goes through that
+        Trainer.log(self.trainer, {PREFIX + name: value for name, value in self._figures_to_log(figures).items()})
         control.should_log = should_log  # logging takes it back, and the Trainer's own record of this step is to come
         if state.global_step in self._due:
             for share in self._due.pop(state.global_step):

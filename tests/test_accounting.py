@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from peft_blueprint import BlueprintConfig, BlueprintError
 from peft_blueprint import accounting as module
 from peft_blueprint.accounting import LedgerCallback
+from peft_blueprint.callbacks import BlueprintCallback
 from peft_blueprint.errors import FormatError
 from peft_blueprint.figures import UNITS, modelled
 from peft_blueprint.ledger import Ledger, counted_flops
@@ -313,7 +314,9 @@ def test_trackers_get_the_last_figures_before_they_close(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # TRL's
 def test_trl_keeps_its_own_averages(tmp_path):
-    """SFTTrainer empties its averages into the next record: the loss's has them all the same, at every step."""
+    """SFTTrainer empties its averages into the next record: the loss's has them all the same, at every step, and neither
+    callback takes them.
+    """
     from trl import SFTConfig, SFTTrainer
 
     def sft(with_books):
@@ -344,6 +347,7 @@ def test_trl_keeps_its_own_averages(tmp_path):
         callback = LedgerCallback(trainer)
         if with_books:
             trainer.add_callback(callback)
+            trainer.add_callback(BlueprintCallback(trainer, every=1, milestones=()))
         trainer.train()
         return trainer, callback
 
