@@ -40,8 +40,8 @@ class LedgerCallback(TrainerCallback):
     as `ledger/seconds` and so on, and at every evaluation and save and at the end `run.json` is written, from which
     `peft-blueprint report` reads.
 
-    Tokens are input positions that the model is given in training, padding included. FLOPs are these times what one
-    micro-batch of the second step takes per token, counted by torch.utils.flop_counter; where that sees nothing, under
+    Tokens are input positions that the model is given in training, padding included. FLOPs are these times what the
+    second step takes per token, counted by torch.utils.flop_counter; where that sees nothing, under
     torch.compile say, the cost model's. The figure's source has both. Evaluating and saving count as spent, in seconds
     and energy, and are in the record by themselves; the FLOPs and tokens of evaluations are not counted.
 
@@ -118,7 +118,8 @@ class LedgerCallback(TrainerCallback):
         self._passes = Passes()
         if self.stop is not None and self._fresh is not None:
             self.stop.load_state_dict(self._fresh)
-        ledger = Ledger(watts=self._watts, carbon=self._carbon)
+        on_gpus = self.trainer.args.device.type == "cuda"
+        ledger = Ledger(watts=self._watts, carbon=self._carbon, gpus=on_gpus)
         self._log = RunLog(**self._settings, ledger=ledger)
         self._log.output_dir = self.output_dir  # whether it can be written is asked when training begins
         self._pending: dict[str, float] = {}
@@ -168,17 +169,10 @@ class LedgerCallback(TrainerCallback):
                 if not self._is_unseen():
                     self._passes.start_counting()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The first micro-batch is enough to count FLOPs."""
-        if self._passes.is_counting:
-            self._stop_counting()
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same, of a step with one micro-batch."""
+        """Stop counting: all micro-batches of the step went by, and what was generated for them, as TRL's GRPO does."""
         if self._passes.is_counting:
             self._stop_counting()
 
@@ -247,9 +241,17 @@ class LedgerCallback(TrainerCallback):
         self._check(found, state, control)
         is_of_evaluations = self.stop is not None and self.metric != "loss"
         # the evaluation of another data set at this step may still bring it
-        self._is_refused = is_of_evaluations and self.metric not in self._log.points[-1].metrics
+        self._is_refused = is_of_evaluations and not any(self.metric in point.metrics for point in self._log.points)
         self._send(control)
         self._mark = time.perf_counter()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no counter of energy go round unseen in a long evaluation."""
+        if self._has_begun:
+            with self._log.keeping("the meters"):
+                self._log.ledger.look_if_due()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the record."""

@@ -62,6 +62,7 @@ class Ledger:
         watts: of a device, for a model of the energy where there is no meter.
         carbon: grams of CO2 equivalent per kWh, as `carbon_factor` gives it.
         meters: of energy; by default those that there are.
+        gpus: whether the visible GPUs are what works here; False for work on the CPU of a machine that has some.
 
     Raises:
         BlueprintError: for bad values.
@@ -75,6 +76,7 @@ class Ledger:
         watts: float | None = None,
         carbon: Figure | None = None,
         meters: Sequence[Meter] | None = None,
+        gpus: bool = True,
     ) -> None:
         if devices is not None and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
             raise BlueprintError(f"devices={devices!r} is no number of devices: give a whole number from 1.")
@@ -85,7 +87,7 @@ class Ledger:
         for name, figure in (("flops_per_token", flops_per_token), ("carbon", carbon)):
             if figure is not None and not isinstance(figure, Figure):
                 raise BlueprintError(f"{name}={figure!r} does not say how it came about: give a Figure.")
-        visible = torch.cuda.device_count()
+        visible = torch.cuda.device_count() if gpus else 0
         own = 1 if local_processes() > 1 else visible
         self.devices = devices or max(1, own)
         self.flops_per_token = flops_per_token or absent("nothing says what a token costs")
@@ -145,14 +147,23 @@ class Ledger:
         Raises:
             BlueprintError: for less than nothing.
         """
+        tokens = int(tokens)
         if tokens < 0:
             raise BlueprintError(f"tokens={tokens} cannot be spent: give a number from 0.")
+        if flops is not None and not isinstance(flops, Figure) and not float(flops) >= 0:
+            raise BlueprintError(f"flops={flops} cannot be spent: give a number from 0.")
         self._tally.tokens = tokens + (self._tally.tokens or 0)
         if flops is None:
             self._tally.tokens_to_price += tokens
         else:
-            of_step = flops if isinstance(flops, Figure) else modelled(flops, "as given for each step")
+            of_step = flops if isinstance(flops, Figure) else modelled(float(flops), "as given for each step")
             self._tally.flops = of_step if self._tally.flops is None else total((self._tally.flops, of_step))
+        self.look_if_due()
+
+    def look_if_due(self) -> None:
+        """Look, if the last time is a minute ago: for long work in which nothing is added, so that no counter of energy
+        goes round unseen.
+        """
         if self._running and time.perf_counter() - self._last_look > LOOK_EVERY:
             self.look()
 

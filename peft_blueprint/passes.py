@@ -100,7 +100,7 @@ def per_token(counted: Counted, model: Figure, step: int) -> Figure:
     model reckons with everything. The source says both.
 
     Args:
-        counted: of one micro-batch.
+        counted: of one step.
         model: FLOPs per token, or absent.
         step: in which it was counted; for the source.
     """

@@ -102,6 +102,7 @@ class RunLog:
         self._totals: dict[str, Figure] = {}
         self._warned: set[str] = set()
         self._next_save = 0.0
+        self._said: dict[int, tuple[Point, dict[str, Any]]] = {}  # with the point, so that its id stays its own
         self.record()  # a wrong direction should not wait
 
     def __enter__(self) -> RunLog:
@@ -134,6 +135,7 @@ class RunLog:
         self.losses.append(Point(step, self.spent(), {"loss": float(loss)}, learning_rate))
         if len(self.losses) > MOST_LOSSES:
             del self.losses[-2::-2]
+            self._said.clear()
 
     def settle(self) -> dict[str, Figure]:
         """What all processes have spent by now, from the run's beginning, resumptions included; of every process."""
@@ -179,7 +181,8 @@ class RunLog:
             BlueprintError: if the step is before the last; in every process, if nothing counts the resource here, with
                 those that are counted.
         """
-        found = dict(metrics) if isinstance(metrics, Mapping) else {self.metric: float(metrics)}
+        given = metrics if isinstance(metrics, Mapping) else {self.metric: metrics}
+        found = {name: float(value) for name, value in given.items()}
         if self.points and step < self.points[-1].step:
             raise BlueprintError(
                 f"step={step} was evaluated after step {self.points[-1].step}. Give the optimizer steps done since the "
@@ -189,7 +192,7 @@ class RunLog:
         if self.points and self.points[-1].step == step:
             found = {**self.points.pop().metrics, **found}
         self.points.append(Point(step, self.spent(), found, learning_rate))
-        value = (metrics if isinstance(metrics, Mapping) else found).get(self.metric)
+        value = given.get(self.metric)
         decision = None
         if self.stop is not None and value is not None and step > 0:
             decision = self._decide(self.stop, float(value), step, learning_rate, progress)
@@ -199,7 +202,13 @@ class RunLog:
 
     def _decide(
         self, rule: MarginalReturn, value: float, step: int, learning_rate: float | None, progress: float | None
-    ) -> Decision:
+    ) -> Decision | None:
+        now, last = self.spent().get(self.resource), rule.last_resource
+        if last is not None and (now is None or now < last):  # a meter failed, say; all processes see the same
+            with self.keeping(f"decisions by {self.resource}"):
+                raise BlueprintError(f"{last:g} had been spent at the last check, and {now} is counted now")
+            return None
+
         def ask() -> Decision:
             self.require_resource()
             return rule.check(
@@ -294,9 +303,11 @@ class RunLog:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as a JSON object: totals of all processes when they last added up."""
         return {
+            "metric": self.metric,
+            "resource": self.resource,
             "totals": {name: figure.to_dict() for name, figure in self._totals.items()},
-            "points": [point.to_dict() for point in self.points],
-            "losses": [point.to_dict() for point in self.losses],
+            "points": self._dicts(self.points),
+            "losses": self._dicts(self.losses),
             "seconds": dict(self.seconds),
             "decision": None if self.decision is None else self.decision.to_dict(),
             "stop": None if self.stop is None else self.stop.state_dict(),
@@ -315,16 +326,29 @@ class RunLog:
             seconds = {name: float(state["seconds"][name]) for name in self.seconds}
             decision = None if state["decision"] is None else Decision(**state["decision"])
             rule = state["stop"]
+            if totals and totals.keys() != UNITS.keys():
+                raise ValueError(f"totals of {', '.join(totals)}")
+            judged = [state.get(name, getattr(self, name)) for name in ("metric", "resource")]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(
                 f"This is no state of a RunLog ({type(error).__name__}: {error}). Take one from RunLog.state_dict()."
             ) from error
-        if self.stop is not None and rule is not None:
+        if judged != [self.metric, self.resource]:
+            _LOG.warning("%s was judged by %s per %s; the rule begins anew", self.name, *judged)
+        elif self.stop is not None and rule is not None:
             self.stop.load_state_dict(rule)
         if _is_first():  # of the others, each begins at nought, so that nothing counts twice
-            self.ledger.load_state_dict({"figures": state["totals"]})
+            anew = {"optimizer_bytes": absent("no optimizer was noted")} if process_count() > 1 else {}
+            figures = {name: figure.to_dict() for name, figure in (totals | anew).items()}
+            self.ledger.load_state_dict({"figures": figures})
+        elif "tokens" in totals and totals["tokens"].value is not None:
+            self.ledger.add()  # none yet, which is not the same as absent
         self._totals = totals
         self.points, self.losses, self.seconds, self.decision = points, losses, seconds, decision
+
+    def _dicts(self, points: list[Point]) -> list[dict[str, Any]]:
+        """Points as JSON objects, each made once: of a long run there are thousands."""
+        return [self._said.setdefault(id(point), (point, point.to_dict()))[1] for point in points]
 
     @contextmanager
     def keeping(self, what: str) -> Iterator[None]:

@@ -145,6 +145,11 @@ class MarginalReturn:
         names = ("direction", "threshold", "worth", "budget", "window", "patience")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def last_resource(self) -> float | None:
+        """What had been spent at the last check that was taken in."""
+        return self._points[-1].resource if self._points else None
+
     def check(
         self,
         resource: float,

@@ -94,7 +94,7 @@ def flops_by_hand(model):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_flops_are_counted_once_by_torch(accumulation, tmp_path):
-    """In the second step, in its first micro-batch alone; the source says what the cost model reckons."""
+    """In the second step, all micro-batches of it; the source says what the cost model reckons."""
     arguments = {"max_steps": 3, "gradient_accumulation_steps": accumulation}
     _, callback = train(tmp_path, arguments=arguments)
     flops = callback.log.totals()["flops"]
