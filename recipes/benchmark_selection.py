@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pool", type=int, default=POOL, help="examples to choose from")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole pool: the budget")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmark_selection.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("recipes/results/selection.jsonl"))
     parser.add_argument("--print", action="store_true", dest="prints", help="run nothing")
     options = parser.parse_args()
 
