@@ -60,7 +60,7 @@ def report(
             require_writable(path if path.is_dir() else path.parent)
     records, named = _read(runs, baseline)
     found = make_report(records, baseline=named, resource=resource, metric=metric, window=window)
-    of_card = None if card is None else _row_of(card, runs, found)
+    of_card = None if card is None else _row_of(card, runs, found, baseline)
     for note in found.notes:
         say(f"note: {note}")
 
@@ -113,9 +113,11 @@ def _distinct(records: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRe
     ]
 
 
-def _row_of(folder: Path, paths: Sequence[Path], report: Report) -> Row:
+def _row_of(folder: Path, paths: Sequence[Path], report: Report, baseline: str | None) -> Row:
     """The run that an adapter's folder is of: the one read from there, else the only one but for the baseline."""
     rows = report.rows[-len(paths) :]
+    if len(report.rows) > len(paths):  # the baseline's folder, which is not among the runs
+        rows, paths = report.rows, [Path(baseline or ""), *paths]
     inside = [
         row
         for row, path in zip(rows, paths, strict=True)
@@ -186,7 +188,7 @@ def _show(report: Report, quiet: bool) -> None:
     print_answer(None, rows, False, quiet, bare, headline(report))
     if quiet:
         return
-    totals = [{"spent": NAMES[name], **{escape(row.name): _total(row, name) for row in report.rows}} for name in NAMES]
+    totals = [{"spent": NAMES[name], **{row.name: _total(row, name) for row in report.rows}} for name in NAMES]
     print_answer(None, totals, False, False, [], "\nWhat was spent, and how that is known")
     for row in report.rows:
         words = " ".join(stopping_words(row))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import BlueprintError
@@ -36,7 +37,7 @@ def print_answer(
         table = Table()
         for column in columns:
             is_number = any(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+            table.add_column(escape(column), justify="right" if is_number else "left", overflow="fold")
         for row in rows:
             table.add_row(*(_cell(row.get(column)) for column in columns))
         # a file or a pipe has no width: names stay whole there

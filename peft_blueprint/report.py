@@ -163,6 +163,8 @@ def make_report(
 
 def series(record: RunRecord, resource: str | None, metric: str) -> tuple[tuple[float, float], ...]:
     """(spent, metric) at each evaluation that has both, finite; by step if the resource is None."""
+    if resource is not None and not any(resource in point.spent for point in record.points):
+        return ()  # only the untrained model would have a place
     pairs = ((_spent_at(point, resource), point.metrics.get(metric)) for point in record.points)
     return tuple((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))  # type: ignore[misc]
 
@@ -185,8 +187,8 @@ def _row(record: RunRecord, metric: str, direction: Direction, resource: str, wi
         return row
     if math.isfinite(first.metrics[metric]):
         gain = _sign(direction) * (last.metrics[metric] - first.metrics[metric])
-        before = _spent_at(first, resource) or 0.0
-        since = None if spent.value is None else spent.value - before
+        before = _spent_at(first, resource)
+        since = None if spent.value is None or before is None else spent.value - before
         row = replace(row, gain=gain, per_resource=gain / since if since is not None and since > 0 else None)
     last_ones = curve[-window:]
     slope = _slope(last_ones)
@@ -307,6 +309,10 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
             )
         elif not math.isfinite(row.metric):
             notes.append(f"The last {metric} of {row.name} is not a finite number: it diverged.")
+        elif row.gain is None and sum(metric in point.metrics for point in row.record.points) > 1:
+            notes.append(
+                f"The first {metric} of {row.name} is not a finite number: from where it improved is not known."
+            )
         elif row.gain is None:
             notes.append(
                 f"{row.name} was evaluated only once: from where it improved is not known. Evaluate before training too."
@@ -321,6 +327,12 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
     probed = [row.name for row in rows if row.record.about.get("probe")]
     if probed:
         notes.append(f"What measuring a blueprint spent before training is charged to {', '.join(probed)}.")
+    theirs = [row.name for row in rows if row.spent.source.startswith("the Trainer's")]
+    if 0 < len(theirs) < len(rows):
+        notes.append(
+            f"What {', '.join(theirs)} spent is the Trainer's own count, and that of the others the ledger's: they compare "
+            "roughly."
+        )
     labels = {row.spent.how for row in rows} - {"absent"}
     if len(labels) > 1:
         modelled = ", ".join(row.name for row in rows if row.spent.how == "modelled")

@@ -28,7 +28,9 @@ SOURCE = "peft-blueprint"  # begins the source of every figure that is ours
 LONGEST = 300  # characters of a text from a record
 
 _MARK = re.compile(r"<!--[ \t]*peft-blueprint[ \t]+cost[ \t]+(begin|end)[ \t]*-->")
-_FRONT = re.compile(r"(\ufeff?\s*---[ \t]*(?:\r\n|\n|\r))(.*?)(?=^---[ \t]*(?:[\r\n]|\Z))", re.DOTALL | re.MULTILINE)
+_FRONT = re.compile(
+    r"(\ufeff?\s*---[ \t]*(?:\r\n|\n|\r))(.*?)(?:(?<=[\r\n])|^)(?=---[ \t]*(?:[\r\n]|\Z))", re.DOTALL | re.MULTILINE
+)
 _COUNTRY = re.compile(r"CodeCarbon [^,;]+, ([A-Z]{3})\b")
 # All that could begin a tag, a link, an emphasis or a cell of Markdown.
 _SPECIAL = re.compile(r"[^\w\s,;%()/'=+.:×–₂⁻-]|_|:(?=\S)|\.(?=[^\s\d])")
@@ -100,12 +102,16 @@ def emissions_of(record: RunRecord) -> dict[str, Any] | None:
     figure = record.total("carbon_grams")
     if figure.value is None:
         return None
-    is_pretraining = record.about.get("training_type") == "pre-training"
+    about = record.about
+    training = about.get("training_type") or (
+        "fine-tuning" if about.get("peft_config") or about.get("placement") else None
+    )
     entry: dict[str, Any] = {
         "emissions": float(f"{figure.value:.4g}"),
         "source": f"{SOURCE} ledger, {figure.how}" + (f": {_one_line(figure.source)}" if figure.source else ""),
-        "training_type": "pre-training" if is_pretraining else "fine-tuning",
     }
+    if training in ("pre-training", "fine-tuning"):
+        entry["training_type"] = training
     place = record.about.get("geographical_location") or _country(figure)
     if isinstance(place, str) and place.strip():
         entry["geographical_location"] = _one_line(place)
@@ -132,7 +138,7 @@ def with_emissions(card: str, entry: Mapping[str, Any] | None) -> tuple[str, str
     begin, text = (None, "") if found is None else (found.start(2), found[2])
     old = _loaded(text)
     present = old.get(KEY)
-    if present is not None and not _is_ours(present):
+    if KEY in old and not _is_ours(present):
         return card, f"{KEY} in the card is not from {SOURCE} and was left as it is."
     if entry is None and KEY not in old:
         return card, None

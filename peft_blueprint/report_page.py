@@ -21,7 +21,7 @@ from .errors import BlueprintError
 from .figures import RESOURCES, UNITS
 from .files import write_atomically
 from .placement import Placement
-from .report import Report, Row
+from .report import Report, Row, series
 from .report_words import (
     ABSENT,
     NAMES,
@@ -142,7 +142,8 @@ def _row(index: int, row: Row, report: Report) -> dict[str, Any]:
 def _to_baseline(row: Row, report: Report) -> str:
     base = report.baseline
     if row.to_baseline is None:
-        return "not reached" if row.metric is not None and base is not None and base.metric is not None else ABSENT
+        is_known = base is not None and base.metric is not None and series(row.record, report.resource, report.metric)
+        return "not reached" if is_known else ABSENT
     return quantity(row.to_baseline, report.resource)
 
 
@@ -173,8 +174,10 @@ def _placement(index: int, record: RunRecord) -> dict[str, Any] | None:
     found = about.get("placement")
     found = found if isinstance(found, Mapping) else {}
     lora = found.get("lora") or {}
-    ranks = {str(name): rank for name, rank in lora.items()} if isinstance(lora, Mapping) else dict.fromkeys(lora)
-    unfreeze = tuple(str(name) for name in found.get("unfreeze") or ())
+    names = [name for name in lora if isinstance(name, str)] if isinstance(lora, Mapping | list) else []
+    ranks = {name: lora[name] if isinstance(lora, Mapping) else None for name in names}
+    blocks = found.get("unfreeze")
+    unfreeze = tuple(map(str, blocks)) if isinstance(blocks, list | tuple) else ()
     if not ranks and not unfreeze and blueprint is None:
         return None
     svg = None

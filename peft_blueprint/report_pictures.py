@@ -70,7 +70,7 @@ def curve(report: Report, resource: str | None) -> str | None:
         losses = _losses(report.rows[0].record, resource)
         axes.plot([x / unit for x, _ in losses], [y for _, y in losses], color=_MUTED, linewidth=0.7, alpha=0.7)
     for i, line in enumerate(lines):
-        marker = MARKERS[i % len(MARKERS)] if len(line) <= 60 else ""
+        marker = _marker(i) if len(line) <= 60 else ""
         axes.plot(
             [x / unit for x, _ in line],
             [y for _, y in line],
@@ -109,7 +109,7 @@ def front(report: Report) -> str | None:
         axes.plot(
             [spent[i] / unit],
             [values[i]],
-            marker=MARKERS[i % len(MARKERS)],
+            marker=_marker(i),
             markersize=7.5,
             color=colour,
             markerfacecolor=colour if row.on_front else "none",
@@ -145,7 +145,7 @@ def sample(index: int) -> str:
     from matplotlib.markers import MarkerStyle
     from matplotlib.transforms import Affine2D
 
-    style = MarkerStyle(MARKERS[index % len(MARKERS)])
+    style = MarkerStyle(_marker(index))
     shape = style.get_path().transformed(style.get_transform() + Affine2D().scale(7, -7).translate(14, 6))
     outline = np.concatenate([np.asarray(polygon) for polygon in shape.to_polygons()]).tolist()
     path = "M" + " L".join(f"{x:.2f},{y:.2f}" for x, y in outline) + " Z"
@@ -215,6 +215,10 @@ def _scale(resource: str | None, largest: float) -> tuple[float, str]:
         return factor or 1.0, f"{NAMES[resource]}, {prefix}{'FLOP' if resource == 'flops' else 'J'}"
     units = {"device_hours": "device-hours", "memory_gb_hours": "memory × time, GB h", "carbon_grams": "CO₂e, g"}
     return 1.0, units.get(resource, resource)
+
+
+def _marker(index: int) -> str:
+    return MARKERS[(index + index // SERIES) % len(MARKERS)]
 
 
 def _dash(index: int) -> Any:

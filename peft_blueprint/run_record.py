@@ -28,9 +28,12 @@ SCHEMA_VERSION = 1
 MAX_BYTES = 256 * 2**20  # a long run logs every step
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FALLING = re.compile(r"(loss|perplexity|ppl|error|error_rate|wer|cer|mse|rmse|mae|nll|bits_per_\w+)$")
+_FALLING = re.compile(r"(loss|perplexity|error|error_rate|bits_per_\w+|(?<![a-z])(?:ppl|wer|cer|r?mse|mae|nll))$")
 # What the Trainer logs with an evaluation that is no metric of the model.
-_TIMINGS = re.compile(r"_(runtime|(samples|steps|tokens)_per_second|jit_compilation_time|model_preparation_time)$")
+_TOKENS = ("num_input_tokens_seen", "num_tokens", "eval_num_tokens")  # transformers', and TRL's
+_TIMINGS = re.compile(
+    r"_(runtime|num_tokens|(samples|steps|tokens)_per_second|jit_compilation_time|model_preparation_time)$"
+)
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def _file_of(path: Path) -> Path:
     """The file that says most of a run: its record, or the newest state of its trainer."""
     if path.is_file():
         return path
-    if not path.exists():
+    if not path.is_dir():
         raise BlueprintError(
             f"There is no run at {path}. Give a folder with {RUN_FILE}, as LedgerCallback writes it, or with "
             f"{STATE_FILE}."
@@ -272,33 +275,35 @@ def _from_trainer(state: Mapping[str, Any], file: Path) -> RunRecord:
         raise FormatError(f"log_history is {type(history).__name__}, not a list of what was logged.")
     entries = [_mapping(entry, f"log_history[{i}]") for i, entry in enumerate(history)]
     steps = [_count(entry.get("step"), f"log_history[{i}].step") for i, entry in enumerate(entries)]
-    last = max([*steps, int(_number(state.get("global_step") or 0, "global_step"))], default=0)
+    last = max([*steps, _count(state.get("global_step") or 0, "global_step")], default=0)
     flops = _positive(state.get("total_flos"))
     points, losses = [], []
     for step, entry in sorted(zip(steps, entries, strict=True), key=lambda pair: pair[0]):
         spent: dict[str, float] = {} if flops is None or not last else {"flops": flops * step / last}
-        tokens = _positive(entry.get("num_input_tokens_seen")) or _positive(entry.get("num_tokens"))
+        tokens = next((count for key in _TOKENS if (count := _positive(entry.get(key)))), None)
         if tokens is not None:
             spent["tokens"] = tokens
         rate = _number(entry["learning_rate"], "learning_rate") if entry.get("learning_rate") is not None else None
         metrics = {
-            key: float(value)
+            key: _number(value, key)
             for key, value in entry.items()
             if key.startswith("eval_") and _is_number(value) and not _TIMINGS.search(key)
         }
         if metrics:
             points.append(Point(step, spent, metrics, rate))
         if _is_number(entry.get("loss")):
-            losses.append(Point(step, spent, {"loss": float(entry["loss"])}, rate))
+            losses.append(Point(step, spent, {"loss": _number(entry["loss"], "loss")}, rate))
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
     metric = "eval_loss" if "eval_loss" in names or not names else names[0]
     totals = {name: Figure(None, "absent", f"not in {STATE_FILE}") for name in UNITS}
     seconds = next((value for e in reversed(entries) if (value := _positive(e.get("train_runtime")))), None)
     if seconds is not None:
-        totals["seconds"] = Figure(seconds, "measured", "the Trainer's train_runtime, evaluations included")
+        totals["seconds"] = Figure(
+            seconds, "measured", "the Trainer's train_runtime since its last start, evaluations included"
+        )
     if flops is not None:
         totals["flops"] = Figure(flops, "modelled", "the Trainer's total_flos; spread evenly over the steps")
-    known_tokens = [point.spent["tokens"] for point in (*points, *losses) if "tokens" in point.spent]
+    known_tokens = [count for entry in (*entries, state) for key in _TOKENS if (count := _positive(entry.get(key)))]
     if known_tokens:
         totals["tokens"] = Figure(max(known_tokens), "measured", "the Trainer's count")
     folder = file.parent.parent if _CHECKPOINT.fullmatch(file.parent.name) else file.parent
