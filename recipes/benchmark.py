@@ -2,14 +2,15 @@
 
     python recipes/benchmark.py recipes/studies/contest_gsm8k.yaml --data FOLDER [--budget-minutes 180] [--report]
 
-A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at one
-learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so that
-a run that was killed goes on where it was, on the same machine or another. An arm fills its budget of trainable
-parameters from below. Its learning rate goes up and down a ladder of factors of two until the best is not at an edge, at
-least three of them; where the ladder begins is told by Adam's first step, from a blueprint, also for arms that are not
-charged for one. --report makes one JSON of all result files and prints the tables from that alone; it may be asked for
-while another process is running jobs. Losses do not depend on how busy a machine is, seconds do: --times measures step
-times apart, all arms in turn in one process, as ratios within a round; time in the tables is predicted by the cost model.
+A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at
+one learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so
+that a run that was killed goes on where it was, on the same machine or another, and studies share what they have in
+common. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
+factors of two until the best is not at an edge, at least three of them; where the ladder begins is told by Adam's first
+step, from a blueprint, also for arms that are not charged for one. --report makes one JSON of all result files and
+prints the tables from that alone; it may be asked for while another process is running jobs. Losses do not depend on
+how busy a machine is, seconds do: --times measures step times apart, all arms in turn in one process, as ratios within
+a round; time in the tables is predicted by the cost model.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from typing import Any
 from transformers.utils import logging
 
 from contest.report import markdown, picture
-from contest.results import TIMES, Store, outcome, summary
+from contest.results import Store, outcome, summary
 from contest.schedule import Schedule
 from contest.study import TASK, UNTRAINED, Entry, Job, Study
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.files import write_atomically
 
 
-OUT = Path(".cache/contest")
+OUT = Path(".cache/contest/runs")
 RESULTS = Path(__file__).parent / "results"
 # PEFT asks transformers a question that is about to be renamed
 NOISE = "`is_gradient_checkpointing` is deprecated"
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="a YAML, as in recipes/studies")
     parser.add_argument("--data", type=Path, default=Path(), help="folder with the data sets")
-    parser.add_argument("--out", type=Path, help=f"folder of result files; by default {OUT}/STUDY")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of result files; by default {OUT}")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no job that would end later")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU if there is one")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of jobs' names, as --list shows them")
@@ -63,7 +64,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", NOISE, FutureWarning)
     logging.disable_progress_bar()
     study = Study.read(options.study)
-    store = Store(options.out or OUT / study.name, study)
+    store = Store(options.out, study)
     if options.report:
         report(study, store, RESULTS)
         return
@@ -79,8 +80,7 @@ def main() -> None:
 
 def report(study: Study, store: Store, folder: Path) -> dict[str, Any]:
     """The summary, written; its tables printed from what was written."""
-    times = store.folder / TIMES
-    found = summary(study, store.all(), json.loads(times.read_text()) if times.exists() else {})
+    found = summary(study, store.all(), json.loads(store.times.read_text()) if store.times.exists() else {})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}.json"
     write_atomically(path, json.dumps(found, indent=1) + "\n")
@@ -159,7 +159,7 @@ class Runner:
                 rows.setdefault(name, job)
         reference = Job(Entry(self.study.reference), None, 0, 0, self.study.steps)
         base = self.ground.model()
-        path = self.store.folder / TIMES
+        path = self.store.times
         ratios: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
         for i in range(rounds + 1):
             for name, job in rows.items():

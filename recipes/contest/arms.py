@@ -234,12 +234,17 @@ def planner(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False
     return with_scale(ground, Choice(ranks, charges=("blueprint",)))
 
 
-def control(ground: Ground, limit: int, blueprint: str, **wishes: Any) -> Choice:
-    """As many adapters as the planner's default has, with all-linear's parameters as well, chosen without a measurement."""
+def control(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, **wishes: Any) -> Choice:
+    """As many adapters as the planner's default has, and as many parameters, chosen without a measurement."""
     found = choosing(ground, blueprint, coverage="kind", **wishes)
-    chosen = found.adapters(Wish({"num_modules": len(planner(ground, limit, blueprint).ranks)}), ()).units
-    rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
-    return with_scale(ground, Choice(dict.fromkeys((entry.name for entry in chosen), rank)))
+    number = len(planner(ground, ground.whole, blueprint).ranks)
+    chosen = found.adapters(Wish({"num_modules": number}), ()).units
+    if is_shipped:
+        rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
+        ranks = dict.fromkeys((entry.name for entry in chosen), rank)
+    else:
+        ranks = filled(chosen, limit)
+    return with_scale(ground, Choice(ranks))
 
 
 def group(ground: Ground, limit: int, part: str, **options: Any) -> Choice:
@@ -334,10 +339,11 @@ def _arms() -> dict[str, Arm]:
     for name, wish in (("planner, 0.7x", {"budget": "0.7x"}), ("planner, keep 0.7", {"keep": 0.7})):
         arms[name] = Arm(functools.partial(planner, **wish))
         arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
-    arms["even, as shipped"] = Arm(functools.partial(control, rank_by="even"), is_budgeted=False)
-    for draw in range(DRAWS):
-        name = "random, within kind, as shipped" + (f" #{draw}" if draw else "")
-        arms[name] = Arm(functools.partial(control, rank_by="random", seed=draw), is_budgeted=False)
+    controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
+    for title, score, draw in controls:
+        wish, number = {"rank_by": score, "seed": draw}, f" #{draw}" if draw else ""
+        arms[f"{title}, as many{number}"] = Arm(functools.partial(control, **wish))
+        arms[f"{title}, as shipped{number}"] = Arm(functools.partial(control, is_shipped=True, **wish), False)
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))

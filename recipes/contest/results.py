@@ -19,7 +19,7 @@ from peft_blueprint.files import write_atomically
 from .study import UNTRAINED, Entry, Job, Study, digest
 
 
-TIMES = "times.json"
+TIMES = "times-"
 # of a row, from its first seed's record at the best learning rate
 _OF_BEST = ("rate", "parameters", "modules", "lowest", "examples", "flops", "charged_flops", "step_time", "time")
 _MORE_OF_BEST = ("charged_time", "memory", "peak_bytes", "seconds", "agreement", "stopped_by")
@@ -27,10 +27,10 @@ _OF_SEED = ("loss", "losses", "curve", "unrelated", "accuracy")
 
 
 class Store:
-    """A study's result files.
+    """Result files, which studies of the same facts share.
 
     Args:
-        folder: of the study.
+        folder: of all studies.
         study: whose facts are part of every file's name.
     """
 
@@ -38,6 +38,11 @@ class Store:
         self.folder = folder
         self.study = study
         self._known: dict[Path, dict[str, Any]] = {}
+
+    @property
+    def times(self) -> Path:
+        """Where step times over all-linear's are, by row, one ratio a round."""
+        return self.folder / f"{TIMES}{digest(self.study.facts())}.json"
 
     def path(self, job: Job, choice: Mapping[str, Any]) -> Path:
         """Named by what the job is, and a digest of all that bears on its result."""
@@ -64,13 +69,14 @@ class Store:
         path.unlink()
 
     def all(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Every record of this study at its present sizes; of one job the newest."""
+        """Every record of this study's arms at its present sizes; of one job the newest."""
         found: dict[Job, dict[str, Any]] = {}
+        arms = {Entry(UNTRAINED), *self.study.entries}
         for path in sorted(self.folder.glob("*.json")):
-            record = self.read(path) if path.name != TIMES else None
+            record = self.read(path) if not path.name.startswith(TIMES) else None
             if record is not None and record.get("study") == self.study.facts():
                 job = Job.of(record["job"])
-                if job not in found or record["created"] >= found[job]["created"]:
+                if job.entry in arms and (job not in found or record["created"] >= found[job]["created"]):
                     found[job] = record
         return list(found.items())
 

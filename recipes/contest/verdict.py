@@ -87,8 +87,8 @@ def reference_of(summary: Mapping[str, Any]) -> Row | None:
 
 
 def is_random(row: Row) -> bool:
-    """Whether a row is a random placement of uniform rank, any draw."""
-    return bool(row["arm"].startswith("random") and "raised" not in row["arm"])
+    """Whether a row is a random placement of the study's rank, or of all-linear's parameters, any draw."""
+    return bool(row["arm"].startswith("random") and "raised" not in row["arm"] and "as many" not in row["arm"])
 
 
 def random_rows(summary: Mapping[str, Any], budget: float | None) -> list[Row]:
@@ -184,7 +184,7 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
     near, fast = above <= WITHIN, time <= OF_TIME
     text += (
         f". Its loss is {_percent(above)} {reference['label']}'s, in {time:.2f} of its predicted time with the measurement "
-        f"counted ({row['step_time'] / reference['step_time']:.2f} a step)"
+        f"counted ({row['step_time'] / reference['step_time']:.2f} where a blueprint is published with the model)"
     )
     if near and fast:
         return text + f": the aim, within {WITHIN:.1%} in {OF_TIME:g} of the time, is met."
