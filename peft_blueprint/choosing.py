@@ -41,6 +41,7 @@ RankBy = Literal[
 ]
 
 
+CONTROLS = ("random", "even", "first", "last")  # scores that look at no measurement
 FRACTION = 0.2  # of the submodules, and
 KEEP = 0.85  # of the gain, where nothing is said
 
@@ -151,14 +152,16 @@ class Choosing:
         return choice
 
     def blocks(self, wish: Wish) -> Choice:
-        """Blocks to unfreeze; a block's score is its members' together: norms add in squares, gains as they are.
+        """Blocks to unfreeze; a block's score is its members' together: norms add in squares, gains as they are. Controls
+        do not add up: a block has its first member's.
 
         Raises:
             PlacementError: if the wish cannot be met.
         """
         power = 2 if self.rank_by.endswith("norm") else 1
+        counted = 1 if self.rank_by in CONTROLS else None
         scores = {
-            block: sum(self.scores[entry.name] ** power for entry in members) ** (1 / power)
+            block: sum(self.scores[entry.name] ** power for entry in members[:counted]) ** (1 / power)
             for block, members in self.members.items()
         }
         units = [

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from peft_blueprint import BlueprintConfig
+from peft_blueprint import BlueprintConfig, generate_blueprint, plan_placement
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.placement import Placement
 from peft_blueprint.submodules import is_quantized
@@ -209,3 +209,13 @@ def test_a_skip_list_that_was_forgotten_is_an_error_that_gives_it(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises((KeyError, RuntimeError)):
         PeftModel.from_pretrained(in_4_bits(tmp_path / "base", None), tmp_path / "adapter", is_trainable=True)
+
+
+def test_the_last_blocks_are_those_of_the_last_layers():
+    """Not all attention parts before the first feed-forward part, which has fewer submodules."""
+    blueprint = generate_blueprint(
+        tiny_llama(layers=8), toy_batches(), model_id="tiny/llama", data="toy", progress=False
+    )
+    wish = {"mode": "unfreeze", "rank_by": "last", "coverage": "none", "num_modules": 4}
+    last = {f"model.layers.{i}.{part}" for i in (6, 7) for part in ("self_attn", "mlp")}
+    assert set(plan_placement(blueprint, **wish).unfreeze) == last

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from peft_blueprint.choosing import Choosing, Wish
+from peft_blueprint.choosing import CONTROLS, Choosing, Wish
 from peft_blueprint.cost import Cost
 from peft_blueprint.entry import Submodule, norm_of
 from peft_blueprint.ranks import rank_of_equal_parameters
@@ -271,18 +271,21 @@ def by_weights(ground: Ground, limit: int, of: Callable[[Ground], Mapping[str, f
 
 
 def unfrozen(ground: Ground, limit: int | None, blueprint: str, rank_by: str) -> Choice:
-    """Attention and feed-forward parts trained whole: as many as fit, or the top blocks."""
+    """Attention and feed-forward parts trained whole: the best, less those that do not fit, or the top blocks."""
     found = choosing(ground, blueprint, rank_by=rank_by, coverage="none")
     blocks = len(found.members)
-
-    def take(count: int) -> Sequence[Submodule]:
-        return found.blocks(Wish({"num_modules": count})).units
-
-    def size(units: Sequence[Submodule]) -> float:
-        return float(found.price((), found.modules_of(units))["parameters"])
-
-    units = take(min(blocks, 2 * TOP_BLOCKS)) if limit is None else largest(take, blocks, limit, size)
-    return Choice(whole=found.modules_of(units), charges=() if rank_by == "last" else ("blueprint",))
+    taken = [found.blocks(Wish({"num_modules": count})).units for count in range(1, blocks + 1)]
+    if limit is None:
+        units = list(taken[min(blocks, 2 * TOP_BLOCKS) - 1])
+    else:
+        units = []
+        for best, before in zip(taken, [(), *taken], strict=False):
+            new = next(unit for unit in best if unit not in before)
+            if found.price((), found.modules_of([*units, new]))["parameters"] <= limit:
+                units.append(new)
+    if not units:
+        raise Infeasible(f"the smallest block has more than the {limit:,} parameters that are allowed")
+    return Choice(whole=found.modules_of(units), charges=() if rank_by in CONTROLS else ("blueprint",))
 
 
 def full(ground: Ground, limit: int, blueprint: str) -> Choice:
@@ -361,5 +364,4 @@ def _arms() -> dict[str, Arm]:
 
 
 DRAWS = 3  # of random choices, the first without a number
-CONTROLS = ("random", "even", "first", "last")  # they look at no measurement
 ARMS = _arms()
