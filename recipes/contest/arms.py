@@ -351,6 +351,8 @@ def _arms() -> dict[str, Arm]:
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
         arms[f"planner, {title}"] = Arm(begun(planner, start))
+        shipped = functools.partial(planner, is_shipped=True)
+        arms[f"planner, {title}, as shipped"] = Arm(begun(shipped, start), is_budgeted=False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):
             wish = {"rank_by": score, "coverage": coverage}
