@@ -80,7 +80,10 @@ def main() -> None:
 
 def report(study: Study, store: Store, folder: Path) -> dict[str, Any]:
     """The summary, written; its tables printed from what was written."""
-    found = summary(study, store.all(), json.loads(store.times.read_text()) if store.times.exists() else {})
+    from contest.arms import arm_of
+
+    times = json.loads(store.times.read_text()) if store.times.exists() else {}
+    found = summary(study, store.all(), times, lambda arm: arm_of(arm).is_budgeted)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}.json"
     write_atomically(path, json.dumps(found, indent=1) + "\n")
@@ -152,10 +155,10 @@ class Runner:
         """Step times over the reference's, of every arm in turn; the first round warms up."""
         from contest.job import step_seconds
 
-        rows = {}
+        rows: dict[str, Job] = {}
         for job in self.schedule.jobs():
             name = job.entry.label + ("" if job.budget is None else f" at {job.budget:.0%}")
-            if fnmatch.fnmatch(name, only) and job.entry.arm != UNTRAINED and not self._reason(job):
+            if fnmatch.fnmatch(name, only) and job.entry.arm != UNTRAINED and not isinstance(self._choice(job), dict):
                 rows.setdefault(name, job)
         reference = Job(Entry(self.study.reference), None, 0, 0, self.study.steps)
         base = self.ground.model()
@@ -174,43 +177,41 @@ class Runner:
         """Run a job, and write what came of it, errors too."""
         from contest.job import run
 
-        reason = self._reason(job)
+        choice = self._choice(job)
         record: dict[str, Any]
-        if reason:
-            record = {"status": "infeasible", "error": reason}
+        if isinstance(choice, dict):
+            record = choice
         else:
             try:
-                record = run(self.ground, job, self._choice(job))
+                record = run(self.ground, job, choice)
                 record |= {"agreement": self._agreement(job), "stopped_by": self._stopped if job.entry.stop else None}
+                json.dumps(record, allow_nan=False)  # what cannot be written is found here
             except Exception as error:  # whatever an arm's library raises is that arm's result
-                said = traceback.format_exc().splitlines()[-8:]
-                record = {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": said}
+                record = {**failure(error), "ranks": dict(choice.ranks), "whole": list(choice.whole)}
         self.store.write(self._path(job), job, record)
         return record
 
     @functools.cache  # noqa: B019  one runner lives as long as the process
     def _choose(self, entry: Entry, budget: float | None) -> Any:
-        """A choice, or in words why there is none; the same for all that is only selected or stopped otherwise."""
+        """A choice, or a record of why there is none; the same for all that is only selected or stopped otherwise."""
         from contest.arms import Infeasible, choice_of
 
         try:
             return choice_of(self.ground, entry, budget)
         except Infeasible as error:
-            return str(error)
+            return {"status": "infeasible", "error": str(error)}
         except BlueprintError as error:  # a score that this blueprint does not carry, say
-            return f"{type(error).__name__}: {error}"
+            return {"status": "infeasible", "error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # that one arm cannot be chosen is no reason not to run others
+            return failure(error)
 
     def _choice(self, job: Job) -> Any:
         return self._choose(Entry(job.entry.arm, job.entry.blueprint), job.budget)
 
-    def _reason(self, job: Job) -> str:
-        choice = self._choice(job)
-        return choice if isinstance(choice, str) else ""
-
     @functools.cache  # noqa: B019
     def _path(self, job: Job) -> Path:
         choice = self._choice(job)
-        return self.store.path(job, {"none": True} if isinstance(choice, str) else choice.to_dict())
+        return self.store.path(job, {"none": True} if isinstance(choice, dict) else choice.to_dict())
 
     def _outcome(self, job: Job) -> float | None:
         return outcome(self.store.read(self._path(job)))
@@ -219,7 +220,7 @@ class Runner:
         from contest.arms import guess_of
 
         choice = self._choose(Entry(entry.arm, entry.blueprint), budget)
-        return 0 if isinstance(choice, str) else guess_of(self.ground, entry.arm, choice)
+        return 0 if isinstance(choice, dict) else guess_of(self.ground, entry.arm, choice)
 
     def _is_budgeted(self, arm: str) -> bool:
         from contest.arms import arm_of
@@ -251,6 +252,8 @@ class Runner:
         if job.entry.blueprint == TASK:
             return None
         own = self._choose(Entry(job.entry.arm), job.budget)
+        if isinstance(own, dict):
+            return None
         ours, theirs = set(own.ranks), set(self._choice(job).ranks)
         try:
             drift = check_drift(self.ground.blueprint(job.entry.blueprint), self.ground.blueprint())
@@ -262,7 +265,8 @@ class Runner:
         """That a job should take, at the speed of those that ran."""
         from contest.arms import cost_of
 
-        if self._reason(job):
+        choice = self._choice(job)
+        if isinstance(choice, dict):
             return 0.0
         done = [r for _, r in self.store.all() if r["status"] == "done" and r["flops"] and r["device"]]
         speed = self.study.flops_per_second
@@ -272,9 +276,7 @@ class Runner:
         forward = self.ground.costs.floor().forward
         positions = 0.9 * study.batch * study.length  # of a batch, on average
         evaluated = (study.held_out + 2 * study.unrelated) * study.length
-        return (
-            (cost_of(self.ground, self._choice(job)).flops * positions * job.steps + forward * evaluated) / speed / 60
-        )
+        return (cost_of(self.ground, choice).flops * positions * job.steps + forward * evaluated) / speed / 60
 
     def _matching(self, only: str) -> Iterator[Job]:
         return (job for job in self.schedule.jobs() if fnmatch.fnmatch(job.label, only))
@@ -288,6 +290,12 @@ class Runner:
             self.store.forget(path)
             return True
         return record is None
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The record of a job that an exception ended; to be called while it is handled."""
+    said = traceback.format_exc().splitlines()[-8:]
+    return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": said}
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of placements: what is run, that a killed run goes on, and that the report says what the numbers say.
+"""The benchmark of placements: what is run, that a killed run goes on, and what becomes of its results.
 
 On a tiny random model and made-up rows. Run alone: pytest tests/test_contest.py
 """
@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import benchmark  # noqa: E402
-from contest import results, study, verdict  # noqa: E402
+from contest import results, study  # noqa: E402
 from contest.report import markdown  # noqa: E402
 from contest.schedule import Schedule, next_octaves  # noqa: E402
 from contest.study import Entry, Job, Study  # noqa: E402
@@ -115,7 +116,7 @@ def test_budgets_are_filled_from_below_and_nothing_is_dropped(folder, tmp_path):
         assert 0.8 * limit < records[name]["parameters"] <= limit, name
     assert records["unfreeze top"]["status"] == "infeasible"
     text = markdown(results.summary(wanted, results.Store(out, wanted).all(), {}))
-    assert "unfreeze top at 50%: infeasible, the smallest choice has" in text
+    assert "unfreeze top at 50%: infeasible, the smallest" in text
     charged = {name for name, r in records.items() if r["status"] == "done" and r["charged_flops"]}
     assert {"planner", "KappaTune", "all-linear, EVA"} <= charged and not charged & {"all-linear", "even, raised"}
 
@@ -166,64 +167,109 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(folder)
     assert len(waits) == 1 and later[1].steps == 1
 
 
-def made_up(shift: float) -> dict:
-    """A summary of three arms: the default is `shift` above all-linear."""
-
-    def row(arm, budget, above, time):
-        losses = [1.0 + above + 0.1 * i + 0.001 * (i % 2) * (arm != "all-linear") for i in range(8)]
-        loss = sum(losses) / 8
-        one = {"loss": loss, "losses": losses, "curve": [[30, loss]], "unrelated": {"license": 3.0}, "accuracy": None}
-        numbers = {"modules": 9, "lowest": 0, "parameters": 1000, "rate": 0.002, "flops": 1e12, "charged_flops": 0.0}
-        numbers |= {"step_time": time, "time": 30 * time, "charged_time": 0.0, "memory": 2**30, "steps": 30}
-        own = {"arm": arm, "label": arm, "budget": budget, "status": "done", "tried": {"0.002": loss}, "ranks": [16]}
-        return {**own, **numbers, "is_inside": False, "seeds": {"0": one}}
-
-    rows = [row("all-linear", None, 0.0, 1.0), row("planner", 0.2, shift, 0.65), row("random", 0.2, 0.02, 0.8)]
-    facts = {"data": "made up", "steps": 30, "batch": 8, "length": 9, "held_out": 8, "dtype": "float32"}
-    before = {"loss": 2.0, "losses": [2.0] * 8, "curve": [[0, 2.0]], "unrelated": {"license": 2.5}, "accuracy": None}
-    about = {
-        "study": "s",
-        "kind": "contest",
-        "reference": "all-linear",
-        "default": "planner",
-        "jobs": 4,
-        "device": "-",
-    }
-    return {
-        **about,
-        "facts": facts,
-        "counts": [4] * 8,
-        "untrained": before,
-        "rows": rows,
-        "times": {},
-        "not_run": ["x"],
-    }
+def record_of(entry: Entry, budget: float | None, octave: int = 0, seed: int = 0, steps: int = 2, **changes) -> tuple:
+    """A job and its record."""
+    own = {"status": "done", "loss": 1.0, "ranks": {"a": 4}, "whole": [], "created": "2026-01-01", "device": "cpu"}
+    return Job(entry, budget, octave, seed, steps), {**own, "versions": {}, "counts": [1], "rate": 0.002, **changes}
 
 
-def test_the_paragraph_follows_the_numbers():
-    """Change a number of the summary, and the sentences change with it."""
-    good, bad = (markdown(made_up(shift)) for shift in (-0.05, 0.05))
-    assert "planner came out lowest" in good and "better by two standard errors" in good
-    assert "beats random placements by two standard errors" in good and "is met" in good
-    assert "random came out lowest" in bad and "does not beat random placements" in bad
-    assert "is missed, the loss by" in bad and "Not run: x." in bad and "Not run: x." in good
-    slow = made_up(-0.05)
-    slow["rows"][1]["time"] = 27.0
-    assert "is missed, the time by 0.20" in verdict.paragraph(slow)
-    assert "All-linear" not in verdict.paragraph(made_up(0.0)) and "1 arms have" not in good
+def test_a_row_is_of_one_placement_and_what_has_not_run_is_said_by_budget(folder):
+    """What an older rule or blueprint placed is left out; an arm that ran at one budget may not have at another."""
+    even, last = Entry("even"), {"ranks": {"b": 4}, "created": "2026-01-02"}
+    order = [{"arms": ["all-linear", "even"], "budgets": [0.2, 0.05]}]
+    wanted = study_of(folder, order)
+    records = [record_of(even, 0.2, 1, loss=0.1), record_of(even, 0.2, 0, 1), record_of(even, 0.2, loss=0.9, **last)]
+    records += [record_of(even, 0.2, 2, steps=3, loss=0.2), record_of(even, 0.2, -1, status="failed", **last)]
+    records.append((Job(even, 0.2, -2, 0, 2), {"status": "failed", "error": "-", "created": "2026-01-03"}))
+    found = results.summary(wanted, records, {}, lambda arm: arm == "even")
+    [row] = found["rows"]
+    assert row["tried"] == {"0.001": None, "0.002": 0.9} and list(row["seeds"]) == ["0"]
+    assert found["not_run"] == ["all-linear", "even at 5%"]
+    [row] = results.summary(wanted, [records[0], record_of(even, 0.2, 0, 1, **last)], {})["rows"]
+    assert row["status"] == "begun" and not row["seeds"]
 
 
-def test_differences_are_paired():
-    """What all examples share cancels; the standard error is of what is left, over examples or seeds."""
-    summary = made_up(-0.05)
-    reference, row, _ = summary["rows"]
-    one = verdict.difference(summary, row, [reference])
-    assert one is not None and one.mean == pytest.approx(-0.0495) and one.error < 0.001 and one.is_clear
-    second = json.loads(json.dumps(row["seeds"]["0"]))
-    second["losses"] = [loss + 0.1 for loss in second["losses"]]
-    row["seeds"]["1"], reference["seeds"]["1"] = second, json.loads(json.dumps(reference["seeds"]["0"]))
-    two = verdict.difference(summary, row, [reference])
-    assert two is not None and two.seeds == 2 and two.error == pytest.approx(0.05) and not two.is_clear
+def test_what_goes_wrong_with_a_choice_or_a_number_is_that_jobs_failure(folder, tmp_path, monkeypatch):
+    """The process goes on; what failed runs again when asked, and does without the failure."""
+    from contest import arms
+    from contest import job as jobs
+
+    wanted = study_of(folder, [{"arms": ["all-linear", "even", "random"], "budgets": [0.5]}])
+    run, choice_of = jobs.run, arms.choice_of
+
+    def choose(ground, entry, budget):
+        return {}["no such module"] if entry.arm == "even" else choice_of(ground, entry, budget)
+
+    def trained(ground, job, choice):
+        return {**run(ground, job, choice), **({"seconds": math.nan} if job.entry.arm == "random" else {})}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "choice_of", choose)
+        patch.setattr(jobs, "run", trained)
+        assert runner_of(folder, wanted, tmp_path).run(math.inf) == 4
+        assert runner_of(folder, wanted, tmp_path).run(math.inf) == 0
+    store = results.Store(tmp_path, wanted)
+    failed = {job.entry.arm: r["error"] for job, r in store.all() if r["status"] == "failed"}
+    assert failed["even"] == "KeyError: 'no such module'" and failed["random"].startswith("ValueError: Out of range")
+    assert runner_of(folder, wanted, tmp_path).run(math.inf, retry=True) == 2
+    rows = results.summary(wanted, results.Store(tmp_path, wanted).all(), {})["rows"]
+    assert {(row["status"], len(row["tried"])) for row in rows} == {("done", 1)} and len(rows) == 3
+
+
+def test_warming_up_takes_a_share_of_a_jobs_own_steps(monkeypatch):
+    """A job of half the steps warms up for half as many, one of all of them for as many as the study says."""
+    from contest import job as jobs
+
+    rates: list[float] = []
+    sizes = SimpleNamespace(steps=8, warm_up=4, every=99, few=1)
+    ground = SimpleNamespace(study=sizes, data=SimpleNamespace(test=[], spare=[]))
+    monkeypatch.setattr(
+        jobs, "one_step", lambda g, b, optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]) or 1.0
+    )
+    for steps, peak in ((8, 4), (4, 2), (1, 1)):
+        rates.clear()
+        begun = SimpleNamespace(model=None, groups=[{"params": [torch.nn.Parameter(torch.ones(1))], "factor": 1.0}])
+        jobs.train(ground, begun, [[]] * steps, 1.0)
+        assert rates.index(1.0) + 1 == peak and rates[-1] == min(1.0, 1 / (steps - peak + 1))
+
+
+def test_the_curve_can_be_of_examples_that_nothing_else_uses(folder, tmp_path):
+    """Spare examples are of the training data, behind all others; results of studies without them keep their names."""
+    from contest import job as jobs
+
+    plain, wanted = (study_of(folder, [{"arms": ["all-linear"]}], **more) for more in ({}, {"spare": 3}))
+    assert "spare" not in plain.facts() and wanted.facts() == {**plain.facts(), "spare": 3}
+    runner = runner_of(folder, wanted, tmp_path)
+    data = runner.ground.data
+    assert len(data.spare) == 3 and not runner_of(folder, plain, tmp_path).ground.data.spare
+    assert not any(row in [*data.train, *data.measured, *data.test] for row in data.spare)
+    runner.run(math.inf)
+    [untrained] = [r for job, r in runner.store.all() if job.entry.arm == study.UNTRAINED]
+    expected = jobs.mean_of(*jobs.losses_of(runner.ground, runner.ground.model(), data.spare))
+    assert untrained["curve"] == [[0, pytest.approx(expected)]]
+    with pytest.raises(SystemExit, match="12 training examples .* needs 13: .* spare"):
+        runner_of(folder, replace(wanted, spare=5), tmp_path).ground.data  # noqa: B018  made when asked for
+
+
+def test_what_is_charged_is_in_steps_as_long_as_they_are(folder, tmp_path):
+    """Examples are shorter than the longest: the same measurement takes more of such steps."""
+    from contest.data import in_batches, steps_of, tokens_of
+
+    ground = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}]), tmp_path).ground
+    positions = tokens_of(steps_of(ground.data.train, 2, 2, 0)) / 2
+    assert ground.positions == positions < 2 * 16
+    costs, rows = ground.costs, ground.data.measured
+    whole, floor = costs.all_linear(), costs.floor()
+    once = ground.passes(rows, forward=1, backward=1)
+    share = tokens_of(in_batches(rows, 2)) / positions
+    assert once.steps == pytest.approx(share * costs.step_time(floor) / costs.step_time(whole))
+    assert ground.of_weights.steps == pytest.approx(ground.of_weights.flops / costs.step_time(whole) / positions)
+    kept, spent = ground.selected("alignment", 0.5)
+    tokens = spent.flops / floor.flops
+    assert spent.steps == pytest.approx(tokens / positions * costs.step_time(floor) / costs.step_time(whole)) and kept
+    before, after = ground.charge("task x 4"), ground.charge("after 3 x 4")
+    assert after.steps - before.steps == pytest.approx(3.0)
+    assert after.flops - before.flops == pytest.approx(3 * whole.flops * positions)
 
 
 def test_transfer_and_multiplication(folder, tmp_path, capsys):

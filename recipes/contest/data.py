@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Data:
         questions: prompts that end where a decision is due, with the place of the right one among the options.
         options: the first token of each decision.
         pad: the padding token.
+        spare: training examples behind those that are measured and trained on, of the curve.
     """
 
     measured: list[Row]
@@ -46,6 +47,7 @@ class Data:
     questions: list[tuple[list[int], int]]
     options: list[int]
     pad: int
+    spare: list[Row] = field(default_factory=list)
 
 
 def load(study: Study, folder: Path, tokenizer: Any) -> Data:
@@ -56,14 +58,15 @@ def load(study: Study, folder: Path, tokenizer: Any) -> Data:
     """
     found = rows_of(study.data, folder, "train", tokenizer, study.length, seed=0)
     tests = rows_of(study.data, folder, "test", tokenizer, study.length, seed=1)
+    used = study.measured + study.examples
     for what, rows, wanted in (
-        ("training", found, study.measured + study.examples),
+        ("training", found, used + study.spare),
         ("test", tests, study.held_out),
     ):
         if len(rows) < wanted:
             raise SystemExit(
                 f"{study.data} has {len(rows)} {what} examples of at most {study.length} tokens, and {study.name} needs "
-                f"{wanted}: raise its length, or lower its steps, pool, measured or held_out."
+                f"{wanted}: raise its length, or lower its steps, pool, measured, spare or held_out."
             )
     unrelated = {"license": pieces(FIXED.read_text(), tokenizer, study.length)[: study.unrelated]}
     other = OTHER.get(study.data)
@@ -77,12 +80,13 @@ def load(study: Study, folder: Path, tokenizer: Any) -> Data:
         questions = [cut for row in tests[: study.held_out] if (cut := question_of(row, options)) is not None]
     return Data(
         measured=found[: study.measured],
-        train=found[study.measured : study.measured + study.examples],
+        train=found[study.measured : used],
         test=tests[: study.held_out],
         unrelated=unrelated,
         questions=questions,
         options=options,
         pad=pad_token_of(tokenizer),
+        spare=found[used : used + study.spare],
     )
 
 

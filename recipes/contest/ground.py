@@ -29,7 +29,7 @@ from peft_blueprint.measure import measure_influence
 from peft_blueprint.recipe import load_model, load_tokenizer
 from peft_blueprint.selection import select_examples
 
-from .data import Data, in_batches, load, rows_of, tokens_of
+from .data import Data, in_batches, load, rows_of, steps_of, tokens_of
 from .study import TASK, Study, digest
 
 
@@ -106,6 +106,17 @@ class Ground:
         """Parameters of LoRA on every linear layer."""
         return self.costs.all_linear().trainable
 
+    @functools.cached_property
+    def positions(self) -> float:
+        """Of a training step on average, padding included: fewer than its examples at their greatest length."""
+        steps = self.study.steps
+        return tokens_of(steps_of(self.data.train, self.study.batch, steps, 0)) / steps
+
+    @property
+    def of_step(self) -> float:
+        """Predicted time of a step of all-linear LoRA, as `CostModel.step_time` counts it."""
+        return self.costs.step_time(self.costs.all_linear()) * self.positions
+
     def model(self, dtype: str | None = None, quantized: bool = False) -> Any:
         """A fresh copy, frozen, in evaluation mode."""
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if quantized else None
@@ -166,9 +177,8 @@ class Ground:
         source, rows = self.measured(name)
         spent = self.passes(rows, forward=MEASURING, backward=MEASURING)
         if source.startswith("after"):
-            steps, load = int(source.split()[1]), self.study
-            whole = self.costs.all_linear()
-            spent += Charge(whole.flops * steps * load.batch * load.length, float(steps))
+            steps = int(source.split()[1])
+            spent += Charge(self.costs.all_linear().flops * steps * self.positions, float(steps))
         return spent
 
     def passes(self, rows: Sequence[Row], forward: float, backward: float = 0.0, weights: float = 0.0) -> Charge:
@@ -182,9 +192,8 @@ class Ground:
         floor = self.costs.floor()
         flops = forward * floor.forward + backward * floor.backward + weights * floor.forward
         tokens = tokens_of(in_batches(rows, self.study.batch))
-        of_step = self.costs.step_time(self.costs.all_linear()) * self.study.batch * self.study.length
         share = flops / (floor.forward + floor.backward)
-        return Charge(flops * tokens, share * self.costs.step_time(floor) * tokens / of_step)
+        return Charge(flops * tokens, share * self.costs.step_time(floor) * tokens / self.of_step)
 
     @functools.cached_property
     def directions(self) -> dict[str, Tensor]:
@@ -233,8 +242,7 @@ class Ground:
     def of_weights(self) -> Charge:
         """What all singular values cost: about 4·m·n·min(m, n) operations each."""
         flops = sum(4.0 * a * b * min(a, b) for a, b in (e.shape[-2:] for e in self.structure_entries if e.shape))
-        whole = self.costs.step_time(self.costs.all_linear()) * self.study.batch * self.study.length
-        return Charge(flops, flops / whole)
+        return Charge(flops, flops / self.of_step)
 
     @functools.cache  # noqa: B019
     def selected(self, method: str, share: float) -> tuple[tuple[int, ...], Charge]:
@@ -257,8 +265,7 @@ class Ground:
         known = json.loads(path.read_text())
         floor = self.costs.floor()
         tokens = known["flops"] / floor.flops
-        of_step = self.costs.step_time(self.costs.all_linear()) * self.study.batch * self.study.length
-        return tuple(known["indices"]), Charge(known["flops"], tokens * self.costs.step_time(floor) / of_step)
+        return tuple(known["indices"]), Charge(known["flops"], tokens * self.costs.step_time(floor) / self.of_step)
 
     def _warming(self, source: str) -> list[Row]:
         return self.data.train[: int(source.split()[1]) * self.study.batch]

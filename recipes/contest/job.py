@@ -46,7 +46,8 @@ def run(ground: Ground, job: Job, choice: Choice) -> dict[str, Any]:
     spent += begun.charge
     found, counts = losses_of(ground, begun.model, data.test)
     is_sound = all(map(math.isfinite, found))
-    curve.append((job.steps, mean_of(found[: study.few], counts[: study.few])))
+    of_curve = losses_of(ground, begun.model, data.spare) if data.spare else (found[: study.few], counts[: study.few])
+    curve.append((job.steps, mean_of(*of_curve)))
     cost = cost_of(ground, choice)
     ratio = ground.costs.time_ratio(cost) if job.steps else 0.0
     tokens = tokens_of(batches)
@@ -85,7 +86,8 @@ def run(ground: Ground, job: Job, choice: Choice) -> dict[str, Any]:
 def train(
     ground: Ground, begun: Ready, batches: Sequence[Sequence[Row]], rate: float
 ) -> tuple[list[float], list[tuple[int, float]]]:
-    """AdamW without decay, a few steps of rising learning rate and then a linear fall to nought.
+    """AdamW without decay, a few steps of rising learning rate and then a linear fall to nought. Where there are fewer
+    steps than the study's, those of rising learning rate are fewer too.
 
     Returns:
         The training loss of every step, and (step, held-out loss of the few) every few steps but the last.
@@ -96,9 +98,10 @@ def train(
     if not batches:
         return losses, curve
     optimizer = torch.optim.AdamW(begun.groups, lr=rate, weight_decay=0.0)
-    few = ground.data.test[: study.few]
+    few = ground.data.spare or ground.data.test[: study.few]
+    warm_up = max(1, round(study.warm_up * len(batches) / study.steps))
     for step, rows in enumerate(batches, start=1):
-        share = min(step / study.warm_up, (len(batches) - step + 1) / max(1, len(batches) - study.warm_up + 1))
+        share = min(step / warm_up, (len(batches) - step + 1) / max(1, len(batches) - warm_up + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate * share * group["factor"]
         losses.append(one_step(ground, begun, optimizer, rows, step))

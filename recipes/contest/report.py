@@ -10,20 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .study import TASK
 from .verdict import (
+    WITHIN,
     Row,
+    combined,
+    control_of,
     difference,
     done,
     final_of_few,
-    loss_of,
+    flops_of,
+    kept_of,
+    paired_loss,
     paragraph,
-    random_rows,
     reference_of,
     time_to_reach,
 )
 
 
-PAPER = (0.72, 0.06)  # §4.4: share of the gain at share of the cost
+FILLED = 0.9  # of a budget, below which a row says so
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -34,9 +39,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{facts['dtype']}, {facts['held_out']} held-out examples, {summary['jobs']} jobs on {summary['device']}"
     ]
     tables = {"contest": contest, "transfer": transfer, "multiplication": multiplication}[summary["kind"]]
-    if summary["kind"] != "multiplication":
-        said.append(paragraph(summary))
-    said.append(tables(summary))
+    said += [(combined if summary["kind"] == "multiplication" else paragraph)(summary), tables(summary)]
     if failed := [row for row in summary["rows"] if not row["seeds"]]:
         said.append(
             "\n".join(
@@ -45,7 +48,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             )
         )
     if summary["not_run"]:
-        said.append(f"Not run: {', '.join(summary['not_run'])}.")
+        said.append(f"Not run: {'; '.join(summary['not_run'])}.")
     return "\n\n".join(said)
 
 
@@ -59,29 +62,34 @@ def contest(summary: Mapping[str, Any]) -> str:
         "arm": lambda row: row["label"],
         "modules": lambda row: str(row["modules"]),
         "rank": lambda row: "–".join(map(str, sorted({*row["ranks"][:1], *row["ranks"][-1:]}))) or "whole",
-        "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",
+        "parameters": lambda row: _parameters(row, reference),
         "from layer": lambda row: "–" if row["lowest"] is None else str(row["lowest"]),
         "learning rate": lambda row: _rate(row),
         "seeds": lambda row: str(len(row["seeds"])),
-        "loss": lambda row: f"{loss_of(row):.4f}",
+        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
         "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
         "less random's": lambda row: _less_random(summary, row),
         "step time": lambda row: f"{row['step_time']:.2f}{_measured(summary, row)}",
-        "time to all-linear's loss": lambda row: _reach(summary, row, reference),
+        f"time to all-linear's loss + {100 * WITHIN:g} %": lambda row: _reach(summary, row, reference),
         "MiB": lambda row: f"{row['memory'] / 2**20:.0f}",
         "TFLOP": lambda row: f"{(row['flops'] + row['charged_flops']) / 1e12:.1f}",
     }
     for name in names:
         columns[f"{name} text"] = functools.partial(_forgotten, name=name, before=before["unrelated"][name])
     if has_accuracy:
-        columns["accuracy"] = lambda row: f"{_accuracy(row):.2f}"
+        columns["accuracy, given the long answer"] = lambda row: f"{_accuracy(row):.2f}"
     parts = []
     for budget in dict.fromkeys(row["budget"] for row in done(summary)):
         rows = [row for row in done(summary) if row["budget"] == budget]
         title = "Arms with a size of their own" if budget is None else f"At {budget:.0%} of all-linear's parameters"
-        parts.append(f"{title}\n\n{table(columns, sorted(rows, key=loss_of))}")
+        parts.append(f"{title}\n\n{table(columns, sorted(rows, key=lambda row: paired_loss(summary, row)))}")
+    if any(control_of(summary, row) for row in done(summary)):
+        parts.append(
+            "Random's is the mean over draws of one random rule: of those at the same budget the one whose number of "
+            "modules is nearest."
+        )
     if before:
-        accuracy = "" if before["accuracy"] is None else f", accuracy {before['accuracy']:.2f}"
+        accuracy = "" if before["accuracy"] is None else f", accuracy, given the long answer, {before['accuracy']:.2f}"
         parts.append(f"Untrained: loss {before['loss']:.4f}{accuracy}.")
     return "\n\n".join(parts)
 
@@ -89,7 +97,10 @@ def contest(summary: Mapping[str, Any]) -> str:
 def transfer(summary: Mapping[str, Any]) -> str:
     """Blueprints of other data, of few examples, of the 4-bit model, and later in training."""
     reference = reference_of(summary)
-    own = next((row for row in done(summary) if row["label"] == summary["default"]), None)
+
+    def own(row: Row) -> Row | None:
+        wanted = {**row["entry"], "blueprint": TASK}, row["budget"]
+        return next((one for one in done(summary) if (one["entry"], one["budget"]) == wanted), None)
 
     def agreement(row: Row, key: str) -> str:
         found = (row.get("agreement") or {}).get(key)
@@ -100,8 +111,8 @@ def transfer(summary: Mapping[str, Any]) -> str:
         "same adapters (Jaccard)": lambda row: agreement(row, "jaccard"),
         "rank correlation": lambda row: agreement(row, "correlation"),
         "learning rate": lambda row: _rate(row),
-        "loss": lambda row: f"{loss_of(row):.4f}",
-        "less its own blueprint's": lambda row: _shown(own and difference(summary, row, [own])),
+        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
+        "less its own blueprint's": lambda row: _shown((mine := own(row)) and difference(summary, row, [mine])),
         "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
         "measuring, in steps": lambda row: f"{row['charged_time']:.1f}",
     }
@@ -113,23 +124,32 @@ def multiplication(summary: Mapping[str, Any]) -> str:
     reference, before = reference_of(summary), summary["untrained"]
     if reference is None or before is None:
         return f"{summary['reference']} or the untrained model has not run yet."
-    gain, cost = before["loss"] - loss_of(reference), reference["flops"] + reference["charged_flops"]
-    columns: dict[str, Callable[[Row], str]] = {
-        "arm": lambda row: row["label"],
-        "examples": lambda row: str(row["examples"]),
+    rows, cost = done(summary), flops_of(reference)
+
+    def seen(row: Row) -> int:
+        return int(min(row["examples"], row["steps"] * summary["facts"]["batch"]))
+
+    columns: dict[str, Callable[[Row], str]] = {"arm": lambda row: row["label"]}
+    columns["examples"] = lambda row: str(row["examples"])
+    if any(seen(row) < row["examples"] for row in rows):
+        columns["of them seen"] = lambda row: str(seen(row))
+    columns |= {
         "steps": lambda row: str(row["steps"]),
         "learning rate": lambda row: _rate(row),
-        "loss": lambda row: f"{loss_of(row):.4f}",
-        "gain kept": lambda row: f"{(before['loss'] - loss_of(row)) / gain:.0%}",
-        "FLOPs": lambda row: f"{(row['flops'] + row['charged_flops']) / cost:.0%}",
+        "seeds": lambda row: str(len(row["seeds"])),
+        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
+        "less all-linear's": lambda row: _shown(difference(summary, row, [reference])),
+        "gain kept": lambda row: f"{kept_of(summary, row, reference):.0%}",
+        "FLOPs": lambda row: f"{flops_of(row) / cost:.0%}",
         "of them measuring and choosing": lambda row: f"{row['charged_flops'] / cost:.0%}",
+        "FLOPs, that run counted": lambda row: f"{(flops_of(row) + cost * row['entry']['stop']) / cost:.0%}",
         "time": lambda row: f"{row['time'] / reference['time']:.2f}",
     }
-    stopped = next((row["stopped_by"] for row in done(summary) if row.get("stopped_by")), None)
+    stopped = next((row["stopped_by"] for row in rows if row.get("stopped_by")), None)
     told = f"Stopping is at {stopped[0]:.0%} of the steps, by {stopped[1]}. " if stopped else ""
     return (
-        f"{table(columns, done(summary))}\n\n{told}Shares are of {reference['label']} on everything. "
-        f"The paper's: {PAPER[0]:.0%} of the gain at {PAPER[1]:.0%} of the cost."
+        f"{table(columns, rows)}\n\n{told}Shares are of {reference['label']} on everything. When to stop is told by a "
+        f"whole run of it, which is not in the cost of the arms that stop, but for the FLOPs with that run counted."
     )
 
 
@@ -149,6 +169,7 @@ def picture(summary: Mapping[str, Any], path: Path) -> None:
     rows, reference = done(summary), reference_of(summary)
     if reference is None:
         return
+    losses = {id(row): paired_loss(summary, row) for row in rows}
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
     for axis, key, title in zip(axes, ("time", "memory"), ("predicted time", "predicted peak memory"), strict=True):
         budgets = list(dict.fromkeys(row["budget"] for row in rows))
@@ -156,13 +177,13 @@ def picture(summary: Mapping[str, Any], path: Path) -> None:
             some = [row for row in rows if row["budget"] == budget]
             label = "own size" if budget is None else f"{budget:.0%} of the parameters"
             axis.scatter(
-                [row[key] / reference[key] for row in some], [loss_of(r) for r in some], 18, f"C{i}", label=label
+                [row[key] / reference[key] for row in some], [losses[id(r)] for r in some], 18, f"C{i}", label=label
             )
-        front = [r for r in rows if not any(o[key] <= r[key] and loss_of(o) < loss_of(r) for o in rows)]
+        front = [r for r in rows if not any(o[key] <= r[key] and losses[id(o)] < losses[id(r)] for o in rows)]
         front.sort(key=lambda row: row[key])
-        axis.plot([row[key] / reference[key] for row in front], [loss_of(row) for row in front], color="0.6", lw=1)
+        axis.plot([row[key] / reference[key] for row in front], [losses[id(row)] for row in front], color="0.6", lw=1)
         for row in front:
-            axis.annotate(row["label"] + _share(row), (row[key] / reference[key], loss_of(row)), fontsize=7)
+            axis.annotate(row["label"] + _share(row), (row[key] / reference[key], losses[id(row)]), fontsize=7)
         axis.set_xlabel(f"{title} / {reference['label']}'s")
     axes[0].set_ylabel("held-out loss per token")
     axes[0].legend()
@@ -185,14 +206,22 @@ def _shown(one: object) -> str:
     return "–" if one is None else str(one)
 
 
+def _parameters(row: Row, reference: Row | None) -> str:
+    """And how much of the budget that is, where it is much less."""
+    text = f"{row['parameters'] / 1e6:.2f} M"
+    if reference is None or row["budget"] is None:
+        return text
+    share = row["parameters"] / (row["budget"] * reference["parameters"])
+    return text if share >= FILLED else f"{text} ({share:.2f} of the budget)"
+
+
 def _less_random(summary: Mapping[str, Any], row: Row) -> str:
-    others = [other for other in random_rows(summary, row["budget"]) if other is not row]
-    return _shown(difference(summary, row, others) if others else None)
+    return _shown(difference(summary, row, control_of(summary, row)))
 
 
 def _reach(summary: Mapping[str, Any], row: Row, reference: Row | None) -> str:
     loss = None if reference is None else final_of_few(reference)
-    found = None if loss is None else time_to_reach(summary, row, loss)
+    found = None if loss is None else time_to_reach(summary, row, loss * (1 + WITHIN))
     return "–" if found is None else f"{found:.2f}"
 
 

@@ -9,7 +9,7 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,10 @@ def outcome(record: Mapping[str, Any] | None) -> float | None:
 
 
 def summary(
-    study: Study, records: Sequence[tuple[Job, Mapping[str, Any]]], times: Mapping[str, Any]
+    study: Study,
+    records: Sequence[tuple[Job, Mapping[str, Any]]],
+    times: Mapping[str, Any],
+    is_budgeted: Callable[[str], bool] = lambda arm: True,
 ) -> dict[str, Any]:
     """What the report is made from.
 
@@ -99,6 +102,7 @@ def summary(
         study: whose they are.
         records: every job's.
         times: step times over all-linear's by row, one ratio a round.
+        is_budgeted: whether an arm fills a budget, or has its own size.
     """
     by_row: dict[tuple[Entry, float | None], list[tuple[Job, Mapping[str, Any]]]] = {}
     for job, record in records:
@@ -109,7 +113,6 @@ def summary(
     rows.sort(key=lambda row: (row["budget"] is not None, -(row["budget"] or 0), names.get(row["label"], len(names))))
     untrained = next((record for job, record in records if job.entry.arm == UNTRAINED), None)
     done = next((record for _, record in records if record["status"] == "done"), None)
-    ran = {row["label"] for row in rows}
     return {
         "study": study.name,
         "facts": study.facts(),
@@ -125,20 +128,37 @@ def summary(
         "untrained": None if untrained is None else {key: untrained.get(key) for key in _OF_SEED},
         "rows": rows,
         "times": dict(times),
-        "not_run": [entry.label for entry in study.entries if entry.label not in ran and entry.arm != UNTRAINED],
+        "not_run": _not_run(study, {(row["label"], row["budget"]) for row in rows}, is_budgeted),
     }
+
+
+def _not_run(study: Study, ran: set[tuple[str, float | None]], is_budgeted: Callable[[str], bool]) -> list[str]:
+    """What the study asks for, at each budget, and has no record of."""
+    wanted = [
+        (entry.label, budget if is_budgeted(entry.arm) else None)
+        for phase in study.order
+        for budget in phase.budgets or (None,)
+        for entry in phase.arms
+        if entry.arm != UNTRAINED
+    ]
+    missing = [one for one in dict.fromkeys(wanted) if one not in ran]
+    return [label if budget is None else f"{label} at {budget:.0%}" for label, budget in missing]
 
 
 def _row(
     study: Study, entry: Entry, budget: float | None, runs: Sequence[tuple[Job, Mapping[str, Any]]]
 ) -> dict[str, Any]:
     """One arm at one budget, at its own best learning rate."""
+    runs = _alike(runs)
     first = {job.octave: outcome(record) for job, record in runs if job.seed == 0}
     known = {k: v for k, v in first.items() if v is not None and math.isfinite(v)}
     own = {"arm": entry.arm, "label": entry.label, "entry": asdict(entry), "budget": budget}
     tried = {f"{study.rate * 2.0**k:.3g}": known.get(k) for k in sorted(first)}
     if not known:
-        return {**own, "status": runs[0][1]["status"], "error": runs[0][1].get("error"), "tried": tried, "seeds": {}}
+        status, error = runs[0][1]["status"], runs[0][1].get("error")
+        if status == "done":  # a further seed, taken up before the first
+            status, error = "begun", "not yet with the first seed"
+        return {**own, "status": status, "error": error, "tried": tried, "seeds": {}}
     best = min(known, key=lambda k: known[k])
     at_best = {job.seed: (job, record) for job, record in runs if job.octave == best and record["status"] == "done"}
     job, record = at_best[0]
@@ -152,3 +172,17 @@ def _row(
         "ranks": sorted(set(record["ranks"].values())),
         "seeds": {str(seed): {key: at_best[seed][1].get(key) for key in _OF_SEED} for seed in sorted(at_best)},
     }
+
+
+def _alike(runs: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[tuple[Job, Mapping[str, Any]]]:
+    """Those that train what the newest trains, for as long: a change of a rule or a blueprint leaves old ones behind.
+
+    A run that failed before it was known what it trains is not asked.
+    """
+
+    def what(job: Job, record: Mapping[str, Any]) -> tuple[Any, Any, int]:
+        return record.get("ranks"), record.get("whole"), job.steps
+
+    known = [(job, record) for job, record in runs if record["status"] != "failed" or "ranks" in record]
+    newest = max(known or runs, key=lambda one: one[1]["created"])
+    return [one for one in runs if what(*one) == what(*newest)]

@@ -124,6 +124,7 @@ class Study:
         few: of them those of the curve.
         every: steps between two points of the curve.
         unrelated: examples of each unrelated text.
+        spare: training examples that nothing else uses, of the curve; 0 takes the first `few` of the test's.
         reference: the arm that others are compared with.
         default: the arm that is the library's default.
         flops_per_second: of the machine, for estimates before anything was measured.
@@ -148,6 +149,7 @@ class Study:
     few: int = 12
     every: int = 6
     unrelated: int = 8
+    spare: int = 0
     reference: str = "all-linear"
     default: str = "planner, as shipped"
     flops_per_second: float = 60e9
@@ -179,6 +181,7 @@ class Study:
             "held_out",
         )
         own = {name: getattr(self, name) for name in (*ours, "few", "every", "unrelated")}
+        own |= {"spare": self.spare} if self.spare else {}  # without it results keep their names
         return {**own, "examples": self.examples, "format": FORMAT}
 
     @classmethod

@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 
 ENOUGH = 2.0  # standard errors
 WITHIN, OF_TIME = 0.005, 0.7  # the aim: this near to the reference's loss, in this share of its time
+PAPER = (0.72, 0.06)  # §4.4: share of the gain at share of the cost
+FIRST = "0"  # the seed by which learning rates and winners are chosen
 
 
 @dataclass(frozen=True)
@@ -26,48 +28,63 @@ class Difference:
 
     Args:
         mean: negative where the first is lower.
+        over_draws: standard error over what it is compared with; None with one draw.
         over_seeds: standard error; None with one seed.
-        over_examples: standard error.
+        over_examples: standard error; None with one example.
         seeds: that both have.
+        draws: of a random rule, or 1.
     """
 
     mean: float
+    over_draws: float | None
     over_seeds: float | None
-    over_examples: float
+    over_examples: float | None
     seeds: int
+    draws: int
 
     @property
     def error(self) -> float:
-        """The larger of the two standard errors."""
-        return max(self.over_seeds or 0.0, self.over_examples)
+        """Of all that varies."""
+        return math.hypot(*(part or 0.0 for part in (self.over_draws, self.over_seeds, self.over_examples)))
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is at least so many standard errors from nought."""
-        return self.mean != 0 and abs(self.mean) >= ENOUGH * self.error
+        """Whether it is at least so many standard errors from nought; with one seed nothing is."""
+        return self.seeds > 1 and self.mean != 0 and abs(self.mean) >= ENOUGH * self.error
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f}"
 
 
 def difference(summary: Mapping[str, Any], row: Row, others: Sequence[Row]) -> Difference | None:
-    """A row's loss less the mean of others', over the seeds that it and at least one of them have."""
+    """A row's loss less another's, or less the mean of several draws of a random rule, each over the seeds that it
+    shares with the row; None where no seed is shared.
+    """
     counts = np.array(summary["counts"], dtype=float)
-    found = []
-    for seed, own in row["seeds"].items():
-        theirs = [other["seeds"][seed]["losses"] for other in others if seed in other["seeds"]]
-        if theirs:
-            found.append(np.array(own["losses"]) - np.mean(theirs, axis=0))
-    if not found:
-        return None
     weights = counts / counts.mean()
-    means = [float((weights * one).mean()) for one in found]
-    of_examples = weights * np.mean(found, axis=0)
+    by_draw = [
+        {
+            seed: weights * (np.array(own["losses"]) - np.array(other["seeds"][seed]["losses"]))
+            for seed, own in row["seeds"].items()
+            if seed in other["seeds"]
+        }
+        for other in others
+    ]
+    by_draw = [draw for draw in by_draw if draw]
+    if not by_draw:
+        return None
+    of_draws = [np.mean(list(draw.values()), axis=0) for draw in by_draw]
+    seeds = sorted({seed for draw in by_draw for seed in draw})
+    of_seeds = [statistics.mean(float(draw[seed].mean()) for draw in by_draw if seed in draw) for seed in seeds]
+    means = [float(draw.mean()) for draw in of_draws]
+    of_examples = [float(one) for one in np.mean(of_draws, axis=0)]
     return Difference(
-        statistics.mean(means),
-        statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
-        float(of_examples.std(ddof=1) / math.sqrt(len(of_examples))) if len(of_examples) > 1 else 0.0,
-        len(means),
+        mean=statistics.mean(means),
+        over_draws=_error(means),
+        over_seeds=_error(of_seeds),
+        over_examples=_error(of_examples),
+        seeds=len(seeds),
+        draws=len(by_draw),
     )
 
 
@@ -86,18 +103,28 @@ def reference_of(summary: Mapping[str, Any]) -> Row | None:
     return next((row for row in done(summary) if row["label"] == summary["reference"]), None)
 
 
-def is_random(row: Row) -> bool:
-    """Whether a row is a random placement of the study's rank, or of all-linear's parameters, any draw."""
-    return bool(row["arm"].startswith("random") and "raised" not in row["arm"] and "as many" not in row["arm"])
+def paired_loss(summary: Mapping[str, Any], row: Row) -> float:
+    """The reference's mean loss and a row's difference from it, so that rows of one seed and of several compare."""
+    reference = reference_of(summary)
+    apart = reference and difference(summary, row, [reference])
+    return loss_of(reference) + apart.mean if reference and apart else loss_of(row)
 
 
-def random_rows(summary: Mapping[str, Any], budget: float | None) -> list[Row]:
-    """Random placements at a budget; where there are none, at the largest."""
-    found = [row for row in done(summary) if is_random(row)]
-    if any(row["budget"] == budget for row in found):
-        return [row for row in found if row["budget"] == budget]
-    largest = max((row["budget"] for row in found if row["budget"] is not None), default=None)
-    return [row for row in found if row["budget"] == largest]
+def control_of(summary: Mapping[str, Any], row: Row) -> list[Row]:
+    """The draws that a row is compared with: of the random rule at its budget whose number of modules is nearest to its
+    own; of two as near the one with more draws.
+    """
+    rules: dict[str, list[Row]] = {}
+    for other in done(summary):
+        is_plain = other["label"] == other["arm"]  # nothing else is varied
+        is_other = other["budget"] == row["budget"] and other["label"] != row["label"]
+        if is_plain and is_other and other["arm"].startswith("random"):
+            rules.setdefault(_rule(other), []).append(other)
+
+    def distance(draws: Sequence[Row]) -> tuple[float, int]:
+        return abs(statistics.mean(one["modules"] for one in draws) - row["modules"]), -len(draws)
+
+    return min(rules.values(), key=distance, default=[])
 
 
 def time_to_reach(summary: Mapping[str, Any], row: Row, loss: float) -> float | None:
@@ -106,7 +133,7 @@ def time_to_reach(summary: Mapping[str, Any], row: Row, loss: float) -> float | 
     """
     reference, steps = reference_of(summary), summary["facts"]["steps"]
     before = summary["untrained"]
-    own = row["seeds"].get("0")
+    own = row["seeds"].get(FIRST)
     if reference is None or own is None:
         return None
     points = [*([before["curve"][-1]] if before else []), *own["curve"]]
@@ -119,7 +146,7 @@ def time_to_reach(summary: Mapping[str, Any], row: Row, loss: float) -> float | 
 
 def final_of_few(row: Row) -> float | None:
     """The last point of a row's curve, of the first seed."""
-    own = row["seeds"].get("0")
+    own = row["seeds"].get(FIRST)
     return own["curve"][-1][1] if own and own["curve"] else None
 
 
@@ -137,24 +164,70 @@ def _budgets(summary: Mapping[str, Any]) -> list[float]:
     return sorted({row["budget"] for row in done(summary) if row["budget"] is not None}, reverse=True)
 
 
+def combined(summary: Mapping[str, Any]) -> str:
+    """What placement, choice of data and stopping keep of the reference's gain together, beside the paper's."""
+    reference, before = reference_of(summary), summary["untrained"]
+    if reference is None or before is None:
+        return (
+            f"{summary['reference']} or the untrained model has not run yet, so that there is nothing to compare with."
+        )
+    rows = [row for row in done(summary) if row["arm"] != reference["arm"]]
+    rows = [row for row in rows if row["entry"]["select"] and row["entry"]["stop"]]
+    paper = f"{PAPER[0]:.0%} of the gain at {PAPER[1]:.0%} of the cost"
+    if not rows:
+        return f"No arm that combines placement, choice of data and stopping has run yet. The paper's: {paper}."
+    best = min(rows, key=lambda row: paired_loss(summary, row))
+    one = len(best["seeds"]) < 2 or len(reference["seeds"]) < 2
+    return (
+        f"Placement, choice of data and stopping together, of {len(rows)} such arms the one with the lowest loss "
+        f"({best['label']}{_at(best)}{', with one seed' if one else ''}): {kept_of(summary, best, reference):.0%} of "
+        f"{reference['label']}'s gain at {flops_of(best) / flops_of(reference):.0%} of its FLOPs, or "
+        f"{(flops_of(best) + flops_of(reference)) / flops_of(reference):.0%} with the run that told when to stop. "
+        f"The paper's: {paper}."
+    )
+
+
+def kept_of(summary: Mapping[str, Any], row: Row, reference: Row) -> float:
+    """Share of the reference's gain over the untrained model, over the seeds that both have."""
+    shared = [seed for seed in row["seeds"] if seed in reference["seeds"]]
+    lost = statistics.mean(row["seeds"][seed]["loss"] - reference["seeds"][seed]["loss"] for seed in shared)
+    whole = summary["untrained"]["loss"] - statistics.mean(reference["seeds"][seed]["loss"] for seed in shared)
+    return float(1 - lost / whole)
+
+
+def flops_of(row: Row) -> float:
+    """Of training, and of what came before it."""
+    return float(row["flops"] + row["charged_flops"])
+
+
 def _of_budget(summary: Mapping[str, Any], budget: float, reference: Row) -> str:
-    """Which arm wins at a budget, and by how much."""
+    """Which arm wins at a budget with the first seed, and by how much with others: the seed that chose flatters."""
     rows = [row for row in done(summary) if row["budget"] == budget]
-    against = {row["label"]: difference(summary, row, [reference]) for row in rows}
+    against = {row["label"]: difference(summary, _on(row, is_first=True), [reference]) for row in rows}
     rows = [row for row in rows if against[row["label"]] is not None]
     if not rows:
         return ""
     best = min(rows, key=lambda row: against[row["label"]].mean)  # type: ignore[union-attr]
-    own = against[best["label"]]
-    assert own is not None
+    guessed = sum(len(_family(summary, row)["tried"]) < 2 for row in rows)
     text = (
-        f"At {budget:.0%} of all-linear's parameters, of {len(rows)} arms {best['label']} came out lowest: a held-out loss "
-        f"of {loss_of(best):.4f}, {own} against {reference['label']}, {_clearly(own)}"
+        f"At {budget:.0%} of all-linear's parameters, of {len(rows)} arms ({guessed} of which have had only one "
+        f"learning rate) {best['label']} came out lowest with the first seed, at a held-out loss of "
+        f"{best['seeds'][FIRST]['loss']:.4f}"
     )
-    others = [row for row in random_rows(summary, budget) if row is not best]
-    of_random = difference(summary, best, others) if others else None
+    control = control_of(summary, best)
+    further = _on(best, is_first=False)
+    own, of_random = difference(summary, further, [reference]), difference(summary, further, control)
+    if own is None:
+        own, of_random = against[best["label"]], difference(summary, _on(best, is_first=True), control)
+        text += f". It has one seed in common with {reference['label']}, the one that it was chosen by: "
+    else:
+        text += f". On {own.seeds} other seed{'s' if own.seeds > 1 else ''} it is "
+    assert own is not None
+    text += f"{own} against {reference['label']}, {_clearly(own)}"
     if of_random is not None:
-        text += f", and {of_random} against the mean of {len(others)} random placements, {_clearly(of_random)}"
+        text += f", and {of_random} against {_named(control, of_random)}, {_clearly(of_random)}"
+    elif control:
+        text += f"; {_rule(control[0])} has none of them"
     return text + "."
 
 
@@ -164,18 +237,16 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
     if row is None:
         return f"The default ({summary['default']}) has not run yet."
     text = f"The default ({row['label']})"
-    others = random_rows(summary, row["budget"])
-    of_random = difference(summary, row, others) if others else None
+    control = control_of(summary, row)
+    of_random = difference(summary, row, control)
     if of_random is None:
         text += " has no random placement to be compared with"
+    elif of_random.seeds < 2:
+        text += f" is {of_random} against {_named(control, of_random)}, with one seed"
     else:
         beats = of_random.mean < 0 and of_random.is_clear
         text += f" {'beats' if beats else 'does not beat'} random placements by two standard errors: {of_random}"
-        text += (
-            ""
-            if row["budget"] == others[0]["budget"]
-            else f" (theirs have {others[0]['budget']:.0%} of the parameters)"
-        )
+        text += f" against {_named(control, of_random)}"
     own = difference(summary, row, [reference])
     if own is None:
         return text + "."
@@ -183,33 +254,36 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
     time = row["time"] / reference["time"]
     near, fast = above <= WITHIN, time <= OF_TIME
     text += (
-        f". Its loss is {_percent(above)} {reference['label']}'s, in {time:.2f} of its predicted time with the measurement "
-        f"counted ({row['step_time'] / reference['step_time']:.2f} where a blueprint is published with the model)"
+        f". Its loss is {_percent(above)} {reference['label']}'s{', with one seed,' if own.seeds < 2 else ','} in "
+        f"{time:.2f} of its predicted time with the measurement counted "
+        f"({row['step_time'] / reference['step_time']:.2f} where a blueprint is published with the model): the aim, within "
+        f"{WITHIN:.1%} in {OF_TIME:g} of the time, is "
     )
     if near and fast:
-        return text + f": the aim, within {WITHIN:.1%} in {OF_TIME:g} of the time, is met."
+        return text + "met."
     missed = [] if near else [f"the loss by {above - WITHIN:.1%}"]
     missed += [] if fast else [f"the time by {time - OF_TIME:.2f}"]
-    return text + f": the aim, within {WITHIN:.1%} in {OF_TIME:g} of the time, is missed, {' and '.join(missed)}."
+    return text + f"missed, {' and '.join(missed)}."
 
 
 def _advice(summary: Mapping[str, Any], reference: Row) -> str:
-    """The cheapest of those that cannot be told from the lowest."""
-    rows = done(summary)
-    against = {id(row): difference(summary, row, [reference]) for row in rows}
-    rows = [row for row in rows if against[id(row)] is not None]
+    """The cheapest of those that cannot be told from the lowest, among those with more than one seed."""
+    against = {id(row): difference(summary, row, [reference]) for row in done(summary)}
+    rows = [row for row in done(summary) if (found := against[id(row)]) is not None and found.seeds > 1]
+    if len(rows) < 2:
+        return "What to use cannot be said yet: it takes several seeds of several arms."
     lowest = min(rows, key=lambda row: against[id(row)].mean)  # type: ignore[union-attr]
     level = []
     for row in rows:
         apart = difference(summary, row, [lowest])
-        if apart is not None and not (apart.is_clear and apart.mean > 0):
+        if apart is not None and apart.seeds > 1 and not (apart.is_clear and apart.mean > 0):
             level.append(row)
     fastest = min(level, key=lambda row: row["time"])
     smallest = min(level, key=lambda row: row["memory"])
     text = (
-        f"What to use: {lowest['label']}{_at(lowest)} has the lowest loss of all; {len(level)} of {len(rows)} arms are not "
-        f"clearly above it, of which {fastest['label']}{_at(fastest)} takes the least time "
-        f"({fastest['time'] / reference['time']:.2f} of {reference['label']}'s)"
+        f"What to use, of the {len(rows)} arms with several seeds: {lowest['label']}{_at(lowest)} has the lowest loss; "
+        f"{len(level)} of them are not clearly above it, of which {fastest['label']}{_at(fastest)} takes the least "
+        f"time ({fastest['time'] / reference['time']:.2f} of {reference['label']}'s)"
     )
     if smallest is fastest:
         return text + " and the least memory."
@@ -231,7 +305,35 @@ def _caveats(summary: Mapping[str, Any]) -> str:
     return text + "."
 
 
+def _error(values: Sequence[float]) -> float | None:
+    """The mean's."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _on(row: Row, is_first: bool) -> Row:
+    """A row with its first seed alone, or with all others."""
+    return {**row, "seeds": {seed: one for seed, one in row["seeds"].items() if (seed == FIRST) == is_first}}
+
+
+def _rule(row: Row) -> str:
+    """Its arm's name without the number of a draw."""
+    return str(row["arm"]).partition(" #")[0]
+
+
+def _family(summary: Mapping[str, Any], row: Row) -> Row:
+    """The row whose learning rate a row took: of several draws the first."""
+    label = row["label"].replace(row["arm"], _rule(row), 1)
+    return next((r for r in done(summary) if r["label"] == label and r["budget"] == row["budget"]), row)
+
+
+def _named(control: Sequence[Row], of_random: Difference) -> str:
+    """The rule of these draws, and how many were compared with."""
+    return f"{_rule(control[0])} ({of_random.draws} draw{'s' if of_random.draws > 1 else ''})"
+
+
 def _clearly(one: Difference) -> str:
+    if one.seeds < 2:
+        return "with one seed"
     if one.is_clear:
         return f"{'better' if one.mean < 0 else 'worse'} by two standard errors"
     return "within two standard errors"
