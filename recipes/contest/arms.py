@@ -235,8 +235,8 @@ def planner(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False
 
 
 def control(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, **wishes: Any) -> Choice:
-    """As many adapters as the planner's default has, and as many parameters, chosen without a measurement."""
-    found = choosing(ground, blueprint, coverage="kind", **wishes)
+    """As many adapters as the planner's default has, and as many parameters, chosen by another rule."""
+    found = choosing(ground, blueprint, **wishes)
     number = len(planner(ground, ground.whole, blueprint).ranks)
     chosen = found.adapters(Wish({"num_modules": number}), ()).units
     if is_shipped:
@@ -244,7 +244,7 @@ def control(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False
         ranks = dict.fromkeys((entry.name for entry in chosen), rank)
     else:
         ranks = filled(chosen, limit)
-    return with_scale(ground, Choice(ranks))
+    return with_scale(ground, Choice(ranks, charges=() if found.rank_by in CONTROLS else ("blueprint",)))
 
 
 def group(ground: Ground, limit: int, part: str, **options: Any) -> Choice:
@@ -343,8 +343,9 @@ def _arms() -> dict[str, Arm]:
         arms[name] = Arm(functools.partial(planner, **wish))
         arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
     controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
-    for title, score, draw in controls:
-        wish, number = {"rank_by": score, "seed": draw}, f" #{draw}" if draw else ""
+    for title, score, draw in [*controls, ("adam_gain", "adam_gain", 0), ("cover_gain", "cover_gain", 0)]:
+        wish = {"rank_by": score, "seed": draw, "coverage": "kind" if score in CONTROLS else "kind+depth"}
+        number = f" #{draw}" if draw else ""
         arms[f"{title}, as many{number}"] = Arm(functools.partial(control, **wish))
         arms[f"{title}, as shipped{number}"] = Arm(functools.partial(control, is_shipped=True, **wish), False)
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
