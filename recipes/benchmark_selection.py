@@ -8,9 +8,9 @@ spent: what 15 steps of 8 examples of the whole pool cost, padding included. Cho
 `Selection.report`'s FLOPs; a training token costs 2P forward, 2P backward times the share of the backward pass that the
 placement needs by `CostModel`, and its adapters and their optimizer. With P the parameters that a token is multiplied with,
 so that both are counted alike. References, which choose nothing: "everything", the whole pool for the whole budget;
-"one_pass", the whole pool once, for less; "untrained". One learning rate for all, a third of benchmark_placement.py's for
-the placement, since small shares are seen many times over, with a linear fall over the arm's own steps; seeds vary the
-pool's and the target's draw, order and adapters.
+"one_pass", the whole pool once, for less; "untrained". "METHOD, unpaid" is not charged for choosing. One learning rate for
+all, a third of benchmark_placement.py's for the placement, since small shares are seen many times over, with a linear fall
+over the arm's own steps; seeds vary the pool's and the target's draw, order and adapters.
 Results go to --out as they come and are not computed again; scores are kept in .cache/benchmark_selection/, so that what
 arms share is measured once, and charged to each. --print prints the table of what is there.
 """
@@ -51,6 +51,7 @@ POOL, TARGET, HELD_OUT, STEPS = 60, 12, 36, 15
 SHARES, SEEDS = (0.3, 0.1), (0, 1, 2)
 LEARNING_RATE = BASE_LEARNING_RATE / 3
 REFERENCES = ("everything", "one_pass", "untrained")
+UNPAID = ", unpaid"
 
 # what an arm asks of select_examples, beyond its defaults
 WISHES: dict[str, dict[str, Any]] = {
@@ -97,7 +98,7 @@ class Arm:
         """From `name`, `name@0.3`, `name#1` or `name@0.3#1`; what is not said is every share, and all seeds."""
         rest, _, seed = text.partition("#")
         name, _, share = rest.partition("@")
-        if name not in WISHES and name not in REFERENCES:
+        if name.removesuffix(UNPAID) not in WISHES and name not in REFERENCES:
             raise SystemExit(f"There is no arm {name!r}; choose from {', '.join([*WISHES, *REFERENCES])}.")
         shares = (1.0,) if name in REFERENCES else (float(share),) if share else SHARES
         return [cls(name, s, i) for s in shares for i in ((int(seed),) if seed else seeds)]
@@ -230,9 +231,10 @@ class Contest:
         budget = tokens_of(batches_of(whole, arm.seed, steps=self.steps))
         chosen, cost, seconds = whole, 0.0, 0.0
         if arm.name not in REFERENCES:
-            scored = self.scores(draw, arm.name, arm.seed, arm.share)
+            method = arm.name.removesuffix(UNPAID)
+            scored = self.scores(draw, method, arm.seed, arm.share)
             chosen = [whole[i] for i in best_of(scored["scores"], arm.share)]
-            cost, seconds = scored["flops"] / self.per_token, scored["seconds"]
+            cost, seconds = (scored["flops"] / self.per_token, scored["seconds"]) if method == arm.name else (0.0, 0.0)
         steps = {"untrained": 0, "one_pass": -(-len(whole) // BATCH)}.get(arm.name)
         batches = batches_of(chosen, arm.seed, steps=steps, tokens=budget - cost)
         known = {
