@@ -36,7 +36,7 @@ from .submodules import parameters_per_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_METHOD = "random"  # until another is shown to win at the same total cost
+DEFAULT_METHOD = "random"  # none was found to win at the same total cost
 
 _LOG = logging.getLogger(__name__)
 _SCORE, _INDEX = "selection_score", "selection_index"

@@ -339,7 +339,12 @@ def _arms() -> dict[str, Arm]:
         "ranks by gain": Arm(functools.partial(by_wish, ranks="influence")),
         "ranks by energy": Arm(functools.partial(by_wish, rank_by="singular_energy", ranks="influence")),
     }
-    for name, wish in (("planner, 0.7x", {"budget": "0.7x"}), ("planner, keep 0.7", {"keep": 0.7})):
+    wishes: dict[str, dict[str, Any]] = {
+        "0.7x": {"budget": "0.7x"},
+        "keep 0.7": {"keep": 0.7},
+        "keep 0.95": {"keep": 0.95},
+    }
+    for name, wish in ((f"planner, {title}", wish) for title, wish in wishes.items()):
         arms[name] = Arm(functools.partial(planner, **wish))
         arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
     controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
