@@ -161,7 +161,7 @@ def select_examples(
     train_steps: int = 16,
     loss_fn: LossFunction | None = None,
     deduplicate: bool = True,
-    keep_state: Path | None = None,
+    keep_state: str | Path | None = None,
     state_every: int = 1024,
     batch_size: int = 8,
     max_length: int = 512,
@@ -273,7 +273,7 @@ def select_examples(
         "target": _digest_of(aims),
         "model": digest_of_model(model) if keep_state is not None and model is not None else None,
     }
-    state = Progress(keep_state, identity, writes=rank == 0)
+    state = Progress(None if keep_state is None else Path(keep_state), identity, writes=rank == 0)
     work = Work(
         nn.Module() if model is None else model, names, batch_size, padding_of(model, tokenizer), seed, loss_fn
     )
