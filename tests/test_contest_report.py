@@ -161,3 +161,18 @@ def test_transfer_compares_with_the_same_arm_and_multiplication_over_shared_seed
     [line] = [x for x in text.splitlines() if x.startswith("| planner + random 0.3 + stop")]
     assert "| 72 | 40 | 5 |" in line and "| +0.1300 ± 0.0002 | 80% | 10% | 0% | 110% |" in line
     assert text.count("72% of the gain at 6% of the cost") == 1
+
+
+def test_a_row_is_compared_with_all_linear_in_the_same_time():
+    """Between its runs of all steps and of fewer, in a straight line; beyond them nothing is said."""
+    summary = made_up(0.01)
+    shorter = row_of("all-linear", None, 0.1, 1.0, 3, entry={"select": "random", "share": 0.5}) | {"time": 15.0}
+    assert verdict.less_in_same_time(summary, summary["rows"][1]) is None
+    summary["rows"].append(shorter)
+    planner = summary["rows"][1]  # at 0.65 of the time, where all-linear is 0.07 above its end
+    assert verdict.less_in_same_time(summary, planner) == pytest.approx(0.01 - 0.07, abs=2e-3)
+    charged = planner | {"time": planner["time"] + 5, "charged_time": 5.0}
+    assert verdict.less_in_same_time(summary, charged) == verdict.less_in_same_time(summary, planner)
+    assert verdict.less_in_same_time(summary, planner | {"time": 10.0}) is None
+    text = markdown(summary)
+    assert "against all-linear trained for fewer steps in that time" in text and "-0.0" in text

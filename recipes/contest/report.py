@@ -21,6 +21,7 @@ from .verdict import (
     final_of_few,
     flops_of,
     kept_of,
+    less_in_same_time,
     paired_loss,
     paragraph,
     reference_of,
@@ -69,6 +70,7 @@ def contest(summary: Mapping[str, Any]) -> str:
         "loss": lambda row: f"{paired_loss(summary, row):.4f}",
         "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
         "less random's": lambda row: _less_random(summary, row),
+        "less all-linear's in the same time": lambda row: _signed(less_in_same_time(summary, row)),
         "step time": lambda row: f"{row['step_time']:.2f}{_measured(summary, row)}",
         f"time to all-linear's loss + {100 * WITHIN:g} %": lambda row: _reach(summary, row, reference),
         "MiB": lambda row: f"{row['memory'] / 2**20:.0f}",
@@ -213,6 +215,10 @@ def _parameters(row: Row, reference: Row | None) -> str:
         return text
     share = row["parameters"] / (row["budget"] * reference["parameters"])
     return text if share >= FILLED else f"{text} ({share:.2f} of the budget)"
+
+
+def _signed(one: float | None) -> str:
+    return "–" if one is None else f"{one:+.4f}"
 
 
 def _less_random(summary: Mapping[str, Any], row: Row) -> str:

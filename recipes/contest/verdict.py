@@ -144,6 +144,26 @@ def time_to_reach(summary: Mapping[str, Any], row: Row, loss: float) -> float | 
     return None
 
 
+def less_in_same_time(summary: Mapping[str, Any], row: Row) -> float | None:
+    """A row's loss less that of the reference in the same predicted time, measuring not counted: between the reference's runs
+    of all its steps and of fewer in a straight line. None where there are none so short or so long.
+    """
+    reference = reference_of(summary)
+    if reference is None:
+        return None
+    plain = {**reference["entry"], "select": None, "share": None}
+    runs = sorted(
+        (one["time"] - one["charged_time"], paired_loss(summary, one))
+        for one in done(summary)
+        if {**one["entry"], "select": None, "share": None} == plain and one["entry"]["select"] in (None, "random")
+    )
+    time = row["time"] - row["charged_time"]
+    for (short, high), (long, low) in zip(runs, runs[1:], strict=False):
+        if short <= time <= long:
+            return float(paired_loss(summary, row) - high - (low - high) * (time - short) / (long - short))
+    return None
+
+
 def final_of_few(row: Row) -> float | None:
     """The last point of a row's curve, of the first seed."""
     own = row["seeds"].get(FIRST)
@@ -252,6 +272,9 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
         return text + "."
     above = own.mean / loss_of(reference)
     time = row["time"] / reference["time"]
+    equal = less_in_same_time(summary, row)
+    if equal is not None:
+        text += f", {equal:+.4f} against {reference['label']} trained for fewer steps in that time"
     near, fast = above <= WITHIN, time <= OF_TIME
     text += (
         f". Its loss is {_percent(above)} {reference['label']}'s{', with one seed,' if own.seeds < 2 else ','} in "
