@@ -71,10 +71,8 @@ WISHES: dict[str, dict[str, Any]] = {
     "length": {},
     "length_short": {},
     "bm25": {},
-    "iterative": {
-        "features": "tokens",
-        "train_steps": 8,
-    },  # with a forward pass over all in each round: over the budget
+    # with a forward pass over all in each round, or more measured, it would be over the budget
+    "iterative": {"features": "tokens", "small": 16, "train_steps": 3},
 }
 OPPOSITE = {"norm_low": "norm", "loss_low": "loss", "length_short": "length"}
 DEFAULT = [
