@@ -50,6 +50,11 @@ class Best:
         """The lowest score that is kept, below which nothing is taken; −∞ until `count` are there."""
         return self._heap[0][0] if len(self._heap) == self.count else -math.inf
 
+    @property
+    def last(self) -> int | None:
+        """The position that the next better one takes the place of; None until `count` are there."""
+        return -self._heap[0][1] if len(self._heap) == self.count else None
+
     def takes(self, score: float, index: int) -> bool:
         """Whether this offer would change what is kept; for what is dear to find out only of those that matter.
 
@@ -90,6 +95,16 @@ class Best:
             del self._kept[-worst]
         self._kept[index] = (score, payload)
         return True
+
+    def score_of(self, index: int) -> float:
+        """The score of a position that is kept."""
+        return self._kept[index][0]
+
+    def remove(self, index: int) -> None:
+        """Keep a position no longer, and leave its place free."""
+        score, _ = self._kept.pop(index)
+        self._heap.remove((score, -index))
+        heapq.heapify(self._heap)
 
     def indices(self) -> list[int]:
         """The positions that are kept, in the order of the stream."""

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .data import Row, encode
+from .data import Row, encode_one
 from .entry import some
 from .errors import BlueprintError
 from .losses import IGNORED
@@ -24,6 +23,25 @@ if TYPE_CHECKING:
 Example = Mapping[str, Any]
 
 _WANTED = (("prompt", "completion"), ("messages",), ("text",))
+
+
+def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = None) -> None:
+    """Raise BlueprintError for what no column is called after, or for one that is not there.
+
+    Args:
+        columns: what the data calls things, as `{"prompt": "question"}`.
+        there: the data's columns, where they are known.
+    """
+    known = [name for wanted in _WANTED for name in wanted]
+    unknown = [str(key) for key in columns if key not in known]
+    if unknown:
+        raise BlueprintError(
+            f"The columns name {some(unknown)}; what may be named is {some(known)}. Write prompt=question."
+        )
+    if there is not None and (missing := [column for column in columns.values() if column not in there]):
+        raise BlueprintError(
+            f"The data has no column {some(missing)}; it has {some(list(map(str, there)))}. Correct the columns."
+        )
 
 
 @dataclass(frozen=True)
@@ -53,9 +71,10 @@ class Pool:
         tokenizer: needed for texts.
         columns: what the data calls these, as `{"prompt": "question"}`.
         max_length: tokens of an example; what is beyond is cut off.
+        requires_columns: whether all that `columns` names must be there; a target may have other names than the data.
 
     Raises:
-        BlueprintError: if it is no data set.
+        BlueprintError: if it is no data set, or `columns` names what is none of these.
     """
 
     def __init__(
@@ -64,6 +83,7 @@ class Pool:
         tokenizer: PreTrainedTokenizerBase | None = None,
         columns: Mapping[str, str] | None = None,
         max_length: int = 512,
+        requires_columns: bool = False,
     ):
         if isinstance(dataset, str | bytes | Mapping) or not isinstance(dataset, Iterable):
             keys = f" with {some(list(map(str, dataset)))}" if isinstance(dataset, Mapping) else ""
@@ -71,15 +91,21 @@ class Pool:
                 f"A {type(dataset).__name__}{keys} is no data set to choose from: give a list of examples, a "
                 "datasets.Dataset (one split of it), or a stream. data.read_examples reads files."
             )
+        if isinstance(dataset, Sized) and not hasattr(dataset, "__getitem__"):
+            raise BlueprintError(
+                f"A {type(dataset).__name__} of {len(dataset)} examples has no positions to choose: give a list of "
+                "them, list(…), or a stream, iter(…)."
+            )
         if max_length < 2:
             raise BlueprintError(f"max_length={max_length} leaves no room for a target: give at least 2.")
         self._dataset = dataset
         self._tokenizer = tokenizer
         self._columns = dict(columns or {})
+        require_columns(self._columns)
+        self._requires_columns = requires_columns
         self._max_length = max_length
         self._names: tuple[str, ...] | None = None
         self.length = len(dataset) if isinstance(dataset, Sized) else None
-        self._stream: Iterator[Example] | None = None
         if self.length == 0:
             raise BlueprintError("There is nothing to choose from: the data set is empty. Give at least one example.")
 
@@ -90,38 +116,28 @@ class Pool:
 
     def __iter__(self) -> Iterator[tuple[int, Example]]:
         """Positions and examples, from the first; of a stream that cannot be read again, only once."""
-        if self._stream is None:
-            return enumerate(self._dataset)
-        stream, self._stream = self._stream, iter(())
-        return enumerate(stream)
+        return enumerate(self._dataset)
 
     def at(self, index: int) -> Example:
         """An example of what is no stream."""
         return cast(Sequence[Example], self._dataset)[index]
 
-    def first(self, count: int) -> list[Example]:
-        """The first examples of a stream, which stay in it."""
-        stream = iter(self._dataset)
-        found = list(islice(stream, count))
-        self._stream = chain(found, stream)
-        return found
-
     def candidate(self, index: int, example: Example) -> Candidate | None:
         """An example as a row of token ids; None where nothing is to be learnt from it, for want of a target.
 
         Raises:
-            BlueprintError: for an example that is no mapping, lacks a column or holds no text.
+            BlueprintError: for an example that is no mapping, lacks a column, or holds no text or token ids.
         """
         if not isinstance(example, Mapping):
             raise BlueprintError(
                 f"Example {index} is a {type(example).__name__}: give mappings, as {{'prompt': …, 'completion': …}}."
             )
         if "input_ids" in example and "labels" in example:
-            ids, labels = (np.asarray(example[key]).tolist() for key in ("input_ids", "labels"))
-            if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels):
+            ids, labels = (_numbers(index, key, example[key]) for key in ("input_ids", "labels"))
+            if len(ids) != len(labels):
                 raise BlueprintError(
-                    f"Example {index} has input_ids of shape {np.shape(ids)} and labels of shape {np.shape(labels)}: "
-                    "give a list of each, of one length, with -100 where there is no target."
+                    f"Example {index} has input_ids of shape ({len(ids)},) and labels of shape ({len(labels)},): give "
+                    f"as many of both, with {IGNORED} where there is no target."
                 )
             row = {"input_ids": ids[: self._max_length], "labels": labels[: self._max_length]}
             has_target = any(label != IGNORED for label in row["labels"][1:])
@@ -131,15 +147,14 @@ class Pool:
             return None
         if self._tokenizer is None:
             raise BlueprintError("The examples are texts: give the model's tokenizer, tokenizer=….")
-        try:
-            [row] = encode([texts], self._tokenizer, self._max_length)
-        except BlueprintError:  # no target within the length
-            return None
-        return Candidate(index, row, _words(texts), example)
+        encoded = encode_one(texts, self._tokenizer, self._max_length, index)
+        return None if encoded is None else Candidate(index, encoded, _words(texts), example)
 
     def _texts(self, index: int, example: Example) -> dict[str, Any] | None:
         """Prompt and completion, messages or text under those names; None where one is missing or empty."""
         if self._names is None:
+            if self._requires_columns:
+                require_columns(self._columns, list(map(str, example)))
             given = {key for key in self._columns.values() if key in example}
             self._columns = self._columns if given else {}  # a target may have other names than the data
             called = {name: self._columns.get(name, name) for wanted in _WANTED for name in wanted}
@@ -167,6 +182,26 @@ class Pool:
                 )
             found[name] = value
         return found
+
+
+def _numbers(index: int, key: str, value: Any) -> list[int]:
+    """Token ids or labels, of a list, an array or a tensor.
+
+    Raises:
+        BlueprintError: for anything but one sequence of whole numbers of which none is negative, but for labels' -100.
+    """
+    wanted = f"give one sequence of whole numbers, from 0 on{f' or {IGNORED}' if key == 'labels' else ''}"
+    try:
+        found = np.asarray(value.tolist() if hasattr(value, "tolist") else value)
+    except (TypeError, ValueError) as error:
+        raise BlueprintError(f"{key!r} of example {index} is ragged: {wanted}.") from error
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        held = f"shape {found.shape}" if found.ndim != 1 else f"{type(found.tolist()[0]).__name__}"
+        raise BlueprintError(f"{key!r} of example {index} is a {type(value).__name__} of {held}: {wanted}.")
+    wrong = found[(found < 0) & ((found != IGNORED) | (key != "labels"))]
+    if wrong.size:
+        raise BlueprintError(f"{key!r} of example {index} has {wrong[0]}: {wanted}.")
+    return cast(list[int], found.tolist())
 
 
 def _words(texts: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Knows nothing of how examples are scored; torch is waited for only when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,14 +14,20 @@ import typer
 
 from .blueprint import Blueprint
 from .console import AsJson, Quiet, pairs_of, print_answer, say
+from .entry import some
 from .errors import BlueprintError
 from .files import require_writable
-from .tables import read_table, require_format, write_table
+from .tables import read_table, require_format, require_holds, write_table
 
 
 if TYPE_CHECKING:
     from .placement import Placement
     from .selection import Selection
+
+_TRIED = 100  # examples that are written for a trial before any is scored; of a stream one
+
+# as in selection.py, which waits for torch
+SCORES = ("selection_score", "selection_index")
 
 # as in aligning.py and selection_methods.py, which wait for torch
 Precondition = Literal["none", "adam", "blocks"]
@@ -70,7 +76,7 @@ def select_data(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 512,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
     load_in_4bit: Annotated[bool, typer.Option(help="Quantise the weights to NF4 (needs bitsandbytes).")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,16 +84,30 @@ def select_data(
     if placement_fraction is not None and blueprint is None:
         raise BlueprintError("--placement-fraction is of a placement by a blueprint: give one with --blueprint.")
     require_format(out)
-    if out.resolve() == Path(data).resolve():
-        raise BlueprintError(f"--out {out} is the data itself, which would be lost. Choose another file.")
+    _require_own(
+        {"--out": out, "--keep-state": keep_state}, {"--data": data, "--target": target, "--blueprint": blueprint}
+    )
     require_writable(out.parent)
 
+    from .candidates import require_columns
     from .recipe import join_processes, load_model, load_tokenizer
     from .selection import select_examples
-    from .selection_checks import method_of
+    from .selection_checks import method_of, wanted_of
 
+    wanted_of(None if stream else 1, fraction, count)
+    names = pairs_of(columns)
+    require_columns(names)
     rank, _ = join_processes()
     table = read_table(data, split=split, stream=stream)
+    there = table.column_names
+    require_columns(names, there)
+    taken = set(SCORES) & set(there) if with_scores else set()
+    if taken:
+        raise BlueprintError(
+            f"--with-scores writes {some(SCORES)}, and the data {data!r} has {some(sorted(taken))} already. Leave out "
+            "--with-scores, or rename them in the data."
+        )
+    require_holds(out, islice(table, 1) if stream else table.select(range(min(len(table), _TRIED))))
     aims = None if target is None else list(islice(read_table(target, split=split), target_examples))
     if method_of(method, target is not None).uses_model:
         quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if load_in_4bit else None
@@ -101,7 +121,7 @@ def select_data(
         count=count,
         method=method,
         tokenizer=tokenizer,
-        columns=pairs_of(columns),
+        columns=names,
         target=aims,
         placement=None if blueprint is None else _placement(blueprint, placement_fraction),
         small=small,
@@ -125,6 +145,19 @@ def select_data(
     print_answer(report, _rows(selection), as_json, quiet, [str(out)], title)
     if not (as_json or quiet):
         say(f"Written to {out}.")
+
+
+def _require_own(written: Mapping[str, Path | None], read: Mapping[str, str | None]) -> None:
+    """Raise BlueprintError where a file to be written is a folder, or one that is read, or another to be written."""
+    seen = {Path(source).resolve(): f"{option} {source}" for option, source in read.items() if source is not None}
+    for option, path in written.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise BlueprintError(f"{option} {path} is a folder. Name a file in it.")
+        if other := seen.get(path.resolve()):
+            raise BlueprintError(f"{option} {path} is the file of {other}, which would be lost. Choose another file.")
+        seen[path.resolve()] = f"{option} {path}"
 
 
 def _placement(blueprint: str, fraction: float | None) -> Placement:

@@ -64,9 +64,10 @@ def encode(
     Examples whose prompt leaves no room for a target are left out, and counted in the log.
 
     Raises:
-        BlueprintError: if none is left.
+        BlueprintError: if none is left, or for messages that no prompt and answer can be made of.
     """
-    rows = [row for example in examples if (row := _encode(example, tokenizer, max_length)) is not None]
+    encoded = (encode_one(example, tokenizer, max_length, index) for index, example in enumerate(examples))
+    rows = [row for row in encoded if row is not None]
     if not rows:
         raise BlueprintError(
             f"None of {len(examples)} examples has a target within {max_length} tokens. Raise the maximum length."
@@ -107,11 +108,22 @@ def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
-def _encode(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row | None:
+def encode_one(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, index: int = 0
+) -> Row | None:
+    """One example as `encode` has it, None where its prompt leaves no room for a target.
+
+    Args:
+        example: with a prompt and a completion, messages, or a text.
+        tokenizer: the model's.
+        max_length: tokens, beyond which it is cut.
+        index: its position in the data, for messages.
+
+    Raises:
+        BlueprintError: for messages that no prompt and answer can be made of.
+    """
     if "messages" in example:
-        messages = example["messages"]
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False))
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        prompt, whole = _chat(example["messages"], tokenizer, index)
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids = prompt_ids + tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
     elif "completion" in example:
@@ -125,3 +137,36 @@ def _encode(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_
     ids, labels = ids[:max_length], labels[:max_length]
     # the first token has nothing before it to be predicted from
     return {"input_ids": ids, "labels": labels} if any(label != IGNORED for label in labels[1:]) else None
+
+
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
+    """The text of all messages but the last, up to where the answer starts, and that of all."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise BlueprintError(f"The messages of example {index} are a {type(messages).__name__}: give a list of them.")
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BlueprintError(
+                f"Message {at} of example {index} is a {type(message).__name__}: give mappings, as "
+                "{'role': 'user', 'content': …}."
+            )
+    if len(messages) < 2:
+        raise BlueprintError(
+            f"Example {index} is a chat of {len(messages)}, and there must be a question and an answer: give at least "
+            "2 messages, or leave it out."
+        )
+    chat: list[Any] = list(messages)
+    try:
+        prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=False)
+        return str(prompt), str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise BlueprintError(
+                f"Example {index} has messages, and this tokenizer has no chat template. Set tokenizer.chat_template, "
+                "or give prompt and completion."
+            ) from error
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        roles = some([str(message.get("role")) for message in messages])
+        raise BlueprintError(
+            f"The tokenizer's chat template refuses example {index}, with messages of {roles}: {reason}. Change or "
+            "leave out this example."
+        ) from error

@@ -85,7 +85,7 @@ class NearDuplicates:
     about 7, 44, 91 and 100 % are found. Texts of fewer words than a shingle are compared as a whole, and exactly.
 
     The first of several like texts is the new one, so that the order matters; for the same order, threshold and seed the
-    answers are the same. Memory grows with the new texts alone, by about 5.6 kB each, and a state by 0.7 kB; a text
+    answers are the same. Memory grows with the texts that are remembered, by about 5.6 kB each, and a state by 0.7 kB; a text
     shorter than a shingle takes 0.1 kB. A text of 100 words takes 1 to 3 ms.
 
     Args:
@@ -115,8 +115,10 @@ class NearDuplicates:
         self._empty = MinHash(num_perm=permutations, seed=seed, scheme=_SCHEME)
         # candidates are looked at again, so that one too many costs less than one overlooked
         self._index = MinHashLSH(threshold=min(threshold, 0.99), num_perm=permutations, weights=(0.1, 0.9))
-        self._signatures: list[np.ndarray] = []
-        self._short: dict[bytes, None] = {}
+        self._signatures: dict[int, np.ndarray] = {}
+        self._short: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}  # by key, what `_short` is the other way round
+        self._next = 0
 
     def __len__(self) -> int:
         return len(self._signatures) + len(self._short)
@@ -130,20 +132,49 @@ class NearDuplicates:
         Raises:
             BlueprintError: if it is neither.
         """
+        mark = self.mark(text)
+        is_new = not self.like(mark)
+        if is_new:
+            self.remember(mark, self._next)
+        return is_new
+
+    def mark(self, text: Text) -> Any:
+        """What a text is compared by: the digest of a short one, else its minimal hashes.
+
+        Raises:
+            BlueprintError: if it is neither a text nor a list of token ids.
+        """
         tokens = _tokens(text)
         if len(tokens) < self.shingle:
-            digest = hashlib.blake2b(_joined(tokens), digest_size=16).digest()
-            is_new = digest not in self._short
-            self._short[digest] = None
-            return is_new
+            return hashlib.blake2b(_joined(tokens), digest_size=16).digest()
         rows = range(len(tokens) - self.shingle + 1)
         hashes = self._empty.copy()
         hashes.update_batch({_joined(tokens[i : i + self.shingle]): None for i in rows})
-        for candidate in self._index.query(hashes):
-            if (self._signatures[candidate] == hashes.hashvalues).mean() >= self.threshold:
-                return False
-        self._remember(hashes)
-        return True
+        return hashes
+
+    def like(self, mark: Any) -> list[int]:
+        """The keys of all that is remembered and much like the text of this mark."""
+        if isinstance(mark, bytes):
+            return [self._short[mark]] if mark in self._short else []
+        near = self._index.query(mark)
+        return sorted(key for key in near if (self._signatures[key] == mark.hashvalues).mean() >= self.threshold)
+
+    def remember(self, mark: Any, key: int) -> None:
+        """Remember the text of this mark under a number that none has yet."""
+        if isinstance(mark, bytes):
+            self._short[mark], self._digests[key] = key, mark
+        else:
+            self._index.insert(key, mark, check_duplication=False)
+            self._signatures[key] = mark.hashvalues
+        self._next = max(self._next, key + 1)
+
+    def forget(self, key: int) -> None:
+        """Remember the text of this number no longer."""
+        if key in self._signatures:
+            del self._signatures[key]
+            self._index.remove(key)
+        else:
+            del self._short[self._digests.pop(key)]
 
     def state(self) -> dict[str, Any]:
         """All that is remembered, as JSON can hold it."""
@@ -152,8 +183,9 @@ class NearDuplicates:
             "shingle": self.shingle,
             "permutations": self.permutations,
             "seed": self.seed,
-            "signatures": base64.b64encode(b"".join(row.astype("<u4").tobytes() for row in self._signatures)).decode(),
+            "signatures": base64.b64encode(b"".join(self._bytes_of_signatures())).decode(),
             "short": base64.b64encode(b"".join(self._short)).decode(),
+            "keys": [*self._signatures, *self._short.values()],
         }
 
     @classmethod
@@ -170,20 +202,23 @@ class NearDuplicates:
             short = base64.b64decode(state["short"], validate=True)
             rows = np.frombuffer(signatures, dtype="<u4").reshape(-1, known.permutations)
             digests = np.frombuffer(short, dtype="V16").tolist()
+            keys = [operator.index(key) for key in state["keys"]]
+            if len(set(keys)) != len(rows) + len(digests):
+                raise ValueError(f"{len(set(keys))} keys of {len(rows) + len(digests)} texts")
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             if isinstance(error, BlueprintError) and error.__cause__ is not None:
                 raise
             raise FormatError(f"This is no state of a search for near-duplicates: {error}. Start it anew.") from error
-        for row in rows:
+        for key, row in zip(keys, rows, strict=False):
             hashes = known._empty.copy()
             hashes.hashvalues = row.astype(np.uint32)
-            known._remember(hashes)
-        known._short = dict.fromkeys(digests)
+            known.remember(hashes, key)
+        for key, digest in zip(keys[len(rows) :], digests, strict=True):
+            known.remember(digest, key)
         return known
 
-    def _remember(self, hashes: Any) -> None:
-        self._index.insert(len(self._signatures), hashes, check_duplication=False)
-        self._signatures.append(hashes.hashvalues)
+    def _bytes_of_signatures(self) -> list[bytes]:
+        return [row.astype("<u4").tobytes() for row in self._signatures.values()]
 
 
 def _tokens(text: Text) -> list[str] | list[int]:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from .distributed import of_first_process
 from .errors import BlueprintError, FormatError, MismatchError
-from .files import replacing
+from .files import replacing, require_writable
 
 
 class Progress:
@@ -31,6 +31,7 @@ class Progress:
         writes: whether this process writes.
 
     Raises:
+        BlueprintError: if nothing could be written there.
         FormatError: if there is a file that is not of this kind.
         MismatchError: if it is of work with other settings.
     """
@@ -95,6 +96,48 @@ class Progress:
             file.write(content.getbuffer())
 
 
+class Seen:
+    """Whether some elements of a stream are those that were there before.
+
+    Args:
+        positions: of them.
+        expected: their digest; None where it is to be found.
+    """
+
+    def __init__(self, positions: Sequence[int], expected: str | None = None):
+        self._awaited = sorted(positions, reverse=True)
+        self._expected = expected
+        self._total = len(self._awaited)
+        self.digest = ""  # of those that came by
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some have not come by."""
+        return bool(self._awaited)
+
+    def see(self, position: int, element: Any) -> None:
+        """One more element of the stream, whether it counts or not.
+
+        Raises:
+            MismatchError: if it is the last of those that count, and they are others.
+        """
+        if not self._awaited or position != self._awaited[-1]:
+            return
+        self._awaited.pop()
+        self.digest = next_digest(self.digest, element)
+        if not self._awaited:
+            self.check()
+
+    def check(self) -> None:
+        """Raise MismatchError if those that count were not all there, or are others."""
+        if self._awaited or self._expected not in (None, self.digest):
+            missing = f"{len(self._awaited)} of them are missing" if self._awaited else "they have changed"
+            raise MismatchError(
+                f"The {self._total} examples that were measured are not those of the kept state: {missing}. Give the same "
+                "data in the same order, or start anew with another keep_state."
+            )
+
+
 def next_digest(before: str, element: Any) -> str:
     """The digest of a stream with one more element."""
     said = json.dumps(element, default=repr, sort_keys=True)
@@ -102,6 +145,10 @@ def next_digest(before: str, element: Any) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | BlueprintError | None:
+    try:
+        require_writable(path.parent)
+    except BlueprintError as error:
+        return BlueprintError(f"The state cannot be kept in {path}. {error}")
     if not path.exists():
         return None
     try:

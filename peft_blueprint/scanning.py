@@ -5,21 +5,23 @@ Knows nothing of how a score is made, nor of what a selection is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from .best import Best
-from .candidates import Candidate, Pool
+from .candidates import Candidate, Example, Pool
 from .coresets import facility_location, k_centre
 from .distributed import process_count
 from .errors import BlueprintError, MismatchError
 from .lexical import NearDuplicates
-from .predictor import MEASURED, Predictor, fit_predictor
-from .resuming import Progress, next_digest
+from .predictor import Predictor, fit_predictor
+from .resuming import Progress, Seen, next_digest
 from .scoring import Method, Scorer, Work
 
 
@@ -67,6 +69,7 @@ class Scan:
         progress: what is known so far.
         every: examples after which progress is saved.
         shows_bar: whether to show a progress bar.
+        started: when this run began, by `time.perf_counter`.
     """
 
     pool: Pool
@@ -74,17 +77,27 @@ class Scan:
     progress: Progress
     every: int = 1024
     shows_bar: bool = True
+    started: float = field(default_factory=time.perf_counter)
     fallbacks: list[str] = field(default_factory=list)
     predictor: Predictor | None = None
     known: dict[int, float] = field(default_factory=dict)
+    _ahead: Iterator[tuple[int, Example]] | None = None  # a stream of which the first examples were read before
+    _skipped: dict[int, str] = field(default_factory=dict)  # digests before examples that follow some left out of it
+    _measured: Seen | None = None  # those that were measured by another run, of a stream
+
+    def note(self, said: str) -> None:
+        """Something is done otherwise than asked; said once."""
+        if said not in self.fallbacks:
+            self.fallbacks.append(said)
 
     def predicting(
         self, score: Scorer, featurize: Featurize, scalars: int, small: int, logarithmic: bool, seed: int
     ) -> Scorer:
         """A scorer that learns from a small random subset what `score` would say (Algorithm 2, lines 1 to 3).
 
-        Of a stream, the subset is drawn from its first 1000 examples, or ten times as many as are measured. Where there
-        are no more examples than that, all are measured and nothing is predicted.
+        Of a stream, the subset is drawn from its first 1000 examples, or ten times as many as are measured, or so many
+        that there are more with a target than are measured. Where there are no more examples than are to be measured,
+        all are measured and nothing is predicted.
 
         Args:
             score: the dear one.
@@ -93,16 +106,29 @@ class Scan:
             small: how many to measure.
             logarithmic: whether to fit the logarithm.
             seed: of the subset and the predictor.
+
+        Raises:
+            MismatchError: if another run measured other examples.
         """
-        arrays = self.progress.arrays
-        if "small" not in arrays:
-            chosen = self._subset(small, seed)
-            if len(chosen) < max(small, MEASURED):
-                self.fallbacks.append(
-                    f"there are only {len(chosen)} examples to learn from, no more than were to be measured: all were "
+        arrays, notes = self.progress.arrays, self.progress.notes
+        if "small" not in arrays and self.progress.position:  # another run found too few, and measured all so far
+            return score
+        if "small" in arrays:
+            self._expect(arrays["small"].tolist())
+        else:
+            found = self._subset(small, seed)
+            if len(found) <= small:
+                self.note(
+                    f"there are only {len(found)} examples to learn from, no more than were to be measured: all were "
                     "measured and nothing was predicted"
                 )
                 return score
+            chosen = sorted(found[:small], key=lambda one: one.index)
+            if self.progress.is_kept:
+                seen = Seen([one.index for one in chosen])
+                for one in chosen:
+                    seen.see(one.index, one.example)
+                notes["measured"] = seen.digest
             arrays["small"] = np.array([one.index for one in chosen])
             arrays["small_values"] = self._chunked(score, chosen)
             arrays["small_features"] = self._chunked(featurize, chosen)
@@ -116,12 +142,12 @@ class Scan:
         self.predictor = predictor
         if predictor.interval[0] <= 0:
             low, high = predictor.interval
-            self.fallbacks.append(
+            self.note(
                 f"what was predicted may be no better than chance: on examples held out the rank correlation is "
                 f"{predictor.rank_correlation:.2f} [{low:.2f}, {high:.2f}]"
             )
-        found = predictor.predict(arrays["small_features"])
-        self.known = dict(zip(arrays["small"].tolist(), found.tolist(), strict=True))
+        predicted = predictor.predict(arrays["small_features"])
+        self.known = dict(zip(arrays["small"].tolist(), predicted.tolist(), strict=True))
         return lambda candidates: predictor.predict(featurize(candidates))
 
     def every_score(self, score: Scorer) -> Scored:
@@ -150,8 +176,9 @@ class Scan:
     def best_of_stream(self, score: Scorer, sign: int, count: int, deduplicate: bool) -> tuple[Picked, Best]:
         """The best of a stream, in memory that grows with how many are wanted alone.
 
-        Of two near-duplicates the one that comes first is kept. Near-duplicates are told from what was kept lately: from
-        about twice as many examples as are wanted.
+        Of near-duplicates the one with the highest score is kept, of equal ones the first. They are told from what is
+        kept at the time: an example that gave way to a better one is forgotten. So a list and a stream differ only where
+        one example is much like two that are not like each other.
 
         Raises:
             BlueprintError: if none has a target.
@@ -163,16 +190,22 @@ class Scan:
         notes.setdefault("duplicates", 0)
 
         def take(candidates: Sequence[Candidate], found: np.ndarray) -> None:
-            nonlocal guard
             for one, value in zip(candidates, found.tolist(), strict=True):
                 if not best.takes(sign * value, one.index):
                     continue
-                if guard is not None and not guard.is_new(one.text):
-                    notes["duplicates"] += 1
-                    continue
+                if guard is not None:
+                    mark = guard.mark(one.text)
+                    like = guard.like(mark)
+                    notes["duplicates"] += len(like)
+                    if any(best.score_of(other) >= sign * value for other in like):
+                        continue
+                    for other in like:
+                        best.remove(other)
+                        guard.forget(other)
+                    if best.last is not None:
+                        guard.forget(best.last)
+                    guard.remember(mark, one.index)
                 best.offer(sign * value, one.index, dict(one.example))
-                if guard is not None and len(guard) > 2 * count + BUFFER:
-                    guard = self._guard_of(best)
 
         def keep() -> None:
             notes["best"] = best.state()
@@ -230,17 +263,8 @@ class Scan:
         assert found is not None
         return found
 
-    def _guard_of(self, best: Best) -> NearDuplicates:
-        """A guard that knows what is kept, and has forgotten what is no longer."""
-        guard = NearDuplicates()
-        for index, _, example in sorted(best.ranked(), key=lambda kept: kept[0]):
-            one = self.pool.candidate(index, example)
-            assert one is not None
-            guard.is_new(one.text)
-        return guard
-
     def _subset(self, small: int, seed: int) -> list[Candidate]:
-        """Random examples with targets, in order."""
+        """Random examples with targets: more than `small`, or all that there are."""
         generator = np.random.default_rng([seed, 1])
         if self.pool.length is not None:
             order = generator.permutation(self.pool.length).tolist()
@@ -249,14 +273,46 @@ class Scan:
                 one = self.pool.candidate(index, self.pool.at(index))
                 if one is not None:
                     found.append(one)
-                if len(found) == small:
+                if len(found) > small:
                     break
-        else:
-            buffered = self.pool.first(max(BUFFER, 10 * small))
-            self.fallbacks.append(f"the measured examples were drawn from the stream's first {len(buffered)}")
-            usable = [one for i, e in enumerate(buffered) if (one := self.pool.candidate(i, e)) is not None]
-            found = [usable[i] for i in generator.permutation(len(usable))[:small].tolist()]
-        return sorted(found, key=lambda one: one.index)
+            return found
+        usable, read = self._read_ahead(small)
+        if len(usable) > small:
+            self.note(f"the measured examples were drawn from the stream's first {read}")
+        return [usable[i] for i in generator.permutation(len(usable)).tolist()]
+
+    def _read_ahead(self, small: int) -> tuple[list[Candidate], int]:
+        """A stream's first examples that have a target, more than `small` if there are, and how many were read.
+
+        What was read stays in the stream, but for examples without a target: only the digest of these is kept.
+        """
+        stream = iter(self.pool)
+        kept: list[tuple[int, Example]] = []
+        usable: list[Candidate] = []
+        one, digest, read = None, "", 0
+        for index, example in stream:
+            if kept and one is None:
+                self._skipped.pop(kept.pop()[0], None)
+                self._skipped[index] = digest
+            one, read = self.pool.candidate(index, example), index + 1
+            kept.append((index, example))
+            if one is not None:
+                usable.append(one)
+            if self.progress.is_kept:
+                digest = next_digest(digest, example)
+            if len(usable) > small and read >= max(BUFFER, 10 * small):
+                break
+        self._ahead = chain(kept, stream)
+        return usable, read
+
+    def _expect(self, measured: Sequence[int]) -> None:
+        """These were measured by another run: raise MismatchError if the data have others in their places."""
+        seen = Seen(measured, self.progress.notes.get("measured"))
+        if self.pool.is_stream:
+            self._measured = seen
+            return
+        for index in measured:
+            seen.see(index, self.pool.at(index))
 
     def _chunked(self, score: Scorer, candidates: Sequence[Candidate]) -> np.ndarray:
         size = self._chunk
@@ -288,8 +344,14 @@ class Scan:
                     take(chunk, np.array(values))
                 chunk.clear()
 
-            for index, example in self.pool:
+            for index, example in self.pool if self._ahead is None else self._ahead:
                 seen = index + 1
+                if self._measured is not None:
+                    self._measured.see(index, example)
+                if index in self._skipped:
+                    notes["without_targets"] += index - progress.position
+                    bar.update(index - progress.position)
+                    progress.position, progress.digest = index, self._skipped[index]
                 if index < start:
                     digest = next_digest(digest, example)
                     if seen == start and digest != before:
@@ -308,7 +370,8 @@ class Scan:
                 bar.update()
                 if len(chunk) >= self._chunk:
                     flush()
-                    if progress.position - saved >= self.every:
+                    is_sure = self._measured is None or not self._measured.is_waiting
+                    if is_sure and progress.position - saved >= self.every:
                         saved = self._save(keep)
             flush()
         if seen < start:
@@ -316,6 +379,8 @@ class Scan:
                 f"The kept state is of {start} examples and more, and there are {seen}: the data have changed. Give the "
                 "same data in the same order, or start anew with another keep_state."
             )
+        if self._measured is not None:
+            self._measured.check()
         self._save(keep)
 
     def _save(self, keep: Callable[[], None]) -> int:
@@ -323,6 +388,7 @@ class Scan:
             keep()
             self.progress.notes["fallbacks"] = self.fallbacks
             cost = self.work.total_cost()
-            self.progress.notes["cost"] = [cost.forward_tokens, cost.measured_tokens, cost.seconds]
+            seconds = cost.seconds + time.perf_counter() - self.started
+            self.progress.notes["cost"] = [cost.forward_tokens, cost.measured_tokens, seconds]
             self.progress.save()
         return self.progress.position

@@ -28,7 +28,16 @@ from .placement import Placement
 from .resuming import Progress, next_digest
 from .scanning import Picked, Scan
 from .scoring import Work
-from .selection_checks import check_wish, digest_of_model, encoded, method_of, names_of, padding_of, wanted_of
+from .selection_checks import (
+    EMPTY_TARGET,
+    check_wish,
+    digest_of_model,
+    encoded,
+    method_of,
+    names_of,
+    padding_of,
+    wanted_of,
+)
 from .selection_methods import ITERATIVE, FeatureKind, Maker, iterate, lexical_scores
 from .submodules import parameters_per_token
 
@@ -181,12 +190,16 @@ def select_examples(
       measures a few and predicts the others.
     - "loss", "loss_low", "length" (most target tokens) and "length_short", "bm25" (words in common with `target`):
       controls.
-    - "coreset_k_centre" and "coreset_facility": examples whose gradients' directions stand for all.
+    - "coreset_k_centre" and "coreset_facility": examples whose gradients' directions stand for all; the latter of at most
+      50,000.
     - "iterative": choose, train briefly, measure again in the state so reached, and so on; by predicted alignment where
       there is a target, else by predicted norm. The model is given back as it was.
 
-    A list or `datasets.Dataset` is scored whole; a stream in memory that grows with `count` alone. Under `torchrun` or
-    `accelerate launch` call it on every process, each with all the data: the work is divided, and all choose the same.
+    A list or `datasets.Dataset` is scored whole; a stream in memory that grows with `count` alone, and with `small` where
+    scores are predicted. Both give the same, but for two things: examples to learn from are drawn from a stream's first
+    1000 or so; and its near-duplicates are told from what is kept at the time, so that where one example is much like two
+    that are not like each other, another may be chosen. Under `torchrun` or `accelerate launch` call it on every process,
+    each with all the data: the work is divided, and all choose the same.
 
     Args:
         model: as for `measure_influence`; None for methods that ask no model ("random", "length", "bm25") on examples
@@ -222,19 +235,21 @@ def select_examples(
 
     Raises:
         BlueprintError: for an unknown method, both or neither of fraction and count, a fraction outside (0, 1], a missing
-            target, no data or none with targets, or a stream where all must be known at once.
+            target, submodules for a method that asks no model, no data or none with targets, too many for
+            "coreset_facility", a stream where all must be known at once, or state that cannot be kept.
         MismatchError: for submodules that the model lacks, or kept state of other work or data.
         MeasurementError: for scores that are not finite, or if another process failed.
     """
     start = time.perf_counter()
     chosen = method_of(method, target is not None)
-    pool = Pool(dataset, tokenizer, columns, max_length)
+    pool = Pool(dataset, tokenizer, columns, max_length, requires_columns=True)
     check_wish(
         chosen,
         method,
         has_model=model is not None,
         has_target=target is not None,
-        is_stream=pool.is_stream,
+        has_submodules=placement is not None or submodules is not None,
+        length=pool.length,
         is_kept=keep_state is not None,
         numbers={
             "small": small,
@@ -243,14 +258,17 @@ def select_examples(
             "batch_size": batch_size,
             "state_every": state_every,
         },
+        seed=seed,
         features=features,
     )
+    if chosen.uses_target and isinstance(target, Sized) and not len(target):
+        raise BlueprintError(EMPTY_TARGET)
     wanted = wanted_of(pool.length, fraction, count)
     names = names_of(model, placement, submodules)
     aims = encoded(Pool(target, tokenizer, columns, max_length)) if chosen.uses_target and target is not None else []
     settings = {
-        "count": count,
-        "fraction": fraction,
+        "count": None if count is None else wanted,
+        "fraction": None if fraction is None else float(fraction),
         "submodules": None if names is None else len(names),
         "small": small if chosen.is_predicted else None,
         "features": features if chosen.is_predicted else None,
@@ -278,10 +296,12 @@ def select_examples(
     work = Work(
         nn.Module() if model is None else model, names, batch_size, padding_of(model, tokenizer), seed, loss_fn
     )
-    scan = Scan(pool, work, state, state_every, progress)
+    scan = Scan(pool, work, state, state_every, progress, start)
     scan.fallbacks += state.notes.get("fallbacks", [])
-    if rank == 0 and "cost" in state.notes:
-        work.cost.forward_tokens, work.cost.measured_tokens, work.cost.seconds = state.notes["cost"]
+    if "cost" in state.notes:
+        *tokens, work.cost.seconds = state.notes["cost"]
+        if rank == 0:  # of all processes, counted once
+            work.cost.forward_tokens, work.cost.measured_tokens = tokens
     if model is not None:
         work.cost.parameters, work.cost.backward = parameters_per_token(model, names)
     before = work.cost.seconds
@@ -307,7 +327,7 @@ def select_examples(
             all_scores[scored.indices] = scored.values
     work.cost.seconds = before + time.perf_counter() - start
     if len(picked.indices) < wanted:
-        scan.fallbacks.append(_shortfall(wanted, picked, scan))
+        scan.note(_shortfall(wanted, picked, scan))
     for said in scan.fallbacks:
         _LOG.warning("%s", said)
     scores = dict(zip(picked.indices, picked.scores, strict=True))

@@ -6,13 +6,16 @@ Knows nothing of how examples are scored.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
 from .candidates import Candidate, Pool
+from .coresets import MOST_POINTS
 from .data import pad_token_of
 from .entry import some
 from .errors import BlueprintError, MismatchError
@@ -25,6 +28,9 @@ from .submodules import find_submodules, is_sharded, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+EMPTY_TARGET = "The target set is empty: give target=…, a few dozen examples of what is wanted."
 
 
 def method_of(name: str, has_target: bool) -> Method:
@@ -46,9 +52,11 @@ def check_wish(
     *,
     has_model: bool,
     has_target: bool,
-    is_stream: bool,
+    has_submodules: bool,
+    length: int | None,
     is_kept: bool,
     numbers: Mapping[str, int],
+    seed: int,
     features: str,
 ) -> None:
     """Raise BlueprintError for what a method lacks or cannot do, for options out of range."""
@@ -56,15 +64,27 @@ def check_wish(
         raise BlueprintError(f"method={name!r} needs examples of what is wanted: give target=…, a few dozen of them.")
     if method.uses_model and not has_model:
         raise BlueprintError(f"method={name!r} asks the model: give one, not None.")
-    if is_stream and (method.needs_all or name == ITERATIVE):
+    if has_submodules and not method.uses_model:
+        raise BlueprintError(
+            f"method={name!r} uses no gradients, and hence no submodules: give no placement and no submodules, or take "
+            "another method."
+        )
+    if length is None and (method.needs_all or name == ITERATIVE):
         raise BlueprintError(
             f"method={name!r} must know all examples at once, and this is a stream. Give a list or a datasets.Dataset, or "
             "take another method."
         )
+    if method.coreset == "facility" and length is not None and length > MOST_POINTS:
+        raise BlueprintError(
+            f"method={name!r} looks at every pair of examples, and takes at most {MOST_POINTS:,}, not {length:,}. Choose "
+            "some first, by chance or by score, or take coreset_k_centre."
+        )
     if is_kept and name in (ITERATIVE, "bm25"):
         raise BlueprintError(f"method={name!r} cannot be resumed: give no keep_state.")
+    if whole("seed", seed) < 0:
+        raise BlueprintError(f"seed={seed}: give a whole number from 0.")
     for option, value in numbers.items():
-        if value < 1:
+        if whole(option, value) < 1:
             raise BlueprintError(f"{option}={value}: give at least 1.")
     if method.is_predicted and numbers["small"] < MEASURED:
         raise BlueprintError(
@@ -72,6 +92,22 @@ def check_wish(
         )
     if features not in get_args(FeatureKind):
         raise BlueprintError(f"features={features!r}: choose from {', '.join(get_args(FeatureKind))}.")
+
+
+def whole(option: str, value: object) -> int:
+    """A whole number.
+
+    Raises:
+        BlueprintError: if it is none, such as 2.5, True or a text.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise BlueprintError(
+            f"{option}={value!r} is a {type(value).__name__} and no whole number: give one, such as 1000."
+        ) from error
 
 
 def wanted_of(length: int | None, fraction: float | None, count: int | None) -> int:
@@ -88,15 +124,20 @@ def wanted_of(length: int | None, fraction: float | None, count: int | None) -> 
     if (fraction is None) == (count is None):
         raise BlueprintError(f"fraction={fraction}, count={count}: give one of the two.")
     if count is not None:
-        if count < 1:
+        wanted = whole("count", count)
+        if wanted < 1:
             raise BlueprintError(f"count={count} keeps nothing: give at least 1.")
-        return count
-    assert fraction is not None
+        return wanted
+    if isinstance(fraction, bool) or not isinstance(fraction, Real):
+        raise BlueprintError(
+            f"fraction={fraction!r} is a {type(fraction).__name__} and no share to keep: give a number above 0, and 1 at "
+            "most."
+        )
     if not 0 < fraction <= 1:
         raise BlueprintError(f"fraction={fraction} is not a share to keep: give one above 0, and 1 at most.")
     if length is None:
         raise BlueprintError("A stream has no known length to take a fraction of: give count=… instead.")
-    return max(1, int(fraction * length + 1e-9))
+    return max(1, int(float(fraction) * length + 1e-9))
 
 
 def names_of(
@@ -135,9 +176,15 @@ def encoded(pool: Pool) -> list[Candidate]:
     """All examples of a small set that have a target.
 
     Raises:
-        BlueprintError: if none has.
+        BlueprintError: if there are none, or none has.
     """
-    found = [one for index, example in pool if (one := pool.candidate(index, example)) is not None]
+    found, given = [], 0
+    for index, example in pool:
+        given = index + 1
+        if (one := pool.candidate(index, example)) is not None:
+            found.append(one)
+    if not given:
+        raise BlueprintError(EMPTY_TARGET)
     if not found:
         raise BlueprintError(
             "No example of the target set has a target token within the maximum length. Give others, or raise max_length."

@@ -157,4 +157,7 @@ def lexical_scores(scan: Scan, aims: Sequence[Candidate]) -> Scored:
     scan.require(bool(found))
     are_words = all(isinstance(one.text, str) for one in (*found, *aims))
     queries, documents = ([one.text if are_words else one.row["input_ids"] for one in of] for of in (aims, found))
-    return Scored(np.array([one.index for one in found]), bm25(queries, documents))
+    scores = bm25(queries, documents)
+    if not scores.any():
+        scan.note("no example has a word in common with the target: all are alike to bm25, and the first were chosen")
+    return Scored(np.array([one.index for one in found]), scores)

@@ -107,7 +107,7 @@ def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
     out = tmp_path / "chosen.jsonl"
     for arguments, message in [
         ([*asked, "--count", 3, "--out", tmp_path / "chosen.txt"], "none of the endings"),
-        ([*asked, "--count", 3, "--out", folder / "data.jsonl"], "is the data itself"),
+        ([*asked, "--count", 3, "--out", folder / "data.jsonl"], "is the file of --data .*, which would be lost"),
         ([*asked, "--out", out], "give one of the two"),
         ([*asked, "--count", 3, "--out", out, "--method", "best"], "no method 'best'"),
         ([*asked, "--count", 3, "--out", out, "--method", "bm25"], "give target"),
