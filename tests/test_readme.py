@@ -37,6 +37,7 @@ def test_its_python_runs(blueprint: Blueprint, tmp_path, monkeypatch):
     namespace = {
         "rows": rows,
         "wanted": wanted,
+        "tokenizer": None,  # these rows are encoded
         "model": model,
         "batches": batches,
         "trainer": Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:4]),

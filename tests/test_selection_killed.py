@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from peft_blueprint.selection import select_examples
 from peft_blueprint.testing import tiny_llama
 
@@ -47,7 +49,7 @@ def test_a_killed_process_loses_next_to_nothing(tmp_path):
     model, passes = tiny_llama(layers=2), []
     model.register_forward_hook(lambda *_: passes.append(1))
     resumed = select_examples(model, stream(40), keep_state=path, **OPTIONS)
-    assert (resumed.indices, resumed.scores) == (whole.indices, whole.scores)
+    assert resumed.indices == whole.indices and resumed.scores == pytest.approx(whole.scores, rel=1e-5)
     assert len(passes) <= 40 - OPTIONS["state_every"]
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
