@@ -183,8 +183,8 @@ def select_examples(
 
     - "random".
     - "predicted_norm", the paper's Algorithm 2: measure J(z) = ‖∇L(z)‖ of a small random subset, learn to predict it from
-      cheap features, predict it of all. "norm" measures all, and "norm_low" keeps the lowest. Noise and wrong answers
-      have large gradients: this alone chooses them.
+      cheap features, predict it of all. "norm" measures all, and "norm_low" keeps the lowest. What is unusual
+      has large gradients, noise among it.
     - "alignment": the cosine of an example's gradient with the mean gradient of `target`, as in LESS (Xia et al. 2024,
       arXiv:2402.04333) but without its warm-up, from sketches that are forgotten batch by batch. "predicted_alignment"
       measures a few and predicts the others.
