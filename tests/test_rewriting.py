@@ -230,9 +230,10 @@ rng, seen, left = random.Random(0), set(), 0
 started = time.perf_counter()
 replace_metadata(path, {"blueprint.json": texts[1]}, progress=False)
 takes = time.perf_counter() - started
-for i in range(20 * rounds):
-    if i >= rounds and len(seen) == 2:
-        break  # on a busy machine a writer may not come to the second text before it is killed
+for i in range(20 * rounds):  # on a busy machine few writers may come to the second text before they are killed
+    spent = time.perf_counter() - started
+    if (i >= rounds or spent > 40) and (len(seen) == 2 or spent > 90):
+        break
     child = os.fork()
     if not child:
         while True:
@@ -261,7 +262,7 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path, reserve, rounds):
     folder.mkdir()
     save_file({"a": np.arange(10**6, dtype="f4"), "b": np.ones((3, 5), "f2")}, folder / "model.safetensors")
     command = [sys.executable, "-c", KILLING, str(folder / "model.safetensors"), str(reserve), str(rounds)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     seen, left = result.stdout.rsplit(maxsplit=1)
     assert seen == "[0, 1]"
