@@ -230,7 +230,7 @@ rng, seen, left = random.Random(0), set(), 0
 started = time.perf_counter()
 replace_metadata(path, {"blueprint.json": texts[1]}, progress=False)
 takes = time.perf_counter() - started
-for i in range(20 * rounds):  # on a busy machine few writers may come to the second text before they are killed
+for i in range(20 * rounds):  # on a busy machine writers may take far longer than the first did
     spent = time.perf_counter() - started
     if (i >= rounds or spent > 40) and (len(seen) == 2 or spent > 90):
         break
@@ -239,7 +239,7 @@ for i in range(20 * rounds):  # on a busy machine few writers may come to the se
         while True:
             for text in texts:
                 replace_metadata(path, {"blueprint.json": text}, progress=False)
-    time.sleep(rng.uniform(0, 3 * takes))
+    time.sleep(rng.uniform(0, 3 * takes * max(1, 2 * i / rounds)))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     left += len(os.listdir(path.parent)) - 1
