@@ -121,6 +121,7 @@ def require_holds(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     from datasets import Dataset
+    from pyarrow import ArrowException  # type: ignore[import-untyped]
 
     try:
         if path.suffix == ".jsonl":
@@ -136,7 +137,7 @@ def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> Non
         raise
     except UnicodeDecodeError as error:
         raise BlueprintError(f"The examples for {path} cannot be read: {error}. Save the data as UTF-8.") from error
-    except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, ArrowException) as error:
         reason = str(error).strip().rstrip(".")
         raise BlueprintError(f"{path} cannot hold these examples: {reason}. Choose another format.") from error
 
