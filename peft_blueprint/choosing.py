@@ -43,7 +43,7 @@ RankBy = Literal[
 
 CONTROLS = ("random", "even", "first", "last")  # scores that look at no measurement
 FRACTION = 0.2  # of the submodules, and
-KEEP = 0.85  # of the gain, where nothing is said
+KEEP = 0.95  # of the gain, where nothing is said
 
 
 @dataclass(frozen=True)

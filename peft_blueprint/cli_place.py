@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def targets(
     source: Source,
     fraction: Annotated[
-        float | None, typer.Option(help="Share of the submodules; by default the cheapest that keep 0.85 of the gain.")
+        float | None, typer.Option(help="Share of the submodules; by default the cheapest that keep 0.95 of the gain.")
     ] = None,
     num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,

@@ -87,7 +87,7 @@ class BlueprintConfig(LoraConfig):
             `"lora"` (on a quantised base that is QLoRA), `"unfreeze"` for whole attention and feed-forward blocks, or
             `"lora+unfreeze"`.
         fraction (`float`, *optional*):
-            Share of the submodules, in (0, 1]. Without any selector it is `keep=0.85` for adapters, and `fraction=0.2`
+            Share of the submodules, in (0, 1]. Without any selector it is `keep=0.95` for adapters, and `fraction=0.2`
             for blocks, with another coverage, and where the blueprint has no shapes.
         num_modules (`int`, *optional*): How many submodules, instead.
         top_p (`float`, *optional*): The fewest that hold this share of the score, instead.

@@ -61,7 +61,7 @@ def plan_placement(
 
     Only what an adapter can be put on is chosen, linear layers and fused experts; other entries, of a blueprint that
     was measured with `include="all"`, are left out and counted. Give at most one of the four selectors, or a budget or
-    `keep` or both. Without any it is `keep=0.85`; where no costs are known, for whole blocks and with another coverage
+    `keep` or both. Without any it is `keep=0.95`; where no costs are known, for whole blocks and with another coverage
     `fraction=0.2`.
 
     Args:

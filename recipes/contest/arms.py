@@ -342,7 +342,7 @@ def _arms() -> dict[str, Arm]:
     wishes: dict[str, dict[str, Any]] = {
         "0.7x": {"budget": "0.7x"},
         "keep 0.7": {"keep": 0.7},
-        "keep 0.95": {"keep": 0.95},
+        "keep 0.85": {"keep": 0.85},
     }
     for name, wish in ((f"planner, {title}", wish) for title, wish in wishes.items()):
         arms[name] = Arm(functools.partial(planner, **wish))
@@ -357,8 +357,9 @@ def _arms() -> dict[str, Arm]:
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
         arms[f"planner, {title}"] = Arm(begun(planner, start))
-        shipped = functools.partial(planner, is_shipped=True)
-        arms[f"planner, {title}, as shipped"] = Arm(begun(shipped, start), is_budgeted=False)
+        for of, wish in {"": {}, " keep 0.85,": wishes["keep 0.85"]}.items():
+            shipped = functools.partial(planner, is_shipped=True, **wish)
+            arms[f"planner,{of} {title}, as shipped"] = Arm(begun(shipped, start), is_budgeted=False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):
             wish = {"rank_by": score, "coverage": coverage}
