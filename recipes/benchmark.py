@@ -8,7 +8,8 @@ that a run that was killed goes on where it was, on the same machine or another,
 common. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
 factors of two until the best is not at an edge, at least three of them; where the ladder begins is told by Adam's first
 step, from a blueprint, also for arms that are not charged for one. --report makes one JSON of all result files and
-prints the tables from that alone; it may be asked for while another process is running jobs. Losses do not depend on
+from that alone the tables, which it prints and puts where README.md and RESULTS.md quote them; it may be asked for while
+another process is running jobs. Losses do not depend on
 how busy a machine is, seconds do: --times measures step times apart, all arms in turn in one process, as ratios within
 a round; time in the tables is predicted by the cost model.
 """
@@ -24,12 +25,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from contest.quoting import requoted
 from contest.report import markdown, picture
 from contest.results import Store, outcome, summary
 from contest.schedule import Schedule
@@ -40,6 +42,7 @@ from peft_blueprint.files import write_atomically
 
 OUT = Path(".cache/contest/runs")
 RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "RESULTS.md")]
 # PEFT asks transformers a question that is about to be renamed
 NOISE = "`is_gradient_checkpointing` is deprecated"
 
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of jobs' names, as --list shows them")
     parser.add_argument("--list", action="store_true", help="show what has run, and what is next")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
-    parser.add_argument("--report", action="store_true", help="write the JSON and the picture, and print the tables")
+    parser.add_argument("--report", action="store_true", help="write JSON, picture and quotes, and print the tables")
     parser.add_argument("--times", type=int, metavar="ROUNDS", help="measure step times in so many rounds")
     options = parser.parse_args()
 
@@ -66,7 +69,7 @@ def main() -> None:
     study = Study.read(options.study)
     store = Store(options.out, study)
     if options.report:
-        report(study, store, RESULTS)
+        report(study, store, RESULTS, DOCUMENTS)
         return
     runner = Runner(study, store, options.data)
     runner.require(options.device)
@@ -78,8 +81,8 @@ def main() -> None:
         runner.run(options.budget_minutes, options.only, options.retry)
 
 
-def report(study: Study, store: Store, folder: Path) -> dict[str, Any]:
-    """The summary, written; its tables printed from what was written."""
+def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] = ()) -> dict[str, Any]:
+    """The summary, written; its tables printed from what was written, and put where documents quote the study."""
     from contest.arms import arm_of
 
     times = json.loads(store.times.read_text()) if store.times.exists() else {}
@@ -90,6 +93,8 @@ def report(study: Study, store: Store, folder: Path) -> dict[str, Any]:
     read = json.loads(path.read_text())
     print(markdown(read))
     picture(read, path.with_suffix(".png"))
+    for document in documents:
+        write_atomically(document, requoted(document.read_text(), read))
     return found
 
 

@@ -284,7 +284,11 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
     runner.run(math.inf)
     assert {r["status"] for _, r in store.all()} == {"done"}
     runner.times(1, "planner at *")
-    found = benchmark.report(wanted, store, tmp_path)
+    (tmp_path / "notes.md").write_text("Before.\n<!-- tiny: whole -->\nold\n<!-- tiny: end -->\nAfter.\n")
+    found = benchmark.report(wanted, store, tmp_path, [tmp_path / "notes.md"])
+    notes = (tmp_path / "notes.md").read_text()
+    assert "\n| planner [nf4 x 4] at 50% |" in notes and "old" not in notes
+    assert notes.startswith("Before.") and notes.endswith("<!-- tiny: end -->\nAfter.\n")
     assert "planner [nf4 x 4] at 50%" in capsys.readouterr().out and (tmp_path / "tiny.png").exists()
     assert list(found["times"]) == ["planner at 50%"] and len(found["times"]["planner at 50%"]) == 1
     runner.show("planner + *")

@@ -1,5 +1,6 @@
-"""The benchmark of placements: that its report says what the numbers say. On made-up summaries."""
+"""The benchmark of placements: that its report says what the numbers say. On made-up summaries, and on the real ones."""
 
+import json
 import math
 import sys
 from copy import deepcopy
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from contest import verdict  # noqa: E402
+from contest.quoting import quotes_of, requoted  # noqa: E402
 from contest.report import markdown  # noqa: E402
 from contest.study import Entry  # noqa: E402
 
@@ -176,3 +178,30 @@ def test_a_row_is_compared_with_all_linear_in_the_same_time():
     assert verdict.less_in_same_time(summary, planner | {"time": 10.0}) is None
     text = markdown(summary)
     assert "against all-linear trained for fewer steps in that time" in text and "-0.0" in text
+
+
+def test_documents_quote_what_the_studies_say():
+    """README.md and RESULTS.md are as `--report` would write them from the summaries beside the recipes."""
+    summaries = [json.loads(path.read_text()) for path in sorted((ROOT / "recipes" / "results").glob("*.json"))]
+    for name in ("README.md", "RESULTS.md"):
+        text = (ROOT / name).read_text()
+        assert quotes_of(text) <= {one["study"] for one in summaries}, name
+        for one in summaries:
+            assert requoted(text, one) == text, (
+                f"{name} does not say what {one['study']} says: run its --report again."
+            )
+    assert quotes_of((ROOT / "RESULTS.md").read_text()) == {one["study"] for one in summaries}
+
+
+def test_quotes_are_of_the_study_that_they_name():
+    """Others stay as they are, prose is wrapped, tables are not; the short one says what to use."""
+    mine, other = (
+        "<!-- {}: {} -->\nold\n<!-- {}: end -->\n".format(*one) for one in (("s", "whole", "s"), ("t", "short", "t"))
+    )
+    found = requoted(f"A\n{mine}B\n{other}C\n", made_up(-0.05))
+    assert found.startswith("A\n<!-- s: whole -->\ns: made up, 30 steps") and found.endswith(f"B\n{other}C\n")
+    prose = [line for line in found.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 120 < max(map(len, found.splitlines()))
+    short = requoted(mine.replace("whole", "short"), made_up(-0.05))
+    assert "old" not in short and " ".join(short.split("\n")[1:-2]) == verdict.in_short(made_up(-0.05))
+    assert requoted(found, made_up(-0.05)) == found and quotes_of(found) == {"s", "t"}

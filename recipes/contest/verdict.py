@@ -180,6 +180,14 @@ def paragraph(summary: Mapping[str, Any]) -> str:
     return " ".join(filter(None, said))
 
 
+def in_short(summary: Mapping[str, Any]) -> str:
+    """Of the paragraph what bears on what to use: the default, and which arms cannot be told from the lowest."""
+    reference = reference_of(summary)
+    if reference is None:
+        return f"{summary['reference']} has not run yet, so that there is nothing to compare with."
+    return " ".join([_of_default(summary, reference), _advice(summary, reference), _caveats(summary)])
+
+
 def _budgets(summary: Mapping[str, Any]) -> list[float]:
     return sorted({row["budget"] for row in done(summary) if row["budget"] is not None}, reverse=True)
 
@@ -301,19 +309,18 @@ def _advice(summary: Mapping[str, Any], reference: Row) -> str:
         apart = difference(summary, row, [lowest])
         if apart is not None and apart.seeds > 1 and not (apart.is_clear and apart.mean > 0):
             level.append(row)
-    fastest = min(level, key=lambda row: row["time"])
+    fastest, step = min(level, key=lambda row: row["time"]), min(level, key=lambda row: row["step_time"])
     smallest = min(level, key=lambda row: row["memory"])
     text = (
         f"What to use, of the {len(rows)} arms with several seeds: {lowest['label']}{_at(lowest)} has the lowest loss; "
-        f"{len(level)} of them are not clearly above it, of which {fastest['label']}{_at(fastest)} takes the least "
-        f"time ({fastest['time'] / reference['time']:.2f} of {reference['label']}'s)"
+        f"of the {len(level)} that are not clearly above it {fastest['label']}{_at(fastest)} takes the least predicted "
+        f"time ({fastest['time'] / reference['time']:.2f} of {reference['label']}'s with what it measures counted)"
     )
-    if smallest is fastest:
-        return text + " and the least memory."
-    return (
-        text
-        + f" and {smallest['label']}{_at(smallest)} the least memory ({smallest['memory'] / reference['memory']:.2f})."
-    )
+    if step is not fastest:
+        ratio = step["step_time"] / reference["step_time"]
+        text += f", {step['label']}{_at(step)} the least where its blueprint is published ({ratio:.2f})"
+    least = f"the least memory ({smallest['memory'] / reference['memory']:.2f})"
+    return text + f", and {smallest['label']}{_at(smallest)} {least}."
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:
