@@ -58,6 +58,7 @@ WISHES: dict[str, dict[str, Any]] = {
     "QLoRA": {},
     "default, rank 16": {"rank": RANK},
     "keep 0.9": {"keep": 0.9},
+    "keep 0.85": {"keep": 0.85},  # the default until the contest of placements
     "keep 0.7": {"keep": 0.7},
     "0.5x": {"budget": "0.5x"},  # too little on most machines, which is then said
     "a fifth": {"fraction": 0.2},

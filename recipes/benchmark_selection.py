@@ -3,7 +3,7 @@
     python recipes/benchmark_selection.py --data FOLDER [--sets SET ...] [--arms ARM[@Q][#SEED] ...] [--seeds 0 1 2] [--print]
 
 FOLDER holds `gsm8k_{train,test}.jsonl`, `pubmedqa_ori_pqal.json` and `pubmedqa_test_ground_truth.json`. Of a pool of 60
-examples each method keeps a share q, and the default placement is trained on those, again and again, until the budget is
+examples each method keeps a share q, and a placement is trained on those, again and again, until the budget is
 spent: what 15 steps of 8 examples of the whole pool cost, padding included. Choosing is paid out of it, by
 `Selection.report`'s FLOPs; a training token costs 2P forward, 2P backward times the share of the backward pass that the
 placement needs by `CostModel`, and its adapters and their optimizer. With P the parameters that a token is multiplied with,
@@ -45,7 +45,7 @@ from peft_blueprint.submodules import parameters_per_token
 
 
 CACHE = Path(".cache/benchmark_selection")
-PLACEMENT = "default"
+PLACEMENT = "keep 0.85"
 LENGTHS = {"gsm8k": 90, "pubmedqa": 60}  # tokens of an example at most: short, so that many arms fit in hours
 POOL, TARGET, HELD_OUT, STEPS = 60, 12, 36, 15
 SHARES, SEEDS = (0.3, 0.1), (0, 1, 2)
