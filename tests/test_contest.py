@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import benchmark  # noqa: E402
+import benchmark_freezing as freezing  # noqa: E402
 from contest import results, study  # noqa: E402
 from contest.report import markdown  # noqa: E402
 from contest.schedule import Schedule, next_octaves  # noqa: E402
@@ -299,3 +300,21 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
     assert combined["examples"] == 2 and combined["charged_flops"] > by_label["planner"]["charged_flops"]
     text = markdown({**found, "kind": "multiplication"})
     assert "Stopping is at" in text and "72% of the gain at 6% of the cost" in text
+
+
+def test_freezing_the_lower_half_on_some_steps(folder, tmp_path):
+    """With the lower half trained on all steps it is the contest's job; on none, the lower half stays as it began."""
+    from contest.arms import choice_of
+
+    runner = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}]), tmp_path)
+    runner.run(math.inf)
+    [loss] = [r["loss"] for job, r in runner.store.all() if job.entry.arm == "all-linear"]
+    choice = choice_of(runner.ground, Entry("all-linear"), None)
+    assert freezing.train(runner.ground, choice, [True, True]) == pytest.approx(loss)
+    one = freezing.train(runner.ground, choice, [True, False])
+    assert len({round(x, 6) for x in (loss, one, freezing.train(runner.ground, choice, [False, False]))}) == 3
+    assert freezing.step_time(runner.ground, choice, 1) < freezing.step_time(runner.ground, choice, 0) == 1
+    assert [freezing.is_of_all("every 2", i, 5) for i in range(5)] == [True, False, True, False, True]
+    assert [freezing.is_of_all("until 0.4", i, 5) for i in range(5)] == [True, True, False, False, False]
+    with pytest.raises(SystemExit, match="'sometimes' is no schedule: say 'every N' or 'until SHARE'"):
+        freezing.is_of_all("sometimes", 0, 5)
