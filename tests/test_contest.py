@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import benchmark  # noqa: E402
 import benchmark_freezing as freezing  # noqa: E402
 from contest import results, study  # noqa: E402
+from contest.arms import arm_of  # noqa: E402
 from contest.report import markdown  # noqa: E402
 from contest.schedule import Schedule, next_octaves  # noqa: E402
 from contest.study import Entry, Job, Study  # noqa: E402
@@ -318,3 +319,29 @@ def test_freezing_the_lower_half_on_some_steps(folder, tmp_path):
     assert [freezing.is_of_all("until 0.4", i, 5) for i in range(5)] == [True, True, False, False, False]
     with pytest.raises(SystemExit, match="'sometimes' is no schedule: say 'every N' or 'until SHARE'"):
         freezing.is_of_all("sometimes", 0, 5)
+
+
+def test_a_file_that_is_no_study_is_refused(folder, tmp_path):
+    """With its name, what is wrong and what to do; and all studies that come with the recipes can be read."""
+    with pytest.raises(SystemExit, match=r"missing.yaml cannot be read: .*No such file.* See recipes/studies"):
+        Study.read(tmp_path / "missing.yaml")
+    cases = {
+        "a: [": "cannot be read",
+        "just words": "is no study: it needs data and order",
+        "data: gsm8k": "is no study: it needs data and order",
+        "{data: gsm8k, order: [], stride: 3}": r"unknown keys \['stride'\]",
+        "{data: gsm8k, order: [], flops_per_second: 1e13}": "flops_per_second: '1e13', which is no number",
+        "{data: gsm8k, order: [], steps: true}": "steps: True, which is no number; 30 is usual",
+        "{data: gsm8k, order: [{arm: planner}]}": r"a phase with \['arm'\]",
+    }
+    for text, said in cases.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SystemExit, match=said):
+            Study.read(tmp_path / "bad.yaml")
+    studies = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+    assert len(studies) >= 6
+    for path in studies:
+        found = Study.read(path)
+        assert found.name == path.stem and found.default in {e.label for e in found.entries}
+        for entry in found.entries:
+            arm_of(entry.arm)

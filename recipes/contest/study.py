@@ -191,13 +191,20 @@ class Study:
         Raises:
             SystemExit: for keys that there are not, or a file that is no study.
         """
-        data = yaml.safe_load(path.read_text())
-        if not isinstance(data, dict) or "order" not in data:
-            raise SystemExit(f"{path} is no study: it needs name, data and order. See recipes/studies.")
+        try:
+            data = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SystemExit(f"{path} cannot be read: {error}. See recipes/studies.") from None
+        if not isinstance(data, dict) or not {"data", "order"} <= set(data):
+            raise SystemExit(f"{path} is no study: it needs data and order. See recipes/studies.")
         groups = data.pop("groups", {})
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise SystemExit(f"{path} has unknown keys {unknown}; a study may have {', '.join(sorted(known))}.")
+        for f in fields(cls):
+            value = data.get(f.name, f.default)
+            if type(f.default) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise SystemExit(f"{path} says {f.name}: {value!r}, which is no number; {f.default} is usual.")
         order = tuple(_phase(phase, groups, path) for phase in data.pop("order"))
         return cls(**{"name": path.stem, **data}, order=order)
 
