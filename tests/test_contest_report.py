@@ -154,6 +154,9 @@ def test_transfer_compares_with_the_same_arm_and_multiplication_over_shared_seed
     summary["rows"] += [row_of("norm", 0.2, 0.3, seeds=2), row_of("norm", 0.2, 0.4, seeds=2, **other)]
     lines = [x for x in markdown({**summary, "kind": "transfer"}).splitlines() if x.startswith("| norm [nf4 x 4]")]
     assert "| +0.1000 ± 0.0000 | +0.4005" in lines[0]
+    said = "norm at 20%: of 1 other blueprints nf4 x 4 chose worse than the study's own by two standard errors (2 seeds); "
+    assert said + "the worst is nf4 x 4 with +0.1000 ± 0.0000." in markdown({**summary, "kind": "transfer"})
+    assert "No arm has run yet both by" in markdown({**made_up(0.0), "kind": "transfer"})
     assert "No arm that combines" in markdown({**summary, "kind": "multiplication"})
     all_of_it = {"entry": {"select": "random", "share": 0.3, "stop": True}, "flops": 1e11, "steps": 5, "examples": 72}
     summary["rows"][0] = shifted(summary["rows"][0], {"0": 0.0, "1": 0.3})

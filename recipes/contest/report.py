@@ -10,17 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .study import TASK
+from .further import combined, flops_of, kept_of, own_of, transferred
 from .verdict import (
     WITHIN,
     Row,
-    combined,
     control_of,
     difference,
     done,
     final_of_few,
-    flops_of,
-    kept_of,
     less_in_same_time,
     paired_loss,
     paragraph,
@@ -39,8 +36,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['study']}: {facts['data']}, {facts['steps']} steps of {facts['batch']} x at most {facts['length']} tokens, "
         f"{facts['dtype']}, {facts['held_out']} held-out examples, {summary['jobs']} jobs on {summary['device']}"
     ]
-    tables = {"contest": contest, "transfer": transfer, "multiplication": multiplication}[summary["kind"]]
-    said += [(combined if summary["kind"] == "multiplication" else paragraph)(summary), tables(summary)]
+    kinds = {"contest": (paragraph, contest), "transfer": (transferred, transfer)}
+    kinds["multiplication"] = (combined, multiplication)
+    said += [tell(summary) for tell in kinds[summary["kind"]]]
     if failed := [row for row in summary["rows"] if not row["seeds"]]:
         said.append(
             "\n".join(
@@ -100,10 +98,6 @@ def transfer(summary: Mapping[str, Any]) -> str:
     """Blueprints of other data, of few examples, of the 4-bit model, and later in training."""
     reference = reference_of(summary)
 
-    def own(row: Row) -> Row | None:
-        wanted = {**row["entry"], "blueprint": TASK}, row["budget"]
-        return next((one for one in done(summary) if (one["entry"], one["budget"]) == wanted), None)
-
     def agreement(row: Row, key: str) -> str:
         found = (row.get("agreement") or {}).get(key)
         return "–" if found is None else f"{found:.2f}"
@@ -114,7 +108,9 @@ def transfer(summary: Mapping[str, Any]) -> str:
         "rank correlation": lambda row: agreement(row, "correlation"),
         "learning rate": lambda row: _rate(row),
         "loss": lambda row: f"{paired_loss(summary, row):.4f}",
-        "less its own blueprint's": lambda row: _shown((mine := own(row)) and difference(summary, row, [mine])),
+        "less its own blueprint's": lambda row: _shown(
+            (mine := own_of(summary, row)) and difference(summary, row, [mine])
+        ),
         "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
         "measuring, in steps": lambda row: f"{row['charged_time']:.1f}",
     }

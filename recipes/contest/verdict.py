@@ -18,7 +18,6 @@ Row = Mapping[str, Any]
 
 ENOUGH = 2.0  # standard errors
 WITHIN, OF_TIME = 0.005, 0.7  # the aim: this near to the reference's loss, in this share of its time
-PAPER = (0.72, 0.06)  # §4.4: share of the gain at share of the cost
 FIRST = "0"  # the seed by which learning rates and winners are chosen
 
 
@@ -192,42 +191,6 @@ def _budgets(summary: Mapping[str, Any]) -> list[float]:
     return sorted({row["budget"] for row in done(summary) if row["budget"] is not None}, reverse=True)
 
 
-def combined(summary: Mapping[str, Any]) -> str:
-    """What placement, choice of data and stopping keep of the reference's gain together, beside the paper's."""
-    reference, before = reference_of(summary), summary["untrained"]
-    if reference is None or before is None:
-        return (
-            f"{summary['reference']} or the untrained model has not run yet, so that there is nothing to compare with."
-        )
-    rows = [row for row in done(summary) if row["arm"] != reference["arm"]]
-    rows = [row for row in rows if row["entry"]["select"] and row["entry"]["stop"]]
-    paper = f"{PAPER[0]:.0%} of the gain at {PAPER[1]:.0%} of the cost"
-    if not rows:
-        return f"No arm that combines placement, choice of data and stopping has run yet. The paper's: {paper}."
-    best = min(rows, key=lambda row: paired_loss(summary, row))
-    one = len(best["seeds"]) < 2 or len(reference["seeds"]) < 2
-    return (
-        f"Placement, choice of data and stopping together, of {len(rows)} such arms the one with the lowest loss "
-        f"({best['label']}{_at(best)}{', with one seed' if one else ''}): {kept_of(summary, best, reference):.0%} of "
-        f"{reference['label']}'s gain at {flops_of(best) / flops_of(reference):.0%} of its FLOPs, or "
-        f"{(flops_of(best) + flops_of(reference)) / flops_of(reference):.0%} with the run that told when to stop. "
-        f"The paper's: {paper}."
-    )
-
-
-def kept_of(summary: Mapping[str, Any], row: Row, reference: Row) -> float:
-    """Share of the reference's gain over the untrained model, over the seeds that both have."""
-    shared = [seed for seed in row["seeds"] if seed in reference["seeds"]]
-    lost = statistics.mean(row["seeds"][seed]["loss"] - reference["seeds"][seed]["loss"] for seed in shared)
-    whole = summary["untrained"]["loss"] - statistics.mean(reference["seeds"][seed]["loss"] for seed in shared)
-    return float(1 - lost / whole)
-
-
-def flops_of(row: Row) -> float:
-    """Of training, and of what came before it."""
-    return float(row["flops"] + row["charged_flops"])
-
-
 def _of_budget(summary: Mapping[str, Any], budget: float, reference: Row) -> str:
     """Which arm wins at a budget with the first seed, and by how much with others: the seed that chose flatters."""
     rows = [row for row in done(summary) if row["budget"] == budget]
@@ -312,20 +275,20 @@ def _advice(summary: Mapping[str, Any], reference: Row) -> str:
     fastest, step = min(level, key=lambda row: row["time"]), min(level, key=lambda row: row["step_time"])
     smallest = min(level, key=lambda row: row["memory"])
     text = (
-        f"What to use, of the {len(rows)} arms with several seeds: {lowest['label']}{_at(lowest)} has the lowest loss; "
-        f"of the {len(level)} that are not clearly above it {fastest['label']}{_at(fastest)} takes the least predicted "
+        f"What to use, of the {len(rows)} arms with several seeds: {lowest['label']}{at_share(lowest)} has the lowest loss; "
+        f"of the {len(level)} that are not clearly above it {fastest['label']}{at_share(fastest)} takes the least predicted "
         f"time ({fastest['time'] / reference['time']:.2f} of {reference['label']}'s with what it measures counted)"
     )
     if step is not fastest:
         ratio = step["step_time"] / reference["step_time"]
-        text += f", {step['label']}{_at(step)} the least where its blueprint is published ({ratio:.2f})"
+        text += f", {step['label']}{at_share(step)} the least where its blueprint is published ({ratio:.2f})"
     least = f"the least memory ({smallest['memory'] / reference['memory']:.2f})"
-    return text + f", and {smallest['label']}{_at(smallest)} {least}."
+    return text + f", and {smallest['label']}{at_share(smallest)} {least}."
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:
     facts, rows = summary["facts"], done(summary)
-    edges = [f"{row['label']}{_at(row)}" for row in rows if not row["is_inside"] and " #" not in row["label"]]
+    edges = [f"{row['label']}{at_share(row)}" for row in rows if not row["is_inside"] and " #" not in row["label"]]
     text = (
         f"All of it on {facts['data']}, {facts['steps']} steps of {facts['batch']} examples of at most {facts['length']} "
         f"tokens, {facts['held_out']} held-out examples, by {max(len(row['seeds']) for row in rows)} seeds at most"
@@ -373,5 +336,5 @@ def _percent(above: float) -> str:
     return f"{abs(above):.1%} {'above' if above > 0 else 'below'}"
 
 
-def _at(row: Row) -> str:
+def at_share(row: Row) -> str:
     return "" if row["budget"] is None else f" at {row['budget']:.0%}"
