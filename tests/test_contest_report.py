@@ -78,7 +78,20 @@ def test_the_paragraph_follows_the_numbers():
     once = verdict.paragraph(made_up(-0.05, seeds=1))
     assert "standard errors" not in once and "against random (1 draw), with one seed" in once
     assert "It has one seed in common with all-linear, the one that it was chosen by: -0.0495" in once
-    assert "What to use cannot be said yet" in once and "What to use, of the 3 arms" in good
+    assert "What to use cannot be said yet" in once and "What to use, of the 3 rules" in good
+
+
+def test_what_to_use_takes_draws_of_one_rule_together():
+    """A lucky draw is not recommended; what is above the lowest stands there with what it costs."""
+    summary = made_up(0.1)
+    summary["rows"][2] = row_of("random", 0.2, -0.04, 0.8, seeds=3)
+    summary["rows"].append(row_of("random #1", 0.2, 0.02, 0.9, seeds=3))
+    said = verdict.in_short(summary)
+    assert "of the 3 rules with several seeds: random at 20% (2 draws) (0.85 of all-linear's step time, 1.00 of" in said
+    assert "Not clearly above it: all-linear (+0.0095 ± 0.0300, 1.00" in said
+    assert "Above it by two standard errors: planner at 20% (+0.1100 ± 0.0300, 0.65" in said
+    ones, others = summary["rows"][2:], summary["rows"][:1]
+    assert verdict.between(summary, ones, others).mean == -verdict.between(summary, others, ones).mean
 
 
 def test_differences_are_paired():

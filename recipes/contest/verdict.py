@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -260,30 +260,38 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
     return text + f"missed, {' and '.join(missed)}."
 
 
+def between(summary: Mapping[str, Any], ones: Sequence[Row], others: Sequence[Row]) -> Difference | None:
+    """One rule's loss less another's, each of one row or several draws; None where no seed is shared."""
+    if len(ones) == 1:
+        return difference(summary, ones[0], others)
+    found = difference(summary, others[0], ones)
+    return found and replace(found, mean=-found.mean)
+
+
 def _advice(summary: Mapping[str, Any], reference: Row) -> str:
-    """The cheapest of those that cannot be told from the lowest, among those with more than one seed."""
-    against = {id(row): difference(summary, row, [reference]) for row in done(summary)}
-    rows = [row for row in done(summary) if (found := against[id(row)]) is not None and found.seeds > 1]
-    if len(rows) < 2:
+    """Which rules cannot be told from the lowest, among those with more than one seed, and what they cost."""
+    rules: dict[tuple[str, float | None], list[Row]] = {}
+    for row in done(summary):
+        rules.setdefault((row["label"].replace(row["arm"], _rule(row), 1), row["budget"]), []).append(row)
+    against = [(draws, between(summary, draws, [reference])) for draws in rules.values()]
+    several = {id(draws): (draws, found) for draws, found in against if found and found.seeds > 1}
+    if len(several) < 2:
         return "What to use cannot be said yet: it takes several seeds of several arms."
-    lowest = min(rows, key=lambda row: against[id(row)].mean)  # type: ignore[union-attr]
-    level = []
-    for row in rows:
-        apart = difference(summary, row, [lowest])
-        if apart is not None and apart.seeds > 1 and not (apart.is_clear and apart.mean > 0):
-            level.append(row)
-    fastest, step = min(level, key=lambda row: row["time"]), min(level, key=lambda row: row["step_time"])
-    smallest = min(level, key=lambda row: row["memory"])
-    text = (
-        f"What to use, of the {len(rows)} arms with several seeds: {lowest['label']}{at_share(lowest)} has the lowest loss; "
-        f"of the {len(level)} that are not clearly above it {fastest['label']}{at_share(fastest)} takes the least predicted "
-        f"time ({fastest['time'] / reference['time']:.2f} of {reference['label']}'s with what it measures counted)"
-    )
-    if step is not fastest:
-        ratio = step["step_time"] / reference["step_time"]
-        text += f", {step['label']}{at_share(step)} the least where its blueprint is published ({ratio:.2f})"
-    least = f"the least memory ({smallest['memory'] / reference['memory']:.2f})"
-    return text + f", and {smallest['label']}{at_share(smallest)} {least}."
+    lowest, _ = min(several.values(), key=lambda one: one[1].mean)
+
+    def told(draws: Sequence[Row], found: Difference | None) -> str:
+        step, memory = (_mean(draws, key) / reference[key] for key in ("step_time", "memory"))
+        times = f"{step:.2f} of {reference['label']}'s step time, {memory:.2f} of its memory"
+        return f"{_title(draws)} ({'' if found is None else f'{found}, '}{times})"
+
+    level, above = [], []
+    for draws, _ in several.values():
+        apart = None if draws is lowest else between(summary, draws, lowest)
+        if apart is not None:
+            (above if apart.is_clear and apart.mean > 0 else level).append(told(draws, apart))
+    text = f"What to use, of the {len(several)} rules with several seeds: {told(lowest, None)} has the lowest loss. "
+    text += f"Not clearly above it: {'; '.join(level) or 'none'}. "
+    return text + f"Above it by two standard errors: {'; '.join(above) or 'none'}."
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:
@@ -306,6 +314,16 @@ def _error(values: Sequence[float]) -> float | None:
 def _on(row: Row, is_first: bool) -> Row:
     """A row with its first seed alone, or with all others."""
     return {**row, "seeds": {seed: one for seed, one in row["seeds"].items() if (seed == FIRST) == is_first}}
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def _title(draws: Sequence[Row]) -> str:
+    """A rule, with the number of its draws where there are several."""
+    label = draws[0]["label"].replace(draws[0]["arm"], _rule(draws[0]), 1) + at_share(draws[0])
+    return label if len(draws) == 1 else f"{label} ({len(draws)} draws)"
 
 
 def _rule(row: Row) -> str:
