@@ -87,7 +87,9 @@ def test_what_to_use_takes_draws_of_one_rule_together():
     summary["rows"][2] = row_of("random", 0.2, -0.04, 0.8, seeds=3)
     summary["rows"].append(row_of("random #1", 0.2, 0.02, 0.9, seeds=3))
     said = verdict.in_short(summary)
-    assert "of the 3 rules with several seeds: random at 20% (2 draws) (0.85 of all-linear's step time, 1.00 of" in said
+    assert (
+        "of the 3 rules with several seeds: random at 20% (2 draws) (0.85 of all-linear's step time, 1.00 of" in said
+    )
     assert "Not clearly above it: all-linear (+0.0095 ± 0.0300, 1.00" in said
     assert "Above it by two standard errors: planner at 20% (+0.1100 ± 0.0300, 0.65" in said
     ones, others = summary["rows"][2:], summary["rows"][:1]
@@ -174,10 +176,15 @@ def test_transfer_compares_with_the_same_arm_and_multiplication_over_shared_seed
     all_of_it = {"entry": {"select": "random", "share": 0.3, "stop": True}, "flops": 1e11, "steps": 5, "examples": 72}
     summary["rows"][0] = shifted(summary["rows"][0], {"0": 0.0, "1": 0.3})
     summary["rows"].append(row_of("planner", None, 0.1295, **all_of_it))
+    summary["rows"].append(row_of("all-linear", None, 0.26, **{**all_of_it, "flops": 2e11}))
     text = markdown({**summary, "kind": "multiplication"})
     assert "planner + random 0.3 + stop, with one seed): 80% of all-linear's gain at 10% of its FLOPs, or 110%" in text
     [line] = [x for x in text.splitlines() if x.startswith("| planner + random 0.3 + stop")]
     assert "| 72 | 40 | 5 |" in line and "| +0.1300 ± 0.0002 | 80% | 10% | 0% | 110% |" in line
+    assert (
+        "all-linear + random 0.3 + stop, which measures and chooses nothing and is as short: 60% of all-linear's"
+        in text
+    )
     assert text.count("72% of the gain at 6% of the cost") == 1
 
 

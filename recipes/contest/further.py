@@ -52,19 +52,27 @@ def combined(summary: Mapping[str, Any]) -> str:
         return (
             f"{summary['reference']} or the untrained model has not run yet, so that there is nothing to compare with."
         )
-    rows = [row for row in done(summary) if row["arm"] != reference["arm"]]
-    rows = [row for row in rows if row["entry"]["select"] and row["entry"]["stop"]]
+    all_three = [row for row in done(summary) if row["entry"]["select"] and row["entry"]["stop"]]
+    rows = [row for row in all_three if row["arm"] != reference["arm"]]
+    short = [row for row in all_three if row["arm"] == reference["arm"] and row["entry"]["select"] == "random"]
     paper = f"{PAPER[0]:.0%} of the gain at {PAPER[1]:.0%} of the cost"
     if not rows:
         return f"No arm that combines placement, choice of data and stopping has run yet. The paper's: {paper}."
+
+    def told(row: Row) -> str:
+        kept, spent = kept_of(summary, row, reference), flops_of(row) / flops_of(reference)
+        return f"{kept:.0%} of {reference['label']}'s gain at {spent:.0%} of its FLOPs"
+
     best = min(rows, key=lambda row: paired_loss(summary, row))
     one = len(best["seeds"]) < 2 or len(reference["seeds"]) < 2
+    beside = "".join(
+        f" {row['label']}, which measures and chooses nothing and is as short: {told(row)}." for row in short
+    )
     return (
         f"Placement, choice of data and stopping together, of {len(rows)} such arms the one with the lowest loss "
-        f"({best['label']}{at_share(best)}{', with one seed' if one else ''}): {kept_of(summary, best, reference):.0%} of "
-        f"{reference['label']}'s gain at {flops_of(best) / flops_of(reference):.0%} of its FLOPs, or "
-        f"{(flops_of(best) + flops_of(reference)) / flops_of(reference):.0%} with the run that told when to stop. "
-        f"The paper's: {paper}."
+        f"({best['label']}{at_share(best)}{', with one seed' if one else ''}): {told(best)}, or "
+        f"{(flops_of(best) + flops_of(reference)) / flops_of(reference):.0%} with the run that told when to stop."
+        f"{beside} The paper's: {paper}."
     )
 
 
