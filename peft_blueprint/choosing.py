@@ -219,12 +219,15 @@ class Choosing:
     def learning_rate_scale(self, units: Sequence[Submodule]) -> float | None:
         """Factor on the learning rate that suits LoRA on every entry; None where nothing predicts it.
 
-        That of the same decrease of the loss in the first step: Adam's gain in an adapter is its rank times `adam_gain`
-        times the scaling alpha / r, which is the same for all.
+        The root of the factor that would keep the first step's predicted decrease of the loss, where Adam's gain in an
+        adapter is its rank times `adam_gain` times the scaling alpha / r, which is the same for all. The root is what
+        sweeps say (RESULTS.md): the whole factor, 40 for 2 % of the parameters, is far too high.
         """
         ranks = self.ranks_of(units)
         first_step = math.fsum(ranks[unit.name] * (unit.adam_gain or 0.0) for unit in units)
-        return self.rank * math.fsum(self.gains) / first_step if self.is_gain_known and first_step else None
+        if not self.is_gain_known or not first_step:
+            return None
+        return math.sqrt(self.rank * math.fsum(self.gains) / first_step)
 
     def facts(self, entry: Submodule) -> dict[str, Any]:
         """Of an entry that gets an adapter: why, and the rank that the paper's k* asks for."""

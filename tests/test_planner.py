@@ -255,11 +255,11 @@ class TestRanks:
         free = plan_placement(BLUEPRINT, LLAMA, budget="3k params")
         assert free.rank == 16 and free.cost["parameters"] <= 3000
 
-    def test_the_learning_rate_keeps_the_first_steps_gain(self):
-        """Half the gain wants twice the rate, and at twice the rank the same."""
+    def test_the_learning_rate_goes_by_the_root_of_the_first_steps_gain(self):
+        """Half the gain wants √2 times the rate, and at twice the rank the same."""
         blueprint = measured(LLAMA, [1.0] * len(BLUEPRINT))
         half = {"num_modules": len(BLUEPRINT) // 2, "rank_by": "last", "coverage": "none"}
-        assert plan_placement(blueprint, rank=8, **half).learning_rate_scale == pytest.approx(2)
+        assert plan_placement(blueprint, rank=8, **half).learning_rate_scale == pytest.approx(2**0.5)
         raised = plan_placement(blueprint, ranks="equal_parameters", rank=8, **half)
         assert raised.rank == 16 and raised.learning_rate_scale == pytest.approx(1)
 
