@@ -119,6 +119,7 @@ class Choosing:
         self.coverage = coverage
         self.ranks = ranks
         self.rank = rank
+        self.own_rank = rank  # of adapters, where it is lower than that of the all-linear LoRA they are compared with
         self.costs = costs
         self.is_gain_known = all(entry.adam_gain is not None for entry in entries)
         self.gains = [entry.adam_gain or 0.0 for entry in entries] if self.is_gain_known else [1.0] * len(entries)
@@ -196,7 +197,27 @@ class Choosing:
     def rank_of(self, units: Sequence[Submodule]) -> int:
         """The rank of all adapters, or their mean."""
         is_raised = self.ranks == "equal_parameters"
-        return rank_of_equal_parameters(units, self.entries, self.rank) if is_raised else self.rank
+        return rank_of_equal_parameters(units, self.entries, self.rank) if is_raised else self.own_rank
+
+    def lower_ranks(self, wish: Wish) -> None:
+        """Take the highest of rank, rank / 2, … 1 at which a budget still keeps enough of the gain, or as much as at 1.
+
+        Many adapters of a low rank end lower than few of a high one (RESULTS.md, the contest of placements).
+
+        Raises:
+            PlacementError: if nothing meets the budget.
+        """
+        kept: dict[int, float] = {}
+        self.own_rank = 2 * self.rank
+        while self.own_rank > 1:
+            self.own_rank //= 2
+            try:
+                kept[self.own_rank] = self.adapters(wish, ()).gain or 0.0
+            except PlacementError:
+                if self.own_rank == 1:
+                    raise
+        enough = min(kept[1], max(KEEP, wish.keep or 0.0)) - 1e-9
+        self.own_rank = next(rank for rank, gain in kept.items() if gain >= enough)
 
     def price(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
         """What such a placement costs, by name, as far as it is known."""

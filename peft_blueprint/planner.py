@@ -85,7 +85,8 @@ def plan_placement(
         per_cost: rank by the score over the step time that an adapter there takes.
         coverage: "none" (the paper's rule: pooled), "kind", or "kind+depth".
         unfreeze_blocks: how many blocks, in mode "lora+unfreeze"; 1 by default.
-        rank: of the adapters, or of the all-linear LoRA they are compared with; 16 where nothing is said.
+        rank: of the adapters, or of the all-linear LoRA they are compared with; 16 where nothing is said, and 8, 4, 2
+            or 1 where a budget of parameters would else leave few adapters.
         ranks: "uniform"; "equal_parameters", raised until the placement has as many parameters as LoRA of `rank` on every
             linear layer, which costs next to no time; or "influence", higher where the score is, `rank` on average. By
             default equal parameters for adapters whose rank and parameters nobody limits, else uniform.
@@ -121,10 +122,13 @@ def plan_placement(
     costs = None if structure is None else CostModel(structure, workload)
     _check_costs_are_known(wish, per_cost, costs, model is not None, whole.model_id)
     wish = wish.or_default(knows_costs=costs is not None and mode == "lora" and coverage == "kind+depth")
+    is_free = rank is None and ranks is None and costs is not None and mode == "lora"
+    is_limited = wish.budget is not None and wish.budget.parameters is not None
     if ranks is None:
-        is_free = rank is None and (wish.budget is None or wish.budget.parameters is None)
-        ranks = "equal_parameters" if is_free and costs is not None and mode == "lora" else "uniform"
+        ranks = "equal_parameters" if is_free and not is_limited else "uniform"
     choosing = Choosing(entries, rank_by, per_cost, coverage, ranks, workload.rank, costs, seed)
+    if is_free and is_limited:
+        choosing.lower_ranks(wish)
 
     blocks: Choice | None = None
     if mode != "lora":

@@ -252,8 +252,19 @@ class TestRanks:
             assert placement.cost["parameters"] <= whole and placement.rank <= 128
             assert placement.rank == 128 or placement.rank % 8 == 0 and whole < (placement.rank + 8) * each
         assert plan_placement(BLUEPRINT, LLAMA, num_modules=4, rank=16).rank == 16
-        free = plan_placement(BLUEPRINT, LLAMA, budget="3k params")
-        assert free.rank == 16 and free.cost["parameters"] <= 3000
+
+    def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters(self):
+        """As far as it takes to keep enough of the gain; not where a rank or a rule of ranks is given."""
+        few, more, most = (plan_placement(BLUEPRINT, LLAMA, budget=f"{n}k params") for n in (2, 6, 20))
+        assert [p.rank for p in (few, more, most)] == [1, 2, 8]
+        assert few.cost["parameters"] <= 2000 and more.cost["parameters"] <= 6000 and most.cost["parameters"] <= 20000
+        assert few.kept > 0.9 and more.kept == pytest.approx(1) and most.kept >= 0.95 and len(more.lora) == 42
+        assert more.learning_rate_scale == pytest.approx(8**0.5)  # beside all-linear LoRA of rank 16
+        for wish in ({"rank": 16}, {"ranks": "uniform"}):
+            fixed = plan_placement(BLUEPRINT, LLAMA, budget="6k params", **wish)
+            assert fixed.rank == 16 and fixed.kept < 0.7 and len(fixed.lora) == 5
+        with pytest.raises(PlacementError, match="parameters"):
+            plan_placement(BLUEPRINT, LLAMA, budget="20 params")
 
     def test_the_learning_rate_goes_by_the_root_of_the_first_steps_gain(self):
         """Half the gain wants √2 times the rate, and at twice the rank the same."""
