@@ -92,7 +92,8 @@ def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] =
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     read = json.loads(path.read_text())
     print(markdown(read))
-    picture(read, path.with_suffix(".png"))
+    if study.report == "contest":
+        picture(read, path.with_suffix(".png"))
     for document in documents:
         write_atomically(document, requoted(document.read_text(), read))
     return found

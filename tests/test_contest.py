@@ -291,7 +291,9 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
     notes = (tmp_path / "notes.md").read_text()
     assert "\n| planner [nf4 x 4] at 50% |" in notes and "old" not in notes
     assert notes.startswith("Before.") and notes.endswith("<!-- tiny: end -->\nAfter.\n")
-    assert "planner [nf4 x 4] at 50%" in capsys.readouterr().out and (tmp_path / "tiny.png").exists()
+    assert "planner [nf4 x 4] at 50%" in capsys.readouterr().out and not (tmp_path / "tiny.png").exists()
+    benchmark.report(replace(wanted, report="contest"), store, tmp_path)
+    assert "Arms with a size of their own" in capsys.readouterr().out and (tmp_path / "tiny.png").exists()
     assert list(found["times"]) == ["planner at 50%"] and len(found["times"]["planner at 50%"]) == 1
     runner.show("planner + *")
     assert capsys.readouterr().out.startswith("done")
