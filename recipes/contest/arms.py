@@ -247,9 +247,16 @@ def control(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False
     return with_scale(ground, Choice(ranks, charges=() if found.rank_by in CONTROLS else ("blueprint",)))
 
 
-def group(ground: Ground, limit: int, part: str, **options: Any) -> Choice:
-    """LoRA of one rank on all linear layers, or on those of attention or the feed-forward part alone."""
+def group(ground: Ground, limit: int, part: str, above: str = "", **options: Any) -> Choice:
+    """LoRA of one rank on all linear layers, or on those of attention or the feed-forward part alone; above a blueprint's
+    name, only in layers no lower than the planner's default has adapters in by it.
+    """
     chosen = [e for e in ground.entries() if (e.group or "").startswith(part)]
+    if above:
+        reached = planner(ground, ground.whole, above).ranks
+        lowest = min(e.depth for e in ground.entries() if e.name in reached and e.depth is not None)
+        chosen = [e for e in chosen if e.depth is not None and e.depth >= lowest]
+        options["charges"] = ("blueprint",)
     return with_scale(ground, Choice(filled(chosen, limit), **options))
 
 
@@ -322,6 +329,9 @@ def _arms() -> dict[str, Arm]:
         "all-linear, low rank": Arm(lambda g, n, b: group(g, n, "")),
         "attention only": Arm(lambda g, n, b: group(g, n, "attn")),
         "MLP only": Arm(lambda g, n, b: group(g, n, "ffn")),
+        "MLP only, as shipped": Arm(lambda g, n, b: group(g, n, "ffn"), is_budgeted=False),
+        "MLP only, above": Arm(lambda g, n, b: group(g, n, "ffn", b)),
+        "MLP only, above, as shipped": Arm(lambda g, n, b: group(g, n, "ffn", b), is_budgeted=False),
         "norm, bottom of strata": Arm(strata_bottom),
         "planner": Arm(planner),
         "planner, as shipped": Arm(functools.partial(planner, is_shipped=True), is_budgeted=False),
