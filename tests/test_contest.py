@@ -178,7 +178,7 @@ def record_of(entry: Entry, budget: float | None, octave: int = 0, seed: int = 0
 def test_a_row_is_of_one_placement_and_what_has_not_run_is_said_by_budget(folder):
     """What an older rule or blueprint placed is left out; an arm that ran at one budget may not have at another."""
     even, last = Entry("even"), {"ranks": {"b": 4}, "created": "2026-01-02"}
-    order = [{"arms": ["all-linear", "even"], "budgets": [0.2, 0.05]}]
+    order = [{"arms": ["all-linear", "even"], "budgets": [0.2, 0.02, 0.05]}]
     wanted = study_of(folder, order)
     records = [record_of(even, 0.2, 1, loss=0.1), record_of(even, 0.2, 0, 1), record_of(even, 0.2, loss=0.9, **last)]
     records += [record_of(even, 0.2, 2, steps=3, loss=0.2), record_of(even, 0.2, -1, status="failed", **last)]
@@ -186,7 +186,7 @@ def test_a_row_is_of_one_placement_and_what_has_not_run_is_said_by_budget(folder
     found = results.summary(wanted, records, {}, lambda arm: arm == "even")
     [row] = found["rows"]
     assert row["tried"] == {"0.001": None, "0.002": 0.9} and list(row["seeds"]) == ["0"]
-    assert found["not_run"] == ["all-linear", "even at 5%"]
+    assert found["not_run"] == ["all-linear", "even at 5%, 2%"]
     [row] = results.summary(wanted, [records[0], record_of(even, 0.2, 0, 1, **last)], {})["rows"]
     assert row["status"] == "begun" and not row["seeds"]
 

@@ -141,8 +141,13 @@ def _not_run(study: Study, ran: set[tuple[str, float | None]], is_budgeted: Call
         for entry in phase.arms
         if entry.arm != UNTRAINED
     ]
-    missing = [one for one in dict.fromkeys(wanted) if one not in ran]
-    return [label if budget is None else f"{label} at {budget:.0%}" for label, budget in missing]
+    missing: dict[str, list[float]] = {}
+    for label, budget in (one for one in dict.fromkeys(wanted) if one not in ran):
+        missing.setdefault(label, []).extend([] if budget is None else [budget])
+    return [
+        f"{label} at {', '.join(f'{one:.0%}' for one in sorted(budgets, reverse=True))}" if budgets else label
+        for label, budgets in missing.items()
+    ]
 
 
 def _row(
