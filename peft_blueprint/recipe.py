@@ -43,6 +43,7 @@ from .generate import generate_blueprint
 from .hub import fetch
 from .ledger import Ledger
 from .losses import per_example_losses
+from .packing import keep_unpacked
 from .recipe_file import ALL_LINEAR, WISHES, Recipe
 from .recipe_plan import (
     Plan,
@@ -289,6 +290,7 @@ def load_model(
     model = _loaded(name, load)
     if quantization:
         model.requires_grad_(False)
+        keep_unpacked(model)
     return model, load_tokenizer(name)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .entry import ADAPTABLE, Form, Include, Submodule, by, some
 from .errors import MismatchError
+from .packing import unpack
 
 
 if TYPE_CHECKING:
@@ -235,6 +236,7 @@ def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     if not is_quantized(weight):
         return cast(Tensor, weight.data)
     if type(weight).__name__ == "Params4bit":
+        unpack(weight)
         return _from_4bit(weight.data, weight.quant_state)
     from bitsandbytes import functional
 

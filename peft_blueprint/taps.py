@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .packing import unpacked
 from .submodules import is_sharded
 
 
@@ -157,7 +158,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if is_checkpointed else []
     hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), unpacked(model):
             yield
     finally:
         for hook in hooks:

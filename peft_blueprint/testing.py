@@ -159,8 +159,10 @@ def toy_batches(
     return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
 
 
-def quantise(model: nn.Module, kind: str) -> nn.Module:
-    """Replace every linear layer but the head by bitsandbytes' of its weights, on the CPU: "nf4", "fp4" or "int8"."""
+def quantise(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
+    """Replace every linear layer but the head by bitsandbytes' of its weights, on the CPU: "nf4", "fp4" or "int8"; those
+    in 4 bits with `nested` scales (double quantisation) or plain ones.
+    """
     import bitsandbytes as bnb
 
     for name, module in list(linear_modules(model)):
@@ -170,7 +172,9 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
         if kind == "int8":
             layer: Any = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
         else:
-            layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind)
+            layer = bnb.nn.Linear4bit(
+                d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind, compress_statistics=nested
+            )
         layer.load_state_dict({"weight": module.weight.data}, strict=False)
         parent, _, own = name.rpartition(".")
         model.get_submodule(parent).register_module(own, layer.to("cpu"))

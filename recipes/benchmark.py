@@ -5,7 +5,7 @@
 A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at
 one learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so
 that a run that was killed goes on where it was, on the same machine or another, and studies share what they have in
-common. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
+common; several processes may run one study, a thread each (OMP_NUM_THREADS=1) on a CPU. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
 factors of two until the best is not at an edge, at least three of them; where the ladder begins is told by Adam's first
 step, from a blueprint, also for arms that are not charged for one. --report makes one JSON of all result files and
 from that alone the tables, which it prints and puts where README.md and RESULTS.md quote them; it may be asked for while
@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers.utils import logging
 
 from contest.quoting import requoted
@@ -41,6 +42,7 @@ from peft_blueprint.files import write_atomically
 
 
 OUT = Path(".cache/contest/runs")
+WAIT = 5.0  # seconds between two looks at what other processes have done
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "RESULTS.md")]
 # PEFT asks transformers a question that is about to be renamed
@@ -83,7 +85,7 @@ def main() -> None:
 
 def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] = ()) -> dict[str, Any]:
     """The summary, written; its tables printed from what was written, and put where documents quote the study."""
-    from contest.arms import arm_of
+    from contest.catalogue import arm_of
 
     times = json.loads(store.times.read_text()) if store.times.exists() else {}
     found = summary(study, store.all(), times, lambda arm: arm_of(arm).is_budgeted)
@@ -118,7 +120,7 @@ class Runner:
 
     def require(self, device: str | None) -> None:
         """Raise `SystemExit` unless the device is there, and every arm of the study."""
-        from contest.arms import arm_of
+        from contest.catalogue import arm_of
 
         if device == "cuda" and self.ground.device != "cuda":
             raise SystemExit("There is no GPU here that torch can use: leave --device out, or say cpu.")
@@ -130,20 +132,40 @@ class Runner:
         start, count = time.monotonic(), 0
         again: set[Path] = set()
         while True:
-            job = next((job for job in self._matching(only) if self._is_missing(job, retry, again)), None)
+            job, lock = self._next(only, retry, again)
             if job is None:
                 say("All that is wanted has run.")
                 return count
+            if lock is None:  # other processes run what is left, and more may come of it
+                time.sleep(WAIT)
+                continue
             spent, needed = (time.monotonic() - start) / 60, self._minutes(job)
             if spent + needed > minutes:
                 say(
                     f"{spent:.0f} of {minutes:g} minutes are spent, and {job.label} would take about {needed:.1f} more."
                 )
+                lock.release()
                 return count
-            record = self._one(job)
+            try:
+                record = self._one(job)
+            finally:
+                lock.release()
             count += 1
             loss = f" {record['loss']:.4f}" if record["status"] == "done" else f": {record.get('error', '')}"
             say(f"{count}, {(time.monotonic() - start) / 60:.0f} min: {job.label}: {record['status']}{loss}")
+
+    def _next(self, only: str, retry: bool, again: set[Path]) -> tuple[Job | None, FileLock | None]:
+        """The first job that has no result and that no other process runs, claimed; without a claim where all that are
+        left are run by others; None where nothing is left.
+        """
+        taken = None
+        for job in self._matching(only):
+            if self._is_missing(job, retry, again):
+                lock = self.store.claim(self._path(job))
+                if lock is not None:
+                    return job, lock
+                taken = job
+        return taken, None
 
     def show(self, only: str) -> None:
         """Every job that is known to be wanted, with its loss or the minutes it should take."""
@@ -200,7 +222,8 @@ class Runner:
     @functools.cache  # noqa: B019  one runner lives as long as the process
     def _choose(self, entry: Entry, budget: float | None) -> Any:
         """A choice, or a record of why there is none; the same for all that is only selected or stopped otherwise."""
-        from contest.arms import Infeasible, choice_of
+        from contest.arms import Infeasible
+        from contest.catalogue import choice_of
 
         try:
             return choice_of(self.ground, entry, budget)
@@ -223,13 +246,13 @@ class Runner:
         return outcome(self.store.read(self._path(job)))
 
     def _guess(self, entry: Entry, budget: float | None) -> int:
-        from contest.arms import guess_of
+        from contest.catalogue import guess_of
 
         choice = self._choose(Entry(entry.arm, entry.blueprint), budget)
         return 0 if isinstance(choice, dict) else guess_of(self.ground, entry.arm, choice)
 
     def _is_budgeted(self, arm: str) -> bool:
-        from contest.arms import arm_of
+        from contest.catalogue import arm_of
 
         return arm_of(arm).is_budgeted
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from contest.arms import Choice, choice_of
+from contest.arms import Choice
+from contest.catalogue import choice_of
 from contest.data import steps_of
 from contest.ground import Ground
 from contest.job import losses_of, mean_of, one_step

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import benchmark  # noqa: E402
 import benchmark_freezing as freezing  # noqa: E402
 from contest import results, study  # noqa: E402
-from contest.arms import arm_of  # noqa: E402
+from contest.catalogue import arm_of  # noqa: E402
 from contest.report import markdown  # noqa: E402
 from contest.schedule import Schedule, next_octaves  # noqa: E402
 from contest.study import Entry, Job, Study  # noqa: E402
@@ -193,11 +193,11 @@ def test_a_row_is_of_one_placement_and_what_has_not_run_is_said_by_budget(folder
 
 def test_what_goes_wrong_with_a_choice_or_a_number_is_that_jobs_failure(folder, tmp_path, monkeypatch):
     """The process goes on; what failed runs again when asked, and does without the failure."""
-    from contest import arms
+    from contest import catalogue
     from contest import job as jobs
 
     wanted = study_of(folder, [{"arms": ["all-linear", "even", "random"], "budgets": [0.5]}])
-    run, choice_of = jobs.run, arms.choice_of
+    run, choice_of = jobs.run, catalogue.choice_of
 
     def choose(ground, entry, budget):
         return {}["no such module"] if entry.arm == "even" else choice_of(ground, entry, budget)
@@ -206,7 +206,7 @@ def test_what_goes_wrong_with_a_choice_or_a_number_is_that_jobs_failure(folder, 
         return {**run(ground, job, choice), **({"seconds": math.nan} if job.entry.arm == "random" else {})}
 
     with monkeypatch.context() as patch:
-        patch.setattr(arms, "choice_of", choose)
+        patch.setattr(catalogue, "choice_of", choose)
         patch.setattr(jobs, "run", trained)
         assert runner_of(folder, wanted, tmp_path).run(math.inf) == 4
         assert runner_of(folder, wanted, tmp_path).run(math.inf) == 0
@@ -307,7 +307,7 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
 
 def test_freezing_the_lower_half_on_some_steps(folder, tmp_path):
     """With the lower half trained on all steps it is the contest's job; on none, the lower half stays as it began."""
-    from contest.arms import choice_of
+    from contest.catalogue import choice_of
 
     runner = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}]), tmp_path)
     runner.run(math.inf)

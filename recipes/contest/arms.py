@@ -16,11 +16,9 @@ from peft_blueprint.choosing import CONTROLS, Choosing, Wish
 from peft_blueprint.cost import Cost
 from peft_blueprint.entry import Submodule, norm_of
 from peft_blueprint.ranks import rank_of_equal_parameters
-from peft_blueprint.scores import SCORES
 from peft_blueprint.strata import spreading
 
 from .ground import Charge, Ground
-from .study import UNTRAINED, Entry
 
 
 Taking = Callable[[int], Sequence[Submodule]]
@@ -30,6 +28,7 @@ NEARLY = 0.95  # of a budget, below which ranks are raised
 TOP_BLOCKS = 2
 ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same
 STEEPEST = 4.0  # most that a submodule's learning rate is raised or lowered
+AHEAD = 8.0  # LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)
 
 
 class Infeasible(Exception):
@@ -45,6 +44,7 @@ class Choice:
         whole: names of modules that are trained whole.
         start: "lora", "eva", "lora_ga", "directions" or "adalora".
         factors: on the learning rate, by submodule; 1 for others.
+        ahead: further factor on that of every B.
         scale: of the learning rate that suits all-linear LoRA, as far as Adam's gain predicts it.
         charges: what had to be measured: "blueprint", "weights", "eva", "lora_ga", "directions".
     """
@@ -53,55 +53,13 @@ class Choice:
     whole: tuple[str, ...] = ()
     start: str = "lora"
     factors: Mapping[str, float] = field(default_factory=dict)
+    ahead: float = 1.0
     scale: float = 1.0
     charges: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A rule.
-
-    Args:
-        choose: ground, trainable parameters and a blueprint's name → what is trained.
-        is_budgeted: whether it fills a budget; others have a size of their own.
-        octaves: added to where its ladder of learning rates begins.
-    """
-
-    choose: Callable[[Ground, int, str], Choice]
-    is_budgeted: bool = True
-    octaves: int = 0
-
-
-def arm_of(name: str) -> Arm:
-    """An arm by its name.
-
-    Raises:
-        SystemExit: if there is none.
-    """
-    if name not in ARMS:
-        raise SystemExit(f"There is no arm {name!r}; choose from {', '.join(sorted(ARMS))}.")
-    return ARMS[name]
-
-
-def choice_of(ground: Ground, entry: Entry, budget: float | None) -> Choice:
-    """What an entry trains within a share of all-linear's parameters.
-
-    Raises:
-        Infeasible: if nothing fits, with the reason.
-    """
-    limit = ground.whole if budget is None else math.floor(budget * ground.whole)
-    return arm_of(entry.arm).choose(ground, limit, entry.blueprint)
-
-
-def guess_of(ground: Ground, arm: str, choice: Choice) -> int:
-    """Where to begin with learning rates, in octaves over the study's: half the octaves that the first step's gain asks
-    for, as the best of the first contests rose about with its root.
-    """
-    return max(-3, min(3, round(math.log2(choice.scale) / 2))) + arm_of(arm).octaves
 
 
 def cost_of(ground: Ground, choice: Choice) -> Cost:
@@ -234,10 +192,12 @@ def planner(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False
     return with_scale(ground, Choice(ranks, charges=("blueprint",)))
 
 
-def control(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, **wishes: Any) -> Choice:
-    """As many adapters as the planner's default has, and as many parameters, chosen by another rule."""
+def control(
+    ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, number: int | None = None, **wishes: Any
+) -> Choice:
+    """As many adapters as the planner's default has, or as said, and as many parameters, chosen by another rule."""
     found = choosing(ground, blueprint, **wishes)
-    number = len(planner(ground, ground.whole, blueprint).ranks)
+    number = number or len(planner(ground, ground.whole, blueprint).ranks)
     chosen = found.adapters(Wish({"num_modules": number}), ()).units
     if is_shipped:
         rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
@@ -313,6 +273,15 @@ def begun(arm: Callable[[Ground, int, str], Choice], start: str) -> Callable[[Gr
     return choose
 
 
+def stepped(arm: Callable[[Ground, int, str], Choice], start: str = "lora") -> Callable[[Ground, int, str], Choice]:
+    """The same adapters, from a start, every B with a higher learning rate than its A."""
+
+    def choose(ground: Ground, limit: int, blueprint: str) -> Choice:
+        return replace((arm if start == "lora" else begun(arm, start))(ground, limit, blueprint), ahead=AHEAD)
+
+    return choose
+
+
 def rates_by_gain(ground: Ground, limit: int, blueprint: str, power: float) -> Choice:
     """The planner's placement, each adapter's learning rate by a power of its gain over the mean."""
     choice = planner(ground, limit, blueprint)
@@ -320,67 +289,3 @@ def rates_by_gain(ground: Ground, limit: int, blueprint: str, power: float) -> C
     mean = math.fsum(gains.values()) / len(gains) or 1.0
     factors = {n: min(STEEPEST, max(1 / STEEPEST, (max(g, 1e-30) / mean) ** power)) for n, g in gains.items()}
     return replace(choice, factors=factors)
-
-
-def _arms() -> dict[str, Arm]:
-    arms = {
-        UNTRAINED: Arm(lambda g, n, b: Choice(), is_budgeted=False),
-        "all-linear": Arm(all_linear, is_budgeted=False),
-        "all-linear, low rank": Arm(lambda g, n, b: group(g, n, "")),
-        "attention only": Arm(lambda g, n, b: group(g, n, "attn")),
-        "MLP only": Arm(lambda g, n, b: group(g, n, "ffn"), octaves=1),
-        "MLP only, as shipped": Arm(lambda g, n, b: group(g, n, "ffn"), is_budgeted=False),
-        "MLP only, above": Arm(lambda g, n, b: group(g, n, "ffn", b), octaves=1),
-        "MLP only, above, as shipped": Arm(lambda g, n, b: group(g, n, "ffn", b), is_budgeted=False),
-        "norm, bottom of strata": Arm(strata_bottom),
-        "planner": Arm(planner),
-        "planner, as shipped": Arm(functools.partial(planner, is_shipped=True), is_budgeted=False),
-        "KappaTune": Arm(lambda g, n, b: by_weights(g, n, lambda g: g.kappa, "none")),
-        "Spectrum": Arm(lambda g, n, b: by_weights(g, n, lambda g: g.spectrum, "kind")),
-        "AdaLoRA": Arm(begun(lambda g, n, b: group(g, n, ""), "adalora")),
-        "full fine-tuning": Arm(full, is_budgeted=False, octaves=-4),
-        "unfreeze top": Arm(lambda g, n, b: unfrozen(g, n, b, "last"), octaves=-2),
-        "unfreeze top blocks": Arm(lambda g, n, b: unfrozen(g, None, b, "last"), is_budgeted=False, octaves=-2),
-        "unfreeze by gain": Arm(lambda g, n, b: unfrozen(g, n, b, "adam_gain"), octaves=-2),
-        "planner, rates by gain": Arm(functools.partial(rates_by_gain, power=0.5)),
-        "planner, rates against gain": Arm(functools.partial(rates_by_gain, power=-0.5)),
-        "gain per second": Arm(functools.partial(by_wish, per_cost=True)),
-        "gain per second, pooled": Arm(functools.partial(by_wish, per_cost=True, coverage="none")),
-        "ranks by gain": Arm(functools.partial(by_wish, ranks="influence")),
-        "ranks by energy": Arm(functools.partial(by_wish, rank_by="singular_energy", ranks="influence")),
-    }
-    wishes: dict[str, dict[str, Any]] = {
-        "0.7x": {"budget": "0.7x"},
-        "keep 0.7": {"keep": 0.7},
-        "keep 0.85": {"keep": 0.85},
-    }
-    for name, wish in ((f"planner, {title}", wish) for title, wish in wishes.items()):
-        arms[name] = Arm(functools.partial(planner, **wish))
-        arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
-    controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
-    for title, score, draw in [*controls, ("adam_gain", "adam_gain", 0), ("cover_gain", "cover_gain", 0)]:
-        wish = {"rank_by": score, "seed": draw, "coverage": "kind" if score in CONTROLS else "kind+depth"}
-        number = f" #{draw}" if draw else ""
-        arms[f"{title}, as many{number}"] = Arm(functools.partial(control, **wish))
-        arms[f"{title}, as shipped{number}"] = Arm(functools.partial(control, is_shipped=True, **wish), False)
-    starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
-    for title, start in starts.items():
-        arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
-        arms[f"planner, {title}"] = Arm(begun(planner, start))
-        for of, wish in {"": {}, " keep 0.85,": wishes["keep 0.85"]}.items():
-            shipped = functools.partial(planner, is_shipped=True, **wish)
-            arms[f"planner,{of} {title}, as shipped"] = Arm(begun(shipped, start), is_budgeted=False)
-    for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
-        for score in (*SCORES, "cover_gain", "set_gain"):
-            wish = {"rank_by": score, "coverage": coverage}
-            arms[f"{score}{title}"] = Arm(functools.partial(by_wish, **wish))
-            arms[f"{score}{title}, raised"] = Arm(functools.partial(by_wish, raised=True, **wish))
-            for draw in range(1, DRAWS) if score == "random" else ():
-                again = functools.partial(by_wish, seed=draw, **wish)
-                arms[f"{score}{title} #{draw}"] = Arm(again)
-                arms[f"{score}{title}, raised #{draw}"] = Arm(functools.partial(again, raised=True))
-    return arms
-
-
-DRAWS = 3  # of random choices, the first without a number
-ARMS = _arms()

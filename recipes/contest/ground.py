@@ -97,6 +97,7 @@ class Ground:
             length=self.study.length,
             dtype=self.study.dtype,
             rank=self.study.rank,
+            attention=self.study.attention,
             device=self.device,
         )
         return CostModel(self.structure, load)
@@ -121,6 +122,7 @@ class Ground:
         """A fresh copy, frozen, in evaluation mode."""
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if quantized else None
         model, _ = load_model(self.model_path, dtype or self.study.dtype, settings)
+        model.set_attn_implementation(self.study.attention)
         return model.requires_grad_(False).eval()
 
     def batches(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:

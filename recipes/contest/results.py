@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from peft_blueprint.files import write_atomically
 
 from .study import UNTRAINED, Entry, Job, Study, digest
@@ -62,6 +64,19 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(whole, allow_nan=False))
         self._known[path] = whole
+
+    def claim(self, path: Path) -> FileLock | None:
+        """The right to run a job, until it is released or the process ends; None where another process has it."""
+        lock = FileLock(self.folder.parent / "claims" / path.with_suffix(".lock").name)
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        if path.exists():  # another process has just run it
+            lock.release()
+            return None
+        return lock
 
     def forget(self, path: Path) -> None:
         """So that a job runs again."""

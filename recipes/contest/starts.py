@@ -38,13 +38,15 @@ class Ready:
 
     Args:
         model: with gradients where it is trained.
-        factors: on the learning rate, by parameter; 1 for others.
+        factors: on the learning rate, by submodule; 1 for others.
+        ahead: further factor on that of every B.
         is_whole: whether weights of the model itself are trained.
         charge: what the start took, where that is only known by doing it.
     """
 
     model: nn.Module
     factors: Mapping[str, float]
+    ahead: float
     is_whole: bool
     charge: Charge
 
@@ -54,7 +56,8 @@ class Ready:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         by_factor: dict[float, list[nn.Parameter]] = {}
         for name, parameter in trained.items():
-            by_factor.setdefault(self.factors.get(_module_of(name), 1.0), []).append(parameter)
+            factor = self.factors.get(_module_of(name), 1.0) * (self.ahead if ".lora_B." in name else 1.0)
+            by_factor.setdefault(factor, []).append(parameter)
         return [{"params": some, "factor": factor} for factor, some in by_factor.items()]
 
 
@@ -77,7 +80,7 @@ def ready(ground: Ground, choice: Choice, steps: int, seed: int, base: nn.Module
             parameter.requires_grad_(any(name == w or name.startswith(w + ".") for w in choice.whole))
     elif choice.ranks:
         model, charge = _adapted(ground, choice, model, steps)
-    return Ready(model.train(), choice.factors, bool(choice.whole), charge)
+    return Ready(model.train(), choice.factors, choice.ahead, bool(choice.whole), charge)
 
 
 def _adapted(ground: Ground, choice: Choice, model: Any, steps: int) -> tuple[Any, Charge]:

@@ -112,6 +112,7 @@ class Study:
         report: which tables: "contest", "transfer" or "multiplication".
         model: a folder or an id; None for SmolLM2-135M.
         dtype: of the model.
+        attention: "sdpa", or "eager", which is faster for short examples in bfloat16 on a CPU.
         length: tokens of an example at most; longer ones are left out.
         batch: examples of a step.
         steps: of the optimizer, on as many examples of the pool.
@@ -137,6 +138,7 @@ class Study:
     report: Literal["contest", "transfer", "multiplication"] = "contest"
     model: str | None = None
     dtype: str = "float32"
+    attention: str = "sdpa"
     length: int = 100
     batch: int = 8
     steps: int = 30
@@ -181,7 +183,8 @@ class Study:
             "held_out",
         )
         own = {name: getattr(self, name) for name in (*ours, "few", "every", "unrelated")}
-        own |= {"spare": self.spare} if self.spare else {}  # without it results keep their names
+        for name in ("spare", "attention"):  # as they were results keep their names
+            own |= {name: value} if (value := getattr(self, name)) != _USUAL[name] else {}
         return {**own, "examples": self.examples, "format": FORMAT}
 
     @classmethod
@@ -207,6 +210,9 @@ class Study:
                 raise SystemExit(f"{path} says {f.name}: {value!r}, which is no number; {f.default} is usual.")
         order = tuple(_phase(phase, groups, path) for phase in data.pop("order"))
         return cls(**{"name": path.stem, **data}, order=order)
+
+
+_USUAL = {f.name: f.default for f in fields(Study)}
 
 
 def digest(value: Any) -> str:
