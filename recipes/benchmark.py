@@ -84,13 +84,23 @@ def main() -> None:
 
 
 def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] = ()) -> dict[str, Any]:
-    """The summary, written; its tables printed from what was written, and put where documents quote the study."""
+    """The summary, written; its tables printed from what was written, and put where documents quote the study.
+
+    Raises:
+        SystemExit: if the summary that is there tells of more jobs.
+    """
     from contest.catalogue import arm_of
 
     times = json.loads(store.times.read_text()) if store.times.exists() else {}
     found = summary(study, store.all(), times, lambda arm: arm_of(arm).is_budgeted)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}.json"
+    told = json.loads(path.read_text())["jobs"] if path.exists() else 0
+    if told > found["jobs"]:
+        raise SystemExit(
+            f"{path} tells of {told} jobs, and {store.folder} has results of {found['jobs']}: the rest would be lost. Give "
+            f"the folder that has them as --out, or remove {path.name} to begin anew."
+        )
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     read = json.loads(path.read_text())
     print(markdown(read))

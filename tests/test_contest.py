@@ -292,6 +292,8 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
     assert "\n| planner [nf4 x 4] at 50% |" in notes and "old" not in notes
     assert notes.startswith("Before.") and notes.endswith("<!-- tiny: end -->\nAfter.\n")
     assert "planner [nf4 x 4] at 50%" in capsys.readouterr().out and not (tmp_path / "tiny.png").exists()
+    with pytest.raises(SystemExit, match=r"tiny.json tells of 7 jobs, and .*empty has results of 0: .* --out"):
+        benchmark.report(wanted, results.Store(tmp_path / "empty", wanted), tmp_path)
     benchmark.report(replace(wanted, report="contest"), store, tmp_path)
     assert "Arms with a size of their own" in capsys.readouterr().out and (tmp_path / "tiny.png").exists()
     assert list(found["times"]) == ["planner at 50%"] and len(found["times"]["planner at 50%"]) == 1

@@ -72,7 +72,7 @@ def test_the_paragraph_follows_the_numbers():
     assert "random came out lowest" in bad and "does not beat random placements" in bad
     assert "is missed, the loss by" in bad and "Not run: x." in bad and "Not run: x." in good
     slow = made_up(-0.05)
-    slow["rows"][1]["time"] = 27.0
+    slow["rows"][1]["step_time"] = 0.9
     assert "is missed, the time by 0.20" in verdict.paragraph(slow)
     assert "All-linear" not in verdict.paragraph(made_up(0.0)) and "1 arms have" not in good
     once = verdict.paragraph(made_up(-0.05, seeds=1))
@@ -191,16 +191,31 @@ def test_transfer_compares_with_the_same_arm_and_multiplication_over_shared_seed
 def test_a_row_is_compared_with_all_linear_in_the_same_time():
     """Between its runs of all steps and of fewer, in a straight line; beyond them nothing is said."""
     summary = made_up(0.01)
-    shorter = row_of("all-linear", None, 0.1, 1.0, 3, entry={"select": "random", "share": 0.5}) | {"time": 15.0}
+    shorter = row_of("all-linear", None, 0.1, 1.0, 3, entry={"select": "random", "share": 0.5}) | {"steps": 15}
     assert verdict.less_in_same_time(summary, summary["rows"][1]) is None
     summary["rows"].append(shorter)
     planner = summary["rows"][1]  # at 0.65 of the time, where all-linear is 0.07 above its end
     assert verdict.less_in_same_time(summary, planner) == pytest.approx(0.01 - 0.07, abs=2e-3)
-    charged = planner | {"time": planner["time"] + 5, "charged_time": 5.0}
+    charged = planner | {"charged_time": 5.0}
     assert verdict.less_in_same_time(summary, charged) == verdict.less_in_same_time(summary, planner)
-    assert verdict.less_in_same_time(summary, planner | {"time": 10.0}) is None
+    assert verdict.less_in_same_time(summary, planner | {"steps": 10}) is None
     text = markdown(summary)
     assert "against all-linear trained for fewer steps in that time" in text and "-0.0" in text
+
+
+def test_a_step_time_that_was_measured_often_enough_stands_for_the_predicted_one():
+    """In the paragraph, in the time to a loss and in comparisons at equal time; the reference takes 1 by definition."""
+    summary = made_up(-0.05)
+    reference, planner, _ = summary["rows"]
+    planner["seeds"]["0"]["curve"] = [[15, 1.0]]
+    summary["times"] = {"planner at 20%": [0.9, 0.5], "all-linear": [1.1, 1.2, 1.3]}
+    assert verdict.step_time(summary, planner) == 0.65 and "predicted time" in verdict.paragraph(summary)
+    before = verdict.time_to_reach(summary, planner, 1.2)
+    summary["times"]["planner at 20%"].append(0.52)
+    assert verdict.step_time(summary, planner) == 0.52 and verdict.step_time(summary, reference) == 1.0
+    said = verdict.paragraph(summary)
+    assert "in 0.52 of its measured time" in said and "0.52 of all-linear's step time" in said
+    assert verdict.time_to_reach(summary, planner, 1.2) == pytest.approx(before * 0.52 / 0.65)
 
 
 def test_documents_quote_what_the_studies_say():

@@ -70,7 +70,9 @@ def test_a_model_that_is_loaded_to_be_trained_passes_gradients_after_an_evaluati
     with torch.no_grad():
         model.eval()(**batch)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    model.train()(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    model.train()(
+        inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]
+    ).loss.backward()
     assert embedded.grad.abs().sum() > 0
     assert layers_of(model) and not any(getattr(layer, SWITCH, False) for layer in layers_of(model))
 

@@ -22,6 +22,7 @@ from .verdict import (
     paired_loss,
     paragraph,
     reference_of,
+    time_of,
     time_to_reach,
 )
 
@@ -141,7 +142,7 @@ def multiplication(summary: Mapping[str, Any]) -> str:
         "FLOPs": lambda row: f"{flops_of(row) / cost:.0%}",
         "of them measuring and choosing": lambda row: f"{row['charged_flops'] / cost:.0%}",
         "FLOPs, that run counted": lambda row: f"{(flops_of(row) + cost * row['entry']['stop']) / cost:.0%}",
-        "time": lambda row: f"{row['time'] / reference['time']:.2f}",
+        "time": lambda row: f"{time_of(summary, row) / time_of(summary, reference):.2f}",
     }
     stopped = next((row["stopped_by"] for row in rows if row.get("stopped_by")), None)
     told = f"Stopping is at {stopped[0]:.0%} of the steps, by {stopped[1]}. " if stopped else ""
@@ -158,7 +159,7 @@ def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> s
 
 
 def picture(summary: Mapping[str, Any], path: Path) -> None:
-    """Loss against predicted time and memory, with the front of those that nothing beats in both."""
+    """Loss against time (measured where it was) and predicted memory, with the front of those that nothing beats in both."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,20 +169,25 @@ def picture(summary: Mapping[str, Any], path: Path) -> None:
     if reference is None:
         return
     losses = {id(row): paired_loss(summary, row) for row in rows}
+    whole = time_of(summary, reference)
+    costs = {
+        "time, measuring counted": {id(row): time_of(summary, row) / whole for row in rows},
+        "predicted peak memory": {id(row): row["memory"] / reference["memory"] for row in rows},
+    }
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
-    for axis, key, title in zip(axes, ("time", "memory"), ("predicted time", "predicted peak memory"), strict=True):
+    for axis, (title, cost) in zip(axes, costs.items(), strict=True):
         budgets = list(dict.fromkeys(row["budget"] for row in rows))
         for i, budget in enumerate(budgets):
-            some = [row for row in rows if row["budget"] == budget]
+            some = [id(row) for row in rows if row["budget"] == budget]
             label = "own size" if budget is None else f"{budget:.0%} of the parameters"
-            axis.scatter(
-                [row[key] / reference[key] for row in some], [losses[id(r)] for r in some], 18, f"C{i}", label=label
-            )
-        front = [r for r in rows if not any(o[key] <= r[key] and losses[id(o)] < losses[id(r)] for o in rows)]
-        front.sort(key=lambda row: row[key])
-        axis.plot([row[key] / reference[key] for row in front], [losses[id(row)] for row in front], color="0.6", lw=1)
+            axis.scatter([cost[one] for one in some], [losses[one] for one in some], 18, f"C{i}", label=label)
+        front = [
+            r for r in rows if not any(cost[id(o)] <= cost[id(r)] and losses[id(o)] < losses[id(r)] for o in rows)
+        ]
+        front.sort(key=lambda row: cost[id(row)])
+        axis.plot([cost[id(row)] for row in front], [losses[id(row)] for row in front], color="0.6", lw=1)
         for row in front:
-            axis.annotate(row["label"] + _share(row), (row[key] / reference[key], losses[id(row)]), fontsize=7)
+            axis.annotate(row["label"] + _share(row), (cost[id(row)], losses[id(row)]), fontsize=7)
         axis.set_xlabel(f"{title} / {reference['label']}'s")
     axes[0].set_ylabel("held-out loss per token")
     axes[0].legend()

@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 
 ENOUGH = 2.0  # standard errors
 WITHIN, OF_TIME = 0.005, 0.7  # the aim: this near to the reference's loss, in this share of its time
+ROUNDS = 3  # of measured step times, from which on they are believed instead of predicted ones
 FIRST = "0"  # the seed by which learning rates and winners are chosen
 
 
@@ -139,12 +140,12 @@ def time_to_reach(summary: Mapping[str, Any], row: Row, loss: float) -> float | 
     for (a, high), (b, low) in zip(points, points[1:], strict=False):
         if low <= loss:
             at = a + (b - a) * ((high - loss) / (high - low) if high > low else 1.0)
-            return float((row["charged_time"] + at * row["step_time"]) / (steps * reference["step_time"]))
+            return float((row["charged_time"] + at * step_time(summary, row)) / steps)
     return None
 
 
 def less_in_same_time(summary: Mapping[str, Any], row: Row) -> float | None:
-    """A row's loss less that of the reference in the same predicted time, measuring not counted: between the reference's runs
+    """A row's loss less that of the reference in the same time, measuring not counted: between the reference's runs
     of all its steps and of fewer in a straight line. None where there are none so short or so long.
     """
     reference = reference_of(summary)
@@ -152,15 +153,32 @@ def less_in_same_time(summary: Mapping[str, Any], row: Row) -> float | None:
         return None
     plain = {**reference["entry"], "select": None, "share": None}
     runs = sorted(
-        (one["time"] - one["charged_time"], paired_loss(summary, one))
+        (time_of(summary, one, is_charged=False), paired_loss(summary, one))
         for one in done(summary)
         if {**one["entry"], "select": None, "share": None} == plain and one["entry"]["select"] in (None, "random")
     )
-    time = row["time"] - row["charged_time"]
+    time = time_of(summary, row, is_charged=False)
     for (short, high), (long, low) in zip(runs, runs[1:], strict=False):
         if short <= time <= long:
             return float(paired_loss(summary, row) - high - (low - high) * (time - short) / (long - short))
     return None
+
+
+def is_measured(summary: Mapping[str, Any], row: Row) -> bool:
+    """Whether a row's step time has been measured often enough."""
+    return len(summary["times"].get(row["label"] + at_share(row), [])) >= ROUNDS
+
+
+def step_time(summary: Mapping[str, Any], row: Row) -> float:
+    """Of a row over the reference's: the median of what was measured, or else as predicted."""
+    if row["arm"] != summary["reference"] and is_measured(summary, row):
+        return statistics.median(summary["times"][row["label"] + at_share(row)])
+    return float(row["step_time"])
+
+
+def time_of(summary: Mapping[str, Any], row: Row, is_charged: bool = True) -> float:
+    """Of a whole run, in steps of the reference, with what came before it or without."""
+    return float(row["steps"] * step_time(summary, row) + (row["charged_time"] if is_charged else 0.0))
 
 
 def final_of_few(row: Row) -> float | None:
@@ -242,15 +260,16 @@ def _of_default(summary: Mapping[str, Any], reference: Row) -> str:
     if own is None:
         return text + "."
     above = own.mean / loss_of(reference)
-    time = row["time"] / reference["time"]
+    time = time_of(summary, row) / time_of(summary, reference)
+    how = "measured" if is_measured(summary, row) else "predicted"
     equal = less_in_same_time(summary, row)
     if equal is not None:
         text += f", {equal:+.4f} against {reference['label']} trained for fewer steps in that time"
     near, fast = above <= WITHIN, time <= OF_TIME
     text += (
         f". Its loss is {_percent(above)} {reference['label']}'s{', with one seed,' if own.seeds < 2 else ','} in "
-        f"{time:.2f} of its predicted time with the measurement counted "
-        f"({row['step_time'] / reference['step_time']:.2f} where a blueprint is published with the model): the aim, within "
+        f"{time:.2f} of its {how} time with the measurement counted "
+        f"({step_time(summary, row):.2f} where a blueprint is published with the model): the aim, within "
         f"{WITHIN:.1%} in {OF_TIME:g} of the time, is "
     )
     if near and fast:
@@ -280,7 +299,8 @@ def _advice(summary: Mapping[str, Any], reference: Row) -> str:
     lowest, _ = min(several.values(), key=lambda one: one[1].mean)
 
     def told(draws: Sequence[Row], found: Difference | None) -> str:
-        step, memory = (_mean(draws, key) / reference[key] for key in ("step_time", "memory"))
+        step = statistics.mean(step_time(summary, row) for row in draws)
+        memory = _mean(draws, "memory") / reference["memory"]
         times = f"{step:.2f} of {reference['label']}'s step time, {memory:.2f} of its memory"
         return f"{_title(draws)} ({'' if found is None else f'{found}, '}{times})"
 
