@@ -46,7 +46,7 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 def unpack(weight: Any) -> None:
     """Put a 4-bit weight that was rearranged back, in place; any other is left alone."""
-    state = getattr(weight, "quant_state", None)
+    state: Any = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

@@ -179,9 +179,11 @@ def by_wish(ground: Ground, limit: int, blueprint: str, raised: bool = False, **
     return taking(ground, take, limit, charges, raised)
 
 
-def planner(ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, **wishes: Any) -> Choice:
+def planner(
+    ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, rank_by: str = "adam_gain", **wishes: Any
+) -> Choice:
     """What `plan_placement` does without a selector; as shipped with all-linear's parameters, else within the limit."""
-    found = choosing(ground, blueprint, ranks="equal_parameters")
+    found = choosing(ground, blueprint, ranks="equal_parameters", rank_by=rank_by)
     wish = Wish.of(wishes.get("budget"), wishes.get("keep"), {}).or_default(knows_costs=True)
     chosen = found.adapters(wish, ()).units
     if is_shipped:

@@ -108,7 +108,10 @@ def _arms() -> dict[str, Arm]:
         "keep 0.7": {"keep": 0.7},
         "keep 0.85": {"keep": 0.85},
     }
-    for name, wish in ((f"planner, {title}", wish) for title, wish in wishes.items()):
+    named = {f"planner, {title}": wish for title, wish in wishes.items()}
+    named |= {"planner by cover": {"rank_by": "cover_gain"}}
+    named |= {"planner by cover, keep 0.9": {"rank_by": "cover_gain", "keep": 0.9}}
+    for name, wish in named.items():
         arms[name] = Arm(functools.partial(planner, **wish))
         arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
     controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
