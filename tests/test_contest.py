@@ -102,6 +102,47 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
     assert runner_of(folder, longer, out).run(0.0) == 0 and results.Store(out, longer).all() == []
 
 
+def test_processes_share_a_study_and_none_runs_what_another_is_running(folder, tmp_path, monkeypatch):
+    """A claimed job is passed over, and waited for: what is not run by the time its process is gone is run here."""
+    wanted = study_of(folder, [{"arms": ["all-linear", "even", "random"], "budgets": [0.5]}])
+    here, there = (runner_of(folder, wanted, tmp_path / "out") for _ in range(2))
+    taken = {name: next(j for j in there.schedule.jobs() if j.entry.arm == name) for name in ("even", "all-linear")}
+    claims = {name: there.store.claim(there._path(job)) for name, job in taken.items()}
+    assert all(claims.values()) and here.store.claim(here._path(taken["even"])) is None
+    ran: list[str] = []
+
+    def wait(seconds):
+        ran.extend(sorted(job.entry.arm for job, _ in here.store.all()))
+        there._one(taken["all-linear"])
+        for claim in claims.values():
+            claim.release()
+
+    monkeypatch.setattr(benchmark.time, "sleep", wait)
+    assert here.run(math.inf) == 3 and ran == ["random", "untrained"]
+    assert len(results.Store(tmp_path / "out", wanted).all()) == 4
+    assert here.store.claim(here._path(taken["even"])) is None, "what has run cannot be claimed"
+
+
+def test_arms_may_have_their_own_number_of_adapters_and_bs_that_learn_faster(folder, tmp_path):
+    """As many adapters as named, with all-linear's parameters as far as ranks go; LoRA+ moves every B's rate alone."""
+    from contest.catalogue import choice_of
+    from contest.starts import ready
+
+    ground = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}], attention="eager"), tmp_path).ground
+    assert ground.model().config._attn_implementation == "eager"
+    choices = {name: choice_of(ground, Entry(name), None) for name in ("all-linear", "all-linear, LoRA+")}
+    assert {name: choice.ahead for name, choice in choices.items()} == {"all-linear": 1.0, "all-linear, LoRA+": 8.0}
+    assert choices["all-linear"].ranks == choices["all-linear, LoRA+"].ranks
+    begun = ready(ground, choices["all-linear, LoRA+"], 2, 0)
+    names = {id(p): name for name, p in begun.model.named_parameters()}
+    rates = {(".lora_B." in names[id(p)], group["factor"]) for group in begun.groups for p in group["params"]}
+    assert rates == {(True, 8.0), (False, 1.0)}
+    few = choice_of(ground, Entry("cover_gain x 15, LoRA+, as shipped"), None)
+    many = choice_of(ground, Entry("planner by cover, as shipped"), None)
+    assert len(few.ranks) == 14 and few.ahead == 8.0, "the tiny model has fourteen"
+    assert few.charges == ("blueprint",) and 1 <= len(many.ranks) <= 14
+
+
 def test_budgets_are_filled_from_below_and_nothing_is_dropped(folder, tmp_path):
     """Every kind of arm runs within its parameters; one that cannot be had is in the report with the reason."""
     arms = ["planner", "gradient_norm, pooled", "even, raised", "norm, bottom of strata", "KappaTune", "Spectrum"]
