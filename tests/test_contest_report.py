@@ -218,6 +218,18 @@ def test_a_step_time_that_was_measured_often_enough_stands_for_the_predicted_one
     assert verdict.time_to_reach(summary, planner, 1.2) == pytest.approx(before * 0.52 / 0.65)
 
 
+def test_predicted_gains_are_held_against_losses():
+    """Over arms of one size, where there are enough of them; an arm with another blueprint, or unpredicted, is left out."""
+    summary = made_up(0.1)
+    assert "predicted gain" not in markdown(summary) and "planner predicts" not in verdict.paragraph(summary)
+    summary["rows"] += [row_of(f"arm {i}", 0.2, 0.01 * i, kept=1 - 0.05 * i) for i in range(8)]
+    summary["rows"] += [row_of("odd", 0.2, 9.0, kept=1.0, entry={"blueprint": "nf4 x 8"}), row_of("whole", 0.2, 8.0)]
+    said = verdict.paragraph(summary)
+    assert "ranks losses with a Spearman correlation of -1.00 (p = 0) over 8 arms with 20% of them." in said
+    lines = {line.split(" | ")[0][2:]: line for line in markdown(summary).splitlines() if line.startswith("| ")}
+    assert "| predicted gain |" in lines["arm"] and "| 0.65 |" in lines["arm 7"] and "| – |" in lines["whole"]
+
+
 def test_documents_quote_what_the_studies_say():
     """README.md and RESULTS.md are as `--report` would write them from the summaries beside the recipes."""
     summaries = [json.loads(path.read_text()) for path in sorted((ROOT / "recipes" / "results").glob("*.json"))]

@@ -27,6 +27,7 @@ from peft_blueprint.entry import ADAPTABLE, Submodule
 from peft_blueprint.files import write_atomically
 from peft_blueprint.measure import measure_influence
 from peft_blueprint.recipe import load_model, load_tokenizer
+from peft_blueprint.redundancy import CoverGain
 from peft_blueprint.selection import select_examples
 
 from .data import Data, in_batches, load, rows_of, steps_of, tokens_of
@@ -173,6 +174,11 @@ class Ground:
         else:
             rows = self.data.measured
         return (TASK if source in SOURCES else source), rows[: int(number)]
+
+    @functools.cached_property
+    def cover(self) -> CoverGain:
+        """What the planner predicts of placements, by the study's own blueprint."""
+        return CoverGain(self.entries(), [entry.adam_gain or 0.0 for entry in self.entries()])
 
     def charge(self, name: str) -> Charge:
         """What measuring a blueprint costs, and training before it where there is some."""

@@ -68,6 +68,7 @@ def run(ground: Ground, job: Job, choice: Choice) -> dict[str, Any]:
         "ranks": dict(choice.ranks),
         "whole": list(choice.whole),
         "lowest": cost.lowest,
+        "kept": predicted(ground, choice),
         "examples": len(kept),
         "tokens": tokens,
         "flops": cost.flops * tokens if job.steps else 0.0,
@@ -81,6 +82,12 @@ def run(ground: Ground, job: Job, choice: Choice) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if ground.device == "cuda" else platform.processor() or "cpu",
         "versions": versions(),
     }
+
+
+def predicted(ground: Ground, choice: Choice) -> float | None:
+    """Share of all-linear's gain that the planner predicts of plain adapters; None of what trains otherwise."""
+    is_plain = choice.start == "lora" and choice.ahead == 1.0 and not choice.factors
+    return ground.cover.of(list(choice.ranks)) if choice.ranks and is_plain else None
 
 
 def train(

@@ -64,6 +64,7 @@ def contest(summary: Mapping[str, Any]) -> str:
         "rank": lambda row: "–".join(map(str, sorted({*row["ranks"][:1], *row["ranks"][-1:]}))) or "whole",
         "parameters": lambda row: _parameters(row, reference),
         "from layer": lambda row: "–" if row["lowest"] is None else str(row["lowest"]),
+        "predicted gain": lambda row: "–" if row.get("kept") is None else f"{row['kept']:.2f}",
         "learning rate": lambda row: _rate(row),
         "seeds": lambda row: str(len(row["seeds"])),
         "loss": lambda row: f"{paired_loss(summary, row):.4f}",
@@ -77,6 +78,8 @@ def contest(summary: Mapping[str, Any]) -> str:
     }
     for name in names:
         columns[f"{name} text"] = functools.partial(_forgotten, name=name, before=before["unrelated"][name])
+    if all(row.get("kept") is None for row in done(summary)):  # results of before it was recorded
+        del columns["predicted gain"]
     if has_accuracy:
         columns["accuracy, given the long answer"] = lambda row: f"{_accuracy(row):.2f}"
     parts = []

@@ -24,7 +24,7 @@ from .study import UNTRAINED, Entry, Job, Study, digest
 TIMES = "times-"
 # of a row, from its first seed's record at the best learning rate
 _OF_BEST = ("rate", "parameters", "modules", "lowest", "examples", "flops", "charged_flops", "step_time", "time")
-_MORE_OF_BEST = ("charged_time", "memory", "peak_bytes", "seconds", "agreement", "stopped_by")
+_MORE_OF_BEST = ("kept", "charged_time", "memory", "peak_bytes", "seconds", "agreement", "stopped_by")
 _OF_SEED = ("loss", "losses", "curve", "unrelated", "accuracy")
 
 

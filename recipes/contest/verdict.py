@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 
 Row = Mapping[str, Any]
 
 ENOUGH = 2.0  # standard errors
 WITHIN, OF_TIME = 0.005, 0.7  # the aim: this near to the reference's loss, in this share of its time
+ENOUGH_ARMS = 8  # for a correlation
 ROUNDS = 3  # of measured step times, from which on they are believed instead of predicted ones
 FIRST = "0"  # the seed by which learning rates and winners are chosen
 
@@ -193,8 +195,8 @@ def paragraph(summary: Mapping[str, Any]) -> str:
     if reference is None:
         return f"{summary['reference']} has not run yet, so that there is nothing to compare with."
     said = [_of_budget(summary, budget, reference) for budget in _budgets(summary)]
-    said += [_of_default(summary, reference), _advice(summary, reference), _caveats(summary)]
-    return " ".join(filter(None, said))
+    said += [_of_default(summary, reference), _advice(summary, reference), _of_prediction(summary)]
+    return " ".join(filter(None, [*said, _caveats(summary)]))
 
 
 def in_short(summary: Mapping[str, Any]) -> str:
@@ -312,6 +314,25 @@ def _advice(summary: Mapping[str, Any], reference: Row) -> str:
     text = f"What to use, of the {len(several)} rules with several seeds: {told(lowest, None)} has the lowest loss. "
     text += f"Not clearly above it: {'; '.join(level) or 'none'}. "
     return text + f"Above it by two standard errors: {'; '.join(above) or 'none'}."
+
+
+def _of_prediction(summary: Mapping[str, Any]) -> str:
+    """Whether placements that the planner predicts to gain more end lower, those of one size compared."""
+    found = []
+    for budget in dict.fromkeys(row["budget"] for row in done(summary)):
+        rows = [
+            row
+            for row in done(summary)
+            if row["budget"] == budget and row.get("kept") is not None and row["label"] == row["arm"]
+        ]
+        if len(rows) >= ENOUGH_ARMS:
+            kept, losses = [row["kept"] for row in rows], [paired_loss(summary, row) for row in rows]
+            correlation, p = spearmanr(kept, losses)
+            size = "all-linear's parameters or their own size" if budget is None else f"{budget:.0%} of them"
+            found.append(f"{correlation:+.2f} (p = {p:.1g}) over {len(rows)} arms with {size}")
+    if not found:
+        return ""
+    return f"The gain that the planner predicts ranks losses with a Spearman correlation of {', '.join(found)}."
 
 
 def _caveats(summary: Mapping[str, Any]) -> str:
