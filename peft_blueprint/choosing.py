@@ -16,10 +16,10 @@ from .cost import CostModel
 from .entry import Submodule, some
 from .errors import PlacementError
 from .ranks import Ranks, k_star_rank, rank_of_equal_parameters, ranks_by_influence
-from .redundancy import CoverGain, SetGain
+from .redundancy import REACH, CoverGain, SetGain
 from .scores import comparable_across_kinds, score
 from .search import Choice, Search, Taking
-from .strata import Coverage, by_kind, one_selector, select, spreading
+from .strata import Coverage, by_kind, count_of, one_selector, select, spreading
 
 
 RankBy = Literal[
@@ -42,8 +42,9 @@ RankBy = Literal[
 
 
 CONTROLS = ("random", "even", "first", "last")  # scores that look at no measurement
-FRACTION = 0.2  # of the submodules, and
-KEEP = 0.95  # of the gain, where nothing is said
+FRACTION = 0.2  # of the submodules,
+KEEP = 0.95  # of the gain, and
+SPARSE = 1 / 7  # of the submodules, about one to a block, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ class Wish:
             raise PlacementError(f"keep={keep} is not a share: give a number above 0 and at most 1.")
         return cls({}, None if budget is None else Budget.of(budget), keep)
 
-    def or_default(self, knows_costs: bool) -> Wish:
-        """What is done where nothing was wished for: keep most of the gain at the least cost, or take a share."""
+    def or_default(self, knows_costs: bool, is_sparse: bool = False) -> Wish:
+        """What is done where nothing was wished for: a seventh of the submodules, if they cover the model with
+        all-linear's parameters; else as much as keeps most of the gain at the least cost, or a fifth.
+        """
         if self.selector or self.is_priced:
             return self
+        if is_sparse:
+            return Wish({"fraction": SPARSE})
         return Wish({}, keep=KEEP) if knows_costs else Wish({"fraction": FRACTION})
 
     def to_dict(self) -> dict[str, float]:
@@ -101,6 +106,7 @@ class Choosing:
         rank: uniform, or of adapters on all entries, or the mean.
         costs: None where nothing is known of them.
         seed: of random scores.
+        reach: of `CoverGain`.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class Choosing:
         rank: int,
         costs: CostModel | None,
         seed: int,
+        reach: float = REACH,
     ):
         self.entries = entries
         self.rank_by = rank_by
@@ -123,7 +130,8 @@ class Choosing:
         self.costs = costs
         self.is_gain_known = all(entry.adam_gain is not None for entry in entries)
         self.gains = [entry.adam_gain or 0.0 for entry in entries] if self.is_gain_known else [1.0] * len(entries)
-        self.cover = CoverGain(entries, self.gains if any(self.gains) else [1.0] * len(entries))
+        self.reach = reach
+        self.cover = CoverGain(entries, self.gains if any(self.gains) else [1.0] * len(entries), reach)
         self.alternatives: list[Choice] = []  # to the adapters that were chosen last
         self.members = members_by_block(entries)
         self.prices = [costs.adapter_cost(e.name, rank) for e in entries] if per_cost and costs is not None else None
@@ -261,7 +269,7 @@ class Choosing:
             return search.keeping(wish.keep, wish.budget)
         if wish.budget is not None:
             return search.within(wish.budget)
-        if self.is_greedy and (count := _count(wish.selector, len(search.units))) is not None:
+        if self.is_greedy and (count := count_of(wish.selector, len(search.units))) is not None:
             return search.choice(self._greedily(search.units)(count))
         return search.choice(
             select(
@@ -289,11 +297,4 @@ class Choosing:
         if self.rank_by == "set_gain":
             return SetGain(pool)
         names = {entry.name: gain for entry, gain in zip(self.entries, self.gains, strict=True)}
-        return CoverGain(pool, [names[unit.name] for unit in pool])
-
-
-def _count(selector: Mapping[str, float], units: int) -> int | None:
-    """How many a selector asks for, where it says a number or a share."""
-    if "fraction" in selector:
-        return max(1, round(selector["fraction"] * units))
-    return min(int(selector["num_modules"]), units) if "num_modules" in selector else None
+        return CoverGain(pool, [names[unit.name] for unit in pool], self.reach)

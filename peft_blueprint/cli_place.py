@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def targets(
     source: Source,
     fraction: Annotated[
-        float | None, typer.Option(help="Share of the submodules; by default the cheapest that keep 0.95 of the gain.")
+        float | None, typer.Option(help="Share of the submodules; by default what keeps 0.95 of the gain.")
     ] = None,
     num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
@@ -37,7 +37,7 @@ def targets(
         str | None, typer.Option(help="'0.7x' of all-linear's step time, '2M parameters', '42 modules', or several.")
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the predicted gain to keep at the least cost.")] = None,
-    rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="By default cover_gain where it can be told.")] = None,
     ranks: Annotated[
         str | None, typer.Option(help="uniform, equal_parameters (with all-linear's), or influence.")
     ] = None,

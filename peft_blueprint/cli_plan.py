@@ -47,7 +47,7 @@ def plan(
     ranks: Annotated[
         str, typer.Option(help="equal_parameters with that, uniform, or influence: higher where the score is.")
     ] = "equal_parameters",
-    rank_by: Annotated[str | None, typer.Option(help="By default adam_gain where it was measured.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="By default cover_gain where it can be told.")] = None,
     coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
     device: Annotated[str, typer.Option(help="cuda or cpu: their constants of time differ.")] = "cuda",
     trainer: Annotated[

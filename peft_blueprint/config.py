@@ -87,8 +87,9 @@ class BlueprintConfig(LoraConfig):
             `"lora"` (on a quantised base that is QLoRA), `"unfreeze"` for whole attention and feed-forward blocks, or
             `"lora+unfreeze"`.
         fraction (`float`, *optional*):
-            Share of the submodules, in (0, 1]. Without any selector it is `keep=0.95` for adapters, and `fraction=0.2`
-            for blocks, with another coverage, and where the blueprint has no shapes.
+            Share of the submodules, in (0, 1]. Without any selector it is a seventh for adapters with
+            `ranks="equal_parameters"`, `keep=0.95` for others, and `fraction=0.2` for blocks, with another coverage, and
+            where the blueprint has no shapes.
         num_modules (`int`, *optional*): How many submodules, instead.
         top_p (`float`, *optional*): The fewest that hold this share of the score, instead.
         threshold (`float`, *optional*): All whose score reaches this, instead.
@@ -100,8 +101,8 @@ class BlueprintConfig(LoraConfig):
             What a step is, for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; what is
             left out is read off the model.
         rank_by (`str`, *optional*):
-            A score of `scores.SCORES`, `"gradient_norm"` or `"adam_gain"` say; by default the latter where it was
-            measured.
+            A score of `scores.SCORES`, such as `"gradient_norm"`, or `"cover_gain"`, the default for adapters where
+            `"adam_gain"` was measured: each goes where it adds most to what those before it cover.
         per_cost (`bool`, defaults to `False`): Rank by the score over an adapter's step time.
         ranks (`str`, defaults to `"uniform"`):
             `"equal_parameters"`: `r` is the rank that LoRA on every linear layer would have, and the adapters' is raised
@@ -134,7 +135,7 @@ class BlueprintConfig(LoraConfig):
         default=None, metadata={"help": "What a training step is, for budget and keep."}
     )
     rank_by: RankBy | None = field(
-        default=None, metadata={"help": "The statistic to rank by; by default adam_gain where it was measured."}
+        default=None, metadata={"help": "The statistic to rank by; by default cover_gain where it can be told."}
     )
     per_cost: bool = field(default=False, metadata={"help": "Rank by the score over an adapter's step time."})
     ranks: Ranks = field(default="uniform", metadata={"help": "uniform, equal_parameters or influence."})

@@ -53,16 +53,19 @@ def plan_placement(
     """Choose submodules by a blueprint: cover first, rank second (line 3 of Algorithm 1 with coverage="none").
 
     Sorting all submodules by gradient norm crowds the adapters into few kinds and layers, which loses to an even
-    spread of as many. So the choice is first spread over kinds of submodule and strata of depth, and the strongest is
-    taken within each. When fewer than two per kind are asked for, only depth is covered.
+    spread of as many. So the choice covers the model: by default each adapter is put where it adds most to what those
+    before it cover in depth and kind, weighted by Adam's gain (`redundancy.CoverGain`). By any other score the choice
+    is first spread over kinds of submodule and strata of depth, and the strongest is taken within each; when fewer than
+    two per kind are asked for, only depth is covered.
 
     Under a budget, or with `keep`, the depth at which the backward pass stops is chosen too: nothing is placed below
     it, so that neither time nor memory is spent there.
 
     Only what an adapter can be put on is chosen, linear layers and fused experts; other entries, of a blueprint that
     was measured with `include="all"`, are left out and counted. Give at most one of the four selectors, or a budget or
-    `keep` or both. Without any it is `keep=0.95`; where no costs are known, for whole blocks and with another coverage
-    `fraction=0.2`.
+    `keep` or both. Without any it is a seventh of the submodules, about one to a block, where their adapters cover the model
+    with all-linear's parameters, which is the default wherever Adam's gain is known; else `keep=0.95`; and where no costs
+    are known, for whole blocks and with another coverage `fraction=0.2`.
 
     Args:
         blueprint: at submodule level, or at any level with `model`; None, with a model, to place evenly without any
@@ -80,8 +83,9 @@ def plan_placement(
         top_p: the fewest that hold this share of the summed score, in (0, 1]; within each stratum of the coverage. (In
             PEFT's KappaTune `top_p` is what `fraction` is here.)
         threshold: all whose score is at least this; coverage then has nothing to decide.
-        rank_by: one of `scores.SCORES`; by default "adam_gain" where the blueprint has it, since it fits Adam's step,
-            else "gradient_norm", the paper's.
+        rank_by: one of `scores.SCORES`, "cover_gain" or "set_gain". By default "cover_gain" where the blueprint has
+            Adam's gain, for adapters by a share, a number, a budget or `keep` with the default coverage; for blocks, by
+            other selectors or with another coverage "adam_gain"; and "gradient_norm", the paper's, without that gain.
         per_cost: rank by the score over the step time that an adapter there takes.
         coverage: "none" (the paper's rule: pooled), "kind", or "kind+depth".
         unfreeze_blocks: how many blocks, in mode "lora+unfreeze"; 1 by default.
@@ -114,18 +118,22 @@ def plan_placement(
     whole, structure = fitted(blueprint, model)
     entries = tuple(entry for entry in whole if entry.form in ADAPTABLE)
     if rank_by is None:
-        rank_by = "even" if blueprint is None else default_rank_by(entries)
+        is_covering = mode == "lora" and coverage == "kind+depth" and top_p is None and threshold is None
+        rank_by = "even" if blueprint is None else default_rank_by(entries, is_covering)
     _check_choice("rank_by", rank_by, get_args(RankBy))
     workload = workload or workload_of(model)
     if rank is not None:
         workload = replace(workload, rank=rank)
     costs = None if structure is None else CostModel(structure, workload)
     _check_costs_are_known(wish, per_cost, costs, model is not None, whole.model_id)
-    wish = wish.or_default(knows_costs=costs is not None and mode == "lora" and coverage == "kind+depth")
     is_free = rank is None and ranks is None and costs is not None and mode == "lora"
     is_limited = wish.budget is not None and wish.budget.parameters is not None
     if ranks is None:
         ranks = "equal_parameters" if is_free and not is_limited else "uniform"
+    wish = wish.or_default(
+        knows_costs=costs is not None and mode == "lora" and coverage == "kind+depth",
+        is_sparse=rank_by == "cover_gain" and ranks == "equal_parameters",
+    )
     choosing = Choosing(entries, rank_by, per_cost, coverage, ranks, workload.rank, costs, seed)
     if is_free and is_limited:
         choosing.lower_ranks(wish)
@@ -158,9 +166,13 @@ def plan_placement(
     )
 
 
-def default_rank_by(entries: Sequence[Submodule]) -> RankBy:
-    """What ranks entries when nobody says: Adam's gain where all carry it, else the paper's gradient norm."""
-    return "adam_gain" if all(entry.adam_gain is not None for entry in entries) else "gradient_norm"
+def default_rank_by(entries: Sequence[Submodule], is_covering: bool = False) -> RankBy:
+    """What ranks entries when nobody says: what they cover of Adam's gain, or that gain itself, where all carry it, else
+    the paper's gradient norm.
+    """
+    if any(entry.adam_gain is None for entry in entries):
+        return "gradient_norm"
+    return "cover_gain" if is_covering and any(entry.adam_gain for entry in entries) else "adam_gain"
 
 
 def fitted(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Structure | None]:

@@ -81,12 +81,27 @@ def select(
     elif name == "top_p":
         chosen = [e for stratum in _strata(entries, coverage) for e in _nucleus(stratum, value, score)]
     else:
-        count = max(1, round(value * len(entries))) if name == "fraction" else int(value)
-        if count > len(entries):
-            raise PlacementError(f"num_modules={count}: the blueprint has only {len(entries)} to choose from.")
+        count = count_of(selector, len(entries))
+        assert count is not None
         chosen = spreading(entries, score if scores is not None else None, coverage, is_comparable)(count)
     names = {entry.name for entry in chosen}
     return [entry for entry in entries if entry.name in names]
+
+
+def count_of(selector: Mapping[str, float], available: int) -> int | None:
+    """How many a selector asks for, where it says a number or a share; else None.
+
+    Raises:
+        PlacementError: if there are not so many.
+    """
+    if "fraction" in selector:
+        return max(1, round(selector["fraction"] * available))
+    if "num_modules" not in selector:
+        return None
+    count = int(selector["num_modules"])
+    if count > available:
+        raise PlacementError(f"num_modules={count}: the blueprint has only {available} to choose from.")
+    return count
 
 
 def spreading(

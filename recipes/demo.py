@@ -68,7 +68,7 @@ def main() -> None:
     say(f"2/6 Measuring a blueprint on {CALIBRATION_EXAMPLES} calibration examples, as its publisher would")
     publish(recipe)
 
-    say("3/6 Probing locally, checking drift, placing LoRA where it keeps 0.95 of the gain, and training")
+    say("3/6 Probing locally, checking drift, placing LoRA on a seventh of the layers, and training")
     placed = run(recipe)
     draw(recipe)
 

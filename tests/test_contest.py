@@ -138,7 +138,7 @@ def test_arms_may_have_their_own_number_of_adapters_and_bs_that_learn_faster(fol
     rates = {(".lora_B." in names[id(p)], group["factor"]) for group in begun.groups for p in group["params"]}
     assert rates == {(True, 8.0), (False, 1.0)}
     few = choice_of(ground, Entry("cover_gain x 15, LoRA+, as shipped"), None)
-    many = choice_of(ground, Entry("planner by cover, as shipped"), None)
+    many = choice_of(ground, Entry("cover, keep 0.9, as shipped"), None)
     assert len(few.ranks) == 14 and few.ahead == 8.0, "the tiny model has fourteen"
     assert few.charges == ("blueprint",) and 1 <= len(many.ranks) <= 14
 

@@ -23,6 +23,7 @@ from peft_blueprint.cost import CostModel, Structure, Workload
 from peft_blueprint.empty import empty_model
 from peft_blueprint.errors import BlueprintError, MismatchError, PlacementError
 from peft_blueprint.planner import workload_of
+from peft_blueprint.redundancy import CoverGain
 from peft_blueprint.scores import SCORES
 from peft_blueprint.submodules import find_submodules
 from peft_blueprint.testing import quantise, tiny_gpt2, tiny_llama, tiny_mixtral
@@ -111,13 +112,38 @@ def test_what_half_and_twice_as_much_would_be_is_said():
     assert smaller["kept"] < placement.kept < larger["kept"] and smaller["time"] < larger["time"]
     text = str(placement)
     for part in (
-        "org/m: 12 adapters of rank 13 of 42 candidates",
+        "org/m: 12 adapters of rank 13 of 42 candidates by cover_gain",
         "down_proj",
         "next smaller",
         "next larger",
         "Learning rate: ",
     ):
         assert part in text
+
+
+def test_by_default_a_seventh_of_the_submodules_covers_the_model_with_all_linears_parameters():
+    """One to a block or so, as wide as LoRA on all; each adds most to what those before it cover, whatever the order."""
+    placement = plan_placement(BLUEPRINT, LLAMA, workload=LOAD)
+    assert placement.rank_by == "cover_gain" and placement.selector == {"fraction": pytest.approx(1 / 7)}
+    assert len(placement.lora) == 6 and len({name.split(".")[2] for name in placement.lora}) >= 5
+    everything = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, rank=LOAD.rank, workload=LOAD)
+    assert 0.8 < placement.cost["parameters"] / everything.cost["parameters"] <= 1
+    gains = [entry.adam_gain for entry in BLUEPRINT]
+    order = CoverGain(BLUEPRINT.submodules, gains).greedy(count=6)
+    assert set(placement.lora) == {BLUEPRINT.submodules[i].name for i in order}
+
+
+def test_what_is_done_by_default_where_a_seventh_would_not_do():
+    """At one rank most of the gain is kept; blocks, other selectors and coverages, and norms alone have scores."""
+    uniform = plan_placement(BLUEPRINT, LLAMA, ranks="uniform", workload=LOAD)
+    assert uniform.selector == {"keep": 0.95} and uniform.rank_by == "cover_gain" and uniform.kept >= 0.95
+    for wish in ({"mode": "unfreeze"}, {"coverage": "none"}, {"top_p": 0.5}, {"threshold": 0.0}):
+        assert plan_placement(BLUEPRINT, LLAMA, workload=LOAD, **wish).rank_by == "adam_gain"
+    norms = replace(BLUEPRINT, submodules=tuple(replace(entry, adam_gain=None) for entry in BLUEPRINT))
+    plain = plan_placement(norms, LLAMA, workload=LOAD)
+    assert plain.rank_by == "gradient_norm" and plain.selector == {"keep": 0.95}
+    with pytest.raises(PlacementError, match="num_modules=43: the blueprint has only 42 to choose from"):
+        plan_placement(BLUEPRINT, LLAMA, num_modules=43)
 
 
 def test_scores_per_cost_prefer_the_cheaper_of_equals():

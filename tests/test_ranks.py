@@ -45,7 +45,7 @@ def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters():
     assert more.learning_rate_scale == pytest.approx(8**0.5)  # beside all-linear LoRA of rank 16
     for wish in ({"rank": 16}, {"ranks": "uniform"}):
         fixed = plan_placement(BLUEPRINT, LLAMA, budget="6k params", **wish)
-        assert fixed.rank == 16 and fixed.kept < 0.7 and len(fixed.lora) == 5
+        assert fixed.rank == 16 and fixed.kept < 0.7 and len(fixed.lora) == 4
     with pytest.raises(PlacementError, match="parameters"):
         plan_placement(BLUEPRINT, LLAMA, budget="20 params")
 

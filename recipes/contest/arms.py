@@ -180,11 +180,17 @@ def by_wish(ground: Ground, limit: int, blueprint: str, raised: bool = False, **
 
 
 def planner(
-    ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, rank_by: str = "adam_gain", **wishes: Any
+    ground: Ground,
+    limit: int,
+    blueprint: str,
+    is_shipped: bool = False,
+    budget: str | None = None,
+    keep: float | None = None,
+    **wishes: Any,
 ) -> Choice:
     """What `plan_placement` does without a selector; as shipped with all-linear's parameters, else within the limit."""
-    found = choosing(ground, blueprint, ranks="equal_parameters", rank_by=rank_by)
-    wish = Wish.of(wishes.get("budget"), wishes.get("keep"), {}).or_default(knows_costs=True)
+    found = choosing(ground, blueprint, **{"ranks": "equal_parameters", "rank_by": "cover_gain", **wishes})
+    wish = Wish.of(budget, keep, {}).or_default(knows_costs=True, is_sparse=found.rank_by == "cover_gain")
     chosen = found.adapters(wish, ()).units
     if is_shipped:
         rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
@@ -199,7 +205,7 @@ def control(
 ) -> Choice:
     """As many adapters as the planner's default has, or as said, and as many parameters, chosen by another rule."""
     found = choosing(ground, blueprint, **wishes)
-    number = number or len(planner(ground, ground.whole, blueprint).ranks)
+    number = min(number or len(planner(ground, ground.whole, blueprint).ranks), len(found.entries))
     chosen = found.adapters(Wish({"num_modules": number}), ()).units
     if is_shipped:
         rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)

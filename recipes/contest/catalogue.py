@@ -104,19 +104,24 @@ def _arms() -> dict[str, Arm]:
         "ranks by energy": Arm(functools.partial(by_wish, rank_by="singular_energy", ranks="influence")),
     }
     wishes: dict[str, dict[str, Any]] = {
-        "0.7x": {"budget": "0.7x"},
-        "keep 0.7": {"keep": 0.7},
-        "keep 0.85": {"keep": 0.85},
+        "planner, 0.7x": {"budget": "0.7x"},
+        "cover, keep 0.95": {"keep": 0.95},
+        "cover, keep 0.9": {"keep": 0.9},
+        "narrow cover, keep 0.85": {**NARROW, "keep": 0.85},
+        "narrow cover, keep 0.75": {**NARROW, "keep": 0.75},
+        "strata": {**STRATA, "keep": 0.95},  # the library's default before
+        "strata, keep 0.85": {**STRATA, "keep": 0.85},
+        "strata, keep 0.7": {**STRATA, "keep": 0.7},
+        "strata, 0.7x": {**STRATA, "budget": "0.7x"},
     }
-    named = {f"planner, {title}": wish for title, wish in wishes.items()}
-    named |= {"planner by cover": {"rank_by": "cover_gain"}}
-    named |= {"planner by cover, keep 0.9": {"rank_by": "cover_gain", "keep": 0.9}}
-    for name, wish in named.items():
+    for name, wish in wishes.items():
         arms[name] = Arm(functools.partial(planner, **wish))
         arms[f"{name}, as shipped"] = Arm(functools.partial(planner, is_shipped=True, **wish), is_budgeted=False)
     controls = [("even", "even", 0), *(("random, within kind", "random", draw) for draw in range(DRAWS))]
-    for title, score, draw in [*controls, ("adam_gain", "adam_gain", 0), ("cover_gain", "cover_gain", 0)]:
+    measured = [("adam_gain", "adam_gain", 0), ("cover_gain", "cover_gain", 0), ("narrow cover_gain", "cover_gain", 0)]
+    for title, score, draw in [*controls, *measured]:
         wish = {"rank_by": score, "seed": draw, "coverage": "kind" if score in CONTROLS else "kind+depth"}
+        wish |= NARROW if title.startswith("narrow") else {}
         number = f" #{draw}" if draw else ""
         arms[f"{title}, as many{number}"] = Arm(functools.partial(control, **wish))
         for of, count in {"": None, **{f" x {count}": count for count in COUNTS}}.items():
@@ -125,14 +130,14 @@ def _arms() -> dict[str, Arm]:
             arms[f"{title}{of}, LoRA+, as shipped{number}"] = Arm(stepped(shipped), False, STEPPED)
     arms["all-linear, LoRA+"] = Arm(stepped(all_linear), False, STEPPED)
     arms["planner, LoRA+, as shipped"] = Arm(stepped(arms["planner, as shipped"].choose), False, STEPPED)
+    arms["strata, LoRA+, as shipped"] = Arm(stepped(arms["strata, as shipped"].choose), False, STEPPED)
     arms["all-linear, A from gradients and LoRA+"] = Arm(stepped(all_linear, "directions"), False, STEPPED)
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
         arms[f"planner, {title}"] = Arm(begun(planner, start))
-        for of, wish in {"": {}, " keep 0.85,": wishes["keep 0.85"]}.items():
-            shipped = functools.partial(planner, is_shipped=True, **wish)
-            arms[f"planner,{of} {title}, as shipped"] = Arm(begun(shipped, start), is_budgeted=False)
+        for name in ("planner", "strata, keep 0.85"):
+            arms[f"{name}, {title}, as shipped"] = Arm(begun(arms[f"{name}, as shipped"].choose, start), False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):
             wish = {"rank_by": score, "coverage": coverage}
@@ -146,6 +151,8 @@ def _arms() -> dict[str, Arm]:
 
 
 DRAWS = 3  # of random choices, the first without a number
-COUNTS = (15, 30, 90)  # adapters, in arms that have other than the planner's number
+COUNTS = (15, 50, 60)  # adapters, in arms that have other than the planner's number
+STRATA = {"rank_by": "adam_gain"}
+NARROW = {"reach": 0.1}  # of an adapter's cover, as a share of the depth
 STEPPED = -2  # octaves from where a ladder begins, where B is ahead of A
 ARMS = _arms()
