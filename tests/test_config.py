@@ -121,7 +121,9 @@ def test_reload_resume_merge_and_disable(blueprint, base, tmp_path):
     torch.testing.assert_close(logits(reloaded), expected)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), logits(tiny_llama(layers=12)))
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+    torch.testing.assert_close(
+        logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4
+    )  # another order of sums
     model = AutoPeftModelForCausalLM.from_pretrained(_with_base(tmp_path, base))
     torch.testing.assert_close(logits(model), expected)
 

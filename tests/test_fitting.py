@@ -74,7 +74,7 @@ def test_plan_goes_by_a_blueprint_and_keeps_its_budget(folder, tmp_path):
     words = (folder / "model", "--blueprint", folder / "blueprint.json", "--budget", "0.7x", "--quantization", "none")
     answer = json.loads(plan(*words, "--no-checkpointing", "--json", "--picture", tmp_path / "plan.png").stdout)
     [setting] = answer["settings"]
-    assert answer["placement"]["rank_by"] == "adam_gain" and setting["time"] <= 0.7 and setting["fits"]
+    assert answer["placement"]["rank_by"] == "cover_gain" and setting["time"] <= 0.7 and setting["fits"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
     text = plan(*words, "--no-checkpointing", "--for", "llamafactory").stdout
     assert "lora_target" in text and "lora_rank: 24" in text

@@ -6,6 +6,7 @@ Knows the summary's JSON and Markdown. Knows nothing of result files.
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,8 +238,8 @@ def _reach(summary: Mapping[str, Any], row: Row, reference: Row | None) -> str:
 
 
 def _measured(summary: Mapping[str, Any], row: Row) -> str:
-    ratios = sorted(summary["times"].get(row["label"] + _share(row), []))
-    return f" ({ratios[len(ratios) // 2]:.2f} measured)" if ratios else ""
+    ratios = summary["times"].get(row["label"] + _share(row))
+    return f" ({statistics.median(ratios):.2f} measured)" if ratios else ""
 
 
 def _forgotten(row: Row, name: str, before: float) -> str:
