@@ -77,7 +77,7 @@ def test_plan_goes_by_a_blueprint_and_keeps_its_budget(folder, tmp_path):
     assert answer["placement"]["rank_by"] == "cover_gain" and setting["time"] <= 0.7 and setting["fits"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
     text = plan(*words, "--no-checkpointing", "--for", "llamafactory").stdout
-    assert "lora_target" in text and "lora_rank: 24" in text
+    assert "lora_target" in text and "lora_rank: 32" in text
 
 
 def test_plan_reads_a_repository_on_the_hub(folder):
