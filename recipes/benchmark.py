@@ -9,7 +9,8 @@ common; several processes may run one study, a thread each (OMP_NUM_THREADS=1) o
 factors of two until the best is not at an edge, at least three of them; where the ladder begins is told by Adam's first
 step, from a blueprint, also for arms that are not charged for one. --report makes one JSON of all result files and
 from that alone the tables, which it prints and puts where README.md and RESULTS.md quote them; it may be asked for while
-another process is running jobs. Losses do not depend on
+another process is running jobs. --keep puts all result files into one archive, recipes/results/runs.jsonl.gz, and
+--restore takes from it those whose arms choose the same here, so that a study goes on in another clone. Losses do not depend on
 how busy a machine is, seconds do: --times measures step times apart, all arms in turn in one process, as ratios within
 a round; time in the tables is predicted by the cost model.
 """
@@ -44,6 +45,7 @@ from peft_blueprint.files import write_atomically
 OUT = Path(".cache/contest/runs")
 WAIT = 5.0  # seconds between two looks at what other processes have done
 RESULTS = Path(__file__).parent / "results"
+ARCHIVE = RESULTS / "runs.jsonl.gz"
 DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "RESULTS.md")]
 # PEFT asks transformers a question that is about to be renamed
 NOISE = "`is_gradient_checkpointing` is deprecated"
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--report", action="store_true", help="write JSON, picture and quotes, and print the tables")
     parser.add_argument("--times", type=int, metavar="ROUNDS", help="measure step times in so many rounds")
+    parser.add_argument("--keep", action="store_true", help=f"put the result files into {ARCHIVE.name}")
+    parser.add_argument("--restore", action="store_true", help=f"take result files from {ARCHIVE.name}")
     options = parser.parse_args()
 
     if options.device == "cpu":
@@ -73,8 +77,14 @@ def main() -> None:
     if options.report:
         report(study, store, RESULTS, DOCUMENTS)
         return
+    if options.keep:
+        say(f"{store.keep(ARCHIVE)} results are in {ARCHIVE}.")
+        return
     runner = Runner(study, store, options.data)
     runner.require(options.device)
+    if options.restore:
+        say(f"{runner.restore(ARCHIVE)} results were restored.")
+        return
     if options.list:
         runner.show(options.only)
     elif options.times:
@@ -91,14 +101,14 @@ def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] =
     """
     from contest.catalogue import arm_of
 
-    times = json.loads(store.times.read_text()) if store.times.exists() else {}
-    found = summary(study, store.all(), times, lambda arm: arm_of(arm).is_budgeted)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}.json"
-    told = json.loads(path.read_text())["jobs"] if path.exists() else 0
-    if told > found["jobs"]:
+    before = json.loads(path.read_text()) if path.exists() else {"jobs": 0, "times": {}}
+    times = before["times"] | (json.loads(store.times.read_text()) if store.times.exists() else {})
+    found = summary(study, store.all(), times, lambda arm: arm_of(arm).is_budgeted)
+    if before["jobs"] > found["jobs"]:
         raise SystemExit(
-            f"{path} tells of {told} jobs, and {store.folder} has results of {found['jobs']}: the rest would be lost. Give "
+            f"{path} tells of {before['jobs']} jobs, and {store.folder} has results of {found['jobs']}: the rest would be lost. Give "
             f"the folder that has them as --out, or remove {path.name} to begin anew."
         )
     write_atomically(path, json.dumps(found, indent=1) + "\n")
@@ -176,6 +186,24 @@ class Runner:
                     return job, lock
                 taken = job
         return taken, None
+
+    def restore(self, archive: Path) -> int:
+        """Take an archive's results of this study that are not here, where an arm trains the same as it did there.
+
+        Returns:
+            How many.
+        """
+        from contest.catalogue import ARMS
+
+        count = 0
+        for record in self.store.archived(archive):
+            job = Job.of(record["job"])
+            choice = self._choice(job) if job.entry.arm in ARMS and "ranks" in record else {}
+            is_same = not isinstance(choice, dict) and dict(choice.ranks) == record["ranks"]
+            if is_same and list(choice.whole) == record["whole"] and self.store.read(self._path(job)) is None:
+                self.store.write(self._path(job), job, record)
+                count += 1
+        return count
 
     def show(self, only: str) -> None:
         """Every job that is known to be wanted, with its loss or the minutes it should take."""

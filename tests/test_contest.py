@@ -123,6 +123,25 @@ def test_processes_share_a_study_and_none_runs_what_another_is_running(folder, t
     assert here.store.claim(here._path(taken["even"])) is None, "what has run cannot be claimed"
 
 
+def test_results_are_kept_in_one_file_and_restored_elsewhere(folder, tmp_path):
+    """Once each and with their date; what an arm would not train now stays behind, and what is there is not written over."""
+    wanted = study_of(folder, [{"arms": ["all-linear", "even"], "budgets": [0.5]}])
+    first, archive = runner_of(folder, wanted, tmp_path / "one" / "runs"), tmp_path / "runs.jsonl.gz"
+    with pytest.raises(SystemExit, match="There is no .*runs.jsonl.gz: --keep makes it"):
+        first.restore(archive)
+    first.run(math.inf)
+    assert first.store.keep(archive) == 3 == results.Store(tmp_path / "empty", wanted).keep(archive)
+    [even] = [path for path in first.store.folder.iterdir() if path.name.startswith("even")]
+    changed = json.loads(even.read_text()) | {"ranks": {"model.layers.0.mlp.up_proj": 1}}
+    even.write_text(json.dumps(changed))
+    assert first.store.keep(archive) == 4, "another placement under one name is another result"
+    second = runner_of(folder, wanted, tmp_path / "two" / "runs")
+    assert second.restore(archive) == 3 and second.restore(archive) == 0 and second.run(math.inf) == 0
+    dates = [{record["created"] for _, record in runner.store.all()} for runner in (first, second)]
+    assert dates[0] == dates[1] and len(second.store.all()) == 3
+    assert results.Store(tmp_path / "empty", replace(wanted, steps=3)).archived(archive) == []
+
+
 def test_arms_may_have_their_own_number_of_adapters_and_bs_that_learn_faster(folder, tmp_path):
     """As many adapters as named, with all-linear's parameters as far as ranks go; LoRA+ moves every B's rate alone."""
     from contest.catalogue import choice_of

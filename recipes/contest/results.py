@@ -6,6 +6,7 @@ Pure but for reading and writing files. Knows nothing of models, or of how table
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import math
 import re
@@ -60,7 +61,7 @@ class Store:
     def write(self, path: Path, job: Job, record: Mapping[str, Any]) -> None:
         """Whole or not at all."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        whole = {"job": asdict(job), "study": self.study.facts(), "created": now, **record}
+        whole = {"created": now, **record, "job": asdict(job), "study": self.study.facts()}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(whole, allow_nan=False))
         self._known[path] = whole
@@ -78,6 +79,34 @@ class Store:
             return None
         return lock
 
+    def keep(self, archive: Path) -> int:
+        """Put every study's results into one file, one a line, with those that it has and the folder has not.
+
+        Returns:
+            How many it has.
+        """
+        lines = {path.name: path.read_text() for path in self.folder.glob("*.json") if not path.name.startswith(TIMES)}
+        if archive.exists():
+            ours = {_identity(json.loads(line)) for line in lines.values()}
+            with gzip.open(archive, "rt") as file:
+                older = [line.strip() for line in file]
+            lines |= {line: line for line in older if _identity(json.loads(line)) not in ours}
+        text = "".join(lines[name] + "\n" for name in sorted(lines))
+        write_atomically(archive, gzip.compress(text.encode(), mtime=0))
+        return len(lines)
+
+    def archived(self, archive: Path) -> list[dict[str, Any]]:
+        """An archive's results of this study's sizes.
+
+        Raises:
+            SystemExit: if there is no such archive.
+        """
+        if not archive.exists():
+            raise SystemExit(f"There is no {archive}: --keep makes it from the result files of a run.")
+        with gzip.open(archive, "rt") as file:
+            records = [json.loads(line) for line in file]
+        return [record for record in records if record["study"] == self.study.facts()]
+
     def forget(self, path: Path) -> None:
         """So that a job runs again."""
         self._known.pop(path, None)
@@ -94,6 +123,11 @@ class Store:
                 if job.entry in arms and (job not in found or record["created"] >= found[job]["created"]):
                     found[job] = record
         return list(found.items())
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """What a result is of: sizes, job, and what was trained."""
+    return digest([record["study"], record["job"], record.get("ranks"), record.get("whole")])
 
 
 def outcome(record: Mapping[str, Any] | None) -> float | None:
