@@ -200,7 +200,7 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(folder)
     """Ladders grow with what is known; further seeds go to the arms of the lowest loss, at their best rate."""
     order = [
         {"arms": ["all-linear", "even", "random"], "budgets": [0.2], "rates": "best"},
-        {"arms": ["random #1"], "budgets": [0.2]},
+        {"arms": ["random #1", {"arm": "even", "blueprint": "task x 8"}], "budgets": [0.2]},
         {"arms": ["all-linear"], "closest": 1, "budgets": [0.2], "seeds": [1, 2]},
     ]
     wanted = study_of(folder, order)
@@ -217,7 +217,8 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(folder)
             break
         known[job] = 2.0 if job.entry.arm == study.UNTRAINED else loss(job)
     jobs = list(known)
-    assert [j.octave for j in jobs if j.entry.arm == "even" and j.seed == 0] == [0, 1, -1, 2, 3]
+    assert [j.octave for j in jobs if j.entry == Entry("even") and j.seed == 0] == [0, 1, -1, 2, 3]
+    assert [j.octave for j in jobs if j.entry.blueprint == "task x 8"] == [2], "another blueprint takes its arm's rate"
     assert [j.octave for j in jobs if j.entry.arm == "random #1"] == [-1], "a further draw takes its family's rate"
     assert {(j.entry.arm, j.octave, j.seed) for j in jobs if j.seed} == {
         *(("all-linear", 0, s) for s in (1, 2)),

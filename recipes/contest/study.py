@@ -47,8 +47,8 @@ class Entry:
 
     @property
     def family(self) -> Entry:
-        """The entry whose learning rate this one takes: of several draws of one rule (`random #2`) the first."""
-        return Entry(**asdict(self) | {"arm": self.arm.partition(" #")[0]})
+        """The entry whose learning rate this one takes: the first draw (of `random #2`), by the study's own blueprint."""
+        return Entry(**asdict(self) | {"arm": self.arm.partition(" #")[0], "blueprint": TASK})
 
 
 @dataclass(frozen=True)
