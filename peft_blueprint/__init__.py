@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .planner import plan_placement
     from .privacy import Privacy
     from .selection import Selection, select_examples
+    from .starting import initialize_along_gradient
     from .stopping import MarginalReturn
     from .unfreezing import share_base
     from .uniform import export_uniform_lora
@@ -45,6 +46,7 @@ __all__ = [
     "check_drift",
     "export_uniform_lora",
     "generate_blueprint",
+    "initialize_along_gradient",
     "measure_influence",
     "plan_placement",
     "reconcile",
@@ -68,6 +70,7 @@ _HOMES = {
     "check_drift": "drift",
     "export_uniform_lora": "uniform",
     "generate_blueprint": "generate",
+    "initialize_along_gradient": "starting",
     "measure_influence": "measure",
     "plan_placement": "planner",
     "reconcile": "drift",

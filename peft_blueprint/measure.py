@@ -48,7 +48,7 @@ from .taps import prepared, streamed, tapped
 Batch = Mapping[str, Any]
 _Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_FP16_LOSS_SCALE = 2.0**14
+FP16_LOSS_SCALE = 2.0**14
 
 
 def measure_influence(
@@ -196,7 +196,7 @@ def _find(
         bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
         measuring = _Measuring(model, recorder, loss_fn, plan.one_at_a_time, processes)
         device = device_of(model)
-        for batch in processes.started(_take(batches, max_examples, device), device):
+        for batch in processes.started(take_examples(batches, max_examples, device), device):
             for part in measuring.batch(batch):
                 parts.append(part)
                 bar.update(part[0].shape[1])
@@ -271,7 +271,7 @@ class _Measuring:
         self.one_at_a_time = one_at_a_time
         self.is_own_objective = False
         self.is_asked = False  # whether it was seen what the losses are
-        self.scale = _FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+        self.scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
 
     def batch(self, batch: Batch) -> Iterator[_Part]:
         """Norms and errors (submodules, B'), projections (submodules, B', m), losses and target tokens (B',) of a batch,
@@ -369,7 +369,9 @@ def _left_out(weight: Weight) -> str:
     return f"not adaptable ({weight.form}); include='all' measures it"
 
 
-def _take(batches: Iterable[Batch], max_examples: int | None, device: torch.device | None) -> Iterator[dict[str, Any]]:
+def take_examples(
+    batches: Iterable[Batch], max_examples: int | None, device: torch.device | None
+) -> Iterator[dict[str, Any]]:
     """Batches on the model's device, cut off after `max_examples`."""
     left = max_examples
     for batch in batches:

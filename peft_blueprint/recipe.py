@@ -56,7 +56,7 @@ from .recipe_plan import (
     training_settings,
     unquantized,
 )
-from .recipe_training import train, with_ends, with_probe
+from .recipe_training import start, train, with_ends, with_probe
 from .unfreezing import share_base
 from .workload import Workload
 
@@ -102,7 +102,7 @@ class Report:
         steps: optimizer steps.
         loss_before: None without held-out examples.
         loss_after: the same, after training.
-        measure_seconds: of the probe.
+        measure_seconds: of the probe, and of beginning along the gradient.
         train_seconds: of training alone.
         peak_bytes: while training, None where it cannot be measured.
         drift: rank correlation of probe and published blueprint, None without both.
@@ -160,6 +160,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         share_base(adapted)
     if prepared.learning_rate is not None:
         arguments.learning_rate = prepared.learning_rate
+    started = start(adapted, recipe, prepared.rows, pad, progress=progress)
     with Ledger() as spent:
         trained = train(
             adapted,
@@ -176,6 +177,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
     planned = prepared.plan
     unfrozen = len(planned.placement.unfreeze) if planned.placement is not None else 0
     placed = sum(name.endswith("lora_A") for name, _ in adapted.named_modules())
+    before = [figures["seconds"].value or 0.0 for figures in (prepared.probe, started) if figures]
     report = Report(
         placed=placed,
         unfrozen=unfrozen,
@@ -183,7 +185,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
         steps=trained.steps,
         loss_before=loss_before,
         loss_after=loss_after,
-        measure_seconds=prepared.probe["seconds"].value or 0.0 if prepared.probe else 0.0,
+        measure_seconds=sum(before),
         train_seconds=spent.seconds,
         peak_bytes=spent.peak_bytes,
         drift=prepared.drift,
@@ -197,6 +199,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Report:
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     books = with_ends(trained, loss_before, loss_after)
+    books = with_probe(books, started, {}, "start")
     with_probe(books, prepared.probe, {"train": recipe.train, "held_out": recipe.held_out}).save(recipe.output)
     return report
 

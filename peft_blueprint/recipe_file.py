@@ -39,6 +39,8 @@ class Recipe:
         held_out_examples: how many of them.
         blueprint: a published one, by file, folder or Hub id; without one, the probe is the blueprint.
         probe_examples: training examples of the local probe; 0 to do without, given a blueprint.
+        start_examples: training examples along whose gradient the adapters begin, see `initialize_along_gradient`; 0 for
+            LoRA's own start, at random.
         blend_weight: of the published blueprint.
         drift_policy: "warn", "error", "refresh" or "coarsen".
         placement: `plan_placement`'s wishes: a selector (`fraction`, `num_modules`, `top_p`, `threshold`), or `budget`
@@ -69,6 +71,7 @@ class Recipe:
     held_out_examples: int = 64
     blueprint: str | None = None
     probe_examples: int = 32
+    start_examples: int = 0
     blend_weight: float = 0.5
     drift_policy: str = "warn"
     placement: Mapping[str, Any] | str = field(default_factory=dict)
@@ -138,6 +141,24 @@ class Recipe:
         if self.stop is not None and self.held_out is None and self.stop.get("metric") != "loss":
             raise BlueprintError(
                 "stop: wants held_out, examples on which the return is measured; or metric: loss, the training loss."
+            )
+        if (
+            isinstance(self.start_examples, bool)
+            or not isinstance(self.start_examples, int)
+            or self.start_examples < 0
+        ):
+            raise BlueprintError(
+                f"start_examples: {self.start_examples!r} is no number of examples: give 32, or 0 for none."
+            )
+        if self.start_examples and (self.mode == "unfreeze" or "init_lora_weights" in self.lora):
+            other = (
+                "mode: unfreeze has no adapters"
+                if self.mode == "unfreeze"
+                else "lora's init_lora_weights says another"
+            )
+            raise BlueprintError(
+                f"start_examples: {self.start_examples} is for adapters that begin along the gradient, and {other}. Give "
+                "one of them, or start_examples: 0."
             )
         rule_of(self.stop)
         carbon_factor(self.carbon)

@@ -14,14 +14,21 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from .accounting import LedgerCallback
+from .carbon import carbon_factor
 from .checkpointing import CheckpointAbove
-from .data import Row, collate
-from .figures import RESOURCES, Figure, largest, total
-from .recipe_file import rule_of
+from .data import Row, collate, make_batches
+from .figures import RESOURCES, Figure, largest, modelled, total
+from .ledger import Ledger
+from .recipe_file import Recipe, rule_of
 from .run_record import Point, RunRecord
+from .starting import initialize_along_gradient
+from .submodules import parameters_per_token
 
 
 HELD_OUT = "held_out_loss"
+Spent = Mapping[str, Figure]
+
+_AT_ONCE = 8  # examples, as in the probe
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,23 @@ def train(
     return Trained(trainer.state.global_step, books.log.record(), books.summary())
 
 
+def start(model: PeftModel, recipe: Recipe, rows: Sequence[Row], pad_token_id: int, *, progress: bool = True) -> Spent:
+    """Begin the adapters along the gradient of the recipe's first `start_examples` rows, if it asks for that.
+
+    Returns:
+        What that spent; empty where there was nothing to do.
+    """
+    chosen = rows[: recipe.start_examples]
+    if not chosen:
+        return {}
+    flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
+    batches = make_batches(chosen, _AT_ONCE, pad_token_id)
+    with Ledger(flops_per_token=flops, carbon=carbon_factor(recipe.carbon)) as ledger:
+        initialize_along_gradient(model, batches, seed=recipe.seed, progress=progress)
+        ledger.add(sum(batch["input_ids"].numel() for batch in batches))
+    return ledger.figures()
+
+
 def with_ends(trained: Trained, before: float | None, after: float | None) -> RunRecord:
     """The record with the held-out losses from before and after, in nats per target token, as its evaluations where the
     Trainer made none.
@@ -90,8 +114,10 @@ def with_ends(trained: Trained, before: float | None, after: float | None) -> Ru
     return replace(record, metric=HELD_OUT, direction="minimize", points=ends)
 
 
-def with_probe(record: RunRecord, probe: Mapping[str, Figure], about: Mapping[str, Any]) -> RunRecord:
-    """The record with what the probe spent charged to the run, in its totals and from its first step on."""
+def with_probe(record: RunRecord, probe: Spent, about: Mapping[str, Any], what: str = "probe") -> RunRecord:
+    """The record with what the probe spent, or another act before training of that name, charged to the run: in its
+    totals and from its first step on.
+    """
 
     def charged(point: Point) -> Point:
         more = {name: value + (probe[name].value or 0.0) for name, value in point.spent.items() if name in added}
@@ -103,7 +129,7 @@ def with_probe(record: RunRecord, probe: Mapping[str, Figure], about: Mapping[st
     }
     if probe:
         totals["peak_bytes"] = largest((record.totals["peak_bytes"], probe["peak_bytes"]))
-        about = {**about, "probe": {name: figure.to_dict() for name, figure in probe.items()}}
+        about = {**about, what: {key: figure.to_dict() for key, figure in probe.items()}}
     return replace(
         record,
         totals=totals,

@@ -324,9 +324,9 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
             f"Gains count from the first evaluation, which is not of the untrained model in {named}. "
             "eval_on_start=True makes it so."
         )
-    probed = [row.name for row in rows if row.record.about.get("probe")]
-    if probed:
-        notes.append(f"What measuring a blueprint spent before training is charged to {', '.join(probed)}.")
+    for key, act in (("probe", "measuring a blueprint"), ("start", "beginning along the gradient")):
+        if charged := [row.name for row in rows if row.record.about.get(key)]:
+            notes.append(f"What {act} spent before training is charged to {', '.join(charged)}.")
     theirs = [row.name for row in rows if row.spent.source.startswith("the Trainer's")]
     if 0 < len(theirs) < len(rows):
         notes.append(

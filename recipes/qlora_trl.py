@@ -20,9 +20,11 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from peft_blueprint.checkpointing import CheckpointAbove
+from peft_blueprint.data import pad_token_of
 from peft_blueprint.ledger import Ledger
 from peft_blueprint.recipe import Recipe, prepare
 from peft_blueprint.recipe_plan import training_settings
+from peft_blueprint.recipe_training import start
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not half:  # bfloat16 is slow on CPUs, and pairs badly with activations in float32
         for parameter in trained:
             parameter.data = parameter.data.float()
+    start(trainer.model, recipe, prepared.rows, pad_token_of(prepared.tokenizer))
     with Ledger() as spent:
         trainer.train()
     trainer.save_model(recipe.output)

@@ -164,6 +164,7 @@ def test_budgets_are_filled_from_below_and_nothing_is_dropped(folder, tmp_path):
     """Every kind of arm runs within its parameters; one that cannot be had is in the report with the reason."""
     arms = ["planner", "gradient_norm, pooled", "even, raised", "norm, bottom of strata", "KappaTune", "Spectrum"]
     starts = ["all-linear, EVA", "planner, LoRA-GA", "all-linear, A from gradients", "AdaLoRA", "ranks by gain"]
+    starts += ["planner, along the gradient", "planner, along the gradient x 16"]
     whole = ["full fine-tuning", "unfreeze top", "unfreeze top blocks", "planner, rates by gain"]
     wanted = study_of(folder, [{"arms": ["all-linear", *arms, *starts, *whole], "budgets": [0.5]}])
     out = tmp_path / "out"

@@ -86,6 +86,20 @@ def test_a_recipe_may_quantise_the_base(folder, tmp_path):
     assert report.loss_after < report.loss_before and report.placed == 10
 
 
+def test_adapters_may_begin_along_the_gradient(folder, tmp_path):
+    """The loss before is the base's and that after lower than from a random start; what it cost is charged to the run."""
+    plain = run(Recipe.from_yaml(recipe(folder, tmp_path)), progress=False)
+    begun = run(Recipe.from_yaml(recipe(folder, tmp_path, start_examples=16)), progress=False)
+    assert begun.loss_before == plain.loss_before and begun.loss_after < plain.loss_after
+    books = RunRecord.load(tmp_path / "out")
+    own = {name: books.about[name]["tokens"]["value"] for name in ("probe", "start")}
+    assert own["start"] > own["probe"] > 0
+    of_training = books.totals["tokens"].value - sum(own.values())
+    assert 0 < of_training < books.totals["tokens"].value
+    seconds = sum(books.about[name]["seconds"]["value"] for name in own)
+    assert begun.measure_seconds == pytest.approx(seconds)
+
+
 def test_a_recipe_may_stop_when_it_no_longer_pays(folder, tmp_path):
     """At a constant rate that has brought all it can, the rule ends the run early, and the books say why."""
     training = {"max_steps": 60, "learning_rate": 0.02, "lr_scheduler_type": "constant", "eval_steps": 2}
@@ -103,6 +117,12 @@ def test_a_recipe_may_stop_when_it_no_longer_pays(folder, tmp_path):
         ({"stop": {"patients": 3}}, r"stop: has unknown keys \['patients'\]; it may have metric, resource, direction"),
         ({"stop": {"window": 1}}, "window=1"),
         ({"stop": {}, "held_out": None}, "stop: wants held_out"),
+        (
+            {"start_examples": 4, "placement": {"mode": "unfreeze"}},
+            "start_examples: 4 .* mode: unfreeze has no adapters",
+        ),
+        ({"start_examples": 4, "lora": {"init_lora_weights": "pissa"}}, "init_lora_weights says another"),
+        ({"start_examples": -1}, "start_examples: -1 is no number of examples"),
         ({"carbon": "Atlantis"}, "no country .ATLANTIS."),
         ({"modle": "x"}, r"unknown keys \['modle'\]"),
         ({"model": "nowhere/at-all"}, "'nowhere/at-all' cannot be loaded"),

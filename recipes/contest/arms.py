@@ -28,6 +28,7 @@ NEARLY = 0.95  # of a budget, below which ranks are raised
 TOP_BLOCKS = 2
 ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same
 STEEPEST = 4.0  # most that a submodule's learning rate is raised or lowered
+GRADIENT = "gradient x "  # start along the gradient, of so many examples
 AHEAD = 8.0  # LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)
 
 
@@ -42,11 +43,11 @@ class Choice:
     Args:
         ranks: of adapters, by submodule.
         whole: names of modules that are trained whole.
-        start: "lora", "eva", "lora_ga", "directions" or "adalora".
+        start: "lora", "eva", "lora_ga", "directions", "gradient x 64" or "adalora".
         factors: on the learning rate, by submodule; 1 for others.
         ahead: further factor on that of every B.
         scale: of the learning rate that suits all-linear LoRA, as far as Adam's gain predicts it.
-        charges: what had to be measured: "blueprint", "weights", "eva", "lora_ga", "directions".
+        charges: what had to be measured: "blueprint", "weights", "eva", "lora_ga", "directions", "gradient x 64".
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -71,6 +72,9 @@ def charge_of(ground: Ground, choice: Choice, blueprint: str) -> Charge:
     """What was spent before training. EVA's and LoRA-GA's starts are counted as one look at the measured examples."""
     rows, spent = ground.data.measured, Charge()
     for what in choice.charges:
+        if what.startswith(GRADIENT):
+            spent += ground.passes(rows[: int(what.removeprefix(GRADIENT))], forward=1, backward=1)
+            continue
         spent += {
             "blueprint": lambda: ground.charge(blueprint),
             "weights": lambda: ground.of_weights,

@@ -15,6 +15,7 @@ from peft_blueprint.choosing import CONTROLS
 from peft_blueprint.scores import SCORES
 
 from .arms import (
+    GRADIENT,
     Choice,
     all_linear,
     begun,
@@ -133,10 +134,12 @@ def _arms() -> dict[str, Arm]:
     arms["strata, LoRA+, as shipped"] = Arm(stepped(arms["strata, as shipped"].choose), False, STEPPED)
     arms["all-linear, A from gradients and LoRA+"] = Arm(stepped(all_linear, "directions"), False, STEPPED)
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
+    starts |= {"along the gradient": f"{GRADIENT}64", "along the gradient x 16": f"{GRADIENT}16"}
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
-        arms[f"planner, {title}"] = Arm(begun(planner, start))
-        for name in ("planner", "strata, keep 0.85"):
+        for name in ("planner", "cover, keep 0.95", "cover, keep 0.9", "MLP only", "random, within kind, as many"):
+            arms[f"{name}, {title}"] = Arm(begun(arms[name].choose, start), octaves=arms[name].octaves)
+        for name in ("planner", "planner, 0.7x", "cover, keep 0.95", "cover, keep 0.9", "strata, keep 0.85"):
             arms[f"{name}, {title}, as shipped"] = Arm(begun(arms[f"{name}, as shipped"].choose, start), False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):

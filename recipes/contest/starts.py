@@ -23,7 +23,9 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import set_seed
 
-from .arms import Choice
+from peft_blueprint.starting import initialize_along_gradient
+
+from .arms import GRADIENT, Choice
 from .ground import Charge, Ground
 
 
@@ -117,6 +119,9 @@ def _adapted(ground: Ground, choice: Choice, model: Any, steps: int) -> tuple[An
     adapted = get_peft_model(model, lora(choice))
     if choice.start == "directions":
         begin_in(adapted, ground.directions)
+    if choice.start.startswith(GRADIENT):
+        batches, examples = ground.batches(ground.data.measured), int(choice.start.removeprefix(GRADIENT))
+        initialize_along_gradient(adapted, batches, max_examples=examples, progress=False)
     return adapted, Charge()
 
 
