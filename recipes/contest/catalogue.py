@@ -108,6 +108,7 @@ def _arms() -> dict[str, Arm]:
         "planner, 0.7x": {"budget": "0.7x"},
         "cover, keep 0.95": {"keep": 0.95},
         "cover, keep 0.9": {"keep": 0.9},
+        "cover, keep 0.8": {"keep": 0.8},
         "narrow cover, keep 0.85": {**NARROW, "keep": 0.85},
         "narrow cover, keep 0.75": {**NARROW, "keep": 0.75},
         "strata": {**STRATA, "keep": 0.95},  # the library's default before
@@ -136,10 +137,11 @@ def _arms() -> dict[str, Arm]:
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
     starts |= {"along the gradient": f"{GRADIENT}64", "along the gradient x 16": f"{GRADIENT}16"}
     for title, start in starts.items():
-        arms[f"all-linear, {title}"] = Arm(begun(lambda g, n, b: group(g, n, ""), start))
-        for name in ("planner", "cover, keep 0.95", "cover, keep 0.9", "MLP only", "random, within kind, as many"):
+        arms[f"all-linear, {title}"] = Arm(begun(arms["all-linear, low rank"].choose, start))
+        arms[f"all-linear, {title}, as shipped"] = Arm(begun(all_linear, start), False)
+        for name in ("planner", *COVERS, "MLP only", "random, within kind, as many"):
             arms[f"{name}, {title}"] = Arm(begun(arms[name].choose, start), octaves=arms[name].octaves)
-        for name in ("planner", "planner, 0.7x", "cover, keep 0.95", "cover, keep 0.9", "strata, keep 0.85"):
+        for name in ("planner", *COVERS, "planner, 0.7x", "strata, keep 0.85", "random, within kind"):
             arms[f"{name}, {title}, as shipped"] = Arm(begun(arms[f"{name}, as shipped"].choose, start), False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):
@@ -153,6 +155,7 @@ def _arms() -> dict[str, Arm]:
     return arms
 
 
+COVERS = ("cover, keep 0.95", "cover, keep 0.9", "cover, keep 0.8")
 DRAWS = 3  # of random choices, the first without a number
 COUNTS = (15, 50, 60)  # adapters, in arms that have other than the planner's number
 STRATA = {"rank_by": "adam_gain"}
