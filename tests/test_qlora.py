@@ -191,10 +191,17 @@ def test_blocks_are_unfrozen_in_a_four_bit_model_and_share_the_base(folder, tmp_
         ({"training": {"learning_rate": 1e-3}}, "base_learning_rate: 0.001 and training's learning_rate: 0.001"),
         ({"base_learning_rate": "1e-4"}, "with the point: 1e-4 is a text"),
         ({"placement": {"rank_by": "even"}, "probe_examples": 0}, "has no adam_gain"),
-        ({"placement": {"mode": "unfreeze"}}, "mode: unfreeze: nothing predicts what unfrozen blocks want"),
-        ({"placement": {"mode": "unfreeze"}, "base_learning_rate": None}, "Give a blueprint, such as one made with"),
+        (
+            {"start_examples": 0, "placement": {"mode": "unfreeze"}},
+            "mode: unfreeze: nothing predicts what unfrozen blocks want",
+        ),
+        (
+            {"start_examples": 0, "placement": {"mode": "unfreeze"}, "base_learning_rate": None},
+            "Give a blueprint, such as one made with",
+        ),
         (
             {
+                "start_examples": 0,
                 "placement": {"mode": "unfreeze"},
                 "base_learning_rate": None,
                 "blueprint": "b.json",
