@@ -143,6 +143,10 @@ def test_the_random_control_is_one_rule_of_the_same_budget_and_of_as_many_module
     assert verdict.control_of(summary, row) == few, "of two as near the one with more draws"
     assert "against random, as many (2 draws)" in verdict.paragraph(summary)
     assert verdict.control_of(summary, {**row, "budget": 0.05}) == []
+    begun = row_of("random, along the gradient", 0.2, 0.01, modules=90)
+    summary["rows"].append(begun)
+    assert verdict.control_of(summary, row) == few, "which begins otherwise"
+    assert verdict.control_of(summary, {**row, "arm": "planner, along the gradient x 16"}) == [begun]
 
 
 def test_a_table_says_which_rows_fall_short_and_compares_those_of_one_seed_with_those_of_three():

@@ -142,7 +142,9 @@ def _arms() -> dict[str, Arm]:
         for name in ("planner", *COVERS, "MLP only", "random, within kind, as many"):
             arms[f"{name}, {title}"] = Arm(begun(arms[name].choose, start), octaves=arms[name].octaves)
         for name in ("planner", *COVERS, "planner, 0.7x", "strata, keep 0.85", "random, within kind"):
-            arms[f"{name}, {title}, as shipped"] = Arm(begun(arms[f"{name}, as shipped"].choose, start), False)
+            for number in ["", *(f" #{i}" for i in range(1, DRAWS))] if name.startswith("random") else [""]:
+                choose = arms[f"{name}, as shipped{number}"].choose
+                arms[f"{name}, {title}, as shipped{number}"] = Arm(begun(choose, start), is_budgeted=False)
     for title, coverage in (("", "kind+depth"), (", within kind", "kind"), (", pooled", "none")):
         for score in (*SCORES, "cover_gain", "set_gain"):
             wish = {"rank_by": score, "coverage": coverage}

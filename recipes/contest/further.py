@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from .paired import ENOUGH, Difference, Row, difference, done, paired_loss, reference_of
 from .study import TASK
-from .verdict import ENOUGH, Difference, Row, at_share, difference, done, paired_loss, reference_of
+from .verdict import at_share
 
 
 PAPER = (0.72, 0.06)  # §4.4: share of the gain at share of the cost

@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .further import combined, flops_of, kept_of, own_of, transferred
+from .paired import Row, difference, done, paired_loss, reference_of
 from .verdict import (
     WITHIN,
-    Row,
     control_of,
-    difference,
-    done,
     final_of_few,
     less_in_same_time,
-    paired_loss,
     paragraph,
-    reference_of,
     time_of,
     time_to_reach,
 )
