@@ -40,7 +40,7 @@ class Recipe:
         blueprint: a published one, by file, folder or Hub id; without one, the probe is the blueprint.
         probe_examples: training examples of the local probe; 0 to do without, given a blueprint.
         start_examples: training examples along whose gradient the adapters begin, see `initialize_along_gradient`; 0 for
-            LoRA's own start, at random.
+            LoRA's own start, at random, which suits all-linear.
         blend_weight: of the published blueprint.
         drift_policy: "warn", "error", "refresh" or "coarsen".
         placement: `plan_placement`'s wishes: a selector (`fraction`, `num_modules`, `top_p`, `threshold`), or `budget`

@@ -135,7 +135,8 @@ def _arms() -> dict[str, Arm]:
     arms["strata, LoRA+, as shipped"] = Arm(stepped(arms["strata, as shipped"].choose), False, STEPPED)
     arms["all-linear, A from gradients and LoRA+"] = Arm(stepped(all_linear, "directions"), False, STEPPED)
     starts = {"EVA": "eva", "LoRA-GA": "lora_ga", "A from gradients": "directions"}
-    starts |= {"along the gradient": f"{GRADIENT}64", "along the gradient x 16": f"{GRADIENT}16"}
+    starts["along the gradient"] = f"{GRADIENT}64"
+    starts |= {f"along the gradient x {count}": f"{GRADIENT}{count}" for count in (8, 16)}
     for title, start in starts.items():
         arms[f"all-linear, {title}"] = Arm(begun(arms["all-linear, low rank"].choose, start))
         arms[f"all-linear, {title}, as shipped"] = Arm(begun(all_linear, start), False)
