@@ -97,7 +97,7 @@ def start(model: PeftModel, recipe: Recipe, rows: Sequence[Row], pad_token_id: i
     flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
     batches = make_batches(chosen, _AT_ONCE, pad_token_id)
     with Ledger(flops_per_token=flops, carbon=carbon_factor(recipe.carbon)) as ledger:
-        initialize_along_gradient(model, batches, seed=recipe.seed, progress=progress)
+        initialize_along_gradient(model, batches, max_examples=len(chosen), seed=recipe.seed, progress=progress)
         ledger.add(sum(batch["input_ids"].numel() for batch in batches))
     return ledger.figures()
 

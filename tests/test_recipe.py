@@ -86,14 +86,15 @@ def test_a_recipe_may_quantise_the_base(folder, tmp_path):
     assert report.loss_after < report.loss_before and report.placed == 10
 
 
-def test_adapters_may_begin_along_the_gradient(folder, tmp_path):
+def test_adapters_may_begin_along_the_gradient(folder, tmp_path, capsys):
     """The loss before is the base's and that after lower than from a random start; what it cost is charged to the run."""
     plain = run(Recipe.from_yaml(recipe(folder, tmp_path)), progress=False)
-    begun = run(Recipe.from_yaml(recipe(folder, tmp_path, start_examples=16)), progress=False)
+    begun = run(Recipe.from_yaml(recipe(folder, tmp_path, start_examples=16)))
     assert begun.loss_before == plain.loss_before and begun.loss_after < plain.loss_after
     books = RunRecord.load(tmp_path / "out")
     own = {name: books.about[name]["tokens"]["value"] for name in ("probe", "start")}
     assert own["start"] > own["probe"] > 0
+    assert "16/16" in capsys.readouterr().err, "no other number of examples"
     of_training = books.totals["tokens"].value - sum(own.values())
     assert 0 < of_training < books.totals["tokens"].value
     seconds = sum(books.about[name]["seconds"]["value"] for name in own)
