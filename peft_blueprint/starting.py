@@ -125,17 +125,25 @@ def _fresh(model: nn.Module, adapter_name: str) -> list[_Adapter]:
             f"{type(model).__name__} has no LoRA adapter {adapter_name!r} on linear layers; it has "
             f"{some(known) if known else 'none'}. Call this after get_peft_model, with the adapter's name."
         )
-    idle = [name for name, module in own.items() if adapter_name not in module.active_adapters or module.merged]
+    idle = [
+        name
+        for name, module in own.items()
+        if adapter_name not in module.active_adapters or module.merged or module.disable_adapters
+    ]
     if idle:
         raise PlacementError(
             f"The adapter {adapter_name!r} is not active in {some(idle)}, or merged, so no gradient reaches it. Call "
-            f"set_adapter({adapter_name!r}) or unmerge_adapter() first."
+            f"set_adapter({adapter_name!r}), enable_adapter_layers() or unmerge_adapter() first."
         )
     adapters = []
     for name, module in own.items():
         a, b = module.lora_A[adapter_name], module.lora_B[adapter_name]
         if isinstance(a, nn.Linear) and isinstance(b, nn.Linear):
             adapters.append(_Adapter(name, a.weight, b.weight, getattr(module, "num_experts", 1)))
+    if not adapters:
+        raise PlacementError(
+            f"The adapter {adapter_name!r} is on {some(list(own))}, and none of them is a linear layer."
+        )
     if sharded := [adapter.name for adapter in adapters if is_sharded(adapter.a)]:
         raise PlacementError(f"The adapters of {some(sharded)} are sharded. Call this before the model is sharded.")
     if trained := [adapter.name for adapter in adapters if adapter.b.any()]:

@@ -209,6 +209,11 @@ def test_what_cannot_be_begun_is_refused_and_left_as_it_was():
     with pytest.raises(PlacementError, match=r"'second' is not active in .*set_adapter\('second'\)"):
         begin(model, adapter_name="second")
     model.delete_adapter("second")
+    with model.disable_adapter(), pytest.raises(PlacementError, match="is not active in"):
+        begin(model)
+    images = adapted(tiny_vit(), 2, ["projection"])
+    with pytest.raises(PlacementError, match=r"is on .*projection.*, and none of them is a linear layer"):
+        begin(images)
     broken = model.get_submodule(BASE + "model.layers.2.mlp.down_proj").base_layer.weight
     kept = broken.detach().clone()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a summary says: paired differences with standard errors, the time to reach a loss, and a paragraph in plain words.
+"""What a summary says: what is compared with what, the time to reach a loss, and a paragraph in plain words.
 
 Pure functions of the summary's JSON, so that no sentence can disagree with it. Knows nothing of how it came about.
 """
