@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not half:  # bfloat16 is slow on CPUs, and pairs badly with activations in float32
         for parameter in trained:
             parameter.data = parameter.data.float()
-    start(trainer.model, recipe, prepared.rows, pad_token_of(prepared.tokenizer))
+    started = start(trainer.model, recipe, prepared.rows, pad_token_of(prepared.tokenizer))
     with Ledger() as spent:
         trainer.train()
     trainer.save_model(recipe.output)
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
         "learning_rate": config.learning_rate,
+        "measure_seconds": sum(figures["seconds"].value or 0.0 for figures in (prepared.probe, started) if figures),
         "train_seconds": spent.seconds,
         "peak_bytes": spent.peak_bytes,
         "predicted_bytes": prepared.plan.memory,
