@@ -259,7 +259,7 @@ def test_trl_trains_the_same_recipe(folder, tmp_path):
 
     script.CheckpointAbove = Watching
     placement = {"rank_by": "last", "coverage": "none", "num_modules": 7, "memory": None}
-    settings = {"placement": placement, "probe_examples": 0, "base_learning_rate": None, "start_examples": 4}
+    settings = {"blueprint": str(folder / "blueprint.json"), "probe_examples": 0, "placement": placement}
     report = script.main([str(recipe(folder, tmp_path, **settings))])
     assert report["steps"] == 3 and len(report["losses"]) == 3 and report["lowest"] == 3
     assert report["measure_seconds"] > 0, "for beginning along the gradient"
