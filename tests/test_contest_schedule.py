@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 from contest import study  # noqa: E402
 from contest.catalogue import arm_of  # noqa: E402
-from contest.schedule import Schedule, next_octaves  # noqa: E402
+from contest.schedule import Schedule, best_octave, next_octaves  # noqa: E402
 from contest.study import Entry, Job, Study  # noqa: E402
 
 
@@ -32,6 +32,16 @@ def test_learning_rates_go_on_until_the_best_is_not_at_an_edge():
     assert next_octaves(dict.fromkeys((0, 1, 2), math.inf), 1) == [-1]
     assert next_octaves({0: math.nan}, 0) == []
     assert next_octaves({k: -float(k) for k in range(-1, 6)}, 0) == []
+
+
+def test_one_lucky_seed_does_not_choose_a_learning_rate_where_there_are_more():
+    """Rates compare by the mean of the seeds that both ran with."""
+    assert best_octave({}) is None and best_octave({0: {1: 0.5}, 1: {0: math.nan}}) is None
+    assert best_octave({0: {0: 0.7}, 1: {0: 0.6, 1: 0.9}, 2: {0: math.inf}}) == 1, (
+        "nothing but the first seed to go by"
+    )
+    assert best_octave({0: {0: 0.7, 1: 0.7}, 1: {0: 0.6, 1: 0.9, 2: 0.1}}) == 0
+    assert best_octave({0: {0: 0.7, 1: 0.7}, 1: {0: 0.6, 1: 0.7}, 2: {0: 0.65, 1: math.inf}}) == 1
 
 
 def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_path):

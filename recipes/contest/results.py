@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from peft_blueprint.files import write_atomically
 
+from .schedule import best_octave
 from .study import UNTRAINED, Entry, Job, Study, digest
 
 
@@ -206,6 +207,7 @@ def _row(
     runs = _alike(runs)
     first = {job.octave: outcome(record) for job, record in runs if job.seed == 0}
     known = {k: v for k, v in first.items() if v is not None and math.isfinite(v)}
+    done = [(job, loss) for job, record in runs if (loss := outcome(record)) is not None]
     own = {"arm": entry.arm, "label": entry.label, "entry": asdict(entry), "budget": budget}
     tried = {f"{study.rate * 2.0**k:.3g}": known.get(k) for k in sorted(first)}
     if not known:
@@ -213,7 +215,8 @@ def _row(
         if status == "done":  # a further seed, taken up before the first
             status, error = "begun", "not yet with the first seed"
         return {**own, "status": status, "error": error, "tried": tried, "seeds": {}}
-    best = min(known, key=lambda k: known[k])
+    best = best_octave({k: {job.seed: loss for job, loss in done if job.octave == k} for k in known})
+    assert best is not None
     at_best = {job.seed: (job, record) for job, record in runs if job.octave == best and record["status"] == "done"}
     job, record = at_best[0]
     return {

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from functools import reduce
+from itertools import chain, product
+from statistics import fmean
 
 from .study import UNTRAINED, Entry, Job, Phase, Study
 
@@ -41,6 +43,27 @@ def next_octaves(tried: Mapping[int, float], guess: int) -> list[int]:
     return [k for k in following if abs(k - guess) <= FURTHEST]
 
 
+def best_octave(losses: Mapping[int, Mapping[int, float]]) -> int | None:
+    """The learning rate with the lowest loss, or the lowest mean of those seeds that it shares with another, so that one
+    lucky seed does not choose where there are more.
+
+    Args:
+        losses: by octave and seed; NaN where the arm failed.
+
+    Returns:
+        Its octave; None where nothing ran with the first seed.
+    """
+    known = {k: {s: x for s, x in of.items() if not math.isnan(x)} for k, of in losses.items()}
+    first = sorted((k for k in known if 0 in known[k]), key=lambda k: known[k][0])
+    if not first:
+        return None
+
+    def mean(octave: int, other: int) -> float:
+        return fmean(known[octave][seed] for seed in known[octave].keys() & known[other].keys())
+
+    return reduce(lambda best, other: other if mean(other, best) < mean(best, other) else best, first)
+
+
 class Schedule:
     """A study's jobs, as far as they are known from what has run.
 
@@ -65,6 +88,7 @@ class Schedule:
         self.guess = guess
         self.is_budgeted = is_budgeted
         self.stop_share = stop_share
+        self.seeds = sorted({seed for phase in study.order for seed in phase.seeds})
 
     def jobs(self) -> Iterator[Job]:
         """All that are known to be wanted, in order and each once: those that ran, and those that are next in each ladder.
@@ -86,9 +110,13 @@ class Schedule:
                         yield from self._of(entry, own, seed, phase.rates)
 
     def best(self, entry: Entry, budget: float | None) -> int | None:
-        """The octave of the lowest loss with the first seed; None where none ran."""
-        tried = {k: v for k, v in self._tried(entry.family, budget).items() if not math.isnan(v)}
-        return min(tried, key=lambda k: tried[k]) if tried else None
+        """The octave of the lowest loss; None where none ran with the first seed."""
+        losses = {k: {0: loss} for k, loss in self._tried(entry.family, budget).items()}
+        for octave, seed in product(losses, self.seeds):
+            job = self._job(entry.family, budget, octave, seed)
+            if job is not None and (loss := self.outcome(job)) is not None:
+                losses[octave][seed] = loss
+        return best_octave(losses)
 
     def _entries(self, phase: Phase, budget: float | None) -> list[Entry]:
         if not phase.closest:
