@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 from contest import verdict  # noqa: E402
 from contest.quoting import quotes_of, requoted  # noqa: E402
-from contest.report import markdown  # noqa: E402
+from contest.report import in_short, markdown  # noqa: E402
 from contest.study import Entry  # noqa: E402
 
 
@@ -86,12 +86,15 @@ def test_what_to_use_takes_draws_of_one_rule_together():
     summary = made_up(0.1)
     summary["rows"][2] = row_of("random", 0.2, -0.04, 0.8, seeds=3)
     summary["rows"].append(row_of("random #1", 0.2, 0.02, 0.9, seeds=3))
-    said = verdict.in_short(summary)
-    assert (
-        "of the 3 rules with several seeds: random at 20% (2 draws) (0.85 of all-linear's step time, 1.00 of" in said
-    )
-    assert "Not clearly above it: all-linear (+0.0095 ± 0.0300, 1.00" in said
-    assert "Above it by two standard errors: planner at 20% (+0.1100 ± 0.0300, 0.65" in said
+    said = in_short(summary)
+    assert "of the 3 rules with several seeds: random at 20% (2 draws) has the lowest loss, in 0.85 of" in said
+    assert "Not clearly above it: all-linear. All others are, by two standard errors." in said
+    assert [line for line in said.splitlines() if line.startswith("| ")][1:] == [
+        "| random at 20% (2 draws) | 3 | – | -0.0095 ± 0.0300 | 0.85 | 1.00 |",
+        "| all-linear | 3 | +0.0095 ± 0.0300 | – | 1.00 | 1.00 |",
+        "| planner at 20% | 3 | +0.1100 ± 0.0300 | +0.1005 ± 0.0002 | 0.65 | 1.00 |",
+    ]
+    assert "All others are above it by two standard errors" in verdict.paragraph(made_up(-0.05))
     ones, others = summary["rows"][2:], summary["rows"][:1]
     assert verdict.between(summary, ones, others).mean == -verdict.between(summary, others, ones).mean
 
@@ -257,5 +260,7 @@ def test_quotes_are_of_the_study_that_they_name():
     prose = [line for line in found.splitlines() if not line.startswith("|")]
     assert max(map(len, prose)) <= 120 < max(map(len, found.splitlines()))
     short = requoted(mine.replace("whole", "short"), made_up(-0.05))
-    assert "old" not in short and " ".join(short.split("\n")[1:-2]) == verdict.in_short(made_up(-0.05))
+    said = [line for line in short.split("\n")[1:-2] if not line.startswith("|")]
+    assert "old" not in short and " ".join(said).strip() == verdict.recommendation(made_up(-0.05))
+    assert "| planner at 20% | 3 |" in short and "| planner at 20% | 3 |" in found
     assert requoted(found, made_up(-0.05)) == found and quotes_of(found) == {"s", "t"}

@@ -14,8 +14,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from .report import markdown
-from .verdict import in_short
+from .report import in_short, markdown
 
 
 WIDTH = 120

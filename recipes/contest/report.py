@@ -9,20 +9,25 @@ import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .further import combined, flops_of, kept_of, own_of, transferred
 from .paired import Row, difference, done, paired_loss, reference_of
 from .verdict import (
     WITHIN,
+    Rule,
     control_of,
     final_of_few,
     less_in_same_time,
     paragraph,
+    recommendation,
+    rules_of,
     time_of,
     time_to_reach,
 )
 
+
+T = TypeVar("T")
 
 FILLED = 0.9  # of a budget, below which a row says so
 
@@ -34,9 +39,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['study']}: {facts['data']}, {facts['steps']} steps of {facts['batch']} x at most {facts['length']} tokens, "
         f"{facts['dtype']}, {facts['held_out']} held-out examples, {summary['jobs']} jobs on {summary['device']}"
     ]
-    kinds = {"contest": (paragraph, contest), "transfer": (transferred, transfer)}
+    kinds = {"contest": (paragraph, in_use, contest), "transfer": (transferred, transfer)}
     kinds["multiplication"] = (combined, multiplication)
-    said += [tell(summary) for tell in kinds[summary["kind"]]]
+    said += filter(None, (tell(summary) for tell in kinds[summary["kind"]]))
     if failed := [row for row in summary["rows"] if not row["seeds"]]:
         said.append(
             "\n".join(
@@ -47,6 +52,25 @@ def markdown(summary: Mapping[str, Any]) -> str:
     if summary["not_run"]:
         said.append(f"Not run: {'; '.join(summary['not_run'])}.")
     return "\n\n".join(said)
+
+
+def in_short(summary: Mapping[str, Any]) -> str:
+    """What bears on what to use, for those who read nothing else."""
+    return "\n\n".join(filter(None, (recommendation(summary), in_use(summary))))
+
+
+def in_use(summary: Mapping[str, Any]) -> str:
+    """Rules with several seeds, the lowest first; empty where there are less than two."""
+    rules, reference = rules_of(summary), summary["reference"]
+    columns: dict[str, Callable[[Rule], str]] = {
+        "rule": lambda rule: rule.title,
+        "seeds": lambda rule: str(rule.seeds),
+        "loss less the lowest": lambda rule: _shown(rule.of_lowest),
+        f"less {reference}'s": lambda rule: "–" if rule.title == reference else str(rule.of_reference),
+        f"step time, of {reference}'s": lambda rule: f"{rule.step_time:.2f}",
+        "memory": lambda rule: f"{rule.memory:.2f}",
+    }
+    return table(columns, rules) if len(rules) > 1 else ""
 
 
 def contest(summary: Mapping[str, Any]) -> str:
@@ -152,7 +176,7 @@ def multiplication(summary: Mapping[str, Any]) -> str:
     )
 
 
-def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+def table(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T]) -> str:
     """Rows in Markdown."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows)])

@@ -9,7 +9,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
@@ -20,6 +20,31 @@ WITHIN, OF_TIME = 0.005, 0.7  # the aim: this near to the reference's loss, in t
 ENOUGH_ARMS = 8  # for a correlation
 ROUNDS = 3  # of measured step times, from which on they are believed instead of predicted ones
 FIRST = "0"  # the seed by which learning rates and winners are chosen
+
+
+class Rule(NamedTuple):
+    """What a rule with several seeds came to, over its draws.
+
+    Args:
+        title: its label, with its budget and draws.
+        seeds: that it shares with the reference.
+        of_reference: its loss less the reference's.
+        of_lowest: its loss less the lowest rule's; None for that one, and where they share no seed.
+        step_time: over the reference's.
+        memory: over the reference's.
+    """
+
+    title: str
+    seeds: int
+    of_reference: Difference
+    of_lowest: Difference | None
+    step_time: float
+    memory: float
+
+    @property
+    def is_above(self) -> bool:
+        """Whether it is above the lowest by two standard errors."""
+        return self.of_lowest is not None and self.of_lowest.is_clear and self.of_lowest.mean > 0
 
 
 def control_of(summary: Mapping[str, Any], row: Row) -> list[Row]:
@@ -110,7 +135,7 @@ def paragraph(summary: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [*said, _caveats(summary)]))
 
 
-def in_short(summary: Mapping[str, Any]) -> str:
+def recommendation(summary: Mapping[str, Any]) -> str:
     """Of the paragraph what bears on what to use: the default, and which arms cannot be told from the lowest."""
     reference = reference_of(summary)
     if reference is None:
@@ -200,31 +225,44 @@ def between(summary: Mapping[str, Any], ones: Sequence[Row], others: Sequence[Ro
     return found and replace(found, mean=-found.mean)
 
 
-def _advice(summary: Mapping[str, Any], reference: Row) -> str:
-    """Which rules cannot be told from the lowest, among those with more than one seed, and what they cost."""
-    rules: dict[tuple[str, float | None], list[Row]] = {}
+def rules_of(summary: Mapping[str, Any]) -> list[Rule]:
+    """Those with several seeds, the lowest first; draws of one random rule are taken together."""
+    reference = reference_of(summary)
+    if reference is None:
+        return []
+    groups: dict[tuple[str, float | None], list[Row]] = {}
     for row in done(summary):
-        rules.setdefault((row["label"].replace(row["arm"], _rule(row), 1), row["budget"]), []).append(row)
-    against = [(draws, between(summary, draws, [reference])) for draws in rules.values()]
-    several = {id(draws): (draws, found) for draws, found in against if found and found.seeds > 1}
-    if len(several) < 2:
+        groups.setdefault((row["label"].replace(row["arm"], _rule(row), 1), row["budget"]), []).append(row)
+    against = [(draws, between(summary, draws, [reference])) for draws in groups.values()]
+    several = sorted(((d, found) for d, found in against if found and found.seeds > 1), key=lambda one: one[1].mean)
+    return [
+        Rule(
+            title=_title(draws),
+            seeds=found.seeds,
+            of_reference=found,
+            of_lowest=None if draws is several[0][0] else between(summary, draws, several[0][0]),
+            step_time=statistics.mean(step_time(summary, row) for row in draws),
+            memory=_mean(draws, "memory") / reference["memory"],
+        )
+        for draws, found in several
+    ]
+
+
+def _advice(summary: Mapping[str, Any], reference: Row) -> str:
+    """Which rules cannot be told from the lowest, among those with more than one seed, and what that costs."""
+    rules = rules_of(summary)
+    if len(rules) < 2:
         return "What to use cannot be said yet: it takes several seeds of several arms."
-    lowest, _ = min(several.values(), key=lambda one: one[1].mean)
-
-    def told(draws: Sequence[Row], found: Difference | None) -> str:
-        step = statistics.mean(step_time(summary, row) for row in draws)
-        memory = _mean(draws, "memory") / reference["memory"]
-        times = f"{step:.2f} of {reference['label']}'s step time, {memory:.2f} of its memory"
-        return f"{_title(draws)} ({'' if found is None else f'{found}, '}{times})"
-
-    level, above = [], []
-    for draws, _ in several.values():
-        apart = None if draws is lowest else between(summary, draws, lowest)
-        if apart is not None:
-            (above if apart.is_clear and apart.mean > 0 else level).append(told(draws, apart))
-    text = f"What to use, of the {len(several)} rules with several seeds: {told(lowest, None)} has the lowest loss. "
-    text += f"Not clearly above it: {'; '.join(level) or 'none'}. "
-    return text + f"Above it by two standard errors: {'; '.join(above) or 'none'}."
+    lowest, *others = rules
+    level = [rule.title for rule in others if not rule.is_above]
+    text = (
+        f"What to use, of the {len(rules)} rules with several seeds: {lowest.title} has the lowest loss, in "
+        f"{lowest.step_time:.2f} of {reference['label']}'s step time and {lowest.memory:.2f} of its memory. "
+    )
+    if not level:
+        return text + "All others are above it by two standard errors."
+    text += f"Not clearly above it: {'; '.join(level)}."
+    return text + (" All others are, by two standard errors." if len(level) < len(others) else "")
 
 
 def _of_prediction(summary: Mapping[str, Any]) -> str:
