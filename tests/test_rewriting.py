@@ -221,10 +221,13 @@ def test_a_text_full_of_escapes_or_beyond_ascii_is_written_anew(roomy):
 KILLING = """
 import faulthandler, json, os, random, signal, sys, time
 from pathlib import Path
+from threading import RLock
 from safetensors.numpy import load_file
+from tqdm import tqdm
 from peft_blueprint.header import read_metadata, replace_metadata
 
-faulthandler.dump_traceback_later(200, exit=True)  # rarely it hangs: say where
+tqdm.set_lock(RLock())  # its own is shared with forked children, and one that is killed would hold it for ever
+faulthandler.dump_traceback_later(200, exit=True)  # if it hangs, say where
 path, reserve, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 os.fsync = os.fdatasync = lambda file: None  # a killed process loses nothing that it wrote, and a busy disk takes minutes to sync
 texts = [json.dumps({"which": which, "words": [f'"{which}{i}' for i in range(4000)]}) for which in (0, 1)]
