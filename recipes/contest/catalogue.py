@@ -142,7 +142,14 @@ def _arms() -> dict[str, Arm]:
         arms[f"all-linear, {title}, as shipped"] = Arm(begun(all_linear, start), False)
         for name in ("planner", *COVERS, "MLP only", "random, within kind, as many"):
             arms[f"{name}, {title}"] = Arm(begun(arms[name].choose, start), octaves=arms[name].octaves)
-        for name in ("planner", *COVERS, "planner, 0.7x", "strata, keep 0.85", "random, within kind"):
+        for name in (
+            "planner",
+            *COVERS,
+            "planner, 0.7x",
+            "strata, keep 0.85",
+            "cover_gain x 60",
+            "random, within kind",
+        ):
             for number in ["", *(f" #{i}" for i in range(1, DRAWS))] if name.startswith("random") else [""]:
                 choose = arms[f"{name}, as shipped{number}"].choose
                 arms[f"{name}, {title}, as shipped{number}"] = Arm(begun(choose, start), is_budgeted=False)
