@@ -53,7 +53,8 @@ def initialize_along_gradient(
     backward pass over the examples, in the memory of a training step, wherever training itself runs. LoRA-GA (Wang et al.
     2024, arXiv:2407.05000) begins both A and B along the gradient, and takes their product off the base.
 
-    It made few adapters of a high rank learn faster in short runs, and not LoRA of rank 16 on all linear layers (RESULTS.md).
+    It made few adapters learn faster in short runs on GSM8K, not on PubMedQA, and not LoRA of rank 16 on all linear layers
+    (RESULTS.md).
 
     Call it once, after `get_peft_model` and before training; on several processes before the model is wrapped, with the
     same batches on each.
