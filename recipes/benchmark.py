@@ -5,14 +5,15 @@
 A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at
 one learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so
 that a run that was killed goes on where it was, on the same machine or another, and studies share what they have in
-common; several processes may run one study, a thread each (OMP_NUM_THREADS=1) on a CPU. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
-factors of two until the best is not at an edge, at least three of them; where the ladder begins is told by Adam's first
-step, from a blueprint, also for arms that are not charged for one. --report makes one JSON of all result files and
-from that alone the tables, which it prints and puts where README.md and RESULTS.md quote them; it may be asked for while
-another process is running jobs. --keep puts all result files into one archive, recipes/results/runs.jsonl.gz, and
---restore takes from it those whose arms choose the same here, so that a study goes on in another clone. Losses do not depend on
-how busy a machine is, seconds do: --times measures step times apart, all arms in turn in one process, as ratios within
-a round; time in the tables is predicted by the cost model.
+common; several processes may run one study, a thread each (OMP_NUM_THREADS=1) on a CPU. An arm fills its budget of
+trainable parameters from below. Its learning rate goes up and down a ladder of factors of two until the best is not at
+an edge, at least three of them; where the ladder begins is told by Adam's first step, from a blueprint, also for arms
+that are not charged for one. --report makes one JSON of all result files and from that alone the tables, which it
+prints and puts where README.md and RESULTS.md quote them; it may be asked for while another process is running jobs.
+--keep puts all result files into one archive, recipes/results/runs.jsonl.gz, and --restore takes from it those whose
+arms choose the same here, so that a study goes on in another clone. Losses do not depend on how busy a machine is,
+seconds do: --times measures step times apart, all arms in turn in one process, as ratios within a round; in the tables
+they stand beside what the cost model predicts.
 """
 
 from __future__ import annotations
