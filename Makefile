@@ -29,6 +29,7 @@ demo: environment weights ## measure, place, train, save and reload on SmolLM2-1
 test: environment weights ## lint, check the types and run all tests
 	@failed=; \
 	$(LINT) || failed="$$failed lint"; \
+	$(ROOMS) || failed="$$failed rooms"; \
 	$(TYPES) || failed="$$failed types"; \
 	echo "==> Running the tests (pytest)"; \
 	$(IN_VENV) -m pytest $(PYTEST_SHARES) $(PYTEST_ARGS) || failed="$$failed pytest"; \
@@ -45,8 +46,9 @@ test-oldest: ## run the tests, but the slow one, on the oldest versions that pyp
 	@$(OLDEST)/bin/python -m pytest -m 'not slow' -o filterwarnings=default $(PYTEST_SHARES) $(PYTEST_ARGS)
 	@echo "==> The tests passed on the oldest versions. For the newest: make test"
 
-lint: environment ## check style and form (ruff)
+lint: environment ## check style, form and the order of the rooms (ruff, import-linter)
 	@$(LINT)
+	@$(ROOMS)
 
 types: environment ## check the types (mypy; the first time takes a minute)
 	@$(TYPES)
@@ -72,6 +74,7 @@ LINT = { echo "==> Checking style (ruff lint); mend with: $(IN_VENV) -m ruff che
 	$(IN_VENV) -m ruff check; style=$$?; \
 	echo "==> Checking form (ruff format); mend with: $(IN_VENV) -m ruff format"; \
 	$(IN_VENV) -m ruff format --check && [ $$style = 0 ]; }
+ROOMS = { echo "==> Checking the order of the rooms (import-linter)"; $(VENV)/bin/lint-imports --no-cache; }
 TYPES = { echo "==> Checking the types (mypy; the first time takes a minute)"; $(IN_VENV) -m mypy; }
 
 comma := ,

@@ -25,15 +25,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from .loopback import COMMIT, LoopbackHub, loopback_hub
-from .submodules import linear_modules, shape_of
+from .measure import linear_modules, shape_of
 
 
 __all__ = [
-    "COMMIT",
     "VOCABULARY",
-    "LoopbackHub",
-    "loopback_hub",
     "quantise",
     "random_model",
     "randomise_adapters",

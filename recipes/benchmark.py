@@ -39,8 +39,8 @@ from contest.report import markdown, picture
 from contest.results import Store, outcome, summary
 from contest.schedule import Schedule
 from contest.study import TASK, UNTRAINED, Entry, Job, Study
+from peft_blueprint._files import write_atomically
 from peft_blueprint.errors import BlueprintError
-from peft_blueprint.files import write_atomically
 
 
 OUT = Path(".cache/contest/runs")
@@ -315,7 +315,7 @@ class Runner:
 
     def _agreement(self, job: Job) -> dict[str, float | None] | None:
         """Of a blueprint and what was placed by it with the study's own."""
-        from peft_blueprint.drift import check_drift
+        from peft_blueprint.compare import check_drift
 
         if job.entry.blueprint == TASK:
             return None

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import benchmark_measure
-from peft_blueprint.callbacks import BlueprintCallback
+from peft_blueprint.train import BlueprintCallback
 
 
 def main() -> None:

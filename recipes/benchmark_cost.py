@@ -29,9 +29,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmark_measure import device_name, prepare
-from peft_blueprint.cost import FLOPS_PER_BYTE, Cost, CostModel, Structure, Workload
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.submodules import find_submodules
+from peft_blueprint.measure import find_submodules
+from peft_blueprint.place import FLOPS_PER_BYTE, Cost, CostModel, Structure, Workload
+from peft_blueprint.runs import Ledger
 
 
 Names = list[str]

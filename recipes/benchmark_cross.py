@@ -16,10 +16,9 @@ from typing import get_args
 
 import smollm2
 from benchmark_placement import BATCH, MEASURED, Bench
-from peft_blueprint.cross import CrossInfluence, Of
-from peft_blueprint.data import make_batches, pad_token_of
+from peft_blueprint.data import CrossInfluence, Of, make_batches, pad_token_of
 from peft_blueprint.measure import measure_influence
-from peft_blueprint.recipe import load_model
+from peft_blueprint.train import load_model
 
 
 CACHE = Path(".cache")

@@ -25,7 +25,7 @@ import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.recipe import load_model
+from peft_blueprint.train import load_model
 
 
 SIZES = (8, 16, 32, 64, 128)

@@ -25,13 +25,19 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from peft_blueprint import Blueprint, Submodule
-from peft_blueprint.arrays import to_arrays_bytes
-from peft_blueprint.compact import from_header_text, to_header_text
-from peft_blueprint.embedding import embed, extract
-from peft_blueprint.formats import to_json
-from peft_blueprint.header import replace_metadata
-from peft_blueprint.slots import JSON_KEY, escaped
-from peft_blueprint.theory import gamma_from_alpha, k_star
+from peft_blueprint.blueprint import (
+    JSON_KEY,
+    escaped,
+    extract,
+    from_header_text,
+    gamma_from_alpha,
+    k_star,
+    replace_metadata,
+    to_arrays_bytes,
+    to_header_text,
+    to_json,
+)
+from peft_blueprint.publish import embed
 
 
 SHAPES = {

@@ -17,9 +17,8 @@ from scipy.stats import spearmanr
 
 from benchmark_placement import Bench
 from peft_blueprint import Submodule
-from peft_blueprint.entry import norm_of
-from peft_blueprint.redundancy import CoverGain, SetGain
-from peft_blueprint.strata import by_kind
+from peft_blueprint.blueprint import norm_of
+from peft_blueprint.place import CoverGain, SetGain, by_kind
 
 
 Entries = Sequence[Submodule]

@@ -28,11 +28,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import benchmark_measure
-from peft_blueprint.accounting import LedgerCallback
-from peft_blueprint.figures import modelled
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.passes import Passes
+from peft_blueprint.runs import Ledger, modelled
 from peft_blueprint.testing import tiny_llama
+from peft_blueprint.train import LedgerCallback, Passes
 
 
 LEFT_OUT = 2  # steps at the beginning

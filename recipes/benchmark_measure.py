@@ -29,10 +29,9 @@ from torch import Tensor, nn
 import smollm2
 import stdlib_docs
 from peft_blueprint import measure_influence
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.losses import per_example_losses
-from peft_blueprint.recipe import load_model
-from peft_blueprint.submodules import find_submodules
+from peft_blueprint.measure import find_submodules, per_example_losses
+from peft_blueprint.runs import Ledger
+from peft_blueprint.train import load_model
 
 
 Batch = dict[str, Tensor]

@@ -41,13 +41,19 @@ from benchmark_selection import (
     digest,
     shown,
 )
-from peft_blueprint.aligning import alignment_scores, rows_of, target_of
-from peft_blueprint.candidates import Candidate, Pool
-from peft_blueprint.data import pad_token_of
-from peft_blueprint.features import token_features
-from peft_blueprint.predictor import fit_predictor, spearman
-from peft_blueprint.scoring import Work
-from peft_blueprint.submodules import parameters_per_token
+from peft_blueprint.data import (
+    Candidate,
+    Pool,
+    Work,
+    alignment_scores,
+    fit_predictor,
+    pad_token_of,
+    rows_of,
+    spearman,
+    target_of,
+    token_features,
+)
+from peft_blueprint.measure import parameters_per_token
 
 
 SWAPPED = 0.2

@@ -35,11 +35,11 @@ import smollm2
 from benchmark_cost import MALLOC
 from benchmark_measure import device_name
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, generate_blueprint, plan_placement
-from peft_blueprint.cost import CostModel, Structure, Workload
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.empty import empty_model
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.recipe import held_out_loss, load_model
+from peft_blueprint.measure import empty_model
+from peft_blueprint.place import CostModel, Structure, Workload
+from peft_blueprint.runs import Ledger
+from peft_blueprint.train import held_out_loss, load_model
 
 
 BASE_LEARNING_RATE = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best for all-linear

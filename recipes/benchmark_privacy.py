@@ -25,20 +25,20 @@ from scipy import stats
 
 import smollm2
 from peft_blueprint import measure_influence
+from peft_blueprint.blueprint import Level, Submodule
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.empty import empty_model
-from peft_blueprint.entry import Level, Submodule
-from peft_blueprint.privacy import (
+from peft_blueprint.measure import (
     SCALE_SHARE,
     SCALES,
     Privacy,
     analytic_gaussian_sigma,
     bounded,
+    empty_model,
+    find_submodules,
     release,
     scale_probabilities,
 )
-from peft_blueprint.recipe import load_model
-from peft_blueprint.submodules import find_submodules
+from peft_blueprint.train import load_model
 
 
 NORMS = Path(".cache/gsm8k_norms.npz")

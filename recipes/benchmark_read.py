@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from benchmark_embed import synthetic
 from peft_blueprint import Blueprint
-from peft_blueprint.embedding import embed
-from peft_blueprint.loopback import COMMIT, LoopbackHub
+from peft_blueprint.publish import embed
+from tests.hub.loopback import COMMIT, LoopbackHub
 
 
 CASES = {

@@ -35,13 +35,10 @@ import torch
 import smollm2
 from benchmark_measure import device_name
 from benchmark_placement import BASE_LEARNING_RATE, BATCH, RANK, WARM_UP, Bench, one_step
-from peft_blueprint.cost import CostModel, Structure
-from peft_blueprint.data import Row, collate, encode, make_batches, pad_token_of
-from peft_blueprint.empty import empty_model
-from peft_blueprint.recipe import held_out_loss, load_model
-from peft_blueprint.scoring import METHODS
-from peft_blueprint.selection import select_examples
-from peft_blueprint.submodules import parameters_per_token
+from peft_blueprint.data import METHODS, Row, collate, encode, make_batches, pad_token_of, select_examples
+from peft_blueprint.measure import empty_model, parameters_per_token
+from peft_blueprint.place import CostModel, Structure
+from peft_blueprint.train import held_out_loss, load_model
 
 
 CACHE = Path(".cache/benchmark_selection")

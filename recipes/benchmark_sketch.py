@@ -22,8 +22,8 @@ import smollm2
 from benchmark_drift import data_sets
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.recipe import load_model
-from peft_blueprint.tails import entries_report, normalise_within, tail_report
+from peft_blueprint.measure import entries_report, normalise_within, tail_report
+from peft_blueprint.train import load_model
 
 
 RANKS = (4, 8, 15)

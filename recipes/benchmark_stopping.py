@@ -35,11 +35,11 @@ import smollm2
 import stdlib_docs
 from benchmark_measure import device_name
 from benchmark_placement import BASE_LEARNING_RATE, RANK, WARM_UP, Bench, one_step
-from peft_blueprint.cost import CostModel, Structure, Workload
 from peft_blueprint.data import Row, collate, encode, make_batches, pad_token_of
-from peft_blueprint.empty import empty_model
-from peft_blueprint.recipe import held_out_loss
-from peft_blueprint.stopping import Decision, MarginalReturn
+from peft_blueprint.measure import empty_model
+from peft_blueprint.place import CostModel, Structure, Workload
+from peft_blueprint.runs import Decision, MarginalReturn
+from peft_blueprint.train import held_out_loss
 
 
 PLACEMENT = "keep 0.85"

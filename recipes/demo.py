@@ -22,11 +22,9 @@ import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Placement, generate_blueprint
 from peft_blueprint.data import encode, make_batches, pad_token_of, read_examples
-from peft_blueprint.plots import plot_blueprint, save_plot
-from peft_blueprint.recipe import Recipe, Report, load_model, run
-from peft_blueprint.report import make_report
-from peft_blueprint.report_page import save_page
-from peft_blueprint.run_record import RunRecord
+from peft_blueprint.publish import plot_blueprint, save_page, save_plot
+from peft_blueprint.runs import RunRecord, make_report
+from peft_blueprint.train import Recipe, Report, load_model, run_recipe
 
 
 RECIPE = Path("recipes/stdlib_docs.yaml")
@@ -69,11 +67,13 @@ def main() -> None:
     publish(recipe)
 
     say("3/6 Probing, checking drift, placing LoRA on a seventh of the layers, along the gradient, and training")
-    placed = run(recipe)
+    placed = run_recipe(recipe)
     draw(recipe)
 
     say("4/6 Training the same number of steps with LoRA on every linear layer")
-    everything = run(replace(recipe, placement="all-linear", start_examples=0, output=str(OUTPUT / "all-linear")))
+    everything = run_recipe(
+        replace(recipe, placement="all-linear", start_examples=0, output=str(OUTPUT / "all-linear"))
+    )
 
     say("5/6 Loading the adapter in a process that cannot import peft_blueprint")
     reloaded = reload(recipe)

@@ -19,12 +19,9 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from peft_blueprint.checkpointing import CheckpointAbove
 from peft_blueprint.data import pad_token_of
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.recipe import Recipe, prepare
-from peft_blueprint.recipe_plan import training_settings
-from peft_blueprint.recipe_training import start
+from peft_blueprint.runs import Ledger
+from peft_blueprint.train import CheckpointAbove, Recipe, prepare, start, training_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

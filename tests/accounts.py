@@ -4,8 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_blueprint.accounting import LedgerCallback
 from peft_blueprint.testing import tiny_llama, toy_batches
+from peft_blueprint.train.ledger_callback import LedgerCallback
 
 
 LENGTH = 12

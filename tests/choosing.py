@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peft_blueprint.selection import select_examples
+from peft_blueprint.data.select import select_examples
 from peft_blueprint.testing import tiny_llama
 
 

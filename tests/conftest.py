@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hub_client import TENSORS, TEXT
 from huggingface_hub import HfApi
 from hypothesis import Phase, settings
-from publishing import CARD
 
 from peft_blueprint import Blueprint, generate_blueprint
-from peft_blueprint.loopback import LoopbackHub
 from peft_blueprint.testing import tiny_llama, toy_batches
+from tests.hub.loopback import LoopbackHub
+from tests.hub_client import TENSORS, TEXT
+from tests.publishing import CARD
 
 
 # A busy machine is no failure, and to explain one at length takes minutes.
@@ -39,7 +39,7 @@ def run_folder(tmp_path_factory):
     """Where a short training with the callback has left its three blueprints."""
     from transformers import Trainer, TrainingArguments  # few tests need it, and it takes seconds
 
-    from peft_blueprint.callbacks import BlueprintCallback
+    from peft_blueprint.train.blueprint_callback import BlueprintCallback
 
     folder = tmp_path_factory.mktemp("run")
     batches = toy_batches(padding="none")
@@ -105,5 +105,5 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr("peft_blueprint.ledger.time.perf_counter", lambda: Clock.now)
+    monkeypatch.setattr("peft_blueprint.runs.ledger.time.perf_counter", lambda: Clock.now)
     return Clock

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_blueprint.submodules import find_submodules
+from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import tiny_mixtral
 
 

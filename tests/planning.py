@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from peft_blueprint import Blueprint
-from peft_blueprint.submodules import find_submodules
+from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import tiny_llama
 
 

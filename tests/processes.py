@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from tests import ROOT
+
 
 def error_of(act):
     """The error that it ends in, in words, or "none"."""
@@ -19,7 +21,7 @@ def in_two_processes(script, *arguments):
     run = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
     done = subprocess.run(
         [sys.executable, *run, script, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,6 +1,6 @@
 """How tests publish, and the card of the repository they publish to."""
 
-from peft_blueprint.publish import publish
+from peft_blueprint.publish.commit import publish
 
 
 CARD = "---\nlicense: mit  # as the data\n---\n# My model\n\nA person wrote this.\n"

@@ -5,7 +5,7 @@ from typing import get_args
 from hypothesis import strategies as st
 
 from peft_blueprint import Blueprint, Submodule
-from peft_blueprint.entry import Form
+from peft_blueprint.blueprint.entry import Form
 
 
 # Appendix A.1, its braces mended.

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 sys.path.insert(0, str(ROOT / "recipes"))
 
 pytestmark = pytest.mark.slow
@@ -40,8 +40,8 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
     terms are squares, loses digits there: 1.2e-4 at worst was measured (RESULTS.md).
     """
     from peft_blueprint import measure_influence
-    from peft_blueprint.data import collate, encode
-    from peft_blueprint.recipe import load_model
+    from peft_blueprint.data.examples import collate, encode
+    from peft_blueprint.train.run import load_model
 
     model, tokenizer = load_model(str(weights), "float32")
     examples = [
@@ -73,9 +73,9 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
 def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_path):
     """The demo's recipe for two steps: the loss falls, and a process without this package gets the same one."""
     import stdlib_docs
-    from peft_blueprint.data import encode, make_batches
-    from peft_blueprint.recipe import Recipe, load_model, run
-    from peft_blueprint.submodules import find_submodules
+    from peft_blueprint.data.examples import encode, make_batches
+    from peft_blueprint.measure.submodules import find_submodules
+    from peft_blueprint.train.run import Recipe, load_model, run_recipe
 
     settings = yaml.safe_load((ROOT / "recipes" / "stdlib_docs.yaml").read_text())
     for split, count in (("train", 24), ("held_out", 4)):
@@ -85,7 +85,7 @@ def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_pat
     settings |= {"model": str(weights), "output": str(tmp_path / "out"), "blueprint": None, "probe_examples": 4}
     settings["training"] |= {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    report = run(Recipe.from_yaml(tmp_path / "recipe.yaml"), progress=False)
+    report = run_recipe(Recipe.from_yaml(tmp_path / "recipe.yaml"), progress=False)
     assert report.placed == 30 and 0.8 < report.kept < 1 and report.predicted_time < 0.9
     all_linear = 16 * sum(sum(s.shape) for s in find_submodules(load_model(str(weights), "float32")[0]))
     assert 0.9 * all_linear < report.trainable_parameters <= all_linear and report.loss_after < report.loss_before

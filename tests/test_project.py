@@ -2,10 +2,8 @@
 
 import re
 import tomllib
-from pathlib import Path
 
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def test_each_declared_bound_is_the_version_that_the_oldest_tests_use():

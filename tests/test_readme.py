@@ -2,17 +2,16 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import typer
 from transformers import Trainer, TrainingArguments
 
 from peft_blueprint import Blueprint
-from peft_blueprint.cli import app
+from peft_blueprint.cli.app import app
 from peft_blueprint.testing import tiny_llama, toy_batches
+from tests import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

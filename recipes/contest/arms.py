@@ -12,11 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from peft_blueprint.choosing import CONTROLS, Choosing, Wish
-from peft_blueprint.cost import Cost
-from peft_blueprint.entry import Submodule, norm_of
-from peft_blueprint.ranks import rank_of_equal_parameters
-from peft_blueprint.strata import spreading
+from peft_blueprint.blueprint import Submodule, norm_of
+from peft_blueprint.place import CONTROLS, Choosing, Cost, Wish, rank_of_equal_parameters, spreading
 
 from .ground import Charge, Ground
 

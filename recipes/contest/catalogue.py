@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft_blueprint.choosing import CONTROLS
-from peft_blueprint.scores import SCORES
+from peft_blueprint.place import CONTROLS, SCORES
 
 from .arms import (
     GRADIENT,

@@ -19,16 +19,12 @@ from torch import Tensor
 
 import smollm2
 from peft_blueprint import Blueprint, generate_blueprint
-from peft_blueprint.brief_training import train_briefly, with_adapters
-from peft_blueprint.cost import CostModel, Structure, Workload
-from peft_blueprint.data import Row, make_batches
-from peft_blueprint.empty import empty_model
-from peft_blueprint.entry import ADAPTABLE, Submodule
-from peft_blueprint.files import write_atomically
-from peft_blueprint.measure import measure_influence
-from peft_blueprint.recipe import load_model, load_tokenizer
-from peft_blueprint.redundancy import CoverGain
-from peft_blueprint.selection import select_examples
+from peft_blueprint._files import write_atomically
+from peft_blueprint.blueprint import ADAPTABLE, Submodule
+from peft_blueprint.data import Row, make_batches, select_examples, train_briefly, with_adapters
+from peft_blueprint.measure import empty_model, measure_influence
+from peft_blueprint.place import CostModel, CoverGain, Structure, Workload
+from peft_blueprint.train import load_model, load_tokenizer
 
 from .data import Data, in_batches, load, rows_of, steps_of, tokens_of
 from .study import TASK, Study, digest
@@ -242,7 +238,7 @@ class Ground:
     @functools.cached_property
     def structure_entries(self) -> tuple[Submodule, ...]:
         """All that can be adapted, without a measurement."""
-        from peft_blueprint.submodules import find_submodules
+        from peft_blueprint.measure import find_submodules
 
         return tuple(find_submodules(empty_model(self.model_path)))
 

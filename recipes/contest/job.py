@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_blueprint.data import Row, collate
-from peft_blueprint.generate import versions
-from peft_blueprint.ledger import Ledger
-from peft_blueprint.losses import per_example_losses
+from peft_blueprint.measure import per_example_losses, versions
+from peft_blueprint.runs import Ledger
 
 from .arms import Choice, charge_of, cost_of
 from .data import in_batches, steps_of, tokens_of
@@ -197,7 +196,7 @@ def stop_share(points: Sequence[Sequence[float]], steps: int) -> tuple[float, st
         points: (step, held-out loss), from step 0.
         steps: of the run.
     """
-    from peft_blueprint.stopping import MarginalReturn
+    from peft_blueprint.runs import MarginalReturn
 
     rule = MarginalReturn(budget=float(steps))
     for step, loss in points:

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peft_blueprint.files import write_atomically
+from peft_blueprint._files import write_atomically
 
 from .schedule import best_octave
 from .study import UNTRAINED, Entry, Job, Study, digest

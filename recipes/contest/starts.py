@@ -23,7 +23,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import set_seed
 
-from peft_blueprint.starting import initialize_along_gradient
+from peft_blueprint.train import initialize_along_gradient
 
 from .arms import GRADIENT, Choice
 from .ground import Charge, Ground

@@ -1,0 +1,150 @@
+"""Options and records as dataclasses: from keywords, from untrusted mappings, and their help texts.
+
+A room's options are one frozen dataclass whose fields carry `metadata={"help": …}`. The Python functions, the command
+line and YAML files all read that class, so that a default or a help text stands in one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from ._text import format_names
+from .errors import BlueprintError
+
+
+Record = TypeVar("Record")
+
+_KINDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "list": "a list",
+    "NoneType": "nothing",
+}
+
+
+def from_keywords(
+    cls: type[Record],
+    options: Record | None,
+    keywords: Mapping[str, Any],
+    error: type[BlueprintError] = BlueprintError,
+) -> Record:
+    """Apply keywords on top of an options record, `cls()` by default.
+
+    Raises:
+        BlueprintError: of class `error`, for a keyword that is not a field of `cls`, or `options` of another class.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Options:
+        ...     fraction: float = 0.2
+        >>> from_keywords(Options, None, {"fraction": 0.5})
+        Options(fraction=0.5)
+    """
+    if options is not None and not isinstance(options, cls):
+        raise error(
+            f"options must be {cls.__name__}, got {type(options).__name__}. Pass {cls.__name__}(…) or keywords."
+        )
+    _refuse_unknown(cls, keywords, cls.__name__, error)
+    return replace(cls() if options is None else options, **keywords)  # type: ignore[type-var]
+
+
+def from_mapping(cls: type[Record], data: Any, where: str, error: type[BlueprintError] = BlueprintError) -> Record:
+    """Validate untrusted JSON or YAML data as a dataclass, without converting types (`"0.2"` is not a number).
+
+    Args:
+        data: a mapping with the fields of `cls`; nested dataclasses are mappings too, tuples are lists.
+        where: file or key named in error messages.
+
+    Raises:
+        BlueprintError: of class `error`, naming the first key that is unknown, missing or of the wrong type.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Options:
+        ...     fraction: float = 0.2
+        >>> from_mapping(Options, {"fraction": "0.5"}, "recipe.yaml")
+        Traceback (most recent call last):
+        peft_blueprint.errors.BlueprintError: recipe.yaml: fraction must be a number, got '0.5' (text).
+    """
+    from pydantic import ValidationError
+
+    if not isinstance(data, Mapping):
+        raise error(f"{where} must be a mapping, got {_shown(data)}.")
+    _refuse_unknown(cls, data, where, error)
+    try:
+        return _adapter(cls).validate_json(json.dumps(data), strict=True)
+    except (TypeError, ValueError) as failed:
+        if not isinstance(failed, ValidationError):
+            raise error(f"{where} must hold text, numbers, lists and mappings alone: {failed}.") from failed
+        first = failed.errors(include_url=False)[0]
+        raised = first.get("ctx", {}).get("error")
+        if isinstance(raised, BlueprintError):
+            raise raised from None
+        raise error(f"{where}: {_sentence(first)}.") from None
+
+
+def help_of(cls: type, name: str) -> str:
+    """Return the help text of a field."""
+    return next(f.metadata["help"] for f in fields(cls) if f.name == name)
+
+
+@functools.cache
+def _adapter(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _refuse_unknown(cls: type, data: Mapping[str, Any], where: str, error: type[BlueprintError]) -> None:
+    known = [f.name for f in fields(cls) if f.init]
+    unknown = [str(key) for key in data if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise error(f"{where} has no option {format_names(unknown)}. {hint}Options: {', '.join(known)}.")
+
+
+def _sentence(first: Mapping[str, Any]) -> str:
+    """Word one pydantic error: the key, what was expected, what was got."""
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
+    key = ".".join(name for name in names if name not in _KINDS) or "it"
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "unexpected_keyword_argument":
+        return f"{key} is not a known key"
+    got = _shown(first["input"])
+    if kind == "literal_error":
+        return f"{key} must be one of {context['expected'].replace(' or ', ', ')}, got {got}"
+    expected = {
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "mapping_type": "a mapping",
+        "dict_type": "a mapping",
+        "dataclass_type": "a mapping",
+        "tuple_type": "a list",
+        "list_type": "a list",
+    }.get(kind)
+    if expected is not None:
+        return f"{key} must be {expected}, got {got}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, got {got}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    kind = _KINDS.get(type(value).__name__, type(value).__name__)
+    return f"{text if len(text) <= 60 else text[:60] + '…'} ({kind})" if value is not None else "nothing"

@@ -1,0 +1,338 @@
+"""The record: how strongly each submodule of one model is moved by data of one kind.
+
+Plain frozen data and the arithmetic on it. Knows nothing of torch, files or the Hub; the methods that read and write
+(`from_pretrained`, `save`, `push_to_hub`, `digest`, `expand`) are doors to the floors above and import them only when walked through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._text import format_names
+from ..errors import BlueprintError, FormatError, MismatchError
+from .combining import NOT_COMBINED, common_scale, even_share, inverse_variance, merge_entries, total_of
+from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, unit_of
+
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Gradient norms of a model's submodules, with what is needed to trust and to use them.
+
+    Args:
+        model_id: the model, as on the Hub.
+        submodules: the entries, in the model's order; a file calls them `layers`.
+        training_checkpoint: share of the model's own training that was done, (0, 1].
+        level: what an entry stands for.
+        model_revision: commit of the model, when known.
+        model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
+        concentration: how the norms are distributed over submodules: the measured retained-mass curve, `gamma_fit`
+            with its residual, α with its standard error.
+        costs: the fixed and variable cost behind `k_star`, and their unit.
+        provenance: the command, data, versions, seed and so on that made it.
+        extra: keys of a file that this version does not know, kept as they are.
+
+    Raises:
+        FormatError: for no entries, a name twice, a checkpoint outside (0, 1], or a number that is missing, negative,
+            infinite or NaN.
+    """
+
+    model_id: str
+    submodules: tuple[Submodule, ...]
+    training_checkpoint: float | None = None
+    level: Level = "submodule"
+    model_revision: str | None = None
+    model_digest: str | None = None
+    concentration: Mapping[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.submodules:
+            raise FormatError(f"The blueprint of {self.model_id!r} has no entries; it needs at least one.")
+        if self.training_checkpoint is not None and not 0 < self.training_checkpoint <= 1:
+            raise FormatError(
+                f"training_checkpoint={self.training_checkpoint} of {self.model_id!r} is no share of the training: give a "
+                "number above 0 and at most 1."
+            )
+        seen: set[str] = set()
+        for entry in self.submodules:
+            if entry.name in seen:
+                raise FormatError(f"The blueprint of {self.model_id!r} names {entry.name!r} twice; keep one entry.")
+            seen.add(entry.name)
+            check_numbers(entry, self.model_id)
+
+    def __len__(self) -> int:
+        return len(self.submodules)
+
+    def __iter__(self) -> Iterator[Submodule]:
+        return iter(self.submodules)
+
+    def __getitem__(self, name: str) -> Submodule:
+        for entry in self.submodules:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the entries, in order."""
+        return tuple(entry.name for entry in self.submodules)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Blueprint:
+        """Read a blueprint from a file (JSON, CSV or safetensors), a folder, or a repository on the Hub, where it costs
+        one request and no tensor.
+
+        Args:
+            source: path or repository id.
+            revision: branch, tag or commit, for a repository.
+            **kwargs: `domain` and `checkpoint`, which of several side by side; and of a repository `token`, `cache_dir`,
+                `local_files_only`, …, see `hub.fetch`.
+
+        Raises:
+            FormatError: if what is there is not a blueprint.
+            BlueprintError: if nothing is there.
+        """
+        from .hub import fetch
+
+        return fetch(source, revision=revision, **kwargs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path`: CSV if it ends in `.csv`, tensors if in `.safetensors`, else JSON; `blueprint.json` inside it
+        if it is a folder.
+
+        Returns the file, which is written beside and then moved into place: none is ever half overwritten.
+        """
+        from .formats import write_blueprint
+
+        return write_blueprint(self, path)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish to a repository on the Hub in one commit, with a section of its model card.
+
+        Args:
+            repo_id: the model's own repository, or one of blueprints alone.
+            **kwargs: `domain`, `checkpoint`, `create_pr`, `dry_run`, `token`, …, see `publish.publish`.
+
+        Returns:
+            The URL of the commit or pull request; with `dry_run` what would be sent.
+        """
+        from ..publish import publish
+
+        return publish(self, repo_id, **kwargs)
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` over the content, the same in every file that holds all of it."""
+        from .schema import content_digest, to_dict
+
+        return content_digest(to_dict(self))
+
+    def expand(self, submodules: Sequence[Submodule]) -> Blueprint:
+        """Expand a group- or layer-level blueprint to submodules; return others unchanged.
+
+        Each submodule takes an even share of the group or layer it belongs to.
+
+        Even in squares, so that coarsening gives back what was expanded: of n members each has the unit's gradient norm
+        over √n; its L1 norms and alignments are over n.
+
+        Args:
+            submodules: of the model, `find_submodules(model)`.
+
+        Raises:
+            MismatchError: if an entry matches no submodule.
+        """
+        if self.level == "submodule":
+            return self
+        members: dict[str, list[Submodule]] = {}
+        for submodule in submodules:
+            members.setdefault(unit_of(submodule, self.level), []).append(submodule)
+        missing = [entry.name for entry in self.submodules if entry.name not in members]
+        if missing:
+            raise MismatchError(
+                f"The blueprint of {self.model_id!r} speaks of {format_names(missing)}, and the model has "
+                f"{format_names(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
+            )
+        expanded = tuple(
+            even_share(entry, member, len(members[entry.name]))
+            for entry in self.submodules
+            for member in members[entry.name]
+        )
+        return replace(self, submodules=expanded, level="submodule")
+
+    def coarsen(self, level: Level) -> Blueprint:
+        """Sum the entries up to groups or layers.
+
+        A unit's gradient norm is the root of the summed squares of its members' (its gradient is theirs, concatenated;
+        exact for one example, an upper bound for the mean over examples). L1 norms (`adam_gain`, `weight_gradient`) and
+        alignments, which are inner products, add.
+
+        Raises:
+            MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
+        """
+        if level == self.level:
+            return self
+        units: dict[str, list[Submodule]] = {}
+        for entry in self.submodules:
+            units.setdefault(unit_of(entry, level), []).append(entry)
+        if tuple(units) == self.names:
+            raise MismatchError(
+                f"The entries of the blueprint of {self.model_id!r} ({format_names(self.names)}) do not say which {level} they "
+                "belong to. Expand it onto the model first, or measure it again with generate_blueprint."
+            )
+        coarse = []
+        for name, members in units.items():
+            alignments = [m.alignment or () for m in members]
+            is_aligned = 0 < min(map(len, alignments)) == max(map(len, alignments))
+            coarse.append(
+                Submodule(
+                    name=name,
+                    gradient_norm=math.hypot(*(norm_of(m) for m in members)),
+                    kind=name.rpartition(".")[0],
+                    depth=members[0].depth,
+                    group=members[0].group if level == "group" else None,
+                    adam_gain=total_of([m.adam_gain for m in members]),
+                    weight_gradient=total_of([m.weight_gradient for m in members]),
+                    alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
+                    examples=members[0].examples,
+                )
+            )
+        return replace(self, submodules=tuple(coarse), level=level)
+
+    def for_domain(self, tag: str) -> Blueprint:
+        """The same blueprint with each gradient norm weighted by its `domain_tags[tag]`.
+
+        What was measured on the first domain alone (all but the norm and the weight's) is left out, so that ranking goes
+        by the weighted norms.
+
+        Raises:
+            MismatchError: if an entry has no such tag.
+        """
+        missing = [entry.name for entry in self.submodules if tag not in entry.domain_tags]
+        if missing:
+            known = sorted({t for entry in self.submodules for t in entry.domain_tags})
+            raise MismatchError(
+                f"{format_names(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}."
+            )
+        weighted = tuple(
+            replace(
+                entry,
+                gradient_norm=norm_of(entry) * entry.domain_tags[tag],
+                domain_tags={tag: 1.0},
+                norm_interval=None,
+                median_norm=None,
+                signal_norm=None,
+                noise_scale=None,
+                **NOT_COMBINED,
+            )
+            for entry in self.submodules
+        )
+        return replace(self, submodules=weighted)
+
+    def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
+        """Algorithm 1, line 2: G' = weight·Ḡ + (1 − weight)·G̃, this blueprint's norms with a local probe's.
+
+        The two are first brought to one scale, this blueprint's, by the ratio of their geometric means: how large
+        gradients are as a whole depends on the loss, the sequence length and the data, carries no information about
+        where to adapt, and would otherwise let the louder side win. The geometric mean is taken because norms are
+        positive and skewed, so that a few large ones do not set the scale. `adam_gain` and `weight_gradient` are
+        blended the same way, and left out unless both have them throughout. Alignments and shares of energy do not
+        blend and are left out.
+
+        Args:
+            local: the probe; the same submodules, in any order.
+            weight: of this blueprint, in [0, 1]: 1 ignores the probe, 0 keeps only its shape.
+            by_uncertainty: weigh each entry by the inverse variance of its two norms on top of `weight`, so that a
+                norm with a wide interval counts less. Entries without intervals keep `weight`.
+
+        Raises:
+            BlueprintError: for a weight outside [0, 1].
+            MismatchError: if the two do not name the same submodules.
+        """
+        if not 0 <= weight <= 1:
+            raise BlueprintError(f"weight={weight} is not a blend weight: give a number from 0 to 1.")
+        require_same_names(self, local, "blended")
+        others = {entry.name: entry for entry in local.submodules}
+        scale = common_scale(self.submodules, others, norm_of)
+        gain_scales = {
+            by: common_scale(self.submodules, others, partial(score_of, by=by))
+            for by in ("adam_gain", "weight_gradient")
+            if all(getattr(entry, by) is not None for entry in (*self.submodules, *local.submodules))
+        }
+
+        blended = []
+        for mine in self.submodules:
+            other = others[mine.name]
+            w = inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
+            changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
+            changed |= NOT_COMBINED
+            for by, gain_scale in gain_scales.items():
+                changed[by] = w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
+            interval = None
+            if mine.norm_error is not None and other.norm_error is not None:
+                half = Z95 * math.hypot(w * mine.norm_error, (1 - w) * scale * other.norm_error)
+                interval = (max(0.0, changed["gradient_norm"] - half), changed["gradient_norm"] + half)
+            blended.append(replace(mine, **changed, norm_interval=interval, median_norm=None))
+        history = {"weight": weight, "by_uncertainty": by_uncertainty, "scale": scale, "with": dict(local.provenance)}
+        return replace(self, submodules=tuple(blended), provenance={**self.provenance, "blend": history})
+
+    @staticmethod
+    def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
+        """One blueprint from several of the same model, weighted by their numbers of examples.
+
+        Mean norms merge exactly and their intervals as errors add; medians, signal norms, gains, alignments and exponents
+        do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
+
+        Raises:
+            MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it
+                is over.
+        """
+        if not blueprints:
+            raise BlueprintError("Nothing to merge: give at least one blueprint.")
+        first = blueprints[0]
+        for other in blueprints[1:]:
+            for what in ("model_id", "training_checkpoint", "model_digest", "level"):
+                if getattr(first, what) != getattr(other, what):
+                    raise MismatchError(
+                        f"Blueprints of different {what} do not merge: {getattr(first, what)!r} and "
+                        f"{getattr(other, what)!r}. Aggregate them into one table instead."
+                    )
+            require_same_names(first, other, "merged")
+        by_name = [{entry.name: entry for entry in blueprint} for blueprint in blueprints]
+        merged = tuple(merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules)
+        return replace(
+            first, submodules=merged, concentration={}, provenance={"merged": [dict(b.provenance) for b in blueprints]}
+        )
+
+    def ranks(self, by: str = "gradient_norm") -> dict[str, int]:
+        """Rank of every entry within its kind, 1 for the largest."""
+        by_kind: dict[str | None, list[Submodule]] = {}
+        for entry in self.submodules:
+            by_kind.setdefault(entry.kind, []).append(entry)
+        return {
+            entry.name: rank
+            for members in by_kind.values()
+            for rank, entry in enumerate(sorted(members, key=lambda e: -score_of(e, by)), start=1)
+        }
+
+
+def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
+    """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries."""
+    only_a = [n for n in a.names if n not in set(b.names)]
+    only_b = [n for n in b.names if n not in set(a.names)]
+    if only_a or only_b:
+        raise MismatchError(
+            f"These blueprints cannot be {verb}: {format_names(only_a) or 'nothing'} only in that of {a.model_id!r}, "
+            f"{format_names(only_b) or 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, or bring "
+            "them to one level with expand() or coarsen()."
+        )

@@ -1,0 +1,243 @@
+"""One entry of a blueprint: where a submodule is in the model, and how the gradient there behaves.
+
+Plain frozen data and the few questions asked of it. Knows nothing of torch, files or whole blueprints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import BlueprintError, FormatError
+
+
+Level = Literal["submodule", "group", "layer"]
+Form = Literal["linear", "experts", "embedding", "convolution", "norm", "bias", "head", "parameter"]
+
+Include = Literal["adaptable", "all"]  # which weights are measured
+Method = Literal["auto", "sketch", "exact"]  # and how
+
+SKETCH_SIZE = 32
+PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
+ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
+
+Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
+
+# Far beyond any model, and such that what is computed from them stays small.
+MAX_NAME = 1024  # characters of an id, kind, group or tag
+MAX_BLOCKS = 4096
+MAX_EXAMPLES = 10**12
+MAX_ELEMENTS = 2**53  # of a shape, all that a double counts
+MAX_DIMENSIONS = 16
+MAX_ALIGNMENT = 64  # columns; 16 are measured
+MAX_TAGS = 256
+
+# What would change how the rest of a line is shown, and halves of characters, which no file can hold.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
+_LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """One entry: where it is in the model, and how the gradient there behaves. Unknown statistics are None.
+
+    Args:
+        name: full module name in the unwrapped model, `model.layers.3.self_attn.q_proj`; in a file the key is `id`.
+            In a blueprint at group or layer level, `attn.3`, `ffn.3` or `layer.3`.
+        gradient_norm: mean over examples of the L2 norm of the gradient of that example's mean token loss.
+        kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
+        depth: index of the transformer block, from 0 at the embeddings.
+        group: the paper's coarser unit, `attn.3`.
+        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of
+            fused experts (experts, d_out, d_in); of any other form the parameter's own.
+        form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter; or
+            an embedding, convolution, norm, bias, output or classification head, or other parameter. Adapters are
+            put on the first two.
+        quantized: whether the weight was held in 4 or 8 bits when this was measured.
+        median_norm: median over examples of the same norms.
+        norm_interval: 95 % bootstrap interval of `gradient_norm` over examples. A sketch's own error, `norm_error` in
+            the provenance, comes on top.
+        signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is
+            negative).
+        noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
+        weight_norm: Frobenius norm of the weight.
+        adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
+        weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
+            (SNIP's saliency, arXiv:1810.02340); estimated from norms of rows.
+        singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
+        alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is how
+            much example b's gradient in entry i agrees with the other examples' mean there. The first number is the
+            mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance. Rows of
+            one measurement belong together. An aggregate over examples.
+        alpha: rank-size exponent of the row norms of the mean gradient, the paper's α within this submodule.
+        alpha_error: its standard error.
+        gamma: 1 − α/(1 + α), appendix A.1.
+        k_star: best fraction to update, eq. 15.
+        examples: how many examples the norms are over.
+        domain_tags: gradient norm on another domain's data over `gradient_norm`.
+        extra: keys of a file that this version does not know, kept as they are.
+    """
+
+    name: str
+    gradient_norm: float | None = None
+    kind: str | None = None
+    depth: int | None = None
+    group: str | None = None
+    shape: tuple[int, ...] | None = None
+    form: Form = "linear"
+    quantized: bool = False
+    median_norm: float | None = None
+    norm_interval: tuple[float, float] | None = None
+    signal_norm: float | None = None
+    noise_scale: float | None = None
+    weight_norm: float | None = None
+    adam_gain: float | None = None
+    weight_gradient: float | None = None
+    singular_energy: float | None = None
+    alignment: tuple[float, ...] | None = None
+    alpha: float | None = None
+    alpha_error: float | None = None
+    gamma: float | None = None
+    k_star: float | None = None
+    examples: int | None = None
+    domain_tags: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_in(self) -> int:
+        """Features of the input: columns of the gradient as a matrix, whose rows are all dimensions before; of a vector 1."""
+        return self.shape[-1] if self.shape is not None and len(self.shape) > 1 else 1
+
+    @property
+    def norm_error(self) -> float | None:
+        """Standard error of `gradient_norm` implied by its interval, or None without one."""
+        if self.norm_interval is None:
+            return None
+        return (self.norm_interval[1] - self.norm_interval[0]) / (2 * Z95)
+
+
+NUMBERS = (
+    "gradient_norm",
+    "median_norm",
+    "signal_norm",
+    "noise_scale",
+    "weight_norm",
+    "adam_gain",
+    "weight_gradient",
+    "singular_energy",
+    "alpha",
+    "k_star",
+)
+
+
+def norm_of(entry: Submodule) -> float:
+    """The entry's gradient norm, which every entry of a `Blueprint` has."""
+    assert entry.gradient_norm is not None
+    return entry.gradient_norm
+
+
+def score_of(entry: Submodule, by: str) -> float:
+    """The statistic `by` of an entry.
+
+    Raises:
+        BlueprintError: if there is no such statistic, or the entry does not carry it.
+    """
+    if by not in NUMBERS:
+        raise BlueprintError(f"There is no statistic {by!r} to rank by; choose from {', '.join(NUMBERS)}.")
+    value = getattr(entry, by)
+    if value is None:
+        raise BlueprintError(
+            f"{entry.name!r} has no {by}. Measure the blueprint again with generate_blueprint, or rank by "
+            "gradient_norm."
+        )
+    return value
+
+
+def level_of_ids(ids: Iterable[str]) -> Level:
+    """The level at which a list of entry ids speaks, from their form."""
+    ids = list(ids)
+    if all(_GROUP_ID.fullmatch(i) for i in ids):
+        return "group"
+    if all(_LAYER_ID.fullmatch(i) for i in ids):
+        return "layer"
+    return "submodule"
+
+
+def check_numbers(entry: Submodule, model_id: str) -> None:
+    """Raise FormatError unless every number of an entry is finite and not negative, the norm is there, and sizes are sane."""
+    check_bounds(entry, model_id)
+    where = f"{entry.name!r} in the blueprint of {model_id!r}"
+    if entry.gradient_norm is None:
+        raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
+    numbers = {name: getattr(entry, name) for name in (*NUMBERS, "alpha_error", "gamma")}
+    numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
+    numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
+    for name, value in numbers.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+    wrong = next((value for value in entry.alignment or () if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise FormatError(f"{where} has {wrong} in its alignment; numbers must be finite. Measure it again.")
+    if entry.singular_energy is not None and entry.singular_energy > 1:
+        raise FormatError(
+            f"{where} has singular_energy={entry.singular_energy}; a share is at most 1. Measure it again."
+        )
+    if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
+        raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
+
+
+def check_bounds(entry: Submodule, model_id: str) -> None:
+    """Raise FormatError unless an entry's names can be shown and its counts and sizes are such as models have."""
+    check_text(entry.name, "the id")
+    where = f"{entry.name!r} in the blueprint of {model_id!r}"
+    if not entry.name or "\\" in entry.name or entry.name.startswith("/") or ".." in entry.name.split("/"):
+        raise FormatError(
+            f"{where} is no name of a submodule: it is empty or reads as a path. Give the module's name, such as "
+            "model.layers.3.self_attn.q_proj."
+        )
+    for name in (entry.kind, entry.group, *entry.domain_tags):
+        if name is not None:
+            check_text(name, f"a kind, group or tag of {where}")
+    for what, value, most in (("depth", entry.depth, MAX_BLOCKS - 1), ("examples", entry.examples, MAX_EXAMPLES)):
+        if value is not None and not 0 <= value <= most:
+            raise FormatError(f"{where} has {what}={value}; it must be from 0 to {most:,}. Measure it again.")
+    for what, count, most in (
+        ("dimensions in its shape", len(entry.shape or ()), MAX_DIMENSIONS),
+        ("numbers in its alignment", len(entry.alignment or ()), MAX_ALIGNMENT),
+        ("domain_tags", len(entry.domain_tags), MAX_TAGS),
+    ):
+        if count > most:
+            raise FormatError(f"{where} has {count:,} {what}; at most {most} are read. Leave the others out.")
+    if entry.shape and (min(entry.shape) < 1 or math.prod(entry.shape) > MAX_ELEMENTS):
+        raise FormatError(
+            f"{where} has shape={entry.shape}; dimensions are at least 1, and their product at most 2**53. Measure it "
+            "again."
+        )
+
+
+def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
+    """Raise FormatError if a name is too long, or has control characters in it, which would rule a terminal."""
+    if len(text) > limit:
+        raise FormatError(
+            f"{what} {text[:40]!r}… has {len(text):,} characters; at most {limit:,} are read. Shorten it."
+        )
+    if found := _UNPRINTABLE.search(text):
+        shown = ascii(text if len(text) <= 80 else text[:80] + "…")
+        raise FormatError(f"{what} {shown} holds the control character U+{ord(found[0]):04X}. Take it out.")
+
+
+def unit_of(entry: Submodule, level: Level) -> str:
+    """The id of the group or layer an entry belongs to, or its own name where it belongs to none."""
+    if level == "group" and entry.group is not None:
+        return entry.group
+    if level == "layer":
+        group = _GROUP_ID.fullmatch(entry.group or entry.name)  # the paper's entries have no group beside their id
+        if group is not None:
+            return f"{group[1] or ''}layer.{group[2]}"
+        if entry.depth is not None:
+            return f"layer.{entry.depth}"
+    return entry.name

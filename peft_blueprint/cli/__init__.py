@@ -1,0 +1,6 @@
+"""The command line, `peft-blueprint VERB`."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,6 @@
+"""`python -m peft_blueprint.cli`."""
+
+from .app import main
+
+
+main()

@@ -1,0 +1,6 @@
+"""Compare two or more blueprints: drift, blending, merging, movement, one table of many."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,208 @@
+"""Many blueprints become few: those whose norms are means over different examples of one model are merged.
+
+Says in words what was merged, what counted once and what stays apart. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from .._text import format_names
+from ..blueprint import Blueprint
+from ..errors import BlueprintError
+from .table import has_privacy, parts_of, reference_of
+
+
+class _Group(NamedTuple):
+    """What blueprints that merge have in common; the names are those of the notes."""
+
+    model_id: str
+    training_checkpoint: float | None
+    level: str
+    model_digest: str | None
+    submodules: frozenset[str]
+    quantized: frozenset[str]
+
+
+_UNSURE = ("model_revision", "weights_digest")  # where one side may not know
+_Named = tuple[str, Blueprint]
+
+
+def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...], tuple[str, ...]]:
+    """Merge what can be merged, weighted by examples as `Blueprint.merge` does, and leave the rest as it is.
+
+    Merged are blueprints of one model id and digest, checkpoint, level and list of submodules, equally quantised, whose
+    revision and weights' digest, where both sides know them, are the same. Different domains merge too, into the mean
+    over all their examples. Data count once: a blueprint whose data digests are all among another's is left out, and so
+    is a copy. (A digest is of all a blueprint's examples in order: 64 and 128 examples of one file have two, and only a
+    note says so.)
+
+    Blueprints with privacy noise stay apart, from each other too. They keep no data digest, so that the same data could
+    count twice, for which the guarantees of two releases add up; and their norms, bounded, shrunk and kept positive, are
+    not the means over their examples, by an error that no number of merged blueprints averages away.
+
+    Args:
+        blueprints: by names for the notes.
+
+    Returns:
+        The blueprints, in the order in which the first part of each came; one that merged with none is the one given.
+        And notes, a sentence or two each.
+
+    Raises:
+        BlueprintError: if there are none.
+    """
+    if not blueprints:
+        raise BlueprintError("There is nothing to merge: give at least one blueprint.")
+    order = {name: i for i, name in enumerate(blueprints)}
+    notes: list[str] = []
+    kept: list[tuple[int, Blueprint]] = []
+    groups: dict[_Group, list[_Named]] = {}
+    digests: dict[str, str] = {}
+    for name, blueprint in blueprints.items():
+        reason = _why_apart(blueprint)
+        if reason is None:
+            groups.setdefault(_group_of(blueprint), []).append((name, blueprint))
+        elif (first := digests.setdefault(blueprint.digest, name)) != name:
+            notes.append(f"{name} is the same as {first} and counts once.")
+        else:
+            kept.append((order[name], blueprint))
+            notes.append(f"{name} stays apart: {reason}.")
+    for named in groups.values():
+        for of_one_model in _by_weights(named, notes):
+            for part in _by_data(of_one_model, notes):
+                kept.append((min(order[name] for name, _ in part), _merged(part, notes)))
+    notes += _differences(groups)
+    return tuple(blueprint for _, blueprint in sorted(kept, key=lambda pair: pair[0])), tuple(dict.fromkeys(notes))
+
+
+def _group_of(blueprint: Blueprint) -> _Group:
+    return _Group(
+        blueprint.model_id,
+        blueprint.training_checkpoint,
+        blueprint.level,
+        blueprint.model_digest,
+        frozenset(blueprint.names),
+        frozenset(entry.name for entry in blueprint if entry.quantized),
+    )
+
+
+def _why_apart(blueprint: Blueprint) -> str | None:
+    """Why a blueprint merges with no other, or None."""
+    parts = parts_of(blueprint.provenance)
+    if any(part.get("method") == "training" for part in parts):
+        return "its norms are those of training batches, not means over examples"
+    if has_privacy(blueprint):
+        return (
+            "its norms carry privacy noise and are not the means over its examples, and it keeps no data digest by which "
+            "to tell whether another is of the same data"
+        )
+    if any(part.get("blend") for part in (blueprint.provenance, *parts)):
+        return "it is a blend of two blueprints, whose norms are not means over its examples"
+    if not all(reference_of(part)[1] for part in parts):
+        return (
+            "it has no data digest, so that nobody can tell whether another is of the same data; if it is not, "
+            "Blueprint.merge merges them"
+        )
+    missing = [entry.name for entry in blueprint if not entry.examples]
+    return f"{format_names(missing)} does not say how many examples it is over" if missing else None
+
+
+def _data_of(blueprint: Blueprint) -> frozenset[str]:
+    digests = (reference_of(part)[1] for part in parts_of(blueprint.provenance))
+    return frozenset(digest for digest in digests if digest)
+
+
+def _by_weights(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
+    """Those that are of the same weights, as far as they say; one that could be of several stays apart."""
+    found: list[list[_Named]] = []
+    for name, blueprint in sorted(named, key=lambda pair: _unsure_of(pair[1]).count(None)):
+        fitting = [members for members in found if not any(_clash(blueprint, other) for _, other in members)]
+        same = [members for members in fitting if _unsure_of(members[0][1]) == _unsure_of(blueprint)]
+        if same or len(fitting) == 1:
+            (same or fitting)[0].append((name, blueprint))
+            continue
+        if fitting:
+            notes.append(f"{name} stays apart: it could be of the weights of {' or '.join(m[0][0] for m in fitting)}.")
+        for members in found if not fitting else ():
+            notes.append(f"{name} stays apart from {members[0][0]}: {_clash(blueprint, members[0][1])}.")
+        found.append([(name, blueprint)])
+    return found
+
+
+def _clash(one: Blueprint, other: Blueprint) -> str | None:
+    for what, mine, theirs in zip(_UNSURE, _unsure_of(one), _unsure_of(other), strict=True):
+        if mine is not None and theirs is not None and mine != theirs:
+            return f"{what} {mine} is not {theirs}"
+    return None
+
+
+def _by_data(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
+    """Those that have no data in common, and each of the others by itself; whose data is all in another is left out."""
+    together: list[_Named] = []
+    apart: list[list[_Named]] = []
+    for name, blueprint in sorted(named, key=lambda pair: -len(_data_of(pair[1]))):
+        data = _data_of(blueprint)
+        common = [(other, _data_of(of_other)) for other, of_other in together if data & _data_of(of_other)]
+        if not common:
+            together.append((name, blueprint))
+        elif data <= common[0][1]:
+            notes.append(f"{name} is of the same data as {common[0][0]} and counts once.")
+        else:
+            apart.append([(name, blueprint)])
+            notes.append(
+                f"{name} stays apart: part of its data is in {format_names([other for other, _ in common])} too."
+            )
+    names = {name for name, _ in together}
+    return [[(name, blueprint) for name, blueprint in named if name in names], *apart]
+
+
+def _unsure_of(blueprint: Blueprint) -> tuple[Any, Any]:
+    return blueprint.model_revision, blueprint.provenance.get("weights_digest")
+
+
+def _merged(cluster: Sequence[_Named], notes: list[str]) -> Blueprint:
+    names, blueprints = zip(*cluster, strict=True)
+    if len(blueprints) == 1:
+        return blueprints[0]
+    merged = Blueprint.merge(blueprints)
+    known = [_unsure_of(blueprint) for blueprint in blueprints]
+    for i, what in enumerate(_UNSURE):
+        silent = [name for name, values in zip(names, known, strict=True) if values[i] is None]
+        if 0 < len(silent) < len(names):
+            notes.append(f"{format_names(silent)} does not say its {what}; taken to be that of the others.")
+    weights = next((digest for _, digest in known if digest is not None), None)
+    if weights is not None:
+        merged = replace(merged, provenance={**merged.provenance, "weights_digest": weights})
+    examples = max(entry.examples or 0 for entry in merged)
+    notes.append(f"{format_names(names)} are merged into one of {examples} examples.")
+    called = [part.get("data") for blueprint in blueprints for part in parts_of(blueprint.provenance)]
+    twice = [data for data in dict.fromkeys(c for c in called if isinstance(c, str)) if called.count(data) > 1]
+    if twice:
+        notes.append(
+            f"Several of them name the data {format_names(twice)}: if they share examples, those count twice."
+        )
+    return merged
+
+
+def _differences(groups: Iterable[_Group]) -> list[str]:
+    """For every model with several groups, in what they differ."""
+    by_model: dict[str, list[_Group]] = {}
+    for group in groups:
+        by_model.setdefault(group.model_id, []).append(group)
+    said = []
+    for model_id, of_model in by_model.items():
+        differing = [what for what in _Group._fields if len({getattr(group, what) for group in of_model}) > 1]
+        if differing:
+            shown = [_shown(what, [getattr(group, what) for group in of_model]) for what in differing]
+            said.append(f"Blueprints of {model_id!r} stay apart that differ in {' and '.join(shown)}.")
+    return said
+
+
+def _shown(what: str, values: Sequence[Any]) -> str:
+    if what == "quantized":
+        return "what is quantised"
+    if what == "submodules":
+        return f"submodules ({', '.join(dict.fromkeys(str(len(names)) for names in values))} of them)"
+    return f"{what} ({', '.join(dict.fromkeys('unknown' if v is None else str(v) for v in values))})"

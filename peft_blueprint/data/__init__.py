@@ -1,0 +1,6 @@
+"""Decide which examples to train on: score, scan, select, and cross-influence."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

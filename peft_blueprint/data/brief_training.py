@@ -1,0 +1,146 @@
+"""A model trained for a few steps and given back as it was: what its gradients would be a little later.
+
+Knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..errors import BlueprintError, MeasurementError
+from ..measure import LossFunction, device_of, find_submodules, linear_modules, per_example_losses
+from .examples import Row, collate
+
+
+Train = Callable[[nn.Module, Sequence[Row]], None]
+
+RANK = 8
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Whatever is done to a model's weights, buffers, flags and gradients inside the `with` is undone, and torch's random
+    numbers go on as if nothing had been drawn. Takes a second copy of the weights, on the CPU.
+
+    Raises:
+        BlueprintError: if weights were added or taken away, which is not undone; or if some are offloaded, so that they
+            cannot be copied.
+    """
+    if any(value.is_meta for _, value in _tensors(model)):
+        raise BlueprintError(
+            "Some of the model's weights are offloaded, and cannot be kept for giving them back. Load the model whole."
+        )
+    state = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(model)}
+    flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, value in _tensors(model):
+                if name in state:
+                    value.copy_(state[name])
+        for name, parameter in model.named_parameters():
+            flag, gradient = flags.get(name, (parameter.requires_grad, parameter.grad))
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+    if dict(_tensors(model)).keys() != state.keys():
+        raise BlueprintError(
+            "The training between two choices left other weights in the model than it found. Let it train those that "
+            "are there, or remove what it adds."
+        )
+
+
+@contextmanager
+def with_adapters(model: nn.Module, submodules: Sequence[str] | None, seed: int) -> Iterator[nn.Module]:
+    """A model that can be trained: itself if it has adapters already, else with new LoRA adapters, gone afterwards.
+
+    Args:
+        model: with or without adapters.
+        submodules: names of linear layers to put them on; all that an adapter can be put on by default.
+        seed: of the adapters' first weights.
+    """
+    if isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters()):
+        with given_back(model):
+            yield model
+        return
+    linear = {name for name, _ in linear_modules(model)}
+    names = [s.name for s in find_submodules(model) if submodules is None or s.name in submodules]
+    targets = [name for name in names if name in linear]
+    if not targets:
+        raise MeasurementError(
+            "None of the submodules is a linear layer to train an adapter on. Give train(model, rows), which trains "
+            "the model in another way."
+        )
+    training = {module: module.training for module in model.modules()}
+    flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    before = set(vars(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        for added in set(vars(model)) - before:
+            delattr(model, added)
+        for parameter in model.parameters():
+            parameter.requires_grad_(flags[id(parameter)])
+        for module in model.modules():
+            module.training = training[module]
+
+
+def train_briefly(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    steps: int,
+    batch_size: int,
+    pad_token_id: int,
+    learning_rate: float = 1e-3,
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+) -> int:
+    """Some steps of AdamW on what takes a gradient, over the rows in random order, again and again. Dropout is off.
+
+    Returns:
+        How many input positions were trained on.
+
+    Raises:
+        MeasurementError: if nothing takes a gradient.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise MeasurementError("Nothing in the model takes a gradient, so it cannot be trained briefly.")
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    device, tokens = device_of(model), 0
+    model.eval()
+    for _ in range(steps):
+        while len(order) < min(batch_size, len(rows)):
+            order += torch.randperm(len(rows), generator=generator).tolist()
+        chosen, order = order[:batch_size], order[batch_size:]
+        batch = collate([rows[i] for i in chosen], pad_token_id)
+        tokens += batch["input_ids"].numel()
+        if device is not None:
+            batch = {key: value.to(device) for key, value in batch.items()}
+        with torch.enable_grad():
+            per_example_losses(model, batch, loss_fn)[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return tokens
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

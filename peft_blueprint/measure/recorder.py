@@ -1,0 +1,240 @@
+"""What a measurement holds while it runs: what is kept of a layer's input, and the statistics made of it.
+
+The forward pass asks `keep` what to hold on to; the backward pass brings that and the output's gradient to `record`.
+Knows nothing of models, batches or passes.
+"""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..blueprint import SKETCH_SIZE, Method, Submodule
+from ..errors import MeasurementError
+from . import gradients
+
+
+class Recorder:
+    """Statistics of a pass: norms of the batch at hand, sketches of all batches.
+
+    Args:
+        submodules: the rows.
+        method: "exact", "sketch" or "auto", as for `measure_influence`.
+        sketch_size: s, or None to keep mean gradients whole.
+        projection_size: m, or 0 for none.
+        seed: of Ω and of the projections' signs.
+
+    Raises:
+        MeasurementError: for an option that is none.
+    """
+
+    def __init__(
+        self, submodules: Sequence[Submodule], method: str, sketch_size: int | None, projection_size: int, seed: int
+    ):
+        if method not in get_args(Method):
+            raise MeasurementError(f"method={method!r}: choose auto, sketch or exact.")
+        if sketch_size is not None and sketch_size < 2:
+            raise MeasurementError(
+                f"sketch_size={sketch_size}: give at least 2, or None to keep mean gradients whole."
+            )
+        if sketch_size is None and method == "sketch":
+            raise MeasurementError("method='sketch' needs a sketch_size; 32 is the default.")
+        if projection_size < 0:
+            raise MeasurementError(f"projection_size={projection_size}: give at least 1, or 0 for no projections.")
+        self.submodules = submodules
+        self.projection_size = projection_size
+        self._fold = partial(gradients.fold, size=projection_size, seed=seed) if projection_size else None
+        self.method = method
+        self.sketch_size = sketch_size
+        self.seed = seed
+        self.repeated: set[int] = set()  # submodules that are called several times in a pass: their gradients add up
+        self.is_mixed = False  # some layer's rows do not say which example they belong to
+        self._example_first: set[int] = set()  # layers that were seen to take (examples, tokens, features)
+        self._sketches: dict[int, Tensor] = {}
+        self._matrices: dict[tuple[int, int | None, torch.device, torch.dtype], Tensor | None] = {}
+        self.begin(0)
+
+    def begin(self, examples: int, lengths: Collection[int] = (), loss_scale: float = 1.0) -> None:
+        """Forget the batch at hand, if any, and expect one of so many examples, of one of these lengths."""
+        self.examples, self.lengths, self.loss_scale = examples, lengths, loss_scale
+        self._norms: dict[int, Tensor] = {}
+        self._errors: dict[int, Tensor] = {}
+        self._batch_sketches: dict[int, Tensor] = {}
+        self._products: dict[int, Tensor] = {}
+        self._projections: dict[int, Tensor] = {}
+        self._shared = _SharedInput(torch.empty(0), None)
+
+    def keep(self, index: int, inputs: Tensor) -> tuple[str, tuple[Tensor, ...]]:
+        """What the backward pass needs of X (…, d_in): "whole", its "sketch" XΩ, or that and its Gram matrix, "gram"."""
+        if not self._shared.holds(inputs):
+            rows = gradients.by_example(inputs, self.examples, self.lengths)
+            self._shared = _SharedInput(inputs, None if rows is None else rows.to(gradients.statistics_dtype(rows)))
+        shared = self._shared
+        if shared.x is None or self._may_be_turned(index, inputs):
+            self.is_mixed = True
+            return "nothing", ()
+        how = self._how(index, shared.x, shared.gram is not None)
+        if how == "whole":
+            return how, (shared.x,)
+        if shared.sketch is None:
+            matrix = self._matrix(shared.x.shape[2], shared.x, self.sketch_size)
+            shared.sketch = shared.x if matrix is None else shared.x @ matrix
+        if how == "sketch":
+            return how, (shared.sketch,)
+        if shared.gram is None:
+            shared.gram = gradients.gram(shared.x)
+        return how, (shared.sketch, shared.gram)
+
+    def record(self, index: int, how: str, kept: tuple[Tensor, ...], output_gradient: Tensor) -> None:
+        """Statistics of one call of one submodule: what was kept of its input, and dY (…, d_out)."""
+        dy = gradients.by_example(output_gradient, self.examples, self.lengths)
+        if how == "nothing" or dy is None:
+            self.is_mixed = True
+            return
+        kept = tuple(tensor.to(dy.device) for tensor in kept)
+        dy = self._unscaled(dy, kept[0].dtype)
+        d_in = self.submodules[index].d_in
+        if index in self._norms:
+            self.repeated.add(index)  # the batch is measured again, now adding this submodule's gradients up
+        narrow = self._narrowed(kept[0], d_in)
+        fold = self._fold if narrow is kept[0] else None  # else the projections are made of another product
+        if index in self.repeated:
+            product = gradients.per_example_gradients(kept[0], dy).float()
+            self._add_product(index, product)
+            projections = None if fold is None else gradients.folded(product, fold)
+        elif how == "gram":
+            self._norms[index] = gradients.gram_norms(kept[1], dy)
+            self._batch_sketches[index], projections = gradients.summed(kept[0], dy, fold)
+        else:
+            self._norms[index], self._errors[index], total, projections = gradients.materialised(
+                kept[0], dy, d_in, fold
+            )
+            self._batch_sketches[index] = self._sketched(total, d_in)
+        if self._fold is not None and fold is None:
+            _, projections = gradients.summed(narrow, dy, self._fold)
+        self._add_projections(index, projections)
+
+    def record_gradient(self, index: int, gradient: Tensor) -> None:
+        """Statistics of a parameter's whole gradient, that of a single example; (…, d_in), or (d,) as (d, 1)."""
+        rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[:, None]
+        product = self._unscaled(rows[None], gradients.statistics_dtype(gradient))
+        if index in self._norms:
+            self.repeated.add(index)
+        self._add_projections(index, None if self._fold is None else self._fold(product.flatten(1)))
+        if index in self.repeated:
+            self._add_product(index, product.float())
+        else:
+            self._norms[index], _ = gradients.norms_of(product, rows.shape[1])
+            self._batch_sketches[index] = self._sketched(product[0], rows.shape[1])
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms, their relative errors (submodules, examples) and projections (submodules, examples, m) of the batch,
+        after its backward pass; zeros for what no gradient reached.
+        """
+        for index, product in self._products.items():
+            d_in = self.submodules[index].d_in
+            self._norms[index], self._errors[index] = gradients.norms_of(product, d_in)
+            self._batch_sketches[index] = self._sketched(product.sum(dim=0), d_in)
+        self._shared = _SharedInput(torch.empty(0), None)
+        projections = self._matrix_of(self._projections, self.projection_size)
+        return self._matrix_of(self._norms), self._matrix_of(self._errors), projections
+
+    def commit(self) -> None:
+        """Keep the batch: add its sketches to those of the batches before."""
+        for index, sketch in self._batch_sketches.items():
+            self._sketches[index] = self._sketches[index] + sketch if index in self._sketches else sketch
+
+    def unmeasured(self) -> dict[int, str]:
+        """Why the rows that no batch's gradient reached are not measured."""
+        reason = (
+            "no gradient reached it: the loss does not depend on its output, or the model reads it without calling it"
+        )
+        return {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
+
+    def sketch(self, index: int) -> Tensor:
+        """(d_out, s), the sum over all examples."""
+        return self._sketches[index].cpu()
+
+    def _matrix_of(self, values: dict[int, Tensor], *width: int) -> Tensor:
+        """(submodules, examples, …) on the CPU, brought there at once: a device is waited for a single time."""
+        zeros = torch.zeros(self.examples, *width, device=next(iter(values.values())).device if values else None)
+        return torch.stack([values.get(i, zeros).to(zeros.device) for i in range(len(self.submodules))]).cpu()
+
+    def _may_be_turned(self, index: int, inputs: Tensor) -> bool:
+        """Whether a layer may take tokens first, of as many examples as tokens. Of other batches it can be seen."""
+        if self.examples == 1 or inputs.dim() == 2:
+            return False
+        if inputs.shape[1] != self.examples:
+            self._example_first.add(index)
+        return index not in self._example_first
+
+    def _how(self, index: int, x: Tensor, gram_is_known: bool) -> str:
+        _, tokens, d_in = x.shape
+        d_out = (self.submodules[index].shape or (0,))[0]
+        is_whole = self.method == "exact" or self.sketch_size is None or d_in <= 2 * self.sketch_size
+        if index in self.repeated:
+            return "whole" if is_whole else "sketch"
+        if is_whole:
+            return "gram" if gradients.prefers_gram(tokens, d_in, d_out, gram_is_known) else "whole"
+        assert self.sketch_size is not None
+        if self.method == "auto" and gradients.gram_is_nearly_free(tokens, d_in, d_out, self.sketch_size):
+            return "gram"
+        return "sketch"
+
+    def _unscaled(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        return gradient.to(dtype) if self.loss_scale == 1 else (gradient.float() / self.loss_scale).to(dtype)
+
+    def _add_product(self, index: int, product: Tensor) -> None:
+        self._products[index] = self._products[index] + product if index in self._products else product
+
+    def _add_projections(self, index: int, projections: Tensor | None) -> None:
+        if projections is not None:
+            known = index in self._projections
+            self._projections[index] = self._projections[index] + projections if known else projections
+
+    def _narrowed(self, kept: Tensor, d_in: int) -> Tensor:
+        """What projections are made of: XΩ, also where X itself was kept; X where d_in is small."""
+        if self._fold is None or kept.shape[2] != d_in:
+            return kept
+        matrix = self._matrix(d_in, kept, self.sketch_size or SKETCH_SIZE)
+        return kept if matrix is None else kept @ matrix
+
+    def _sketched(self, total: Tensor, d_in: int) -> Tensor:
+        """A summed gradient (d_out, d_in) times Ω; its sketch as it is."""
+        matrix = self._matrix(d_in, total, self.sketch_size) if total.shape[1] == d_in else None
+        return (total if matrix is None else total @ matrix).float()
+
+    def _matrix(self, d_in: int, like: Tensor, size: int | None) -> Tensor | None:
+        key = (d_in, size, like.device, like.dtype)
+        if key not in self._matrices:
+            matrix = gradients.sketch_matrix(d_in, size, self.seed)
+            self._matrices[key] = None if matrix is None else matrix.to(like)
+        return self._matrices[key]
+
+
+class _SharedInput:
+    """What layers with the same input (q, k and v; gate and up) compute once: X by example, XXᵀ and XΩ.
+
+    The tensor itself is held, so its address cannot be taken by another.
+    """
+
+    def __init__(self, inputs: Tensor, x: Tensor | None):
+        self.inputs = inputs
+        self.version = inputs._version
+        self.x = x
+        self.gram: Tensor | None = None
+        self.sketch: Tensor | None = None
+
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether `inputs` is the very same memory, unchanged since."""
+        mine = self.inputs
+        return (
+            inputs.data_ptr() == mine.data_ptr()
+            and inputs._version == self.version
+            and inputs.shape == mine.shape
+            and inputs.stride() == mine.stride()
+            and inputs.dtype == mine.dtype
+            and inputs.device == mine.device
+        )

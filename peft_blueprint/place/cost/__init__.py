@@ -1,0 +1,6 @@
+"""Predict the FLOPs, time and memory of a training step for a placement."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

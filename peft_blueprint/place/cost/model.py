@@ -1,0 +1,358 @@
+"""What training a placement costs on a model: FLOPs per token, step time beside all-linear LoRA's, bytes by part.
+
+Counted from the structure before anything is run. Knows nothing of gradients, scores or PEFT's objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..._text import format_names
+from ...errors import MismatchError, PlacementError
+from .prices import Columns, Indices, Mask, price_of, prices_of_adapters
+from .structure import Structure
+from .workload import FLOAT, Array, Workload
+
+
+# Floating-point operations in the time of moving one byte that no large matrix product moves: the time of a step is
+# its FLOPs and so many more for every such byte. "cpu" stands between the 4.5 and the 22 that fit two series of steps of
+# SmolLM2-135M in float32 on two AVX2 cores best; recipes/benchmark_cost.py prints the constant that fits a machine.
+# "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves 2.0 TB/s, an H100 989 and 3.35, of which
+# large products reach about a half and elementwise kernels four fifths.
+FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 120.0}
+
+_ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, v read, and p, m, v written
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step of a placement costs.
+
+    Args:
+        forward: FLOPs per token of the frozen model's forward pass.
+        backward: of its backward pass through activations, down to the lowest trained submodule.
+        adapters: of the adapters' own forward and backward passes.
+        weight_gradients: of the gradients of modules that are trained whole.
+        optimizer: of the optimizer's step, per token of the step.
+        recomputation: of what gradient checkpointing computes again.
+        moved: bytes per token that are read and written outside of large matrix products.
+        moved_by_adapters: those of them that adapters move.
+        trainable: parameters that are trained.
+        lowest: depth of the lowest trained submodule; None where that is in no block, or nothing is trained.
+        weights: bytes of the base model.
+        added: bytes of adapters, and of the copies of modules trained whole that PEFT makes.
+        gradients: bytes of the trained parameters' gradients.
+        states: bytes of the optimizer's states.
+        activations: bytes kept from the forward to the backward pass, by attention's and feed-forward parts' own
+            operations and by adapters.
+        recomputed: bytes of the one block whose activations are there again, under gradient checkpointing.
+        logits: bytes of the loss over the vocabulary, at its peak.
+        workspace: bytes of one layer's weight out of its 4 or 8 bits.
+    """
+
+    forward: float
+    backward: float
+    adapters: float
+    weight_gradients: float
+    optimizer: float
+    recomputation: float
+    moved: float
+    moved_by_adapters: float
+    trainable: int
+    lowest: int | None
+    weights: int
+    added: int
+    gradients: int
+    states: int
+    activations: int
+    recomputed: int
+    logits: int
+    workspace: int
+
+    @property
+    def flops(self) -> float:
+        """Per token of a step."""
+        return (
+            self.forward + self.backward + self.adapters + self.weight_gradients + self.optimizer + self.recomputation
+        )
+
+    @property
+    def bytes(self) -> int:
+        """At the peak of a step, with the gradients there as under gradient accumulation.
+
+        Everything at once, but for the logits and the block that is recomputed, of which one is gone before the other
+        comes. What the framework itself takes (CUDA's context, fragmentation) is not counted.
+        """
+        held = self.weights + self.added + self.gradients + self.states + self.activations + self.workspace
+        return held + max(self.logits, self.recomputed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object of all numbers, with `flops` and `bytes`."""
+        return asdict(self) | {"flops": self.flops, "bytes": self.bytes}
+
+
+class CostModel:
+    """Predicts what placements cost on one model for one kind of step.
+
+    Args:
+        structure: of the model.
+        workload: the step.
+    """
+
+    def __init__(self, structure: Structure, workload: Workload) -> None:
+        self.structure = structure
+        self.workload = workload
+        self._index = {part.name: i for i, part in enumerate(structure.parts)}
+        self._columns = Columns.of(structure.parts, workload)
+        sources = {part.source: part for part in structure.parts if part.source >= 0}
+        of_sources = [sources[i] for i in range(len(sources))]
+        self._source_stage = np.array([part.stage for part in of_sources], dtype=np.int64)
+        self._source_block = np.array([part.block for part in of_sources], dtype=np.int64)
+        self._source_attends = np.array([part.reads_attention for part in of_sources], dtype=bool)
+        widths = np.array([part.shape[-1] * part.visits for part in of_sources], dtype=np.float64)
+        self._source_bytes = widths * workload.number * workload.tokens
+        self._sum_up()
+        self._reference_time = self.step_time(self.all_linear())
+
+    def _sum_up(self) -> None:
+        """The frozen model's costs by stage, added from the top, so that entry i is of all stages from i on; by block
+        what checkpointing computes again.
+        """
+        structure, load, columns = self.structure, self.workload, self._columns
+        operations, n, words = structure.operations, load.number, structure.vocabulary
+        prices = [price_of(operation, load) for operation in operations]
+        at = np.array([operation.stage for operation in operations], dtype=np.int64)
+        block = np.array([operation.block for operation in operations], dtype=np.int64)
+        forward = np.array([price.forward for price in prices])
+        moved = np.array([price.moved_forward for price in prices])
+
+        def from_the_top(of_parts: Array, of_operations: Array, of_head: float) -> Array:
+            total = np.bincount(columns.stage, of_parts, structure.stages)
+            total += np.bincount(at, of_operations, structure.stages)
+            total[-1] += of_head
+            return np.append(np.cumsum(total[::-1])[::-1], 0.0)
+
+        # The loss: the logits are copied to float32, their log-softmax read and written; the gradient likewise.
+        product, copy = 2.0 * structure.head * words, words * (n + FLOAT) * (n != FLOAT)
+        self._forward = from_the_top(columns.products, forward, product + 5 * words)[0]
+        self._backward = from_the_top(columns.products, np.array([p.backward for p in prices]), product + 3 * words)
+        self._moved_forward = from_the_top(columns.dequantized, moved, copy + 4 * FLOAT * words)[0]
+        self._moved_backward = from_the_top(
+            columns.dequantized, np.array([p.moved_backward for p in prices]), copy + 5 * FLOAT * words
+        )
+        # In float32: logits, their log-softmax, and its gradient, all there in the log-softmax's backward pass.
+        self._logits = load.tokens * words * 3 * FLOAT
+        self._workspace = int(columns.numel[columns.is_quantized].max(initial=0.0) * n)
+        self._kept_at, self._kept_block = at, block
+        self._kept = np.array([price.kept for price in prices]) * load.tokens
+
+        self._widths = np.array(structure.blocks, dtype=np.float64)
+        blocks = len(self._widths)
+        self._block_top = np.full(blocks, -1, dtype=np.int64)
+        for of, stages in ((columns.block, columns.stage), (block, at)):
+            np.maximum.at(self._block_top, of[of >= 0], stages[of >= 0])
+        self._block_forward = _by_block(columns.block, columns.products, blocks) + _by_block(block, forward, blocks)
+        self._block_moved = _by_block(columns.block, columns.dequantized, blocks) + _by_block(block, moved, blocks)
+        is_last = columns.is_matrix & (columns.block >= 0)
+        is_last[is_last] = (columns.stage == self._block_top[columns.block])[is_last] if blocks else False
+        self._is_last = is_last
+        self._block_last = _by_block(columns.block, columns.products * is_last, blocks)
+        self._block_last[[operation.block for operation in operations if operation.weighted]] = 0.0
+
+    def cost(self, ranks: Mapping[str, int], unfrozen: Collection[str] = ()) -> Cost:
+        """What a placement costs.
+
+        Args:
+            ranks: the rank of every adapter, by its submodule's full name.
+            unfrozen: names of modules that are trained whole; a block's name, such as `model.layers.3.mlp`, counts for
+                everything under it.
+
+        Raises:
+            MismatchError: for a name that the model does not have, or on which no adapter can be put.
+            PlacementError: for a rank below 1, or an adapter inside of a module that is trained whole.
+        """
+        adapted, rank = self._adapted(ranks)
+        whole = self._whole(unfrozen)
+        inside = [self.structure.parts[i].name for i in adapted if whole[i]]
+        if inside:
+            raise PlacementError(
+                f"Adapters are asked for on {format_names(inside)}, and {format_names(list(unfrozen))} to be trained whole, which has "
+                "them. Take them out of one of the two."
+            )
+        return self._cost(adapted, rank, whole)
+
+    def all_linear(self) -> Cost:
+        """LoRA of the workload's rank on every submodule that an adapter can be put on: the reference."""
+        adapted = np.flatnonzero(self._columns.is_adaptable)
+        rank = np.full(len(adapted), float(self.workload.rank))
+        return self._cost(adapted, rank, np.zeros(len(self._index), dtype=bool))
+
+    def floor(self) -> Cost:
+        """A forward and backward pass through the whole model of which nothing is trained: what any placement costs
+        that reaches the bottom, before its own adapters.
+        """
+        nothing = np.zeros(len(self._index), dtype=bool)
+        return self._cost(np.zeros(0, dtype=np.int64), np.zeros(0), nothing, to_the_bottom=True)
+
+    def time_ratio(self, cost: Cost) -> float:
+        """The predicted time of a step over that of all-linear LoRA."""
+        return self.step_time(cost) / self._reference_time
+
+    def adapter_cost(self, name: str, rank: int) -> float:
+        """What one adapter adds to a step's time, in steps of all-linear LoRA, wherever the backward pass stops.
+
+        Raises:
+            MismatchError, PlacementError: as `cost`.
+        """
+        adapted, ranks = self._adapted({name: rank})
+        of = prices_of_adapters(self._columns, adapted, ranks, np.ones(1, dtype=bool), self.workload)
+        flops, moved = self._of_optimizer(
+            self._columns.sizes_of_adapters(adapted, ranks), self.workload.adapter_number
+        )
+        flops += float(of.forward[0] + of.backward[0])
+        moved += float(of.moved_forward[0] + of.moved_backward[0])
+        return (flops + FLOPS_PER_BYTE[self.workload.device] * moved) / self._reference_time
+
+    def step_time(self, cost: Cost) -> float:
+        """A step's time per token, in floating-point operations that a large product would do in it: comparable between
+        workloads of one device.
+        """
+        return cost.flops + FLOPS_PER_BYTE[self.workload.device] * cost.moved
+
+    def _adapted(self, ranks: Mapping[str, int]) -> tuple[Indices, Array]:
+        try:
+            adapted = np.fromiter(map(self._index.__getitem__, ranks), dtype=np.int64, count=len(ranks))
+        except KeyError:
+            self._refuse([name for name in ranks if name not in self._index], "are not in the model")
+        rank = np.array(list(ranks.values()), dtype=np.float64)
+        if not self._columns.is_adaptable[adapted].all():
+            self._refuse([n for n in ranks if not self._columns.is_adaptable[self._index[n]]], "can have no adapter")
+        if len(rank) and (rank.min() < 1 or (rank != np.floor(rank)).any()):
+            wrong = {name: value for name, value in ranks.items() if value < 1 or value != int(value)}
+            raise PlacementError(f"A rank is a whole number of at least 1, and these are not: {wrong}.")
+        return adapted, rank
+
+    def _refuse(self, names: list[str], what: str) -> None:
+        raise MismatchError(
+            f"{format_names(names)} {what}, which has {format_names(self.structure.adaptable)} for adapters. Use full names, as "
+            "find_submodules(model) gives them."
+        )
+
+    def _whole(self, unfrozen: Collection[str]) -> Mask:
+        whole = np.zeros(len(self._index), dtype=bool)
+        if unfrozen:
+            names = set(unfrozen)
+            found = set()
+            for name, i in self._index.items():
+                for prefix in _prefixes(name):
+                    if prefix in names:
+                        whole[i] = True
+                        found.add(prefix)
+            if names - found:
+                self._refuse(sorted(names - found), "are no modules of the model")
+        return whole
+
+    def _of_optimizer(self, tensors: Array, number: int) -> tuple[float, float]:
+        """FLOPs and bytes moved per token by the optimizer's step for parameters of so many numbers."""
+        numel = float(tensors.sum())
+        flops = (2 if self.workload.optimizer == "sgd" else _ADAM_FLOPS) * numel
+        moved = 3 * numel * number + 2 * self.workload.state_bytes(tensors, number)
+        return flops / self.workload.tokens, moved / self.workload.tokens
+
+    def _cost(self, adapted: Indices, rank: Array, whole: Mask, to_the_bottom: bool = False) -> Cost:
+        load, columns, stage = self.workload, self._columns, self._columns.stage
+        trained = np.append(adapted, np.flatnonzero(whole))
+        first = trained[np.argmin(stage[trained])] if len(trained) else None
+        lowest = self.structure.stages - 1 if first is None else int(stage[first])
+        if to_the_bottom or (first is not None and load.runs_to_the_bottom):
+            lowest = -1
+
+        of = prices_of_adapters(columns, adapted, rank, stage[adapted] > lowest, load)
+        tensors, copied = columns.sizes_of_adapters(adapted, rank), columns.numel[whole]
+        numbers = float(tensors.sum()), float(copied.sum())
+        steps = self._of_optimizer(tensors, load.adapter_number), self._of_optimizer(copied, load.number)
+        moved_by_adapters = float(of.moved_forward.sum() + of.moved_backward.sum())
+        moved = float(self._moved_forward + self._moved_backward[lowest + 1]) + moved_by_adapters
+        moved += steps[0][1] + steps[1][1] + 2 * load.number * numbers[1] / load.tokens
+
+        outside, inside = self._kept_for_backward(adapted, rank, whole, lowest)
+        kept, recomputed, recomputation = outside + float(inside.sum()), 0.0, 0.0
+        if load.checkpointing and lowest < self.structure.stages - 1:
+            again = self._block_top >= lowest
+            recomputed = float(inside[again].max(initial=0.0))
+            kept = outside + float(self._widths[again].sum()) * load.number * load.tokens
+            stops_early = again.copy()
+            stops_early[columns.block[trained[self._is_last[trained]]]] = False
+            by_adapters = _by_block(columns.block[adapted], of.forward, len(again))
+            recomputation = float((self._block_forward - stops_early * self._block_last + by_adapters)[again].sum())
+            by_adapters = _by_block(columns.block[adapted], of.moved_forward, len(again))
+            moved += float((self._block_moved + by_adapters)[again].sum())
+
+        added = int(numbers[0] * load.adapter_number + numbers[1] * load.number)
+        states = load.state_bytes(tensors, load.adapter_number) + load.state_bytes(copied, load.number)
+        return Cost(
+            forward=float(self._forward),
+            backward=float(self._backward[lowest + 1]),
+            adapters=float(of.forward.sum() + of.backward.sum()),
+            weight_gradients=float(columns.products[whole].sum()),
+            optimizer=steps[0][0] + steps[1][0],
+            recomputation=recomputation,
+            moved=moved,
+            moved_by_adapters=moved_by_adapters,
+            trainable=int(numbers[0] + numbers[1]),
+            lowest=None if first is None else self.structure.parts[first].depth,
+            weights=int(np.where(whole, columns.numel * load.number, columns.stored).sum()),
+            added=added,
+            gradients=added,
+            states=int(states),
+            activations=int(kept),
+            recomputed=int(recomputed),
+            logits=self._logits,
+            workspace=self._workspace,
+        )
+
+    def _kept_for_backward(self, adapted: Indices, rank: Array, whole: Mask, lowest: int) -> tuple[float, Array]:
+        """Bytes kept from the forward to the backward pass, outside of blocks and by block.
+
+        Operations above the lowest trained stage keep what `price_of` says. An adapter keeps its input, once for all
+        that read the same, and r numbers; where its dtype is another, PEFT casts the input for each, and each keeps its
+        copy. A module trained whole keeps its input, a norm its result. What attention gives is kept by SDPA already.
+        The new copy of fused experts that an adapter on them makes is kept whole.
+        """
+        load, columns = self.workload, self._columns
+        fused = columns.is_fused[adapted]
+        read = np.zeros(len(self._source_bytes), dtype=bool)
+        read[columns.source[adapted[fused]]] = True
+        read[columns.source[whole & columns.is_matrix]] = True
+        own = rank * load.adapter_number
+        if load.is_mixed:
+            own = own + columns.d_in[adapted] * load.adapter_number
+        else:
+            read[columns.source[adapted]] = True
+        if load.attention == "sdpa":
+            read &= ~(self._source_attends & (self._source_stage - 1 > lowest))
+        own = np.where(fused, columns.numel[adapted] * load.number, own * columns.visits[adapted] * load.tokens)
+        pairs = (
+            (self._kept_block, self._kept * (self._kept_at > lowest)),
+            (self._source_block, self._source_bytes * read),
+            (columns.block[adapted], own),
+            (columns.block, columns.numel * load.number * load.tokens * (whole & columns.is_norm)),
+        )
+        outside = sum(float(values[block < 0].sum()) for block, values in pairs)
+        blocks = len(self.structure.blocks)
+        inside = np.sum([_by_block(block, values, blocks) for block, values in pairs], axis=0)
+        return outside, inside
+
+
+def _by_block(block: Indices, values: Array, blocks: int) -> Array:
+    inside = block >= 0
+    return np.bincount(block[inside], values[inside], blocks).astype(np.float64)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

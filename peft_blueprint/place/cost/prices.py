@@ -1,0 +1,207 @@
+"""What operations, weights and adapters cost per token: FLOPs, bytes moved, and bytes kept for the backward pass.
+
+Formulas with their sources, and a model's weights as columns of numbers. Knows nothing of placements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...blueprint import ADAPTABLE
+from .structure import Operation, Part
+from .workload import FLOAT, Array, Workload
+
+
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+# Inputs' worth of numbers that an activation function keeps for its backward pass; 1 where it is a single kernel.
+_KEPT_BY_FUNCTION = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 2, "gelu_python": 3, "relu2": 2}
+
+
+_ROUTING = 3 * 8 + 2 * FLOAT  # bytes kept of which expert a token visits, with which weight, where and back
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of an operation: FLOPs and bytes moved in both directions, and bytes kept, all per token."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    moved_forward: float = 0.0
+    moved_backward: float = 0.0
+    kept: float = 0.0
+
+
+def price_of(operation: Operation, workload: Workload) -> Price:
+    """What an operation between weights costs per token.
+
+    - A norm of torch's keeps its input and two float32 (Ba et al. 2016's mean and deviation). transformers' RMS norms
+      compute step by step in float32 and keep their input in it, which is a copy where activations are of 2 bytes, and
+      the inverse root.
+    - Attention by SDPA keeps queries, keys, values, its output, and a float32 per head (FlashAttention, Dao et al. 2022,
+      arXiv:2205.14135); with padding its mask as well. Eager attention keeps queries, keys, values and the T² scores
+      after the softmax, which is in float32, and their copy in 2 bytes. Rotary embeddings keep nothing of their own.
+    - An activation keeps its input, one that transformers writes out in Python more; the product of a gated unit keeps
+      both of its factors. An expert's output is kept for the gradient of its router's weight.
+    - A sum keeps nothing.
+    """
+    n, w = workload.number, operation.width
+    if operation.kind == "residual":
+        return Price(moved_forward=3 * w * n, moved_backward=3 * w * n)
+    if operation.kind == "norm":
+        return Price(8 * w, 12 * w, 2 * w * n, 3 * w * n, w * n + 2 * FLOAT)
+    if operation.kind == "rms_norm":
+        casts = 0 if n == FLOAT else 2 * w * (n + FLOAT)
+        return Price(
+            6 * w, 12 * w, 6 * w * FLOAT + 2 * w * n + casts, 10 * w * FLOAT + 2 * w * n + casts, (w + 1) * FLOAT
+        )
+    if operation.kind == "attention":
+        return _price_of_attention(operation, workload)
+    kept = _KEPT_BY_FUNCTION.get(operation.function, 1)
+    steps = 1 if kept == 1 else 2 * kept
+    gated = int(operation.is_gated)
+    times = operation.visits
+    return Price(
+        forward=times * w * (5 * steps + gated),
+        backward=times * w * (8 * steps + 2 * gated),
+        moved_forward=times * n * (w * (2 * steps + 3 * gated) + 4 * operation.weighted),
+        moved_backward=times * n * (w * (3 * steps + 6 * gated) + 6 * operation.weighted),
+        kept=times * (n * (w * (kept + 2 * gated) + operation.weighted) + _ROUTING * (operation.weighted > 0)),
+    )
+
+
+def _price_of_attention(operation: Operation, workload: Workload) -> Price:
+    n, w, keys, length = workload.number, operation.width, operation.keys, workload.length
+    seen = length / 2 if operation.is_causal and not workload.padded and workload.attention == "sdpa" else length
+    products = 4.0 * seen * w
+    repeated = w if workload.padded or workload.attention == "eager" else keys
+    rotated = 10 * (w + keys) * n + 3 * 2 * (repeated - keys) * n
+    if workload.attention == "sdpa":
+        mask = length * n if workload.padded else 0
+        kept = (2 * w + 2 * repeated) * n + operation.heads * FLOAT + mask
+        moved = rotated + kept + w * n
+        return Price(products, 2.5 * products, moved, 2 * moved, kept)
+    scores = operation.heads * length
+    copied = 0 if n == FLOAT else n
+    kept = (w + 2 * repeated) * n + scores * (FLOAT + copied)
+    moved = rotated + kept + scores * (6 * n + 2 * FLOAT)
+    return Price(products, 2 * products, moved, 2 * moved, kept)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A model's weights as columns, one number of each for every part.
+
+    Args:
+        stage, block, source, visits: as of a part.
+        numel, d_in, d_out, experts: sizes; `experts` is 1 where they are not fused.
+        products: FLOPs of the product with one token, experts as often as a token visits them.
+        stored: bytes, in whatever form they are held.
+        dequantized: bytes per token moved to have the weight out of its 4 or 8 bits once.
+        is_adaptable, is_fused, is_matrix, is_norm, is_quantized: what it is.
+    """
+
+    stage: Indices
+    block: Indices
+    source: Indices
+    visits: Array
+    numel: Array
+    d_in: Array
+    d_out: Array
+    experts: Array
+    products: Array
+    stored: Array
+    dequantized: Array
+    is_adaptable: Mask
+    is_fused: Mask
+    is_matrix: Mask
+    is_norm: Mask
+    is_quantized: Mask
+
+    @classmethod
+    def of(cls, parts: tuple[Part, ...], workload: Workload) -> Columns:
+        """The columns of these parts under this workload."""
+        numel = np.array([part.numel for part in parts], dtype=np.float64)
+        d_in = np.array([part.shape[-1] if part.shape else 1 for part in parts], dtype=np.float64)
+        d_out = np.array([part.shape[-2] if len(part.shape) > 1 else 1 for part in parts], dtype=np.float64)
+        visits = np.array([part.visits for part in parts])
+        is_fused = np.array([part.form == "experts" for part in parts])
+        is_matrix = np.array([part.is_matrix for part in parts])
+        is_quantized = np.array([part.is_quantizable and workload.quantization is not None for part in parts])
+        whole = numel * workload.number
+        stored = np.where(is_quantized, workload.quantized_bytes(numel, d_out), whole)
+        return cls(
+            stage=np.array([part.stage for part in parts], dtype=np.int64),
+            block=np.array([part.block for part in parts], dtype=np.int64),
+            source=np.array([part.source for part in parts], dtype=np.int64),
+            visits=visits,
+            numel=numel,
+            d_in=d_in,
+            d_out=d_out,
+            experts=np.where(is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0),
+            products=np.where(is_matrix, 2 * np.where(is_fused, d_in * d_out, numel) * visits, 0.0),
+            stored=stored,
+            # Read in its bits, and written and read again in the activations' dtype.
+            dequantized=np.where(is_quantized, stored + 2 * whole, 0.0) / workload.tokens,
+            is_adaptable=np.array([part.form in ADAPTABLE for part in parts]),
+            is_fused=is_fused,
+            is_matrix=is_matrix,
+            is_norm=np.array([part.form == "norm" for part in parts]),
+            is_quantized=is_quantized,
+        )
+
+    def sizes_of_adapters(self, adapted: Indices, rank: Array) -> Array:
+        """Numbers of every adapter's A, then of every adapter's B, of all experts together where they are fused."""
+        ranks = self.experts[adapted] * rank
+        return np.concatenate([ranks * self.d_in[adapted], ranks * self.d_out[adapted]])
+
+
+@dataclass(frozen=True)
+class AdapterPrices:
+    """FLOPs and bytes moved per token by every one of some adapters, forward and backward."""
+
+    forward: Array
+    backward: Array
+    moved_forward: Array
+    moved_backward: Array
+
+
+def prices_of_adapters(
+    columns: Columns, adapted: Indices, rank: Array, needed: Mask, workload: Workload
+) -> AdapterPrices:
+    """What adapters cost per token, as PEFT computes them.
+
+    A product with A and one with B, 2r(d_in + d_out) FLOPs, twice that backward, less the input's gradient where nothing
+    before needs it. Moved: the input is read (and cast, where dtypes differ), A's result written and read, B's result
+    written, scaled and added to the layer's; backward the same gradients, and the input's added to the layer's own.
+
+    An adapter of fused experts is folded into a new copy of all of them in every pass, and the gradient of the whole
+    copy is taken; both are counted once a step.
+
+    Args:
+        columns: of the model.
+        adapted: indices of the adapted parts.
+        rank: of each.
+        needed: whether something before it needs the gradient of its input.
+        workload: the step.
+    """
+    n, a = workload.number, workload.adapter_number
+    cast = (n + a) * workload.is_mixed
+    d_in, d_out, visits = columns.d_in[adapted], columns.d_out[adapted], columns.visits[adapted]
+    clone = 2 * n * columns.is_quantized[adapted]  # of a quantised layer's result
+    forward = 2 * rank * (d_in + d_out) * visits
+    backward = 2 * rank * (d_in * (1 + needed) + 2 * d_out) * visits
+    moved_forward = visits * (d_in * (a + cast) + 2 * rank * a + d_out * (4 * a + n + max(n, a) + cast + clone))
+    moved_backward = visits * (d_in * (a + needed * (a + 3 * n + cast)) + 4 * rank * a + d_out * (4 * a + cast))
+    fused, numel = columns.is_fused[adapted], columns.numel[adapted] / workload.tokens
+    return AdapterPrices(
+        forward=np.where(fused, 2 * rank * numel, forward),
+        backward=np.where(fused, 4 * rank * numel + columns.products[adapted], backward),
+        moved_forward=np.where(fused, 2 * n * numel, moved_forward),
+        moved_backward=np.where(fused, 3 * n * numel, moved_backward),
+    )

@@ -1,0 +1,149 @@
+"""One training step as the cost model sees it, and the bytes in which its weights and optimizer states are stored.
+
+Plain frozen data and arithmetic on sizes. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import PlacementError
+
+
+Array = NDArray[np.float64]
+
+FLOAT = 4  # bytes of a float32
+DTYPES = {"float32": FLOAT, "bfloat16": 2, "float16": 2}
+DEVICES = ("cuda", "cpu")
+_QUANTIZATIONS = (None, "nf4", "fp4", "int8")
+_OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+_ATTENTIONS = ("sdpa", "eager")
+# bitsandbytes' sizes
+_BLOCK_OF_4BIT, _BLOCK_OF_SCALES, _BLOCK_OF_8BIT_STATE = 64, 256, 256
+_CODE_OF_4BIT, _CODE_OF_8BIT = 16 * FLOAT, 256 * FLOAT
+_SMALLEST_8BIT_STATE = 4096  # tensors with fewer numbers have states in 32 bits
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step as the cost model sees it.
+
+    Args:
+        batch_size: examples of a step.
+        length: tokens of an example, padding included.
+        dtype: of unquantised base weights and of activations: "bfloat16", "float16" or "float32".
+        quantization: "nf4", "fp4" or "int8", of linear layers that are not trained whole, the head excluded; or None.
+        double_quant: whether the 4-bit scales are themselves held in 8 bits.
+        checkpointing: whether activations are computed again in the backward pass, block by block.
+        optimizer: "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit" or "sgd" (without momentum).
+        rank: of all-linear LoRA, the reference.
+        adapter_dtype: of adapters. PEFT holds them in float32 unless told otherwise.
+        attention: "sdpa" or "eager".
+        device: "cuda" or "cpu", which have other constants of time.
+        padded: whether a batch has padding. Attention is then given a mask, and keys and values are repeated for all
+            heads of their group.
+        input_gradients: whether the embeddings' output is made to require a gradient, so that the backward pass runs
+            to the bottom wherever the lowest adapter is. transformers does that when it turns gradient checkpointing
+            on, and PEFT once more in `get_peft_model`; `checkpointing.CheckpointAbove` undoes it. None stands for what
+            they do: the same as `checkpointing`.
+
+    Raises:
+        PlacementError: for a value that is none of these.
+    """
+
+    batch_size: int = 8
+    length: int = 512
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    double_quant: bool = True
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    rank: int = 16
+    adapter_dtype: str = "float32"
+    attention: str = "sdpa"
+    device: str = "cuda"
+    padded: bool = True
+    input_gradients: bool | None = None
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, Collection[object]] = {
+            "dtype": DTYPES,
+            "quantization": _QUANTIZATIONS,
+            "optimizer": _OPTIMIZERS,
+            "adapter_dtype": DTYPES,
+            "attention": _ATTENTIONS,
+            "device": DEVICES,
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise PlacementError(
+                    f"Workload({name}={getattr(self, name)!r}) is not known; choose from {', '.join(map(repr, choices))}."
+                )
+        for name in ("batch_size", "length", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlacementError(f"Workload({name}={value!r}) is no count; give a whole number of at least 1.")
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch_size * self.length
+
+    @property
+    def number(self) -> int:
+        """Bytes of an unquantised weight and of an activation."""
+        return DTYPES[self.dtype]
+
+    @property
+    def adapter_number(self) -> int:
+        """Bytes of a number of an adapter."""
+        return DTYPES[self.adapter_dtype]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether adapters have another dtype than activations, so that PEFT casts every input of theirs."""
+        return self.adapter_dtype != self.dtype
+
+    @property
+    def runs_to_the_bottom(self) -> bool:
+        """Whether the backward pass goes down to the embeddings whatever is trained."""
+        return self.checkpointing if self.input_gradients is None else self.input_gradients
+
+    def quantized_bytes(self, numel: Array, d_out: Array) -> Array:
+        """Of linear layers' weights as bitsandbytes stores them, given how many numbers and rows they have.
+
+        4 bits a number and a scale for every 64, in float32, with a table of 16; with `double_quant` the scales take
+        8 bits each, with a float32 for every 256 of them, a table of 256 and an offset (Dettmers et al. 2023,
+        arXiv:2305.14314, section 3). Or 8 bits a number and a float32 for every row (Dettmers et al. 2022,
+        arXiv:2208.07339).
+        """
+        if self.quantization is None:
+            return numel * self.number
+        if self.quantization == "int8":
+            return numel + d_out * FLOAT
+        scales = np.ceil(numel / _BLOCK_OF_4BIT)
+        stored = np.ceil(numel / 2) + _CODE_OF_4BIT
+        if not self.double_quant:
+            return stored + scales * FLOAT
+        return stored + scales + np.ceil(scales / _BLOCK_OF_SCALES) * FLOAT + _CODE_OF_8BIT + FLOAT
+
+    def state_bytes(self, numel: Array, number: int) -> float:
+        """Of the optimizer's states for parameters of `numel` numbers each, of `number` bytes.
+
+        torch's AdamW keeps two states in the parameter's dtype, bitsandbytes' two in float32 or, for parameters of at
+        least 4096 numbers, in 8 bits with a float32 for every 256. Paged states count whole: they leave the
+        accelerator only when it is short of memory.
+        """
+        if self.optimizer == "sgd":
+            return 0.0
+        if self.optimizer == "adamw":
+            return float(2 * numel.sum() * number)
+        in_32_bits = 2 * numel * FLOAT
+        if self.optimizer == "paged_adamw_32bit":
+            return float(in_32_bits.sum())
+        in_8_bits = 2 * (numel + np.ceil(numel / _BLOCK_OF_8BIT_STATE) * FLOAT)
+        return float(np.where(numel < _SMALLEST_8BIT_STATE, in_32_bits, in_8_bits).sum())

@@ -1,0 +1,223 @@
+"""Scores by which submodules are ranked: what a measurement says of them, and controls that look at no measurement.
+
+Every score is one function of entries to numbers, larger for what should get an adapter sooner. Knows nothing of
+budgets, coverage or what is chosen in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .._text import format_names
+from ..blueprint import Submodule, score_of
+from ..errors import BlueprintError
+
+
+Score = Callable[[Sequence[Submodule]], np.ndarray]
+
+_SMALLEST_NOISE_SCALE = 1e-12  # examples; below it all is signal
+
+
+def score(entries: Sequence[Submodule], by: str, *, seed: int = 0, costs: ArrayLike | None = None) -> np.ndarray:
+    """Every entry's score, (n,).
+
+    Args:
+        entries: those to choose from. A score may depend on all of them: `within_kind` on the kinds' means, `even` on
+            the range of depth.
+        by: a name among `SCORES`.
+        seed: of `random`.
+        costs: (n,) positive costs of the entries; given, the score is per cost.
+
+    Raises:
+        BlueprintError: if there is no such score, if entries lack what it needs, or for costs that do not pair with the
+            entries or are not positive.
+    """
+    if by not in SCORES:
+        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+    values = random(entries, seed) if by == "random" else SCORES[by](entries)
+    if costs is None:
+        return values
+    prices = np.asarray(costs, dtype=float)
+    if prices.shape != values.shape:
+        raise BlueprintError(f"{values.size} entries and {prices.size} costs do not pair: give one cost an entry.")
+    wrong = [entry.name for entry, price in zip(entries, prices, strict=True) if not 0 < price < math.inf]
+    if wrong:
+        raise BlueprintError(
+            f"The cost of {format_names(wrong)} is not a positive number: a score per cost needs one."
+        )
+    return values / prices
+
+
+def comparable_across_kinds(by: str) -> bool:
+    """Whether a score may stand in one list for entries of different kinds, or ranks within a kind only.
+
+    Gradient norms, however scaled by weights or numbers of parameters, and shares of their energy depend on the shapes
+    and on the sizes of what flows through a kind. Comparable are ratios to the kind's own mean or noise, changes of the
+    loss in nats (`weight_gradient`, and `adam_gain` per learning rate), and the controls.
+
+    Raises:
+        BlueprintError: if there is no such score.
+    """
+    if by not in SCORES:
+        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+    return by not in _WITHIN_KIND_ONLY
+
+
+def gradient_norm(entries: Sequence[Submodule]) -> np.ndarray:
+    """Mean over examples of ‖g_b‖, the norm of one example's gradient: the paper's ranking (Algorithm 1, line 3)."""
+    return _statistic(entries, "gradient_norm")
+
+
+def within_kind(entries: Sequence[Submodule]) -> np.ndarray:
+    """The gradient norm over its mean in the entry's kind, so that kinds compare; 0 where all of a kind are 0."""
+    norms = gradient_norm(entries)
+    _, index = np.unique([str(entry.kind) for entry in entries], return_inverse=True)
+    means = np.bincount(index, norms) / np.bincount(index)
+    return norms / np.where(means > 0, means, 1.0)[index]
+
+
+def per_root_parameter(entries: Sequence[Submodule]) -> np.ndarray:
+    """The gradient norm over √(number of parameters): about the root mean square of the gradient's entries."""
+    missing = [entry.name for entry in entries if entry.shape is None]
+    if missing:
+        raise BlueprintError(
+            f"{format_names(missing)} have no shape, which per_root_parameter divides by. Measure the blueprint with "
+            "generate_blueprint, or expand it onto the model."
+        )
+    sizes = np.array([math.prod(entry.shape or ()) for entry in entries], dtype=float)
+    return gradient_norm(entries) / np.sqrt(sizes)
+
+
+def relative_gradient_norm(entries: Sequence[Submodule]) -> np.ndarray:
+    """The gradient norm over the weight's norm, ‖g‖/‖w‖: the inverse of the trust ratio that LARS scales a layer's step
+    by (You et al. 2017, arXiv:1708.03888, eq. 6). 0 for a weight of zeros.
+    """
+    norms, weights = gradient_norm(entries), _statistic(entries, "weight_norm")
+    return np.divide(norms, weights, out=np.zeros_like(norms), where=weights > 0)
+
+
+def signal_norm(entries: Sequence[Submodule]) -> np.ndarray:
+    """‖E g‖, the norm of the mean gradient, estimated without bias: what examples agree on."""
+    return _statistic(entries, "signal_norm")
+
+
+def signal_to_noise(entries: Sequence[Submodule]) -> np.ndarray:
+    """‖E g‖²/tr(Σ), the inverse of the noise scale (McCandlish et al. 2018, arXiv:1812.06162, eq. 2.8); 0 where no signal
+    was seen, whose noise scale is infinite.
+    """
+    entries = list(entries)
+    is_silent = np.array([entry.noise_scale is None and entry.signal_norm == 0 for entry in entries], dtype=bool)
+    ratios = np.zeros(len(entries))
+    scales = _statistic([entry for entry, silent in zip(entries, is_silent, strict=True) if not silent], "noise_scale")
+    ratios[~is_silent] = 1 / np.maximum(scales, _SMALLEST_NOISE_SCALE)
+    return ratios
+
+
+def weight_gradient(entries: Sequence[Submodule]) -> np.ndarray:
+    """Σ|w·ḡ| over a weight's entries: to first order how far the loss moves if each were removed by itself (Lee et al.
+    2019, SNIP, arXiv:1810.02340, eq. 5, on the mean gradient; Molchanov et al. 2019, arXiv:1906.10771, eq. 8, has its
+    square). As estimated by `generate.weight_gradient`.
+    """
+    return _statistic(entries, "weight_gradient")
+
+
+def singular_energy(entries: Sequence[Submodule]) -> np.ndarray:
+    """‖E g‖·√p, where p is the share of the mean gradient's energy in its leading directions: the part of the signal that
+    an adapter of that rank can follow at first.
+    """
+    return signal_norm(entries) * np.sqrt(_statistic(entries, "singular_energy"))
+
+
+def adam_gain(entries: Sequence[Submodule]) -> np.ndarray:
+    """E‖G·a‖₁, the expected L1 norm of the gradient that one row a of a new LoRA A gives its column of B.
+
+    Adam moves every entry alike, so that a first step of rank r lowers the loss by lr·α·E‖G·a‖₁ (see
+    `generate.adam_gain`); r and α are common to all entries and left out.
+    """
+    return _statistic(entries, "adam_gain")
+
+
+def random(entries: Sequence[Submodule], seed: int = 0) -> np.ndarray:
+    """Control: uniform in [0, 1), the same for the same seed and number of entries."""
+    return np.random.default_rng(seed).random(len(entries))
+
+
+def even(entries: Sequence[Submodule]) -> np.ndarray:
+    """Control: 1 for the entry in the middle of these by depth, falling evenly to 0 on both sides.
+
+    A spread over strata of depth is even if each stratum gives its middle entry, and where the strata are is known only
+    to who cuts them. So this is a function of one stratum's entries: a planner that takes the best of every stratum asks
+    it of each. Asked of a whole model at once it prefers the middle layers. Of an even number the earlier of the two in
+    the middle comes first.
+    """
+    n = len(entries)
+    middle = (n - 1) // 2
+    values = np.empty(n)
+    values[_by_depth(entries)] = 1 - np.abs(np.arange(n) - middle) / max(n - 1 - middle, 1)
+    return values
+
+
+def first(entries: Sequence[Submodule]) -> np.ndarray:
+    """Control: shallow first, from 1 down towards 0 with the depth."""
+    return 1 / (1 + _depths(entries))
+
+
+def last(entries: Sequence[Submodule]) -> np.ndarray:
+    """Control: deep first, the depth counted from 1."""
+    return 1 + _depths(entries)
+
+
+SCORES: dict[str, Score] = {
+    "gradient_norm": gradient_norm,
+    "within_kind": within_kind,
+    "per_root_parameter": per_root_parameter,
+    "relative_gradient_norm": relative_gradient_norm,
+    "signal_norm": signal_norm,
+    "signal_to_noise": signal_to_noise,
+    "weight_gradient": weight_gradient,
+    "singular_energy": singular_energy,
+    "adam_gain": adam_gain,
+    "random": random,
+    "even": even,
+    "first": first,
+    "last": last,
+}
+_WITHIN_KIND_ONLY = (
+    "gradient_norm",
+    "per_root_parameter",
+    "relative_gradient_norm",
+    "signal_norm",
+    "singular_energy",
+)
+
+
+def _statistic(entries: Sequence[Submodule], name: str) -> np.ndarray:
+    missing = [entry.name for entry in entries if getattr(entry, name) is None]
+    if missing:
+        how = _NEEDS.get(name, "generate_blueprint")
+        raise BlueprintError(
+            f"{len(missing)} of {len(entries)} entries have no {name} ({format_names(missing)}). Measure the blueprint again with "
+            f"{how}, or rank by gradient_norm."
+        )
+    return np.array([score_of(entry, name) for entry in entries], dtype=float)
+
+
+_NEEDS = {
+    "signal_norm": "generate_blueprint on at least two examples",
+    "noise_scale": "generate_blueprint on at least two examples",
+    "singular_energy": "generate_blueprint and a sketch_size above 16",
+}
+
+
+def _depths(entries: Sequence[Submodule]) -> np.ndarray:
+    """Depths from 0; what has none, embeddings say, counts as shallowest."""
+    return np.array([0 if entry.depth is None else entry.depth for entry in entries], dtype=float)
+
+
+def _by_depth(entries: Sequence[Submodule]) -> np.ndarray:
+    """Positions of the entries from shallow to deep, those of one depth in their order."""
+    return np.argsort(_depths(entries), kind="stable")

@@ -1,0 +1,293 @@
+"""A placement in another trainer's own words: the configuration of PEFT, TRL, axolotl, LLaMA-Factory or Unsloth, as text.
+
+Knows what each of them can say and how it matches names; loads none of them, and no model.
+
+All five end in PEFT's `LoraConfig`, which takes a name of a list exactly or as an ending after a dot, so that the full
+name of layer 1 does not reach layer 11. Read in the sources of TRL 1.16, axolotl 0.19, LLaMA-Factory 0.9.5 and Unsloth
+2026.10; where one of them cannot say what a placement holds, that is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import yaml
+
+from .._text import format_names
+from ..errors import PlacementError
+from .placement import Placement
+
+
+Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"]
+
+DEFAULT_RANK = 16
+# PEFT's word for an adapter on no module at all, as when blocks are only unfrozen
+NO_TARGETS = "dummy-target-modules"
+# beyond so many patterns Python's cache of compiled ones is too small, and PEFT compiles each for every module
+_MAX_SINGLE_PATTERNS = 200
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What PEFT's `LoraConfig` is given, under its names; every list sorted, every name full."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: list[str] | str
+    target_parameters: list[str]
+    modules_to_save: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keyword arguments of `LoraConfig`, without those that are empty."""
+        optional = ("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+        return {key: value for key, value in vars(self).items() if value or key not in optional}
+
+
+def trainer_config(
+    placement: Placement,
+    trainer: Trainer,
+    *,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    task_type: str = "CAUSAL_LM",
+) -> str:
+    """A placement as that trainer's own configuration, to be pasted: Python for PEFT, TRL and Unsloth, else YAML.
+
+    Where the placement says ranks, they count instead of `r`, and every adapter keeps the scaling lora_alpha / r:
+    alpha_i = r_i · lora_alpha / r.
+
+    Args:
+        placement: what to adapt.
+        trainer: "peft", "trl", "axolotl", "llamafactory" or "unsloth".
+        r: LoRA's rank; by default the placement's `rank`, or else 16.
+        lora_alpha: LoRA's alpha; by default 2 · r.
+        lora_dropout: LoRA's dropout.
+        task_type: PEFT's, for PEFT and TRL; the others find it out themselves.
+
+    Raises:
+        PlacementError: if that trainer has no word for what is placed (ranks, experts fused into one parameter, blocks
+            that are unfrozen), or a number cannot be used.
+    """
+    writers = {
+        "peft": _peft,
+        "trl": _trl,
+        "axolotl": _axolotl,
+        "llamafactory": _llamafactory,
+        "unsloth": _unsloth,
+    }
+    if trainer not in writers:
+        raise PlacementError(f"trainer={trainer!r}: choose {', '.join(get_args(Trainer))}.")
+    settings = lora_settings(placement, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+    body, notes = writers[trainer](placement, settings, task_type)
+    return "".join(f"# {line}\n" for line in [*_notes(placement), *notes]) + body
+
+
+def lora_settings(
+    placement: Placement, *, r: int | None = None, lora_alpha: float | None = None, lora_dropout: float = 0.0
+) -> LoraSettings:
+    """What PEFT is to be given for a placement.
+
+    With ranks, `r` is the largest of them, for servers that size their memory by it, and the others stand in patterns,
+    each the whole of a name.
+
+    Raises:
+        PlacementError: if nothing is placed, or a number cannot be used.
+    """
+    if not (placement.lora or placement.unfreeze):
+        raise PlacementError(f"The placement for {placement.model_id!r} is empty: there is nothing to train.")
+    r = (placement.rank or DEFAULT_RANK) if r is None else r
+    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
+    if r != int(r) or r < 1 or not (lora_alpha > 0 and math.isfinite(lora_alpha)) or not 0 <= lora_dropout < 1:
+        raise PlacementError(
+            f"r={r}, lora_alpha={lora_alpha}, lora_dropout={lora_dropout}: give a whole rank of at least 1, an alpha "
+            "above 0 and a dropout of at least 0 and below 1."
+        )
+    if lora_dropout and placement.target_parameters:
+        raise PlacementError(
+            f"lora_dropout={lora_dropout} does not work on fused experts, which PEFT adapts as whole parameters, and "
+            f"{len(placement.target_parameters)} are placed: {format_names(placement.target_parameters)}. Leave it at 0."
+        )
+    ranks = {name: placement.ranks.get(name, r) for name in placement.lora}
+    largest = max(ranks.values(), default=r)
+    scaling = lora_alpha / r
+    by_rank: dict[int, list[str]] = {}
+    for name in sorted(ranks):
+        if ranks[name] != largest:
+            by_rank.setdefault(ranks[name], []).append(name)
+    patterns = _patterns(by_rank)
+    return LoraSettings(
+        r=largest,
+        lora_alpha=_tidy(scaling * largest),
+        lora_dropout=lora_dropout,
+        target_modules=sorted(placement.target_modules) if placement.lora else NO_TARGETS,
+        target_parameters=sorted(placement.target_parameters),
+        modules_to_save=sorted(placement.unfreeze),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: _tidy(scaling * rank) for pattern, rank in patterns.items()},
+    )
+
+
+def _patterns(by_rank: Mapping[int, Sequence[str]]) -> dict[str, int]:
+    """Rank by regular expression: each name's own, or one alternation for all of a rank where there are many names.
+
+    PEFT matches a pattern to the end of a name, so `^` makes it the whole.
+    """
+    if sum(map(len, by_rank.values())) <= _MAX_SINGLE_PATTERNS:
+        return {"^" + re.escape(name): rank for rank, names in by_rank.items() for name in names}
+    return {"^(?:" + "|".join(map(re.escape, names)) + ")": rank for rank, names in by_rank.items()}
+
+
+def _tidy(number: float) -> float:
+    """A whole number as such; products of alpha and rank are exact to about 1e-12."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def _notes(placement: Placement) -> list[str]:
+    lines = [f"peft_blueprint for {placement.model_id!r}: {placement.summary()}"]
+    if placement.learning_rate_scale is not None:
+        scale = placement.learning_rate_scale
+        lines.append(f"learning rate: about {scale:.3g} times that of LoRA on every linear layer is a good first try")
+    return lines
+
+
+def _peft(placement: Placement, settings: LoraSettings, task_type: str) -> tuple[str, list[str]]:
+    config = _call("LoraConfig", settings.to_dict() | {"task_type": task_type})
+    body = f"from peft import LoraConfig, get_peft_model\n\nconfig = {config}\nmodel = get_peft_model(model, config)\n"
+    return body, _skip_note(placement)
+
+
+def _trl(placement: Placement, settings: LoraSettings, task_type: str) -> tuple[str, list[str]]:
+    config = _call("LoraConfig", settings.to_dict() | {"task_type": task_type})
+    body = (
+        "from peft import LoraConfig\nfrom trl import SFTConfig, SFTTrainer\n\n"
+        f"peft_config = {config}\n"
+        "trainer = SFTTrainer(\n"
+        f"    model={_python(placement.model_id)},\n"
+        '    args=SFTConfig(output_dir="run"),\n'
+        "    train_dataset=train_dataset,\n"
+        "    peft_config=peft_config,\n"
+        ")\n"
+    )
+    return body, ["train_dataset is yours; other trainers of TRL take the same peft_config", *_skip_note(placement)]
+
+
+def _unsloth(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
+    # a list, since FastLanguageModel of older versions takes a regular expression apart, letter by letter; an empty
+    # target_parameters, since without it Unsloth adds the experts of its own accord
+    values = settings.to_dict() | {"target_parameters": settings.target_parameters}
+    body = f"from unsloth import FastModel\n\nmodel = {_call('FastModel.get_peft_model', values, first='model')}\n"
+    notes = [
+        "load the model with FastModel.from_pretrained; FastLanguageModel allows only embeddings, head and norms in "
+        "modules_to_save, and for some models only last parts of names in target_modules"
+    ]
+    if placement.unfreeze:
+        notes.append("FastModel.from_pretrained quantises unless it is told load_in_4bit=False")
+    return body, notes + _skip_note(placement)
+
+
+def _axolotl(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
+    _require_whole("axolotl", settings)
+    values = settings.to_dict()
+    names = {
+        **{"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+        **{key: f"lora_{key}" for key in values if key not in ("r", "lora_alpha", "lora_dropout")},
+    }
+    written = {"base_model": placement.model_id, "adapter": "lora"} | {names[key]: values[key] for key in values}
+    notes = ["for QLoRA: adapter: qlora and load_in_4bit: true; lora_target_linear would add every linear layer"]
+    if settings.rank_pattern:
+        notes.append("lora_rank_pattern and lora_alpha_pattern need axolotl 0.18 or newer")
+    if placement.unfreeze:
+        written |= {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+        skip = json.dumps(placement.quantization_skip_modules(), ensure_ascii=False)
+        notes.append(f"on a 4-bit base also: bnb_config_kwargs: {{llm_int8_skip_modules: {skip}}}")
+    return _yaml(written), notes
+
+
+def _llamafactory(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
+    _require_whole("LLaMA-Factory", settings)
+    if settings.rank_pattern:
+        found = sorted({settings.r, *settings.rank_pattern.values()})
+        raise PlacementError(
+            f"LLaMA-Factory has one lora_rank for all, and this placement has {found}. Plan it with one rank, or train "
+            "with peft, trl, axolotl or unsloth."
+        )
+    if settings.target_parameters:
+        raise PlacementError(
+            f"LLaMA-Factory has no word for adapters on parameters, and {format_names(settings.target_parameters)} are experts "
+            "fused into one. Train with peft, trl, axolotl or unsloth, or place linear layers alone."
+        )
+    if not placement.lora:
+        raise PlacementError(
+            f"LLaMA-Factory unfreezes blocks beside LoRA only, and this placement is {format_names(placement.unfreeze)} without "
+            "an adapter. Plan it with mode='lora+unfreeze', or train with peft, trl, axolotl or unsloth."
+        )
+    if spoiled := [name for name in (*placement.lora, *placement.unfreeze) if "," in name or name != name.strip()]:
+        raise PlacementError(f"LLaMA-Factory separates names by commas: {format_names(spoiled)} cannot be written.")
+    written = {
+        "model_name_or_path": placement.model_id,
+        "stage": "sft",
+        "finetuning_type": "lora",
+        "lora_rank": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "lora_target": ",".join(settings.target_modules),
+    }
+    notes = [
+        "in models with images or sound LLaMA-Factory takes every name that contains one of these: look at its log"
+    ]
+    if placement.unfreeze:
+        written["additional_target"] = ",".join(settings.modules_to_save)
+        notes.append("additional_target is trained whole: leave quantization_bit out, since 4 bits cannot be trained")
+    return _yaml(written), notes
+
+
+def _skip_note(placement: Placement) -> list[str]:
+    if not placement.unfreeze:
+        return []
+    skip = json.dumps(placement.quantization_skip_modules(), ensure_ascii=False)
+    return [f"on a 4-bit base, load it with BitsAndBytesConfig(..., llm_int8_skip_modules={skip})"]
+
+
+def _require_whole(trainer: str, settings: LoraSettings) -> None:
+    alphas = {settings.r: settings.lora_alpha} | {
+        rank: settings.alpha_pattern[pattern] for pattern, rank in settings.rank_pattern.items()
+    }
+    for rank, alpha in alphas.items():
+        if alpha != int(alpha):
+            raise PlacementError(
+                f"Rank {rank} gets alpha {alpha:.6g} so that all adapters are scaled alike, and {trainer} takes whole "
+                "numbers. Choose lora_alpha as a multiple of r."
+            )
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _call(function: str, values: Mapping[str, Any], first: str | None = None) -> str:
+    """A call as Python text, one argument a line."""
+    lines = [first] if first else []
+    lines += [f"{key}={_python(value, 1)}" for key, value in values.items()]
+    return f"{function}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+
+
+def _python(value: Any, depth: int = 0) -> str:
+    """A string, number, list of strings or dict as Python text."""
+    inner, outer = "    " * (depth + 1), "    " * depth
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list) and value:
+        return "[\n" + "".join(f"{inner}{_python(item)},\n" for item in value) + outer + "]"
+    if isinstance(value, dict):
+        rows = "".join(f"{inner}{_python(key)}: {_python(item)},\n" for key, item in value.items())
+        return "{\n" + rows + outer + "}"
+    return repr(value)

@@ -1,0 +1,136 @@
+"""Whether a blueprint is of the model whose tensors are stored under given names.
+
+Knows how checkpoints name and shape what the model calls by its modules' names; reads no file and no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from .._text import format_names, shape_str
+from ..blueprint import Blueprint, Submodule
+from ..errors import MismatchError
+
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, tuple[str, Shape] | None]  # dtype and shape by name, None where not known
+
+_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantised, so that the shape is the weight's
+_ENDINGS = (".weight", "", ".qweight", ".weight_packed", "_blocks")  # those of GPTQ and AWQ, compressed-tensors, MXFP4
+_ADAPTER = re.compile(
+    r"(?:base_model\.model\.)?(.+?)\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.|$)"
+)
+_EXPERT = re.compile(r"^(.*?\.\d+\.).*\bexperts\.\d+\.")
+_BLOCK = re.compile(r"^.*?\.\d+\.")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
+    """Require that a model's stored tensors have what a blueprint speaks of, of the same shape.
+
+    A prefix such as `model.` may be missing or extra on one side; a weight may be stored the other way round, quantised,
+    or as one tensor per expert. Of an adapter's file the adapted modules must be the blueprint's, at least one of them.
+    A blueprint of groups or layers must have no more blocks than the model.
+
+    Args:
+        blueprint: at any level.
+        tensors: dtype and shape by name, or None where they are not known.
+        source: for messages.
+
+    Raises:
+        MismatchError: naming both sides.
+    """
+    if blueprint.level != "submodule":
+        _check_depth(blueprint, tensors, source)
+        return
+    adapted = {found[1] for name in tensors if (found := _ADAPTER.match(name))}
+    if adapted:
+        wanted = set(blueprint.names)
+        if not any(_without_prefix(name, wanted) for name in adapted):
+            raise _mismatch(blueprint, blueprint.names, sorted(adapted), source, "adapts")
+        return
+    experts = {found[1] for name in tensors if (found := _EXPERT.match(name))}
+    renamed = min(
+        _renamings(blueprint, tensors), key=lambda rename: len(_missing(blueprint, tensors, experts, rename))
+    )
+    missing = _missing(blueprint, tensors, experts, renamed)
+    if missing:
+        raise _mismatch(blueprint, missing, list(tensors), source, "stores")
+    for entry in blueprint:
+        stored = _stored(entry, tensors, renamed)
+        found_shape = tensors[stored] if stored is not None else None
+        if entry.shape is None or found_shape is None or found_shape[0] not in _PLAIN:
+            continue
+        if sorted(entry.shape) != sorted(found_shape[1]):
+            raise MismatchError(
+                f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r}, and {stored!r} is "
+                f"{shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. Use this model's own, "
+                "or give check=False to have it there all the same."
+            )
+
+
+Rename = Callable[[str], str]
+
+
+def _renamings(blueprint: Blueprint, tensors: Tensors) -> list[Rename]:
+    """Ways to put a prefix before every name, or to take one away, that suit the first entry or the last."""
+    prefixes, extras = {""}, set()
+    for name in (blueprint.names[0], blueprint.names[-1]):
+        for ending in _ENDINGS:
+            wanted = name + ending
+            for stored in tensors:
+                if stored.endswith("." + wanted):
+                    prefixes.add(stored.removesuffix(wanted))
+                elif wanted.endswith("." + stored):
+                    extras.add(wanted.removesuffix(stored))
+        if (block := _BLOCK.match(name)) is not None:  # for experts, which are stored under other names
+            for stored in tensors:
+                if (other := _BLOCK.match(stored)) is not None:
+                    if other[0].endswith("." + block[0]):
+                        prefixes.add(other[0].removesuffix(block[0]))
+                    elif block[0].endswith("." + other[0]):
+                        extras.add(block[0].removesuffix(other[0]))
+    added = [lambda name, prefix=prefix: prefix + name for prefix in sorted(prefixes)]
+    return [*added, *(lambda name, extra=extra: name.removeprefix(extra) for extra in sorted(extras))]
+
+
+def _missing(blueprint: Blueprint, tensors: Tensors, experts: set[str], rename: Rename) -> list[str]:
+    missing = []
+    for entry in blueprint:
+        if _stored(entry, tensors, rename) is None:
+            block = _BLOCK.match(rename(entry.name))
+            if entry.form != "experts" or block is None or block[0] not in experts:
+                missing.append(entry.name)
+    return missing
+
+
+def _stored(entry: Submodule, tensors: Tensors, rename: Rename) -> str | None:
+    """The name under which an entry's weight is stored."""
+    return next((name for ending in _ENDINGS if (name := rename(entry.name) + ending) in tensors), None)
+
+
+def _without_prefix(name: str, wanted: Iterable[str]) -> bool:
+    return any(name == other or name.endswith("." + other) or other.endswith("." + name) for other in wanted)
+
+
+def _check_depth(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
+    depths = [int(number[1]) for number in map(_NUMBER.search, tensors) if number is not None]
+    deepest = max(
+        (int(entry.name.rpartition(".")[2]) for entry in blueprint if entry.name[-1:].isdecimal()), default=-1
+    )
+    if depths and deepest > max(depths):
+        raise MismatchError(
+            f"The blueprint of {blueprint.model_id!r} speaks of block {deepest}, and the last in {source} is "
+            f"{max(depths)}. Use a blueprint of this model, or give check=False to have it there all the same."
+        )
+
+
+def _mismatch(
+    blueprint: Blueprint, missing: Sequence[str], stored: Sequence[str], source: str, verb: str
+) -> MismatchError:
+    return MismatchError(
+        f"The blueprint of {blueprint.model_id!r} does not fit {source}: {len(missing)} of its {len(blueprint)} entries are "
+        f"not there ({format_names(missing)}); it {verb} {format_names(stored) or 'nothing'}. Use a blueprint of this model, give a sharded "
+        "model's folder rather than one shard, or give check=False to have it there all the same."
+    )

@@ -1,0 +1,16 @@
+from .blueprint_callback import BlueprintCallback as BlueprintCallback
+from .checkpointing import CheckpointAbove as CheckpointAbove
+from .initialization import initialize_along_gradient as initialize_along_gradient
+from .ledger_callback import LedgerCallback as LedgerCallback
+from .recipe_plan import training_settings as training_settings
+from .recipe_training import start as start
+from .run import Recipe as Recipe
+from .run import Report as Report
+from .run import held_out_loss as held_out_loss
+from .run import join_processes as join_processes
+from .run import load_model as load_model
+from .run import load_tokenizer as load_tokenizer
+from .run import prepare as prepare
+from .run import run_recipe as run_recipe
+from .token_counter import Passes as Passes
+from .unfreezing import share_base as share_base

@@ -1,0 +1,6 @@
+"""Tests, in the folders of the rooms that they test."""
+
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]

@@ -1,0 +1,284 @@
+"""The record and its arithmetic. Run: pytest tests/test_blueprint.py"""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+from peft_blueprint import Blueprint, BlueprintError, Submodule, plan_placement
+from peft_blueprint.errors import FormatError, MismatchError
+from peft_blueprint.measure.submodules import find_submodules
+from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama
+from tests.made_up import norms_of
+
+
+Z = 1.959964
+
+
+def blueprint_of(norms, errors=None, gains=None, **changes):
+    """Entries a, b, c, … with these norms, standard errors and Adam gains."""
+    entries = tuple(
+        Submodule(
+            "abcdefghij"[i],
+            float(norm),
+            kind="q_proj",
+            norm_interval=(norm - Z * errors[i], norm + Z * errors[i]) if errors else None,
+            adam_gain=gains[i] if gains else None,
+            examples=4,
+        )
+        for i, norm in enumerate(norms)
+    )
+    return Blueprint("m", entries, **changes)
+
+
+# ------------------------------------------------------------------------------------------ the record
+
+
+def test_a_blueprint_cannot_be_changed():
+    """Records are frozen: what was checked stays so."""
+    blueprint = blueprint_of([1, 2])
+    for record, name in ((blueprint, "model_id"), (blueprint["a"], "gradient_norm")):
+        with pytest.raises(AttributeError):
+            setattr(record, name, "other")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Blueprint("m", ()), "'m' has no entries"),
+        (lambda: blueprint_of([1, float("nan")]), "'b' in the blueprint of 'm' has gradient_norm=nan"),
+        (lambda: blueprint_of([1, -2]), "'b'.*gradient_norm=-2.0.*not negative"),
+        (lambda: blueprint_of([1, 2], gains=[1, float("inf")]), "'b'.*adam_gain=inf.*finite"),
+        (lambda: Blueprint("m", (Submodule("a", 1.0, gamma=float("nan")),)), "'a'.*gamma=nan"),
+        (lambda: Blueprint("m", (Submodule("a"),)), "'a'.*no gradient_norm"),
+        (lambda: Blueprint("m", (Submodule("a", 1.0),) * 2), "names 'a' twice"),
+    ],
+)
+def test_impossible_records_are_refused_when_made(make, message):
+    """The check is the record's own, so that no way of making one goes round it."""
+    with pytest.raises(FormatError, match=message):
+        make()
+
+
+# ------------------------------------------------------------------------------------------ blending
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0.01, 0.5)), min_size=3, max_size=3),
+    st.floats(1e-6, 1e6),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_the_probes_scale_does_not_matter(probes, factor, weight, by_uncertainty):
+    """Multiplying all the probe's norms (and their errors and gains) by any constant changes nothing in the blend."""
+    published = blueprint_of([5, 1, 2], [0.5, 0.1, 0.4], [1.0, 2.0, 3.0])
+    mine, errors = [norm for norm, _ in probes], [norm * share for norm, share in probes]
+    probe = blueprint_of(mine, errors, mine)
+    louder = blueprint_of([n * factor for n in mine], [e * factor for e in errors], [n * factor for n in mine])
+    one, other = (published.blend(p, weight, by_uncertainty=by_uncertainty) for p in (probe, louder))
+    assert norms_of(one) == pytest.approx(norms_of(other), rel=1e-6)
+    assert [e.adam_gain for e in one] == pytest.approx([e.adam_gain for e in other], rel=1e-6)
+
+
+def test_the_blend_by_hand():
+    """Geometric means 4 and 2, so the probe counts double; then w·Ḡ + (1 − w)·G̃, in whatever order entries come."""
+    published, probe = blueprint_of([1, 4, 16]), blueprint_of([2, 1, 4])
+    assert norms_of(published.blend(probe, 0.25)) == pytest.approx([0.25 + 3, 1 + 1.5, 4 + 6])
+    shuffled = replace(probe, submodules=probe.submodules[::-1])
+    assert published.blend(shuffled, 0.25).submodules == published.blend(probe, 0.25).submodules
+    assert published.blend(probe, 0.25).provenance["blend"]["scale"] == pytest.approx(2)
+
+
+def test_the_ends_of_the_weight():
+    """Weight 1 is the published norms to the last digit; weight 0 is the probe's ranking, for both statistics."""
+    published = blueprint_of([1, 4, 16, 0], gains=[1.0, 2.0, 3.0, 4.0])
+    probe = blueprint_of([2, 1, 0, 3], gains=[5.0, 7.0, 2.0, 1.0])
+    for by_uncertainty in (False, True):
+        assert norms_of(published.blend(probe, 1, by_uncertainty=by_uncertainty)) == norms_of(published)
+    for by in ("gradient_norm", "adam_gain"):
+        assert published.blend(probe, 0).ranks(by) == probe.ranks(by) != published.ranks(by)
+
+
+def test_a_gain_that_only_one_side_has_is_left_out():
+    """Otherwise the placement, which prefers adam_gain, would not see the probe at all."""
+    published, probe = blueprint_of([1, 9], gains=[9.0, 1.0]), blueprint_of([9, 1])
+    for blend in (published.blend(probe), probe.blend(published)):
+        assert [e.adam_gain for e in blend] == [None, None]
+        assert plan_placement(blend, num_modules=1).rank_by == "gradient_norm"
+
+
+def test_by_uncertainty_moves_towards_the_more_certain_side():
+    """Inverse variances: the sure side is believed; equal errors and entries without intervals keep the weight."""
+    published = blueprint_of([1, 1, 1], [0.1, 0.1, 0.001])
+    probe = blueprint_of([2, 2, 0.5], [0.1, 0.001, 0.2])
+    plain, careful = published.blend(probe, 0.5), published.blend(probe, 0.5, by_uncertainty=True)
+    scale = plain.provenance["blend"]["scale"]
+    aim = [scale * norm for norm in norms_of(probe)]
+    assert abs(careful["b"].gradient_norm - aim[1]) < 0.01 < abs(plain["b"].gradient_norm - aim[1])
+    assert abs(careful["c"].gradient_norm - 1) < 0.01 < abs(plain["c"].gradient_norm - 1)
+    w = scale**2 / (1 + scale**2)  # in the published scale the probe's error of "a" is 0.1·scale
+    assert careful["a"].gradient_norm == pytest.approx(w + (1 - w) * aim[0])
+    bare = blueprint_of([2, 2, 0.5])
+    assert norms_of(published.blend(bare, 0.3, by_uncertainty=True)) == norms_of(published.blend(bare, 0.3))
+
+
+def test_the_blends_interval_is_that_of_a_weighted_sum():
+    """Errors add in squares, each with its side's weight and scale; without one of them there is no interval."""
+    blend = blueprint_of([1, 4], [0.3, 0.3]).blend(blueprint_of([2, 8], [0.4, 0.4]), 0.5)
+    assert blend["a"].norm_error == pytest.approx(math.hypot(0.15, 0.1), rel=1e-5)
+    assert blueprint_of([1, 4], [0.3, 0.3]).blend(blueprint_of([2, 8]))["a"].norm_interval is None
+
+
+def test_what_cannot_be_blended():
+    """Names that differ are shown from both sides; a weight outside [0, 1] is named."""
+    other = Blueprint("n", (Submodule("a", 1.0), Submodule("z", 1.0)))
+    with pytest.raises(MismatchError, match="'b' only in that of 'm', 'z' only in that of 'n'.*expand"):
+        blueprint_of([1, 2]).blend(other)
+    for weight in (-0.1, 1.5, float("nan")):
+        with pytest.raises(BlueprintError, match=f"weight={weight} .*from 0 to 1"):
+            blueprint_of([1]).blend(blueprint_of([1]), weight)
+
+
+# ------------------------------------------------------------------------------------------ merging
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (blueprint_of([1, 2], training_checkpoint=0.5), "different training_checkpoint.*0.8 and 0.5.*[Aa]ggregate"),
+        (replace(blueprint_of([1, 2], training_checkpoint=0.8), model_id="n"), "different model_id.*'m' and 'n'"),
+        (blueprint_of([1, 2], training_checkpoint=0.8, model_digest="sha256:1"), "different model_digest"),
+        (blueprint_of([1, 2, 3], training_checkpoint=0.8), "cannot be merged: nothing only .* 'c' only"),
+        (Blueprint("m", (Submodule("a", 1.0), Submodule("b", 1.0)), training_checkpoint=0.8), "how many examples"),
+    ],
+)
+def test_what_is_of_different_things_does_not_merge(other, message):
+    """Another checkpoint, model, structure or list of entries, and an unknown number of examples."""
+    with pytest.raises(MismatchError, match=message):
+        Blueprint.merge([blueprint_of([1, 2], training_checkpoint=0.8), other])
+    with pytest.raises(BlueprintError, match="Nothing to merge"):
+        Blueprint.merge([])
+
+
+# ------------------------------------------------------------------------------------------ levels
+
+
+@pytest.mark.parametrize("level", ["group", "layer"])
+def test_coarse_levels_expand_to_the_submodules_again(blueprint, level):
+    """Groups and layers are roots of sums of squares, gains add; expanding shares them out evenly, and coarsening gives them back."""
+    coarse = blueprint.coarsen(level)
+    assert len(coarse) == {"group": 24, "layer": 12}[level] and coarse.level == level
+    unit = coarse["attn.3" if level == "group" else "layer.3"]
+    members = [e for e in blueprint if e.depth == 3 and (level == "layer" or e.group == "attn.3")]
+    assert len(members) == {"group": 4, "layer": 7}[level]
+    assert unit.gradient_norm == pytest.approx(math.hypot(*norms_of(members)))
+    assert unit.adam_gain == pytest.approx(sum(e.adam_gain for e in members))
+    expanded = coarse.expand(find_submodules(tiny_llama(layers=12)))
+    assert expanded.level == "submodule" and set(expanded.names) == set(blueprint.names)
+    for entry in expanded:
+        unit = coarse[entry.group if level == "group" else f"layer.{entry.depth}"]
+        count = {"attn": 4, "ffn": 3}[entry.group.split(".")[0]] if level == "group" else 7
+        assert entry.gradient_norm == pytest.approx(unit.gradient_norm / count**0.5)
+        assert entry.adam_gain == pytest.approx(unit.adam_gain / count)
+        mine = blueprint[entry.name]
+        assert (entry.kind, entry.depth, entry.group, entry.shape) == (mine.kind, mine.depth, mine.group, mine.shape)
+    assert norms_of(expanded.coarsen(level)) == pytest.approx(norms_of(coarse))
+    assert blueprint.expand(find_submodules(tiny_llama())) is blueprint and coarse.coarsen(level) is coarse
+
+
+def test_groups_coarsen_to_layers(blueprint):
+    """Layers from groups are the layers from submodules."""
+    direct, stepwise = blueprint.coarsen("layer"), blueprint.coarsen("group").coarsen("layer")
+    assert direct.names == stepwise.names and norms_of(direct) == pytest.approx(norms_of(stepwise))
+
+
+def test_a_group_that_the_model_lacks_is_an_error():
+    """Both sides are shown; the paper's own ids on a shallower model, or of another stack."""
+    blueprint = Blueprint("m", (Submodule("attn.0", 1.0), Submodule("attn.7", 1.0)), level="group")
+    with pytest.raises(MismatchError, match="speaks of 'attn.7', and the model has 'attn.0', 'attn.1'"):
+        blueprint.expand(find_submodules(tiny_llama()))
+    with pytest.raises(MismatchError, match="speaks of 'attn.0', 'attn.7', and the model has 'decoder.attn.0'"):
+        blueprint.expand(find_submodules(tiny_t5()))
+
+
+def test_the_papers_ids_say_their_layer():
+    """attn.0 and ffn.0 make layer.0 without any further field, of a stack too."""
+    paper = Blueprint("m", tuple(Submodule(i, n) for i, n in (("attn.0", 3.0), ("ffn.0", 4.0))), level="group")
+    assert [(e.name, e.gradient_norm) for e in paper.coarsen("layer")] == [("layer.0", 5.0)]
+    stack = Blueprint("m", (Submodule("encoder.attn.2", 1.0),), level="group")
+    assert stack.coarsen("layer").names == ("encoder.layer.2",)
+
+
+def test_entries_that_say_no_group_do_not_coarsen():
+    """Bare names, and layers asked for their groups, are refused: nothing is invented."""
+    with pytest.raises(MismatchError, match="'a', 'b'.*which group.*[Ee]xpand"):
+        blueprint_of([1, 2]).coarsen("group")
+    with pytest.raises(MismatchError, match="'layer.0'.*which group"):
+        Blueprint("m", (Submodule("layer.0", 1.0),), level="layer").coarsen("group")
+
+
+def tiny_t5():
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def tiny_opt():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(vocab_size=97, max_position_embeddings=32, word_embed_proj_dim=8, **sizes))
+
+
+GROUPS_OF_LAYER_1 = {
+    "gpt2": (tiny_gpt2, {"attn.1": {"c_attn", "attn.c_proj"}, "ffn.1": {"c_fc", "mlp.c_proj"}}),
+    "bert": (
+        tiny_bert,
+        {
+            "attn.1": {"query", "key", "value", "attention.output.dense"},
+            "ffn.1": {"intermediate.dense", "output.dense"},
+        },
+    ),
+    "opt": (tiny_opt, {"attn.1": {"q_proj", "k_proj", "v_proj", "out_proj"}, "ffn.1": {"fc1", "fc2"}}),
+    "t5": (
+        tiny_t5,
+        {
+            "encoder.attn.1": {"encoder.q", "encoder.k", "encoder.v", "encoder.o"},
+            "encoder.ffn.1": {"encoder.wi", "encoder.wo"},
+            "decoder.attn.1": {f"decoder.{part}Attention.{p}" for part in ("Self", "EncDec") for p in "qkvo"},
+            "decoder.ffn.1": {"decoder.wi", "decoder.wo"},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "expected"), GROUPS_OF_LAYER_1.values(), ids=GROUPS_OF_LAYER_1)
+def test_kinds_and_groups_are_right_for_other_architectures(build, expected):
+    """Within a stack a kind names one submodule of a block, and attention is told from feed-forward."""
+    submodules = find_submodules(build())
+    groups = {}
+    for entry in submodules:
+        if entry.depth == 1:
+            groups.setdefault(entry.group, []).append(entry.kind)
+    assert groups.keys() == expected.keys()
+    assert {group: set(kinds) for group, kinds in groups.items()} == expected
+    assert all(len(kinds) == len(set(kinds)) for kinds in groups.values()), "two submodules of one kind in a block"
+    blueprint = Blueprint("m", tuple(replace(s, gradient_norm=1.0) for s in submodules))
+    for level in ("group", "layer"):
+        assert set(blueprint.coarsen(level).expand(find_submodules(build())).names) >= {
+            s.name for s in submodules if s.depth is not None
+        }
+
+
+# ------------------------------------------------------------------------------------------ domains
+
+
+def test_a_domains_tag_weighs_its_norms():
+    """for_domain multiplies by the tag and leaves out what was measured on the first domain alone."""
+    entry = Submodule("a", 2.0, adam_gain=1.0, norm_interval=(1.0, 3.0), domain_tags={"law": 1.0, "bio": 0.25})
+    weighted = Blueprint("m", (entry,)).for_domain("bio")["a"]
+    assert (weighted.gradient_norm, weighted.adam_gain, weighted.norm_interval) == (0.5, None, None)
+    assert weighted.domain_tags == {"bio": 1.0}
+    with pytest.raises(MismatchError, match=r"'a' have no domain tag 'code'.*\['bio', 'law'\]"):
+        Blueprint("m", (entry,)).for_domain("code")

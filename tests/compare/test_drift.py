@@ -1,0 +1,201 @@
+"""How far a probe is from a published blueprint, and what is done about it. Run: pytest tests/test_drift.py"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from peft_blueprint import Blueprint, BlueprintError, Submodule, check_drift, reconcile
+from peft_blueprint.compare.drift import DRIFT_THRESHOLD
+from peft_blueprint.errors import DriftError, MismatchError
+
+
+Z = 1.959964
+GROUPS = {"q_proj": "attn", "k_proj": "attn", "v_proj": "attn", "up_proj": "ffn"}
+
+
+def blueprint_of(error=None, model_id="m", **norms_by_kind):
+    """One entry for every kind and layer, with a 95 % interval if a relative error is given."""
+    entries = tuple(
+        Submodule(
+            f"model.layers.{depth}.{kind}",
+            float(norm),
+            kind=kind,
+            depth=depth,
+            group=f"{GROUPS[kind]}.{depth}",
+            norm_interval=None if error is None else (norm * (1 - Z * error), norm * (1 + Z * error)),
+        )
+        for kind, norms in norms_by_kind.items()
+        for depth, norm in enumerate(norms)
+    )
+    return Blueprint(model_id, entries)
+
+
+def random_blueprint(seed, layers=100, error=None):
+    generator = np.random.default_rng(seed)
+    return blueprint_of(error, **{kind: generator.lognormal(size=layers) for kind in GROUPS})
+
+
+UP, DOWN = [1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]
+PUBLISHED = blueprint_of(q_proj=UP, up_proj=UP)
+DRIFTED = blueprint_of(q_proj=DOWN, up_proj=DOWN)
+
+
+def test_a_blueprint_has_not_drifted_from_itself():
+    """Identical norms correlate 1 in every kind."""
+    drift = check_drift(random_blueprint(0), random_blueprint(0))
+    assert drift.correlation == pytest.approx(1, abs=1e-3) and not drift.drifted
+    assert drift.by_kind == dict.fromkeys(sorted(GROUPS), pytest.approx(1))
+    assert drift.level == "submodule" and drift.threshold == DRIFT_THRESHOLD
+
+
+def test_independent_blueprints_have_drifted():
+    """Unrelated norms correlate about 0, and the interval says so; reversed ones correlate −1."""
+    drift = check_drift(random_blueprint(0), random_blueprint(1))
+    assert abs(drift.correlation) < 0.15 and drift.drifted
+    assert drift.interval[0] < 0 < drift.interval[1] < DRIFT_THRESHOLD
+    assert check_drift(DRIFTED, PUBLISHED).correlation == pytest.approx(-1, abs=1e-3)
+
+
+def test_pooling_by_hand():
+    """Spearman 1 − 6·Σd²/(n(n² − 1)) over 5 and over 7 entries: Fisher's z with weights n − 3, and the spread that numbers alone give."""
+    published = blueprint_of(q_proj=[1, 2, 3, 4, 5], up_proj=[1, 2, 3, 4, 5, 6, 7], k_proj=[1, 2, 3])
+    local = blueprint_of(q_proj=[20, 10, 30, 40, 50], up_proj=[5, 2, 1, 4, 3, 7, 6], k_proj=[3, 2, 1])
+    squares = sum((a - b) ** 2 for a, b in zip([5, 2, 1, 4, 3, 7, 6], range(1, 8), strict=True))
+    expected = {"q_proj": 1 - 6 * 2 / (5 * 24), "up_proj": 1 - 6 * squares / (7 * 48)}
+    drift = check_drift(local, published)
+    assert drift.by_kind == pytest.approx(expected), "three entries of a kind are too few, and are left out"
+    z = (2 * math.atanh(expected["q_proj"]) + 4 * math.atanh(expected["up_proj"])) / 6
+    half = Z * math.sqrt(1.06 / 6)
+    assert drift.correlation == pytest.approx(math.tanh(z))
+    assert drift.interval == pytest.approx((math.tanh(z - half), math.tanh(z + half)))
+
+
+def test_only_ranks_within_a_kind_count():
+    """Another scale of one kind, or of everything, or a monotone curve through it, changes nothing."""
+    local, published = random_blueprint(0, layers=9), random_blueprint(1, layers=9)
+    louder = tuple(
+        replace(e, gradient_norm=1e3 * e.gradient_norm**2) if e.kind == "q_proj" else e for e in local.submodules
+    )
+    assert check_drift(replace(local, submodules=louder), published) == check_drift(local, published)
+    shuffled = replace(local, submodules=local.submodules[::-1])
+    assert check_drift(shuffled, published).correlation == pytest.approx(check_drift(local, published).correlation)
+
+
+def test_the_interval_narrows_with_the_entries_errors():
+    """Ten times smaller errors on both sides give a narrower interval, the same for the same seed."""
+    widths = []
+    for error in (0.3, 0.03):
+        drift = check_drift(random_blueprint(0, 20, error), random_blueprint(1, 20, error), draws=100)
+        assert drift.interval[0] < drift.correlation < drift.interval[1]
+        widths.append(drift.interval[1] - drift.interval[0])
+    assert widths[1] < widths[0] / 3
+    assert drift == check_drift(random_blueprint(0, 20, error), random_blueprint(1, 20, error), draws=100)
+
+
+def test_an_error_of_zero_is_known_and_not_missing():
+    """A submodule that no gradient reaches is sure of its zero; the others' intervals still count."""
+    certain = blueprint_of(0.001, q_proj=[0, *UP], up_proj=[0, *UP])
+    drift = check_drift(certain, certain)
+    assert drift.interval[1] - drift.interval[0] < 1e-3
+
+
+def test_a_published_blueprint_of_groups_is_compared_at_its_level():
+    """A local probe is coarsened to it; a constant kind ranks nothing and correlates 0."""
+    local = blueprint_of(q_proj=UP, k_proj=[1] * 8, up_proj=UP)
+    groups = tuple(Submodule(f"{g}.{i}", 2.0 * i + 1) for g in ("attn", "ffn") for i in range(8))
+    drift = check_drift(local, Blueprint("foundation", groups, level="group"))
+    assert drift.level == "group" and set(drift.by_kind) == {"attn", "ffn"}
+    assert drift.correlation == pytest.approx(1, abs=1e-3)
+    assert check_drift(local, local).by_kind["k_proj"] == 0
+
+
+def test_what_cannot_be_compared():
+    """Other submodules, and too few of every kind."""
+    with pytest.raises(MismatchError, match="cannot be compared.*'model.layers.7.q_proj'.*only in that of"):
+        check_drift(PUBLISHED, blueprint_of(q_proj=UP[:7], up_proj=UP))
+    with pytest.raises(MismatchError, match="No kind .* has 4 entries .there are 6 in 2 kinds"):
+        check_drift(blueprint_of(q_proj=UP[:3], up_proj=UP[:3]), blueprint_of(q_proj=UP[:3], up_proj=UP[:3]))
+
+
+@pytest.mark.parametrize("policy", ["warn", "error", "refresh", "coarsen"])
+def test_without_drift_every_policy_blends(policy):
+    """No word is said, and the blend is the one asked for."""
+    local = blueprint_of(q_proj=[2 * n for n in UP], up_proj=[n**2 for n in UP])
+    assert reconcile(PUBLISHED, local, weight=0.3, policy=policy) == PUBLISHED.blend(local, 0.3)
+
+
+def test_warn_says_so_and_blends():
+    """The numbers are in the warning."""
+    with pytest.warns(UserWarning, match=r"'m' does not fit this data.*-1.00 \[-1.00, -\d.*\], below 0.85.*warn"):
+        assert reconcile(PUBLISHED, DRIFTED, weight=0.3) == PUBLISHED.blend(DRIFTED, 0.3)
+
+
+def test_error_stops_and_shows_the_numbers():
+    """DriftError, with the correlation, its interval, the threshold and what to do."""
+    with pytest.raises(DriftError, match=r"-1.00 \[-1.00, -\d.*\], below 0.85. Use policy='refresh'"):
+        reconcile(PUBLISHED, DRIFTED, policy="error")
+    assert reconcile(PUBLISHED, DRIFTED, policy="error", threshold=-2)
+
+
+def test_refresh_is_the_probe_alone():
+    """Norms and all of the probe's entries, with the published one's provenance noted."""
+    published = replace(PUBLISHED, provenance={"command": "theirs"})
+    with pytest.warns(UserWarning, match="refresh"):
+        result = reconcile(published, DRIFTED, policy="refresh")
+    assert result.submodules == DRIFTED.submodules
+    assert result.provenance["instead_of"] == {"command": "theirs"}
+
+
+COARSEN = {
+    # k and v disagree and are small beside q, so that the groups agree
+    "group": (
+        blueprint_of(q_proj=UP, k_proj=[n / 100 for n in UP], v_proj=[n / 100 for n in UP]),
+        blueprint_of(q_proj=UP, k_proj=[n / 100 for n in DOWN], v_proj=[n / 100 for n in DOWN]),
+    ),
+    # attention disagrees and is small beside the feed-forward blocks, so that only whole layers agree
+    "layer": (
+        blueprint_of(q_proj=[n / 100 for n in UP], up_proj=UP),
+        blueprint_of(q_proj=[n / 100 for n in DOWN], up_proj=UP),
+    ),
+}
+
+
+@pytest.mark.parametrize("level", COARSEN)
+def test_coarsen_speaks_at_the_first_level_that_agrees(level):
+    """Every submodule then carries an even share of the blended norm of its group, or of its layer."""
+    published, local = COARSEN[level]
+    with pytest.warns(UserWarning, match="coarsen"):
+        result = reconcile(published, local, weight=0.5, policy="coarsen")
+    units = published.coarsen(level).blend(local.coarsen(level), 0.5)
+    assert result == units.expand(local.submodules) and set(result.names) == set(local.names)
+    of_layer_2 = [e.gradient_norm for e in result if e.depth == 2]
+    [unit] = [e.gradient_norm for e in units if e.depth == 2]
+    assert of_layer_2 == pytest.approx([unit / len(of_layer_2) ** 0.5] * len(of_layer_2))
+
+
+@pytest.mark.parametrize("layers", [8, 5])
+def test_coarsen_ends_with_the_probe(layers):
+    """Where no level agrees."""
+    published, local = (blueprint_of(**dict.fromkeys(("q_proj", "up_proj"), norms[:layers])) for norms in (UP, DOWN))
+    with pytest.warns(UserWarning, match="coarsen"):
+        assert reconcile(published, local, policy="coarsen").submodules == local.submodules
+
+
+def test_a_published_blueprint_of_groups_is_reconciled_with_a_probe():
+    """The paper's ids, blended onto the probe's submodules, or refused for their drift."""
+    local = blueprint_of(q_proj=UP, k_proj=UP, up_proj=UP)
+    groups = [Submodule(f"{g}.{i}", float(n)) for g in ("attn", "ffn") for i, n in enumerate(UP)]
+    published = Blueprint("foundation", tuple(groups), level="group")
+    blended = reconcile(published, local, policy="error")
+    assert blended.level == "submodule" and set(blended.names) == set(local.names)
+    away = blueprint_of(q_proj=DOWN, k_proj=DOWN, up_proj=DOWN)
+    with pytest.warns(UserWarning, match="coarsen"):
+        assert reconcile(published, away, policy="coarsen").submodules == away.submodules
+
+
+def test_an_unknown_policy_is_named():
+    """Before anything is compared."""
+    with pytest.raises(BlueprintError, match="policy='ignore': choose warn, error, refresh or coarsen"):
+        reconcile(PUBLISHED, DRIFTED, policy="ignore")

@@ -1,0 +1,138 @@
+"""Examples that point where the target points are told from others. Run: pytest tests/test_aligning.py"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from peft_blueprint import Influence, measure_influence
+from peft_blueprint.data.alignment import alignment_scores, gradient_points, rows_of, target_of
+from peft_blueprint.errors import MeasurementError, MismatchError
+from peft_blueprint.testing import tiny_llama, toy_batches
+
+
+def measured(batches, **options):
+    return measure_influence(tiny_llama(layers=2), batches, progress=False, **options)
+
+
+def made(gradients, seed=0):
+    """An Influence whose projections are whole gradients, (submodules, examples, m)."""
+    model = measured(toy_batches(examples=2))
+    projections = torch.as_tensor(gradients, dtype=torch.float32)
+    count = projections.shape[0]
+    return replace(
+        model,
+        submodules=model.submodules[:count],
+        norms=projections.norm(dim=2),
+        norm_errors=torch.zeros(projections.shape[:2]),
+        projections=projections,
+        sketches=model.sketches[:count],
+        seed=seed,
+    )
+
+
+def gradients_of(model, batches):
+    """(examples, parameters) of every adaptable weight, by autograd."""
+    names = {s.name for s in measured(batches).submodules}
+    weights = [m.weight for n, m in model.named_modules() if n in names]
+    rows = []
+    for batch in batches:
+        for i in range(len(batch["labels"])):
+            loss = model(**{k: v[i : i + 1] for k, v in batch.items()}).loss
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+    return torch.stack(rows)
+
+
+def test_scores_estimate_the_cosines_of_whole_gradients():
+    """With the mean of the target's gradients, which is seen through noise; so by correlation and by scale."""
+    pool, aims = toy_batches(examples=24), toy_batches(examples=8, seed=3)
+    model = tiny_llama(layers=2)
+    whole, aim = gradients_of(model, pool), gradients_of(model, aims).mean(dim=0)
+    truth = (whole @ aim / whole.norm(dim=1) / aim.norm()).numpy()
+    target = target_of(measured(aims, method="exact"))
+    found = alignment_scores(measured(pool, method="exact"), target)
+    assert np.corrcoef(found, truth)[0, 1] > 0.7 and abs(np.abs(found).mean() / np.abs(truth).mean() - 1) < 0.5
+    dots = alignment_scores(measured(pool, method="exact"), target, "dot")
+    assert np.corrcoef(dots, (whole @ aim).numpy())[0, 1] > 0.7
+
+
+def test_an_example_aligns_with_a_target_of_itself():
+    """A single example's target is met by its own cosine of 1, and by its opposite's of −1; nothing meets a zero."""
+    one = np.random.default_rng(0).normal(size=(3, 1, 5))
+    target = target_of(made(one))
+    found = alignment_scores(made(np.concatenate([one, 7 * one, -one, 0 * one], axis=1)), target)
+    assert found == pytest.approx([1, 1, -1, 0], abs=1e-6)
+
+
+def test_only_the_placements_submodules_count():
+    """What happens in the others does not move the score."""
+    pool = np.random.default_rng(0).normal(size=(3, 4, 5))
+    influence = made(pool)
+    names = [influence.submodules[2].name]
+    target = target_of(made(pool[:, :1]), names)
+    other = made(np.concatenate([9 * pool[:2, ::-1], pool[2:]]))
+    assert np.array_equal(alignment_scores(influence, target), alignment_scores(other, target))
+    assert target.submodules == tuple(names)
+
+
+def test_preconditioning_counts_submodules_by_their_size():
+    """ "blocks" makes the score the same whatever a submodule's gradients are multiplied by; "adam" leaves it the first
+    power, and "none" the second.
+    """
+    generator = np.random.default_rng(0)
+    pool, aims = generator.normal(size=(2, 2, 6, 5))
+    scale = np.array([1.0, 100.0])[:, None, None]
+
+    def scores(precondition, factor):
+        return alignment_scores(made(pool * factor), target_of(made(aims * factor), None, precondition), "dot")
+
+    plain, large = scores("blocks", 1.0), scores("blocks", scale)
+    assert np.corrcoef(plain, large)[0, 1] == pytest.approx(1, abs=1e-5)
+    first, second = (np.einsum("bm,m->b", pool[i], aims[i].mean(axis=0)) for i in range(2))
+    sizes = np.sqrt(np.square(aims).sum(axis=2).mean(axis=1))
+    entries = [np.prod(s.shape) for s in made(pool).submodules]
+    expected = first * np.sqrt(entries[0]) / sizes[0] + 100 * second * np.sqrt(entries[1]) / sizes[1]
+    assert np.corrcoef(scores("adam", scale), expected)[0, 1] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_long_example_counts_no_more_than_a_short_one():
+    """The same text twice over has about the same cosine: gradients are of mean losses."""
+    pool = toy_batches(examples=16, length=10, padding="none")
+    target = target_of(measured(toy_batches(examples=4, seed=2)))
+    lengths = np.array([int((b["labels"][i] != -100).sum()) for b in pool for i in range(4)])
+    found = alignment_scores(measured(pool), target)
+    assert len(set(lengths)) == 1 and np.isfinite(found).all() and np.abs(found).max() <= 1.5
+
+
+def test_points_keep_angles():
+    """Vectors of unit length, whose inner products are the cosines of whole gradients, up to what m numbers can say."""
+    pool = toy_batches(examples=16)
+    whole = gradients_of(tiny_llama(layers=2), pool)
+    whole = whole / whole.norm(dim=1, keepdim=True)
+    points = gradient_points(measured(pool, method="exact"))
+    assert points.shape == (16, 251) and np.allclose(np.linalg.norm(points, axis=1), 1, atol=1e-5)
+    assert np.abs(points @ points.T - (whole @ whole.T).numpy()).mean() < 0.1
+
+
+def test_what_does_not_compare_is_refused():
+    """Another seed, other sizes, no projections, unknown names and options, no gradient."""
+    influence = made(np.ones((2, 3, 5)))
+    target = target_of(influence)
+    with pytest.raises(MismatchError, match="seed 0 and 5 numbers an example, these examples with seed 1"):
+        alignment_scores(made(np.ones((2, 3, 5)), seed=1), target)
+    with pytest.raises(MismatchError, match="and 4: measure both alike"):
+        alignment_scores(made(np.ones((2, 3, 4))), target)
+    with pytest.raises(MeasurementError, match="no projections"):
+        target_of(measured(toy_batches(), projection_size=0))
+    with pytest.raises(MismatchError, match=r"1 of 1 submodules were not measured \('elsewhere'\)"):
+        rows_of(influence, ["elsewhere"])
+    with pytest.raises(MismatchError, match="none was named"):
+        rows_of(influence, [])
+    with pytest.raises(MeasurementError, match="mean gradient is zero"):
+        target_of(made(np.zeros((2, 3, 5))))
+    with pytest.raises(MeasurementError, match="choose from none, adam, blocks"):
+        target_of(influence, None, "sgd")
+    with pytest.raises(MeasurementError, match="choose from cosine, dot"):
+        alignment_scores(influence, target, "angle")
+    assert isinstance(influence, Influence)

@@ -1,0 +1,392 @@
+"""The matrix of submodules and examples, and choosing from both. Run: pytest tests/test_cross.py"""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from peft_blueprint.data.cross_influence import CrossInfluence
+from peft_blueprint.data.joint import Side, best_pairs, exponent, settle, upper_bound
+from peft_blueprint.data.lowrank import low_rank
+from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
+from peft_blueprint.measure.concentration import FRACTIONS, fit_gamma, retained_mass_curve
+from peft_blueprint.measure.influence import Influence
+from peft_blueprint.measure.measurement import measure_influence
+from peft_blueprint.testing import tiny_llama, toy_batches
+
+
+def cross(values, **options):
+    values = np.asarray(values, dtype=float)
+    rows, columns = values.shape
+    return CrossInfluence(
+        values=values,
+        names=tuple(f"m.{i}" for i in range(rows)),
+        kinds=tuple("ab"[i % 2] for i in range(rows)),
+        depths=tuple(range(rows)),
+        examples=np.arange(columns),
+        **options,
+    )
+
+
+def skewed(rows, columns, seed=0):
+    return np.exp(np.random.default_rng(seed).normal(size=(rows, columns)))
+
+
+def best_by_trying_all(matrix, rows, columns):
+    return max(
+        matrix[np.ix_(some, others)].sum()
+        for some in combinations(range(matrix.shape[0]), rows)
+        for others in combinations(range(matrix.shape[1]), columns)
+    )
+
+
+# Two blocks that belong together, and a row and a column that are large everywhere else.
+BLOCKS = np.array(
+    [
+        [9.0, 9.0, 0.0, 0.0, 0.0, 0.0],
+        [9.0, 9.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 5.0, 5.0, 5.0, 5.0],
+        [0.0, 0.0, 5.0, 5.0, 5.0, 5.0],
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def influence() -> Influence:
+    """Of the four-layer tiny Llama, 28 submodules, on eight toy examples."""
+    return measure_influence(tiny_llama(), toy_batches(), progress=False)
+
+
+# ------------------------------------------------------------------------------------------ the record
+
+
+def test_it_is_the_measurement_with_names(influence):
+    """Norms (eq. 32) or alignments as measured, with what each row and column is."""
+    matrix = CrossInfluence.from_influence(influence)
+    assert np.array_equal(matrix.values, influence.norms.numpy())
+    assert matrix.names == tuple(s.name for s in influence.submodules)
+    assert matrix.kinds[0] == "q_proj" and matrix.depths[-1] == 3
+    assert matrix.examples.tolist() == list(range(influence.examples))
+    assert matrix.target_tokens.tolist() == influence.target_tokens.tolist()
+    assert matrix.parameters[0] == np.prod(influence.submodules[0].shape)
+    assert matrix.data_digest == influence.data_digest
+    aligned = CrossInfluence.from_influence(influence, "alignments", examples=range(100, 100 + influence.examples))
+    assert np.array_equal(aligned.values, influence.alignments.numpy()) and aligned.examples[0] == 100
+    with pytest.raises(ValueError, match="read-only"):
+        matrix.values[0, 0] = 1
+
+
+@pytest.mark.parametrize("of", ["norms", "alignments"])
+def test_it_can_be_stored(influence, tmp_path, of):
+    """All of it comes back, from one file that was written whole."""
+    matrix = CrossInfluence.from_influence(influence, of).normalised_by("kind")
+    path = matrix.save(tmp_path / "new" / "cross.safetensors")
+    assert [file.name for file in path.parent.iterdir()] == ["cross.safetensors"]
+    again = CrossInfluence.load(path)
+    for name in ("values", "examples", "losses", "target_tokens", "parameters"):
+        assert np.array_equal(matrix._arrays[name], again._arrays[name])
+    for name in ("names", "kinds", "depths", "of", "normalised", "data_digest"):
+        assert vars(matrix)[name] == vars(again)[name]
+    bare = cross(BLOCKS)
+    assert CrossInfluence.load(bare.save(path)).losses is None
+
+
+def test_what_is_no_such_file_is_refused(tmp_path):
+    """Missing, cut short, of another kind or version, with arrays that do not pair or values that cannot be."""
+    path = tmp_path / "cross.safetensors"
+    with pytest.raises(BlueprintError, match="There is no file"):
+        CrossInfluence.load(path)
+    whole = cross(BLOCKS).save(path).read_bytes()
+    for content in (b"", b"{}", whole[:-4], whole[:50]):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match="cut short or no safetensors file"):
+            CrossInfluence.load(path)
+
+    names = [f"m.{i}" for i in range(4)]
+    record = {"names": names, "kinds": [None] * 4, "depths": [None] * 4, "of": "norms", "normalised": []}
+    record["data_digest"] = ""
+    values, ids = BLOCKS.astype(np.float32), np.arange(6)
+
+    def load(arrays=None, version="1", **changes):
+        text = json.dumps(record | changes)
+        tensors = {"values": values, "examples": ids} | (arrays or {})
+        metadata = {"cross_influence.version": version, "cross_influence.json": text}
+        save_file(tensors, path, metadata if version else None)
+        return CrossInfluence.load(path)
+
+    assert load().values.shape == (4, 6)
+    wrong = [
+        ({"version": ""}, "says no version"),
+        ({"version": "2"}, "of version '2'"),
+        ({"of": "sums"}, "does not say what it is of"),
+        ({"names": names[:3]}, "3 names and 4 × 6 values"),
+        ({"names": [1, 2, 3, 4]}, "no list of names"),
+        ({"depths": ["0"] * 4}, "no list of depths"),
+        ({"normalised": ["size"]}, "this version knows"),
+        ({"names": ["m.0"] * 4}, "1 names"),
+        ({"arrays": {"values": values[0]}}, "no matrix"),
+        ({"arrays": {"values": -values}}, "negative norms"),
+        ({"arrays": {"values": values * np.float32("nan")}}, "not finite"),
+        ({"arrays": {"values": values.astype(np.float64)}}, "'values' in F64"),
+        ({"arrays": {"losses": values[0, :4]}}, "do not pair"),
+        ({"arrays": {"more": values}}, "'more' in F32"),
+        ({"arrays": {"examples": ids * 0}}, "1 ids"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(FormatError, match=message):
+            load(**options)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """And says why."""
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(BlueprintError, match="cannot be written"):
+        cross(BLOCKS).save(tmp_path / "file" / "cross.safetensors")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_shards_merge(influence):
+    """Two halves of the examples are the whole; alignments, which depend on all examples, are refused."""
+    whole = CrossInfluence.from_influence(influence)
+    half = influence.examples // 2
+    cut = [slice(0, half), slice(half, None)]
+    parts = [
+        replace(
+            whole,
+            values=whole.values[:, part],
+            examples=whole.examples[part],
+            losses=whole.losses[part],
+            target_tokens=whole.target_tokens[part],
+        )
+        for part in cut
+    ]
+    merged = CrossInfluence.merge(parts)
+    for name, array in whole._arrays.items():
+        assert np.array_equal(array, merged._arrays[name]), name
+    assert merged.data_digest != whole.data_digest
+    assert CrossInfluence.merge([replace(parts[0], losses=None), parts[1]]).losses is None
+    with pytest.raises(MismatchError, match="Give each its own"):
+        CrossInfluence.merge([whole, whole])
+    with pytest.raises(MismatchError, match="Influence.merge"):
+        CrossInfluence.merge([parts[0], CrossInfluence.from_influence(influence, "alignments")])
+    with pytest.raises(MismatchError, match="normalise after"):
+        CrossInfluence.merge([parts[0], parts[1].normalised_by("kind")])
+    with pytest.raises(MismatchError, match="same model"):
+        CrossInfluence.merge([parts[0], cross(BLOCKS)])
+    with pytest.raises(MeasurementError, match="no parts"):
+        CrossInfluence.merge([])
+
+
+def test_normalising_makes_alike():
+    """Kinds, or examples, come to a mean absolute value of 1; signs stay."""
+    values = skewed(6, 5) * [[1], [100], [1], [100], [1], [100]]
+    by_kind, by_example = (cross(values).normalised_by(by) for by in ("kind", "example"))
+    assert np.allclose([by_kind.values[0::2].mean(), by_kind.values[1::2].mean()], 1)
+    assert np.allclose(by_example.values.mean(axis=0), 1)
+    both = by_kind.normalised_by("example")
+    assert both.normalised == ("kind", "example") and np.allclose(both.values.mean(axis=0), 1)
+    signed = cross(values * np.where(np.arange(5) % 2, -1, 1), of="alignments").normalised_by("kind")
+    assert np.allclose(np.abs(signed.values), by_kind.values) and (signed.values[:, 1] < 0).all()
+    assert cross(np.diag([1.0, 0.0])).normalised_by("example").normalised_by("kind").values.tolist() == [
+        [2, 0],
+        [0, 0],
+    ]
+    with pytest.raises(BlueprintError, match="kind or example"):
+        cross(values).normalised_by("depth")
+
+
+# ------------------------------------------------------------------------------------------ low-rank structure
+
+
+def test_low_rank_structure_is_seen():
+    """Rank one for an outer product; as many as there are for an identity; in between what was put in (eq. 33)."""
+    one = low_rank(np.outer(skewed(1, 30), skewed(1, 20)))
+    assert one.effective_rank == pytest.approx(1) and one.participation_ratio == pytest.approx(1)
+    assert one.independent_error < 1e-9 and one.components_for(0.99) == 1 and one.interactions == 0
+    identity = low_rank(np.eye(8), shuffles=0)
+    assert identity.effective_rank == pytest.approx(8) and identity.participation_ratio == pytest.approx(8)
+    assert identity.captured(2) == pytest.approx(2 / 8) and identity.error(2) == pytest.approx((6 / 8) ** 0.5)
+    assert [identity.components_for(share) for share in (0.25, 0.26, 1)] == [2, 3, 8] and identity.interactions is None
+    rng = np.random.default_rng(0)
+    modes = 10 + sum(np.outer(rng.normal(size=40), rng.normal(size=30)) for _ in range(3))
+    assert low_rank(modes + 0.2 * rng.normal(size=(40, 30))).interactions == 3
+    assert low_rank(10 + rng.normal(size=(40, 30))).interactions <= 1
+
+
+def test_the_first_components_are_the_best_of_their_rank():
+    """The error that is said is that of the truncated decomposition, and independence does no better than one."""
+    values = skewed(9, 7)
+    found = cross(values).low_rank(shuffles=3)
+    left, sizes, right = np.linalg.svd(values.astype(np.float32).astype(float), full_matrices=False)
+    for rank in (1, 3):
+        rest = values - (left[:, :rank] * sizes[:rank]) @ right[:rank]
+        assert found.error(rank) == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(values), abs=1e-5)
+    assert found.independent_error >= found.error(1)
+    assert json.loads(json.dumps(found.to_dict()))["effective_rank"] == found.effective_rank
+    assert "effective rank" in found.summary()
+
+
+# ------------------------------------------------------------------------------------------ choosing
+
+
+def test_captured_share_is_eq_34():
+    """The entries where the chosen meet, over all; by name and id, each once."""
+    matrix = replace(cross(BLOCKS), examples=np.arange(6) + 10)
+    assert matrix.captured_share(["m.0", "m.2"], [10, 13]) == pytest.approx(14 / 76)
+    assert matrix.captured_share(["m.0", "m.0"], [10, 10]) == pytest.approx(9 / 76)
+    assert matrix.captured_share(matrix.names, matrix.examples.tolist()) == 1
+    assert matrix.captured_share([], []) == 0
+    with pytest.raises(BlueprintError, match=r"1 of 2 submodules \('m.9'\)"):
+        matrix.captured_share(["m.0", "m.9"], [10])
+    with pytest.raises(BlueprintError, match=r"examples \('3'\) are not among the 6"):
+        matrix.captured_share(["m.0"], [3])
+
+
+def test_what_belongs_together_is_found_together():
+    """Separate choices take the rows of one block and the columns of the other; jointly one block is found."""
+    matrix = cross(BLOCKS)
+    found = matrix.joint(0.5, 2 / 6)
+    assert found.submodules == ("m.0", "m.1") and found.examples == (0, 1)
+    assert found.share == found.bound == pytest.approx(36 / 76)
+    tall = cross(BLOCKS + np.array([[0], [0], [3], [3]]))  # now the other rows have the larger sums
+    assert tall.separate(0.5, 2 / 6) < 0.2 < tall.joint(0.5, 2 / 6).share
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_joint_selection_against_all_pairs(seed):
+    """Never below the separate choice, never above the bound, and of small matrices nearly always the best there is."""
+    values = skewed(7, 8, seed)
+    matrix = cross(values)
+    found = matrix.joint(0.43, 0.38)  # three of each
+    best = best_by_trying_all(matrix.values.astype(float), 3, 3) / matrix.values.sum(dtype=float)
+    assert len(found.submodules) == len(found.examples) == 3
+    assert found.separate <= found.share <= best + 1e-12 <= found.bound + 2e-12
+    assert found.share > 0.98 * best
+    assert found.share == pytest.approx(matrix.captured_share(found.submodules, found.examples))
+    assert found.separate == pytest.approx(matrix.separate(0.43, 0.38))
+    assert found.share == max(share for _, share in found.starts) and len(found.starts) == 17
+
+
+@pytest.mark.parametrize("has_costs", [False, True])
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_the_alternation_only_rises_and_settles(has_costs, is_signed):
+    """From every start, also under budgets and with entries that count against; the pair keeps to its limits."""
+    rng = np.random.default_rng(1)
+    for seed in range(8):
+        matrix = skewed(12, 15, seed) - (1.0 if is_signed else 0.0)
+        row_costs, column_costs = (np.exp(rng.normal(size=n)) if has_costs else None for n in (12, 15))
+        rows, columns = Side(12, 0.4, row_costs), Side(15, 0.3, column_costs)
+        pairs = best_pairs(matrix, rows, columns, seed=seed)
+        for pair in pairs.values():
+            assert np.all(np.diff(pair.history) > 0)
+            assert pair.total == pytest.approx(matrix[np.ix_(pair.rows, pair.columns)].sum())
+            again = settle(matrix, rows, columns, pair.columns, pair.rows)
+            assert again.history == (pytest.approx(pair.total),)
+            assert rows.costs[pair.rows].sum() <= rows.budget and columns.costs[pair.columns].sum() <= columns.budget
+            assert pair.total <= upper_bound(matrix, rows, columns) + 1e-9
+        assert max(pair.total for pair in pairs.values()) >= pairs["separate"].total
+
+
+def test_a_budget_buys_what_is_cheap_for_what_it_holds():
+    """Per cost, or the one largest where that is more; equal costs are counted."""
+    assert Side(3, 0.5, [1, 1, 2]).take(np.array([3.0, 3.0, 5.0])).tolist() == [0, 1]
+    assert Side(3, 0.5, [1, 7, 8]).take(np.array([2.0, 1.0, 9.0])).tolist() == [2]
+    assert Side(3, 0.6, [1, 1, 1]).take(np.array([-3.0, -1.0, -2.0])).tolist() == [1], "what harms is not bought"
+    assert Side(3, 0.6).take(np.array([-3.0, -1.0, -2.0])).tolist() == [1, 2], "a number is a number"
+    matrix = cross(skewed(8, 10))
+    same = matrix.joint(0.5, 0.5, submodule_costs=np.full(8, 3.0), example_costs=np.full(10, 0.1))
+    assert same.submodules == matrix.joint(0.5, 0.5).submodules and same.share == matrix.joint(0.5, 0.5).share
+    assert same.gamma == pytest.approx(matrix.joint(0.5, 0.5).gamma)
+
+
+def test_independence_is_eq_35():
+    """Exponents are those of the curves of retained mass; an outer product captures the product of the shares."""
+    rows, columns = skewed(1, 40, 1)[0], skewed(1, 50, 2)[0]
+    matrix = cross(np.outer(rows, columns))
+    for scores, found in zip((rows, columns), matrix.exponents(), strict=True):
+        fractions = [k for k in FRACTIONS if k * len(scores) >= 1]
+        assert found == pytest.approx(fit_gamma(fractions, retained_mass_curve(scores, fractions))[0], rel=1e-5)
+    found = matrix.joint(0.2, 0.3)
+    assert found.share == pytest.approx(found.separate) and found.share == pytest.approx(found.product)
+    assert found.bound == pytest.approx(found.share)
+    assert found.independent == pytest.approx(0.2**found.gamma * 0.3**found.delta) == matrix.independent(0.2, 0.3)
+    assert exponent(np.ones(10)) == pytest.approx(1)
+    power = np.diff(np.linspace(0, 1, 101) ** 0.4)
+    assert exponent(power) == pytest.approx(0.4, abs=1e-6)
+
+
+def test_examples_that_harm_count_against(influence):
+    """With alignments, one that pulls away is left out, though it moves most."""
+    pulls = np.array([[1.0, 1.0, 1.0, -2.0], [1.0, 1.0, 1.0, -1.0]])
+    chosen = cross(pulls, of="alignments").joint(1.0, 0.75)
+    assert chosen.examples == (0, 1, 2) and chosen.share == pytest.approx(6 / 3) == chosen.bound
+    assert 3 in cross(np.abs(pulls)).joint(1.0, 0.25).examples
+    with pytest.raises(BlueprintError, match="nothing to capture"):
+        cross(-pulls, of="alignments").joint(0.5, 0.5)
+    found = CrossInfluence.from_influence(influence, "alignments").joint(0.3, 0.3)
+    assert found.share >= found.separate
+
+
+def test_reports_are_for_people_and_files(influence):
+    """JSON takes them; that of the matrix holds nothing of a single example."""
+    matrix = CrossInfluence.from_influence(influence)
+    found = matrix.joint(0.3, 0.3, seed=1)
+    assert found == matrix.joint(0.3, 0.3, seed=1), "the same for the same seed"
+    assert json.loads(json.dumps(found.to_dict()))["starts"]["separate"] > 0
+    assert "chosen separately" in found.summary()
+    report = json.loads(json.dumps(matrix.to_dict()))
+    assert sum(report["submodule_shares"].values()) == pytest.approx(1) and report["examples"] == influence.examples
+    assert "norms of 28 submodules" in matrix.summary()
+    assert "by kind and example" in matrix.normalised_by("kind").normalised_by("example").summary()
+
+
+def test_what_cannot_be(influence):
+    """Shares, costs, starts, a single example, numbers that are none: each is named."""
+    matrix = cross(BLOCKS)
+    for k, q in ((0, 0.5), (1.5, 0.5), (float("nan"), 0.5), (0.5, 0), (0.5, -1)):
+        for choose in (matrix.joint, matrix.separate, matrix.independent):
+            with pytest.raises(BlueprintError, match="not a share"):
+                choose(k, q)
+    with pytest.raises(BlueprintError, match="3 costs for 4 submodules"):
+        matrix.joint(0.5, 0.5, submodule_costs=[1, 2, 3])
+    with pytest.raises(BlueprintError, match="6 costs for 6 examples"):
+        matrix.exponents(example_costs=[1, 1, 1, 1, 1, 0])
+    with pytest.raises(BlueprintError, match="the cheapest costs 5"):
+        matrix.separate(0.2, 0.5, submodule_costs=[5, 5, 5, 5])
+    with pytest.raises(BlueprintError, match="starts=-1"):
+        matrix.joint(0.5, 0.5, starts=-1)
+    with pytest.raises(BlueprintError, match="shuffles=-1"):
+        matrix.low_rank(shuffles=-1)
+    with pytest.raises(BlueprintError, match="components=9"):
+        matrix.low_rank(0).error(9)
+    with pytest.raises(BlueprintError, match="share=0"):
+        matrix.low_rank(0).components_for(0)
+    with pytest.raises(BlueprintError, match="matrix of zeros"):
+        cross(np.zeros((2, 2))).low_rank()
+    one = cross(BLOCKS[:, :1])
+    for ask in (one.low_rank, one.exponents, lambda: one.joint(0.5, 0.5), lambda: one.separate(0.5, 0.5)):
+        with pytest.raises(MeasurementError, match="one example"):
+            ask()
+    for values, message in (
+        (np.empty((3, 0)), "no matrix"),
+        (np.empty((0, 3)), "no matrix"),
+        (-BLOCKS, "'m.0'|m.0 has"),
+    ):
+        with pytest.raises(MeasurementError, match=message):
+            cross(values)
+    with pytest.raises(MeasurementError, match="not finite"):
+        cross(np.where(BLOCKS == 9, np.nan, BLOCKS), of="alignments")
+    with pytest.raises(MismatchError, match="5 losses and 4 × 6"):
+        cross(BLOCKS, losses=np.ones(5))
+    with pytest.raises(MismatchError, match="whole numbers"):
+        replace(matrix, examples=np.arange(6) / 2)
+    with pytest.raises(BlueprintError, match="no 'sizes' to choose by"):
+        CrossInfluence.from_influence(influence, "sizes")
+    with pytest.raises(MeasurementError, match="no projections"):
+        CrossInfluence.from_influence(replace(influence, projections=torch.zeros(28, 8, 0)), "alignments")
+    with pytest.raises(MeasurementError, match="at least two"):
+        CrossInfluence.from_influence(replace(influence, norms=influence.norms[:, :1]), "alignments")

@@ -1,0 +1,126 @@
+"""One forward pass says cheap things of every example, correctly. Run: pytest tests/test_features.py"""
+
+import numpy as np
+import pytest
+import torch
+
+from peft_blueprint import measure_influence
+from peft_blueprint.data.features import model_features, token_features
+from peft_blueprint.data.predictor import fit_predictor, spearman
+from peft_blueprint.errors import MeasurementError
+from peft_blueprint.measure.losses import per_example_losses
+from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, toy_batches
+
+
+def column(features, name):
+    return features.values[:, features.names.index(name)]
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_the_numbers_are_what_they_are_called(build, padding):
+    """Loss, entropy, error and lengths of each example, against the whole logits; the head may see targets alone."""
+    model, batches = build(), toy_batches(padding=padding)
+    features = model_features(model, batches)
+    done = 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1].double()
+        for labels, row, mask in zip(batch["labels"][:, 1:], logits, batch["attention_mask"], strict=True):
+            at = labels != -100
+            shares = row[at].softmax(dim=1)
+            truth = torch.nn.functional.one_hot(labels[at], shares.shape[1])
+            assert column(features, "loss")[done] == pytest.approx(
+                float(-(shares.log() * truth).sum() / at.sum()), rel=1e-4
+            )
+            assert column(features, "entropy")[done] == pytest.approx(
+                float(-(shares.log() * shares).sum() / at.sum()), rel=1e-4
+            )
+            error = float((shares - truth).square().sum(dim=1).mean().sqrt())
+            assert np.exp(column(features, "log error")[done]) == pytest.approx(error, rel=1e-4)
+            assert np.exp(column(features, "log tokens")[done]) == pytest.approx(int(mask.sum()))
+            assert np.exp(column(features, "log targets")[done]) == pytest.approx(int(at.sum()))
+            done += 1
+    assert done == len(features.values) == 8
+    assert np.array_equal(features.losses, column(features, "loss"))
+    assert features.tokens == 8 * 12
+
+
+def test_hidden_states_are_means_over_an_examples_own_positions():
+    """Padding does not count, and inner products of projections are those of the states, about."""
+    model = tiny_llama()
+    [batch] = toy_batches(batch_size=8)
+    features = model_features(model, [batch], depths=(1.0,), size=4096)
+    states = []
+    hook = model.model.layers[-1].input_layernorm.register_forward_hook(lambda *a: states.append(a[2].detach()))
+    model(**batch)
+    hook.remove()
+    weights = batch["attention_mask"].float()
+    means = torch.einsum("bt,btd->bd", weights, states[0]) / weights.sum(dim=1, keepdim=True)
+    found = features.values[:, features.scalars :]
+    assert np.allclose(
+        found @ found.T * 32 / 4096, (means @ means.T).numpy(), atol=0.15 * float(means.square().sum(1).max())
+    )
+
+
+def test_features_of_an_example_do_not_depend_on_its_batch():
+    """Nor on how many there are at once."""
+    model = tiny_llama()
+    one, other = (model_features(model, toy_batches(batch_size=size)).values for size in (1, 8))
+    assert np.allclose(one, other, atol=1e-4)
+
+
+def test_the_model_is_left_as_it_was():
+    """No hook stays, no flag changes, no gradient is made."""
+    model = tiny_llama().train()
+    model.model.layers[0].requires_grad_(False)
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    model_features(model, toy_batches())
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags and model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_other_models_have_features_too():
+    """Encoder-decoders, whose labels stand at their own position; classifiers, without token predictions; and a loss of
+    one's own, whose predictions are not guessed.
+    """
+    [batch] = toy_batches(batch_size=8)
+    ids = batch["input_ids"]
+    labels = torch.where(ids % 3 > 0, ids, -100)
+    t5 = model_features(tiny_t5(), [{**batch, "labels": labels}])
+    assert (column(t5, "entropy") > 0).all()
+    bert = model_features(tiny_bert(), [{"input_ids": ids, "labels": torch.arange(8) % 3}])
+    assert np.isfinite(bert.values).all() and not column(bert, "entropy").any() and (bert.losses > 0).all()
+    own = model_features(tiny_llama(), [batch], loss_fn=lambda model, batch: 7 + per_example_losses(model, batch)[0])
+    assert not column(own, "entropy").any() and (own.losses > 7).all()
+
+
+def test_they_predict_gradient_norms():
+    """What Algorithm 2 hopes: from 64 measured examples the order of the others' norms."""
+    model, batches = tiny_llama(), toy_batches(examples=112, batch_size=28, length=48)
+    values = model_features(model, batches)
+    norms = measure_influence(model, batches, progress=False).example_norms.numpy()
+    predictor = fit_predictor(values.values[:64], norms[:64], scalars=range(values.scalars), bootstrap=20)
+    assert spearman(predictor.predict(values.values[64:]), norms[64:]) > 0.5
+
+
+def test_token_ids_alone_give_features():
+    """The lengths are right, order matters through pairs, and nothing was read by a model."""
+    rows = [
+        {"input_ids": [5, 6, 5], "labels": [-100, 6, 5]},
+        {"input_ids": [5, 5, 6], "labels": [-100, 5, 6]},
+        {"input_ids": [5, 6, 5], "labels": [-100, 6, 5]},
+    ]
+    features = token_features(rows)
+    assert np.exp(features.values[0, :4]) == pytest.approx([3, 2, 1, np.exp(2 / 3)])
+    assert np.array_equal(features.values[0], features.values[2])
+    assert not np.allclose(features.values[0], features.values[1])
+    assert features.tokens == 0 and np.isnan(features.losses).all()
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    """The examples are named."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
+    with pytest.raises(MeasurementError, match=r"examples \[0, 1, 2, 3, 4\] of 8"):
+        model_features(model, toy_batches())

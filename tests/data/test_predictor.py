@@ -1,0 +1,106 @@
+"""Scores are predicted from cheap features, and the report of how well is honest. Run: pytest tests/test_predictor.py"""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from peft_blueprint.data.predictor import fit_predictor, spearman
+from peft_blueprint.errors import BlueprintError
+
+
+def made(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
+    """Features, and positive scores that depend on the first of them."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(n, width)) * 10 ** np.arange(width)  # of very different scales
+    return features, np.exp(shape(features[:, 0]) + noise * generator.normal(size=n))
+
+
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_a_simple_relation_is_found_and_holds_on_others(n):
+    """From 16 examples on, whatever the features' scales; predictions are positive as the scores are."""
+    predictor = fit_predictor(*made(n), bootstrap=50)
+    others, truth = made(300, seed=1)
+    predicted = predictor.predict(others)
+    assert (predicted > 0).all()
+    assert spearman(predicted, truth) > (0.7 if n == 16 else 0.9)
+    assert predictor.examples == n and predictor.interval[0] <= predictor.rank_correlation <= predictor.interval[1]
+
+
+def test_what_is_not_linear_goes_to_another_candidate():
+    """A bump is nothing to a ridge regression; trees find it."""
+    predictor = fit_predictor(*made(200, shape=lambda x: 3 * np.cos(2 * x)), bootstrap=20)
+    assert "ridge" not in predictor.name
+    assert predictor.candidates[predictor.name] > predictor.candidates["ridge on all features"] + 0.3
+
+
+def test_scalars_alone_are_tried_where_projections_are_noise():
+    """With 300 columns of noise beside one that matters, 24 examples support the few."""
+    features, scores = made(24, width=1)
+    wide = np.concatenate([features, np.random.default_rng(5).normal(size=(24, 300))], axis=1)
+    predictor = fit_predictor(wide, scores, scalars=[0], bootstrap=20)
+    assert predictor.name.endswith("on scalars")
+    assert len(predictor.candidates) == 5
+
+
+def test_the_held_out_correlation_is_none_for_noise():
+    """Choosing the best of several candidates on the same folds would find order in noise; the mean over draws here is
+    about nought.
+    """
+    found = []
+    for seed in range(4):
+        features, scores = np.random.default_rng(seed).normal(size=(2, 40, 3))
+        found.append(fit_predictor(features, np.exp(scores[:, 0]), bootstrap=2, seed=seed).rank_correlation)
+    assert abs(np.mean(found)) < 0.2
+
+
+def test_signed_scores_are_fitted_as_they_are():
+    """As alignments, which have no logarithm."""
+    features, scores = made(64)
+    predictor = fit_predictor(features, np.log(scores), logarithmic=False, bootstrap=20)
+    assert (predictor.predict(features) < 0).any() and predictor.rank_correlation > 0.9
+
+
+def test_the_same_seed_gives_the_same_predictor():
+    """Folds, trees and network are drawn from it."""
+    features, scores = made(32, noise=1.0)
+    one, other = (fit_predictor(features, scores, bootstrap=20, seed=3) for _ in range(2))
+    assert one.to_dict() == other.to_dict()
+    assert np.array_equal(one.predict(features), other.predict(features))
+
+
+def test_constant_scores_say_nothing():
+    """The correlation is 0 and no NaN."""
+    predictor = fit_predictor(made(16)[0], np.ones(16), bootstrap=5)
+    assert predictor.rank_correlation == 0 and predictor.interval == (0, 0)
+
+
+def test_the_rank_correlation_is_spearmans():
+    """With ties."""
+    a, b = np.random.default_rng(0).integers(5, size=(2, 50))
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+@pytest.mark.parametrize(
+    ("features", "scores", "message"),
+    [
+        (np.ones((8, 2)), np.ones(8), "8 measured examples are too few"),
+        (np.ones((20, 2)), np.ones(19), "do not pair"),
+        (np.ones((20, 2)), np.zeros(20), "20 not positive"),
+        (np.ones((20, 2)), np.full(20, np.nan), "20 are not finite"),
+        (np.full((20, 2), np.inf), np.ones(20), "finite numbers"),
+        (np.ones(20), np.ones(20), "Features are a matrix"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_refused(features, scores, message):
+    """Too few, not paired, not finite, without a logarithm."""
+    with pytest.raises(BlueprintError, match=message):
+        fit_predictor(features, scores)
+
+
+def test_features_of_another_width_are_refused():
+    """Both widths are named."""
+    predictor = fit_predictor(*made(16), bootstrap=2)
+    with pytest.raises(BlueprintError, match="6 features and is given 2"):
+        predictor.predict(np.ones((3, 2)))
+    with pytest.raises(BlueprintError, match="folds=1"):
+        fit_predictor(*made(16), folds=1)

@@ -1,0 +1,215 @@
+"""Odd data, odd wishes and ill-timed kills when examples are chosen. Run: pytest tests/test_selection_corners.py"""
+
+import time
+
+import numpy as np
+import pytest
+
+from peft_blueprint.data import scan as scanning
+from peft_blueprint.data import selection_checks
+from peft_blueprint.data.best import Best
+from peft_blueprint.data.pool import Pool
+from peft_blueprint.data.scan import Scan
+from peft_blueprint.data.scoring import Work
+from peft_blueprint.data.select import select_examples
+from peft_blueprint.data.text_similarity import NearDuplicates
+from peft_blueprint.errors import BlueprintError, MismatchError
+from tests.choosing import choose, made, model
+
+
+POOL = made(40)
+BARE = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}
+SMALL = {"count": 5, "method": "predicted_norm", "small": 20}
+
+
+class Killed(BaseException):
+    """As a signal would come."""
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_as_many_as_are_to_be_measured_are_measured(form):
+    """Of 20 usable examples and 20 to measure nothing is predicted, also where others have no target; of 21 it is."""
+    rows = [BARE, *POOL[:10], BARE, *POOL[10:20], BARE]
+    found = choose(form(rows), **SMALL)
+    assert found.scores == pytest.approx(choose(rows, count=5, method="norm").scores, rel=1e-3)
+    assert "predictor" not in found.report and found.report["without_targets"] == 3
+    assert ["there are only 20 examples" in said for said in found.fallbacks] == [True]
+    assert "predictor" in choose(form([BARE, *POOL[:21]]), **SMALL).report
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
+    """Over a thousand examples without a target, of which none is held in memory; and a resumed run knows them again."""
+    rows = [BARE] * 1000 + [*POOL[:8], *[BARE] * 50, *POOL[8:]] + [BARE] * 7
+    options = {**SMALL, "keep_state": tmp_path / "state" if kept else None}
+    found = choose(iter(rows), **options)
+    report = found.report
+    assert report["predictor"]["measured"] == 20 and report["without_targets"] == 1057 and report["examples"] == 1097
+    assert "drawn from the stream's first 1071" in found.fallbacks[0]
+    assert [rows[i] for i in found.indices] == list(found.rows)
+    again = choose(iter(rows), **options)
+    assert (again.indices, again.fallbacks, again.report["usable"]) == (found.indices, found.fallbacks, 40)
+    scan = Scan(Pool(iter(rows)), Work(model(), None, 4, 0, 0, None), scanning.Progress(None, {}))
+    scan._read_ahead(20)
+    assert len(list(zip(scan._ahead, range(30), strict=False))) == 30 and scan._skipped
+    with pytest.raises(BlueprintError, match="None of 1100 examples has a target"):
+        choose(iter([BARE] * 1100), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"count": 2.5}, "count=2.5 is a float and no whole number"),
+        ({"count": float("nan")}, "count=nan is a float and no whole number"),
+        ({"count": True}, "count=True is a bool and no whole number"),
+        ({"count": "3"}, "count='3' is a str and no whole number"),
+        ({"fraction": "0.3"}, "fraction='0.3' is a str and no share to keep"),
+        ({"fraction": True}, "fraction=True is a bool and no share to keep"),
+        ({"count": 1, "batch_size": 2.5}, "batch_size=2.5 is a float and no whole number"),
+        ({"count": 1, "seed": -1}, "seed=-1: give a whole number from 0"),
+        ({"count": 1, "submodules": ["x"]}, "method='random' uses no gradients, and hence no submodules"),
+        ({"count": 1, "method": "bm25", "target": []}, "The target set is empty: give target="),
+        ({"count": 1, "method": "alignment", "target": iter([])}, "The target set is empty: give target="),
+    ],
+)
+def test_odd_wishes_are_refused(wish, message):
+    """By name, as they were given, and with what to do."""
+    with pytest.raises(BlueprintError, match=message):
+        choose(POOL, **wish)
+
+
+def test_numbers_of_other_kinds_are_taken(tmp_path):
+    """Those of numpy count as numbers."""
+    path = tmp_path / "state"
+    assert len(choose(POOL, count=np.int64(3), keep_state=path)) == len(choose(POOL, count=3, keep_state=path)) == 3
+    assert len(choose(POOL, fraction=np.float32(0.5), keep_state=tmp_path / "other")) == 20
+
+
+def test_too_many_for_facility_location_are_refused_at_once(monkeypatch):
+    """Before any is measured."""
+    monkeypatch.setattr(selection_checks, "MOST_POINTS", 39)
+    monkeypatch.setattr(Work, "together", None)
+    with pytest.raises(BlueprintError, match="takes at most 39, not 40. Choose some first"):
+        choose(POOL, count=2, method="coreset_facility")
+
+
+def test_state_that_cannot_be_kept_is_refused_at_once(tmp_path, monkeypatch):
+    """Before any is measured."""
+    monkeypatch.setattr(Work, "together", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(BlueprintError, match=r"The state cannot be kept in .*file/state.* Choose another folder"):
+        choose(POOL, count=2, method="norm", keep_state=tmp_path / "file" / "state")
+
+
+def alike():
+    """An example of 66 tokens, another of 65, and the first with six more: its near-duplicate."""
+    long, other = list(range(1, 67)), [1 + 7 * i % 90 for i in range(65)]
+    return [{"input_ids": ids, "labels": ids} for ids in (long, other, [*long, *range(67, 73)])]
+
+
+def test_a_better_near_duplicate_takes_the_place_of_the_kept_one():
+    """In a stream as in a list; one that is no longer kept stands in nobody's way."""
+    rows = alike()
+    for count, wanted in ((1, (2,)), (2, (1, 2))):
+        for form in (list, iter):
+            found = choose(form(rows), count=count, method="length")
+            assert found.indices == wanted, (count, form)
+    generator = np.random.default_rng(0)
+    kinds = [generator.integers(1, 97, 60).tolist() for _ in range(12)]
+    many = [{"input_ids": ids, "labels": ids} for i in range(90) if (ids := [*kinds[i * 7 % 12], *range(i * 5 % 7)])]
+    short = [{"input_ids": [i % 5, *[0] * (i % 3)], "labels": [i % 5, *[0] * (i % 3)]} for i in range(40)]
+    for count in (3, 8, 12, 20):
+        for rows in (many, short, many + short):
+            for method in ("length", "length_short", "random"):
+                found = [choose(form(rows), count=count, method=method).indices for form in (list, iter)]
+                assert found[0] == found[1], (count, method)
+
+
+def test_what_is_forgotten_is_new_again():
+    """By the guard and by the heap, through a state."""
+    guard, texts = NearDuplicates(), ["one two three four five six", "seven"]
+    for key, text in zip((5, 9), texts, strict=True):
+        guard.remember(guard.mark(text), key)
+    guard = NearDuplicates.from_state(guard.state())
+    assert [guard.like(guard.mark(text)) for text in texts] == [[5], [9]]
+    guard.forget(9)
+    guard.forget(5)
+    assert len(guard) == 0 and guard.is_new(texts[0]) and guard.is_new(texts[1])
+    best = Best(2)
+    for score, index in ((3, 0), (1, 1)):
+        best.offer(score, index)
+    assert best.last == 1 and best.score_of(0) == 3
+    best.remove(0)
+    assert best.indices() == [1] and best.last is None and best.takes(0, 7)
+
+
+def killed_after(monkeypatch, calls, rows, options):
+    """A run that is killed at so manieth a chunk."""
+    together, seen = Work.together, []
+
+    def dying(*arguments):
+        seen.append(0)
+        if len(seen) > calls:
+            raise Killed
+        return together(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "together", dying)
+        with pytest.raises(Killed):
+            choose(rows, **options)
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_other_data_are_refused_after_the_subset_was_measured(tmp_path, monkeypatch, form):
+    """Though no position had been saved; what was kept stays, and serves the data that it is of."""
+    options = {**SMALL, "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
+    killed_after(monkeypatch, 6, form(POOL), options)  # three chunks of the subset, measured and then featurized
+    content = options["keep_state"].read_bytes()
+    for other in (made(40, seed=1), POOL[::-1], POOL[1:] + POOL[:1]):
+        with pytest.raises(MismatchError, match="The 20 examples that were measured are not those of the kept state"):
+            choose(form(other), **options)
+    if form is iter:
+        with pytest.raises(MismatchError, match="of them are missing"):
+            choose(iter(POOL[:9]), **options)
+    assert options["keep_state"].read_bytes() == content
+    whole = choose(form(POOL), **options | {"keep_state": None})
+    assert choose(form(POOL), **options).indices == whole.indices
+
+
+def test_the_seconds_of_a_killed_run_count(tmp_path, monkeypatch):
+    """They are in the state, and in the report of the run that goes on."""
+    options = {"count": 5, "method": "norm", "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
+    together = Work.together
+
+    def slow(*arguments):
+        time.sleep(0.4)
+        return together(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "together", slow)
+        killed_after(patched, 4, POOL, options)
+    start = time.perf_counter()
+    seconds = choose(POOL, **options).report["cost"]["seconds"]
+    assert seconds > 1.2 + 0.5 * (time.perf_counter() - start)
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_what_was_done_otherwise_is_said_once(tmp_path, form):
+    """However often the state is asked."""
+    rows = [
+        {"input_ids": (ids := np.random.default_rng(i).integers(1, 97, 12).tolist()), "labels": ids} for i in range(60)
+    ]
+    options = {**SMALL, "small": 16, "features": "tokens", "keep_state": tmp_path / "state", "seed": 1}
+    said = [choose(form(rows), **options).fallbacks for _ in range(3)]
+    assert any("no better than chance" in one for one in said[0])
+    assert said[0] == said[1] == said[2] and len(set(said[0])) == len(said[0])
+    few = [choose(form(rows[:12]), **options | {"keep_state": tmp_path / "few"}).fallbacks for _ in range(3)]
+    assert few[0] == few[1] == few[2] and len(few[0]) == 1
+
+
+def test_bm25_says_where_no_word_is_in_common():
+    """All are alike to it then."""
+    rows, target = made(6, low=1, high=40), made(2, low=50, high=90)
+    found = select_examples(None, rows, count=2, method="bm25", target=target, progress=False)
+    assert found.indices == (0, 1) and "no example has a word in common with the target" in found.fallbacks[0]
+    assert not select_examples(None, rows, count=2, method="bm25", target=rows[:1], progress=False).fallbacks

@@ -1,0 +1,233 @@
+"""Odd data to choose from are refused by name, before the work. Run: pytest tests/test_selection_inputs.py"""
+
+import json
+from datetime import date, datetime, time
+
+import numpy as np
+import pytest
+import torch
+import typer
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from peft_blueprint.cli import data as cli_select
+from peft_blueprint.data.examples import encode, encode_one
+from peft_blueprint.data.pool import Pool, require_columns
+from peft_blueprint.data.tables import read_table, require_holds, write_table
+from peft_blueprint.errors import BlueprintError
+from peft_blueprint.testing import save_tiny_model
+from peft_blueprint.train import run as recipe
+from tests.choosing import choose, made
+
+
+APP = typer.Typer()
+APP.callback()(lambda: None)
+APP.command()(cli_select.select_data)
+
+CHAT = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), layers=2)
+    rows = [{"text": f"{i} {i + 1} {i + 2} 7", "made": f"2020-01-0{1 + i}T01:02:03"} for i in range(9)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Fails the test where a model or tokenizer is asked for."""
+
+    def load(*_):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(recipe, "load_model", load)
+    monkeypatch.setattr(recipe, "load_tokenizer", load)
+
+
+def run(folder, *arguments):
+    """How the verb ends; errors other than those of use are raised."""
+    done = CliRunner().invoke(APP, ["select-data", *map(str, (folder, *arguments))])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_dates_are_written_in_the_iso_form(folder, tmp_path, stream):
+    """As they were in the file, which datasets reads as times."""
+    out = tmp_path / "out.jsonl"
+    assert run(folder, "--data", folder / "data.jsonl", "--count", 9, "--out", out, "--quiet", *stream).exit_code == 0
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["made"] for row in found] == [f"2020-01-0{1 + i}T01:02:03" for i in range(9)]
+
+
+def test_json_lines_hold_no_bare_nan(tmp_path):
+    """Numbers that are not finite are null, at any depth; other dates and times are in ISO form."""
+    rows = [{"a": float("nan"), "b": [1.5, float("inf"), {"c": date(2020, 1, 2)}], "d": time(1, 2)}]
+    write_table(tmp_path / "a.jsonl", [*rows, {"a": datetime(2020, 1, 2)}])
+    first, second = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first) == {"a": None, "b": [1.5, None, {"c": "2020-01-02"}], "d": "01:02:00"}
+    assert json.loads(second) == {"a": "2020-01-02T00:00:00"}
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_what_cannot_be_written_is_found_first(folder, tmp_path):
+    """Bytes in JSON; nothing is left behind."""
+    data, out = tmp_path / "data.parquet", tmp_path / "out.jsonl"
+    Dataset.from_list([{"text": "1 2", "raw": b"1"}] * 3).to_parquet(str(data))
+    for stream in ([], ["--stream"]):
+        with pytest.raises(BlueprintError, match=r"out.jsonl cannot hold these examples: .*bytes.*another format"):
+            run(folder, "--data", data, "--count", 1, "--out", out, *stream)
+    data.with_suffix(".jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(BlueprintError, match=r"cannot be read: 'utf-8' codec .* Save the data as UTF-8"):
+        run(folder, "--data", data.with_suffix(".jsonl"), "--count", 1, "--out", out)
+    with pytest.raises(BlueprintError, match=r"out.parquet cannot hold"):
+        require_holds(tmp_path / "out.parquet", [{"a": 2**70}])
+    require_holds(out, [{"a": 1}])
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_no_file_that_is_read_is_written(folder, tmp_path):
+    """Nor a folder, nor one file twice; and score columns that are there are kept."""
+    data, target, out = folder / "data.jsonl", tmp_path / "target.jsonl", tmp_path / "out.jsonl"
+    scored = tmp_path / "scored.jsonl"
+    target.write_text('{"text": "1 2"}\n', encoding="utf-8")
+    scored.write_text('{"text": "1 2", "selection_index": 1}\n', encoding="utf-8")
+    (tmp_path / "folder.jsonl").mkdir()
+    asked = ["--data", data, "--count", 3, "--target", target]
+    with_scores = ["--data", scored, "--count", 1, "--out", out, "--with-scores"]
+    for arguments, message in [
+        ([*asked, "--out", target], "--out .*target.jsonl is the file of --target .*target.jsonl"),
+        ([*asked, "--out", out, "--keep-state", out], "--keep-state .* is the file of --out"),
+        ([*asked, "--out", out, "--keep-state", data], "--keep-state .* is the file of --data"),
+        ([*asked, "--out", tmp_path / "folder.jsonl"], "--out .*folder.jsonl is a folder"),
+        (with_scores, "has 'selection_index' already"),
+        ([*with_scores, "--stream"], "has 'selection_index' already"),
+        (["--data", data, "--out", out, "--fraction", 1.5], "fraction=1.5 is not a share"),
+        (["--data", data, "--out", out, "--fraction", 0.5, "--count", 1], "give one of the two"),
+        (["--data", data, "--out", out, "--fraction", 0.5, "--stream"], "stream has no known length"),
+        ([*asked, "--out", out, "--columns", "promt=text"], "columns name 'promt'; what may be named is 'prompt'"),
+        ([*asked, "--out", out, "--columns", "text=txet"], "no column 'txet'; it has 'text', 'made'"),
+        ([*asked, "--out", out, "--columns", "text=txet", "--stream"], "no column 'txet'"),
+    ]:
+        with pytest.raises(BlueprintError, match=message):
+            run(folder, *arguments)
+    assert run(folder, *asked, "--out", out, "--seed", -1).exit_code == 2
+    assert target.read_text(encoding="utf-8") == '{"text": "1 2"}\n' and not out.exists()
+
+
+def test_the_score_columns_are_those_of_a_selection():
+    """The verb knows their names without torch."""
+    rows = choose(made(4), count=2).apply(made(4), with_scores=True)
+    assert set(rows[0]) == {"input_ids", "labels", *cli_select.SCORES}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\nnot json\n', "JSON parse error"),
+        ("b.jsonl", "", "holds no examples"),
+        ("c.jsonl", "\n\n", "holds no examples"),
+        ("d.csv", "", "holds no examples"),
+        ("e.csv", "a,b\n", "holds no examples"),
+        ("f.csv", "a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3"),
+        ("g.parquet", "xx", "Parquet file size"),
+    ],
+)
+def test_a_file_that_is_no_table_says_why(tmp_path, name, content, message, stream):
+    """Read whole or as a stream, by its reason."""
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(BlueprintError, match=rf"The data '.*{name}' .*{message}.*\. (Mend|Give)"):
+        list(read_table(str(tmp_path / name), stream=stream))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (CHAT[:1], "Example 1 is a chat of 1"),
+        ([], "Example 1 is a chat of 0"),
+        ("hello", "messages of example 1 are a str"),
+        (None, "messages of example 1 are a NoneType"),
+        ([CHAT[0], "3"], "Message 1 of example 1 is a str"),
+        ([CHAT[0], {"role": "tool", "content": "3"}], "refuses example 1, with messages of 'user', 'tool': no tools"),
+    ],
+)
+def test_chats_that_are_none_are_refused_by_position(tokenizer, messages, message):
+    """Also one by the template itself."""
+    tokenizer.chat_template = (
+        "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + TEMPLATE
+    )
+    with pytest.raises(BlueprintError, match=message):
+        encode([{"messages": CHAT}, {"messages": messages}], tokenizer)
+    if messages and isinstance(messages, list):
+        with pytest.raises(BlueprintError, match=message):
+            choose([{"messages": CHAT}, {"messages": messages}], count=1, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_without_a_chat_template_is_told(tokenizer):
+    """With what to do; a prompt and completion need none."""
+    with pytest.raises(BlueprintError, match=r"Example 4 has messages, and this tokenizer has no chat template. Set"):
+        encode_one({"messages": CHAT}, tokenizer, 16, 4)
+    assert encode_one({"prompt": "1", "completion": "2"}, tokenizer, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ("1 2 3", [1, 2, 3], r"'input_ids' of example 1 is a str of shape \(\)"),
+        (["1", "2"], [1, 2], "'input_ids' of example 1 is a list of str"),
+        ([1.0, 2.0], [1, 2], "'input_ids' of example 1 is a list of float"),
+        ([1, 2], [1, float("nan")], "'labels' of example 1 is a list of float"),
+        ([[1, 2]], [[1, 2]], r"'input_ids' of example 1 is a list of shape \(1, 2\)"),
+        ([[1, 2], [3]], [1, 2], "'input_ids' of example 1 is ragged"),
+        ([1, -2], [1, 2], "'input_ids' of example 1 has -2: give one sequence of whole numbers, from 0 on"),
+        ([1, -100], [1, -100], "'input_ids' of example 1 has -100"),
+        ([1, 2], [1, -1], "'labels' of example 1 has -1: .* or -100"),
+        ([1, 2, 3], [1, 2], r"Example 1 has input_ids of shape \(3,\) and labels of shape \(2,\)"),
+        (None, [1, 2], "'input_ids' of example 1 is a NoneType"),
+    ],
+)
+def test_token_ids_are_whole_numbers_in_one_row(ids, labels, message):
+    """Anything else is refused by the example's position."""
+    with pytest.raises(BlueprintError, match=message):
+        choose([*made(1), {"input_ids": ids, "labels": labels}], count=1)
+
+
+def test_arrays_and_tensors_of_whole_numbers_are_token_ids():
+    """As lists and tuples are; with no ids there is no target."""
+    pool = Pool(made(1))
+    for kind in (list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.uint16)):
+        one = pool.candidate(0, {"input_ids": kind([1, 2, 3]), "labels": kind([1, 2, 3])})
+        assert one is not None and one.row == {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    assert pool.candidate(0, {"input_ids": [], "labels": []}) is None
+
+
+def test_columns_that_are_not_there_are_refused(tokenizer):
+    """An unknown key always, an unknown name of the data's; a target may have other names."""
+    rows, columns = [{"text": "1 2 3"}], {"text": "body"}
+    require_columns({"messages": "a", "completion": "b"})
+    with pytest.raises(BlueprintError, match="columns name 'promt'"):
+        Pool(rows, tokenizer, {"promt": "question"})
+    with pytest.raises(BlueprintError, match="no column 'body'; it has 'text'. Correct"):
+        Pool(rows, tokenizer, columns, requires_columns=True).candidate(0, rows[0])
+    assert Pool(rows, tokenizer, columns).candidate(0, rows[0]) is not None
+
+
+def test_what_has_a_length_and_no_positions_is_refused_at_once():
+    """As a stream it can be chosen from."""
+    rows = dict(enumerate(made(6)))
+    with pytest.raises(BlueprintError, match="A dict_values of 6 examples has no positions"):
+        choose(rows.values(), count=2)
+    assert choose(iter(rows.values()), count=2).indices == choose(list(rows.values()), count=2).indices

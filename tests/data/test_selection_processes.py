@@ -1,0 +1,96 @@
+"""Two processes choose what one does. Run: pytest tests/test_selection_processes.py
+
+They run once, as gloo processes that `torchrun` starts with this very file as their script.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peft_blueprint.data.scoring import METHODS
+from tests.choosing import choose, made, model
+from tests.processes import error_of, in_two_processes
+
+
+POOL = made(40)
+
+
+SHARED = ["random", "norm", "alignment", "predicted_norm", "coreset_k_centre", "iterative"]
+
+
+def shared(method):
+    options = {"count": 6, "method": method, "small": 18, "target": made(4, seed=8), "train_steps": 2}
+    return (
+        options
+        if method == "alignment" or METHODS.get(method, METHODS["norm"]).uses_target
+        else options | {"target": None}
+    )
+
+
+def scenario(rank, path):
+    """What a process finds."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole = fully_shard(model())
+    return {
+        **{method: choose(POOL, **shared(method)) for method in SHARED},
+        "stream": choose(iter(POOL), **shared("norm"), keep_state=path / "state"),
+        "sharded": choose(POOL[:37], whole, count=6, method="norm"),
+        "other data": error_of(lambda: choose(POOL[rank:], count=6, method="norm")),
+        "failing": error_of(lambda: choose(POOL, count=6, method="norm", loss_fn=lambda m, b: failing(m, b, rank))),
+    }
+
+
+def failing(inner, batch, rank):
+    if rank == 1:
+        raise OSError("the device is gone")
+    return inner(batch["input_ids"]).logits.mean(dim=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, pytestconfig):
+    """What both processes found."""
+    path = tmp_path_factory.mktemp("found")
+    in_two_processes(__file__, path)
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_two_processes_choose_what_one_does(found, method):
+    """Each measures its share, and both have the same selection."""
+    one, other = (of_process[method] for of_process in found)
+    alone = choose(POOL, **shared(method))
+    assert one.indices == other.indices == alone.indices and one.scores == other.scores
+    assert one.scores == pytest.approx(alone.scores, rel=1e-3, abs=1e-4)
+    assert one.report["cost"]["flops"] == other.report["cost"]["flops"]
+
+
+def test_two_processes_share_streams_and_sharded_models(found):
+    """A stream is read by both and measured by halves; on a model sharded by FSDP2 they stay in step."""
+    for of_process in found:
+        assert of_process["stream"].indices == choose(POOL, **shared("norm")).indices
+        assert of_process["sharded"].indices == choose(POOL[:37], count=6, method="norm").indices
+
+
+def test_an_error_on_one_process_ends_the_others(found):
+    """With its message; other data on each are no shares."""
+    first, second = (of_process["failing"] for of_process in found)
+    assert first.startswith("MeasurementError: Process 1 of 2 failed") and "the device is gone" in first
+    assert second == "OSError: the device is gone"
+    assert all("different" in of_process["other data"] for of_process in found)
+
+
+def main():
+    """One process of the two."""
+    dist.init_process_group("gloo")
+    path, rank = Path(sys.argv[1]), dist.get_rank()
+    torch.set_num_threads(1)
+    torch.save(scenario(rank, path), path / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""What a private release guarantees, what it says, and what it must not say. Run: pytest tests/test_privacy.py"""
+
+import itertools
+import json
+import math
+import multiprocessing
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from scipy import integrate, stats
+
+from peft_blueprint import Blueprint, BlueprintError, generate_blueprint, measure_influence
+from peft_blueprint._processes import process_count
+from peft_blueprint.blueprint.entry import Submodule
+from peft_blueprint.blueprint.schema import to_dict
+from peft_blueprint.compare.drift import check_drift
+from peft_blueprint.errors import MeasurementError
+from peft_blueprint.measure.generate import _released, concentration
+from peft_blueprint.measure.privacy import (
+    SCALES,
+    Privacy,
+    analytic_gaussian_sigma,
+    bounded,
+    gaussian_delta,
+    one_by_one,
+    release,
+    scale_probabilities,
+    shrink,
+)
+from peft_blueprint.testing import tiny_llama, toy_batches
+
+
+WIDE = Privacy(epsilon=200.0, delta=0.01)  # little noise on a few examples
+
+# every key of a private file; a new statistic must be looked at before it is added here
+TOP = {
+    *("schema_version", "digest", "model_id", "model_revision", "model_digest", "training_checkpoint", "level"),
+    *("concentration", "costs", "provenance", "layers"),
+}
+ENTRY = {
+    *("id", "gradient_norm", "kind", "depth", "group", "shape", "form", "quantized", "weight_norm", "examples"),
+    "domain_tags",
+}
+PROVENANCE = {
+    *("created", "command", "data", "domains", "privacy", "method", "sketch_size", "seed", "dtype", "quantized"),
+    *("device", "processes", "versions", "weights_digest"),
+}
+STATEMENT = {
+    *("mechanism", "epsilon", "delta", "clip", "clip_chosen", "unit", "neighbours", "covers", "composition"),
+    *("post_processing", "scale_chosen", "scale_epsilon", "domains"),
+}
+STATEMENT_OF_DOMAIN = {"examples", "sensitivity", "sigma", "reliability", "scale"}
+
+
+def rows(kinds=3, depth=8):
+    return [Submodule(f"{d}.{k}", kind=f"k{k}", depth=d) for k in range(kinds) for d in range(depth)]
+
+
+def smooth_norms(examples, seed=0, kinds=3, depth=8):
+    """Norms that vary slowly with depth, (kinds · depth, examples)."""
+    generator = np.random.default_rng(seed)
+    means = [(1 + k) * (1 + 0.5 * math.cos(2.5 * d / depth + k)) for k in range(kinds) for d in range(depth)]
+    return np.array(means)[:, None] * generator.lognormal(0, 0.3, (1, examples))
+
+
+def private_blueprint(privacy=WIDE, batches=None, model=None, **options):
+    model = model or tiny_llama(layers=4)
+    return generate_blueprint(
+        model, batches or toy_batches(), model_id="tiny/llama", progress=False, privacy=privacy, **options
+    )
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.1, 1.0, 8.0, 100.0])
+@pytest.mark.parametrize("delta", [1e-15, 1e-5, 0.4])
+def test_sigma_solves_theorem_8_in_many_digits(epsilon, delta):
+    """At the returned sigma delta holds, and at one smaller by 1e-10 it does not, by the formula in 60 digits."""
+    sigma = analytic_gaussian_sigma(epsilon, delta, 3.0)
+
+    def by_formula(sigma):
+        with mpmath.workdps(60):
+            a, b = mpmath.mpf(3) / (2 * sigma), mpmath.mpf(epsilon) * sigma / 3
+            return mpmath.ncdf(a - b) - mpmath.exp(epsilon) * mpmath.ncdf(-a - b)
+
+    assert by_formula(mpmath.mpf(sigma)) <= delta < by_formula(mpmath.mpf(sigma) * (1 - mpmath.mpf("1e-10")))
+    assert gaussian_delta(epsilon, sigma, 3.0) == pytest.approx(delta, rel=1e-8)
+
+
+@pytest.mark.parametrize("epsilon, sigma", [(0.01, 30.0), (0.5, 2.0), (1.0, 0.7), (3.0, 1.5), (0.2, 0.1)])
+def test_delta_is_the_integral_of_the_privacy_loss(epsilon, sigma):
+    """∫ max(0, p − e^ε·q) for the two densities that neighbouring data give, integrated numerically."""
+
+    def excess(x):
+        return max(0.0, stats.norm.pdf(x, 1, sigma) - math.exp(epsilon) * stats.norm.pdf(x, 0, sigma))
+
+    start = epsilon * sigma**2 + 0.5  # from where p is the larger
+    integral, _ = integrate.quad(excess, start, start + 12 * sigma + 2, epsabs=1e-13, epsrel=1e-10, limit=200)
+    assert gaussian_delta(epsilon, sigma) == pytest.approx(integral, rel=1e-6, abs=1e-12)
+
+
+def test_sigma_has_the_published_value_and_falls_as_it_should():
+    """3.730632 at (1, 1e-5), as other libraries test it; below the classical sigma; monotone; linear in sensitivity."""
+    assert analytic_gaussian_sigma(1.0, 1e-5) == pytest.approx(3.730632, abs=5e-7)
+    assert analytic_gaussian_sigma(1.0, 1e-5, 7.0) == pytest.approx(7 * analytic_gaussian_sigma(1.0, 1e-5))
+    for epsilon in (0.05, 0.3, 0.99):
+        assert analytic_gaussian_sigma(epsilon, 1e-5) < math.sqrt(2 * math.log(1.25e5)) / epsilon
+    for a, b in itertools.pairwise(np.geomspace(1e-3, 100, 40)):
+        assert analytic_gaussian_sigma(a, 1e-5) > analytic_gaussian_sigma(b, 1e-5)
+    for a, b in itertools.pairwise(np.geomspace(1e-15, 0.9, 40)):
+        assert analytic_gaussian_sigma(2.0, a) > analytic_gaussian_sigma(2.0, b)
+
+
+@pytest.mark.parametrize("clip", [None, 1.7])
+def test_neighbouring_means_are_at_most_root_two_bounds_over_n_apart(clip):
+    """Of vectors that are not negative; and two that share no submodule are exactly so far apart."""
+    generator = np.random.default_rng(0)
+    bound, n = clip or 1.0, 5
+    others = generator.lognormal(size=(6, n - 1))
+    worst = 0.0
+    for _ in range(300):
+        pair = generator.lognormal(0, 3, size=(2, 6, 1)) * (generator.random((2, 6, 1)) < 0.4)
+        a, b = (bounded(np.concatenate([others, one], axis=1), clip).mean(axis=1) for one in pair)
+        worst = max(worst, float(np.linalg.norm(a - b)))
+    assert 0.95 * math.sqrt(2) * bound / n < worst <= math.sqrt(2) * bound / n * (1 + 1e-12)
+
+
+def test_the_scale_is_chosen_with_its_epsilon():
+    """No scale is more than e^ε likelier than after one example has changed; the median is likeliest."""
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(1, 1, 40)
+    likely = scale_probabilities(lengths, 0.7)
+    for changed in (0.0, 1e-9, 3.0, 1e9):
+        for i in range(40):
+            neighbour = scale_probabilities(np.r_[changed, np.delete(lengths, i)], 0.7)
+            assert np.abs(np.log(likely / neighbour)).max() <= 0.7 + 1e-9
+    chosen = SCALES[scale_probabilities(generator.lognormal(1, 0.3, 4001), 1.0).argmax()]
+    assert chosen == pytest.approx(math.e, rel=0.1)
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_noise_has_the_stated_sigma_in_every_coordinate(clip, monkeypatch):
+    """Over many releases, before what is done with them; means are not moved."""
+    monkeypatch.setattr("peft_blueprint.measure.privacy.shrink", lambda values, *_: values)
+    norms, submodules = smooth_norms(400), rows()
+    generator = np.random.default_rng(0)
+    found, scales, sigma = [], [], 0.0
+    for _ in range(400):
+        values, said = release(norms, submodules, Privacy(epsilon=8.0, delta=1e-5, clip=clip), generator)
+        scales.append(said.get("scale", 1.0))
+        found.append(values / scales[-1])
+        sigma = said["sigma"]
+    expected = analytic_gaussian_sigma(8.0 * (1 if clip else 0.9), 1e-5, math.sqrt(2) * (clip or 1) / 400)
+    assert sigma == pytest.approx(expected)
+    assert np.std(found, axis=0).mean() == pytest.approx(sigma, rel=0.03)
+    assert np.mean(found, axis=0) == pytest.approx(bounded(norms, clip).mean(axis=1), abs=5 * sigma / 20)
+    if clip is None:
+        assert np.median(scales) == pytest.approx(np.median(np.linalg.norm(norms, axis=0)), rel=0.1)
+
+
+def test_shrinking_takes_noise_away_and_leaves_signal():
+    """Along smooth norms the error halves at least; without noise to speak of nothing changes; means stay."""
+    submodules = rows(kinds=2, depth=32)
+    truth = smooth_norms(1, kinds=2, depth=32)[:, 0]
+    generator = np.random.default_rng(0)
+    noisy = truth + 0.3 * generator.standard_normal((50, len(truth)))
+    shrunk = np.array([shrink(values, submodules, 0.3) for values in noisy])
+    assert ((shrunk - truth) ** 2).mean() < 0.5 * ((noisy - truth) ** 2).mean()
+    assert shrunk[0, :32].mean() == pytest.approx(noisy[0, :32].mean())
+    assert shrink(noisy[0], submodules, 1e-6) == pytest.approx(noisy[0], abs=1e-4)
+
+
+def test_without_a_generator_no_two_releases_are_alike():
+    """The noise comes from the operating system, not from a seed that a reader could know."""
+    np.random.seed(0)
+    torch.manual_seed(0)
+    first = private_blueprint(seed=0)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    second = private_blueprint(seed=0)
+    assert all(a.gradient_norm != b.gradient_norm for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("privacy", [WIDE, Privacy(epsilon=200.0, delta=0.01, clip=3.0), Privacy(noise=0.1)])
+@pytest.mark.parametrize("domains", [1, 2])
+def test_a_private_file_says_nothing_that_is_not_on_the_list(privacy, domains):
+    """Every key of the finished file is an expected one, whatever statistics come to be measured."""
+    batches = {"maths": toy_batches(), "code": toy_batches(seed=1)} if domains == 2 else toy_batches()
+    private = private_blueprint(privacy, batches, data="toys", command="type this")
+    record = json.loads(json.dumps(to_dict(private)))
+    assert record.keys() <= TOP
+    assert set().union(*(entry.keys() for entry in record["layers"])) <= ENTRY
+    provenance = record["provenance"]
+    assert provenance.keys() <= PROVENANCE
+    assert all(of.keys() == {"examples"} for of in provenance["domains"].values())
+    said = provenance["privacy"]
+    if privacy.is_guaranteed:
+        assert said.keys() <= STATEMENT
+        assert all(of.keys() <= STATEMENT_OF_DOMAIN for of in said["domains"].values())
+        assert (said["epsilon"], said["delta"]) == (200.0, 0.01)
+    else:
+        assert said.keys() == {"mechanism", "noise", "sigma_is", "guarantee", "domains"}
+        assert said["guarantee"] == "none"
+    assert len(said["domains"]) == domains
+    # what is concluded is concluded from released norms
+    bare = [Submodule(entry.name, entry.gradient_norm, kind=entry.kind) for entry in private]
+    assert record["concentration"] == json.loads(json.dumps(concentration(bare)))
+    if domains == 2:
+        assert {tuple(entry.domain_tags) for entry in private} == {("maths", "code")}
+        assert {entry.domain_tags["maths"] for entry in private} == {1.0}
+        assert len({entry.domain_tags["code"] for entry in private}) > 1
+
+
+def test_with_little_noise_it_is_the_blueprint_one_would_have_had(blueprint):
+    """Ranks and weights' norms are those without privacy, and norms about; and it is read back from its file."""
+    private = private_blueprint(Privacy(epsilon=1e5, delta=0.01), model=tiny_llama(layers=12))
+    assert check_drift(private, blueprint, draws=2).correlation > 0.9
+    ratios = [a.gradient_norm / b.gradient_norm for a, b in zip(private, blueprint, strict=True)]
+    assert 0.5 < min(ratios) and max(ratios) < 2
+    assert [e.weight_norm for e in private] == [e.weight_norm for e in blueprint]
+
+
+def test_it_is_read_back_from_its_file(tmp_path):
+    """A private file is a blueprint like any other."""
+    private = private_blueprint()
+    assert Blueprint.from_pretrained(private.save(tmp_path)) == private
+
+
+def test_noise_alone_is_a_share_of_the_kinds_mean():
+    """Its standard deviation is what the file says."""
+    submodules, norms = rows(), smooth_norms(20)
+    generator = np.random.default_rng(0)
+    found = [release(norms, submodules, Privacy(noise=0.05), generator)[0] for _ in range(500)]
+    means = norms.mean(axis=1).reshape(3, 8).mean(axis=1)
+    assert np.std(found, axis=0).reshape(3, 8).mean(axis=1) == pytest.approx(0.05 * means, rel=0.06)
+
+
+def test_under_a_guarantee_a_column_depends_on_its_example_alone():
+    """What stands beside an example in its batch changes its norms by not one bit."""
+    model = tiny_llama(layers=2)
+    long, short = toy_batches(examples=1, length=40, padding="none")[0], toy_batches(examples=1, seed=3)[0]
+    joined = {key: torch.cat([torch.nn.functional.pad(short[key], (0, 28)), long[key]]) for key in short}
+    joined["labels"][0, 12:] = -100
+    alone = measure_influence(model, one_by_one([short]), progress=False).norms[:, 0]
+    beside = measure_influence(model, one_by_one([joined]), progress=False).norms[:, 0]
+    assert torch.equal(alone, beside)
+    turned = {key: value.flip(1) for key, value in joined.items()}  # padded on the left
+    assert [len(example["labels"][0]) for example in one_by_one([turned])] == [int(short["attention_mask"].sum()), 40]
+
+
+def test_a_guaranteed_files_rows_do_not_depend_on_the_examples():
+    """A weight that no example reached has its entry, as in any other file of the model."""
+    model = tiny_llama(layers=2)
+    unused = model.model.layers[1].self_attn.q_proj
+    unused.register_forward_hook(lambda module, args, output: output.detach())
+    name = "model.layers.1.self_attn.q_proj"
+    usual = generate_blueprint(model, toy_batches(), progress=False)
+    private = private_blueprint(model=model)
+    assert name not in usual.names and name in private.names
+    assert len(private) == len(usual) + 1
+
+
+def in_a_process(rank, folder, model, influence):
+    """What one of two processes releases of what both have measured."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    entries, _ = _released({"": influence}, model, "adaptable", WIDE, process_count())
+    (folder / f"{rank}.json").write_text(json.dumps([entry.gradient_norm for entry in entries]))
+    dist.destroy_process_group()
+
+
+def test_several_processes_release_the_same_noise_once(tmp_path):
+    """Two processes that measured together publish one blueprint; apart they would draw different noise."""
+    model = tiny_llama(layers=2)
+    influence = measure_influence(model, toy_batches(), progress=False)
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=in_a_process, args=(i, tmp_path, model, influence)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    alone, _ = _released({"": influence}, model, "adaptable", WIDE, 1)
+    assert first != [entry.gradient_norm for entry in alone]
+
+
+def test_too_much_noise_is_said():
+    """A release whose differences are noise warns, and its statement has no reliability."""
+    with pytest.warns(UserWarning, match="the rest noise: ranks mean little"):
+        values, said = release(smooth_norms(10), rows(), Privacy(epsilon=0.1, delta=1e-6), np.random.default_rng(0))
+    assert said["reliability"] < 0.5 and (values > 0).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "neither noise nor epsilon"),
+        ({"epsilon": 1.0}, "a guarantee needs both"),
+        ({"delta": 1e-5}, "a guarantee needs both"),
+        ({"epsilon": 0.0, "delta": 1e-5}, "epsilon=0.0 is no privacy loss"),
+        ({"epsilon": math.nan, "delta": 1e-5}, "epsilon=nan is no privacy loss"),
+        ({"epsilon": 1.0, "delta": 0.0}, "delta=0.0 is no probability"),
+        ({"epsilon": 1.0, "delta": 1.0}, "delta=1.0 is no probability"),
+        ({"epsilon": 1.0, "delta": 1e-5, "noise": 0.1}, "Give one or the other"),
+        ({"epsilon": 1.0, "delta": 1e-5, "clip": 0.0}, "clip=0.0"),
+        ({"noise": 0.1, "clip": 1.0}, "clip=1.0 with epsilon=None"),
+        ({"noise": -0.1}, "noise=-0.1 is no share"),
+    ],
+)
+def test_what_cannot_be_promised_is_an_error(options, message):
+    """Each says what was given and what to give."""
+    with pytest.raises(BlueprintError, match=message):
+        Privacy(**options)
+
+
+@pytest.mark.parametrize(
+    "norms, privacy, message",
+    [
+        (np.ones((24, 1)), Privacy(noise=0.1), "A mean over 1 example is no aggregate"),
+        (np.ones((24, 100)), Privacy(epsilon=1.0, delta=0.01), "far below 1/100, such as 1e-05"),
+        (np.ones((3, 100)), Privacy(noise=0.1), r"shape \(3, 100\) and 24 submodules"),
+        (-np.ones((24, 100)), Privacy(noise=0.1), "negative, infinite or NaN"),
+        (np.full((24, 100), np.nan), WIDE, "negative, infinite or NaN"),
+    ],
+)
+def test_what_cannot_be_released_is_an_error(norms, privacy, message):
+    """Too few examples, a delta that would give one away, and norms that are none."""
+    with pytest.raises(MeasurementError, match=message):
+        release(norms, rows(), privacy)
+
+
+def test_numbers_out_of_range_are_errors():
+    """Of the two functions too."""
+    with pytest.raises(BlueprintError, match="sigma=0.0: it must be a number above 0"):
+        gaussian_delta(1.0, 0.0)
+    with pytest.raises(BlueprintError, match="delta=2 is no probability"):
+        analytic_gaussian_sigma(1.0, 2)

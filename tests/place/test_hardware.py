@@ -1,0 +1,110 @@
+"""What fits a card, and the verb that says so before any download. Run: pytest tests/test_fitting.py"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from peft_blueprint import Blueprint
+from peft_blueprint.cli.app import app
+from peft_blueprint.errors import PlacementError
+from peft_blueprint.measure.submodules import find_submodules
+from peft_blueprint.place.cost import Workload
+from peft_blueprint.place.hardware import recommended, what_fits
+from peft_blueprint.testing import tiny_llama
+from tests.hub.loopback import loopback_hub
+
+
+def test_settings_are_tried_and_the_fastest_that_keeps_enough_is_recommended():
+    """Where memory is plenty without checkpointing and quantisation; where it is short with what makes it fit."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
+    )
+    load = Workload(batch_size=4, length=256)
+    plenty = what_fits(None, config, {"memory": "4GiB"}, load)
+    assert [(s.quantization, s.checkpointing) for s in plenty] == [
+        (None, False),
+        (None, True),
+        ("nf4", False),
+        ("nf4", True),
+    ]
+    assert recommended(plenty) is plenty[0] and plenty[1].time > plenty[0].time
+    least = min(setting.all_linear for setting in plenty)
+    short = what_fits(None, config, {"memory": least}, load)
+    assert recommended(short).checkpointing
+    for setting in short:
+        if setting.placement is not None:
+            assert setting.placement.cost["memory"] <= least
+    with pytest.raises(PlacementError, match="Nothing fits in any setting.*too small"):
+        recommended(what_fits(None, config, {"memory": 1000}, load))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's config without any weight, and a blueprint of it."""
+    model = tiny_llama(layers=6)
+    model.config.save_pretrained(tmp_path / "model")
+    entries = tuple(replace(e, gradient_norm=1.0, adam_gain=1.0 + i % 3) for i, e in enumerate(find_submodules(model)))
+    Blueprint("org/m", entries).save(tmp_path / "blueprint.json")
+    return tmp_path
+
+
+def plan(*words):
+    """What `peft-blueprint plan` answers."""
+    return CliRunner().invoke(app, ["plan", *map(str, words)], catch_exceptions=False)
+
+
+def test_plan_reads_a_config_alone(folder):
+    """All settings in a table, the one to take, and the placement; as JSON and as bare names too."""
+    found = plan(folder / "model", "--vram", "40MiB", "--reserve", "20MiB", "--length", 64)
+    for part in ("take this", "nf4", "bfloat16", "within 20.0 MiB", "q_proj", "next smaller"):
+        assert part in found.stdout, part
+    answer = json.loads(plan(folder / "model", "--keep", 0.5, "--json").stdout)
+    assert len(answer["settings"]) == 4 and answer["placement"]["rank_by"] == "even"
+    names = plan(folder / "model", "--keep", 0.5, "--quiet").stdout.split()
+    assert names == answer["placement"]["lora"]
+
+
+def test_plan_goes_by_a_blueprint_and_keeps_its_budget(folder, tmp_path):
+    """With one setting asked for; in a trainer's words; with a picture."""
+    words = (folder / "model", "--blueprint", folder / "blueprint.json", "--budget", "0.7x", "--quantization", "none")
+    answer = json.loads(plan(*words, "--no-checkpointing", "--json", "--picture", tmp_path / "plan.png").stdout)
+    [setting] = answer["settings"]
+    assert answer["placement"]["rank_by"] == "cover_gain" and setting["time"] <= 0.7 and setting["fits"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    text = plan(*words, "--no-checkpointing", "--for", "llamafactory").stdout
+    assert "lora_target" in text and "lora_rank: 32" in text
+
+
+def test_plan_reads_a_repository_on_the_hub(folder):
+    """Only its config is fetched: there is nothing else to fetch."""
+    script = "from peft_blueprint.cli import main; main()"
+    with loopback_hub({"org/model": folder / "model"}) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache")}
+        command = [sys.executable, "-W", "ignore", "-c", script, "plan", "org/model", "--keep", "0.5", "--quiet"]
+        found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == plan(folder / "model", "--keep", 0.5, "--quiet").stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--vram", "1KiB", "--reserve", "1B"), "Nothing fits in any setting"),
+        (("--vram", "12GiB", "--reserve", "13GiB"), "leaves nothing of --vram 12GiB"),
+        (("--vram", "12GiB", "--budget", "8GiB"), "both limit the memory"),
+        (("--vram", "a lot"), "'a lot' cannot be read"),
+        (("--picture", "x.png"), "give one with --blueprint"),
+        (("--quantization", "gptq"), "quantization='gptq'"),
+        (("--optimizer", "lion"), "optimizer='lion'"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_named(folder, words, message):
+    """Each in one line."""
+    with pytest.raises(PlacementError, match=message):
+        plan(folder / "model", *words)

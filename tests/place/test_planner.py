@@ -1,0 +1,356 @@
+"""Placements under budgets: never exceeded, honest about what is too small, quick on large models.
+
+Run: pytest tests/test_planner.py
+"""
+
+import json
+import re
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from peft_blueprint import Blueprint, BlueprintConfig, Placement, Submodule, plan_placement
+from peft_blueprint.errors import BlueprintError, MismatchError, PlacementError
+from peft_blueprint.measure.meta_model import empty_model
+from peft_blueprint.measure.submodules import find_submodules
+from peft_blueprint.place.budget import Budget
+from peft_blueprint.place.choosing import RankBy
+from peft_blueprint.place.cost import CostModel, Structure, Workload
+from peft_blueprint.place.gains import CoverGain
+from peft_blueprint.place.planner import workload_of
+from peft_blueprint.place.scores import SCORES
+from peft_blueprint.testing import quantise, tiny_gpt2, tiny_llama, tiny_mixtral
+from tests.fused import needs_fused
+from tests.planning import BLUEPRINT, LLAMA, measured
+
+
+LOAD = Workload(batch_size=2, length=32, dtype="float32", device="cpu", rank=4)
+
+
+BUDGETS = st.one_of(
+    st.builds(lambda share: {"time": share}, st.floats(0.3, 1.2)),
+    st.builds(lambda size: {"memory": size}, st.integers(300_000, 3_000_000)),
+    st.builds(lambda count: {"parameters": count}, st.integers(100, 40_000)),
+    st.builds(lambda count: {"modules": count}, st.integers(1, 60)),
+    st.builds(lambda a, b: {"time": a, "modules": b}, st.floats(0.3, 1.2), st.integers(1, 60)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    budget=BUDGETS,
+    gains=st.lists(st.floats(0.01, 100), min_size=42, max_size=42),
+    coverage=st.sampled_from(["none", "kind", "kind+depth"]),
+    ranks=st.sampled_from(["uniform", "influence"]),
+    mode=st.sampled_from(["lora", "unfreeze"]),
+)
+def test_a_budget_that_is_accepted_is_never_exceeded(budget, gains, coverage, ranks, mode):
+    """Whatever the blueprint, the limit and the rule; what is refused names a limit that then is accepted."""
+    blueprint = measured(LLAMA, gains)
+    wish = {"coverage": coverage, "ranks": ranks, "mode": mode, "workload": LOAD}
+    try:
+        placement = plan_placement(blueprint, LLAMA, budget=budget, **wish)
+    except PlacementError as error:
+        if len(budget) > 1:
+            return
+        [least] = re.findall(r"Give at least '(.+)'\.$", str(error))
+        placement = plan_placement(blueprint, LLAMA, budget=least, **wish)
+        budget = Budget.of(least).limits
+    real = CostModel(Structure.of(LLAMA), LOAD)
+    cost = real.cost({name: placement.ranks.get(name, 4) for name in placement.lora}, placement.unfreeze)
+    modules = len(placement.lora) + len(placement.unfreeze)
+    spent = {
+        "time": real.time_ratio(cost),
+        "memory": cost.bytes,
+        "parameters": cost.trainable,
+        "modules": modules,
+    }
+    assert modules and all(spent[name] <= limit for name, limit in budget.items())
+    assert {name: placement.cost[name] for name in spent} == pytest.approx(spent)
+
+
+@pytest.mark.parametrize(
+    ("smaller", "larger"), [("0.5x", "0.9x"), ("1k params", "9k params"), ("3 modules", "30 modules")]
+)
+def test_a_larger_budget_keeps_more(smaller, larger):
+    """Of the predicted gain."""
+    plans = [plan_placement(BLUEPRINT, LLAMA, budget=budget, workload=LOAD) for budget in (smaller, larger)]
+    assert plans[0].kept < plans[1].kept <= 1
+
+
+def test_a_budget_of_time_raises_the_lowest_layer():
+    """Time below that of a whole backward pass is only there if the pass stops early."""
+    everything = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, workload=LOAD)
+    assert everything.cost["lowest"] == 0 and everything.cost["time"] == pytest.approx(1.0)
+    assert everything.learning_rate_scale == pytest.approx(1.0) and everything.kept == pytest.approx(1.0)
+    half = plan_placement(BLUEPRINT, LLAMA, budget="0.6x", workload=LOAD)
+    assert half.cost["lowest"] == min(int(name.split(".")[2]) for name in half.lora) > 0
+    assert half.kept < 1 and half.rank > 4
+
+
+def test_keep_is_the_cheapest_that_keeps_so_much():
+    """No faster choice of the family keeps as much; a budget that forbids it is named, with what it allows."""
+    placement = plan_placement(BLUEPRINT, LLAMA, keep=0.8, workload=LOAD)
+    assert placement.kept >= 0.8 and placement.cost["time"] < 1
+    assert placement.selector == {"keep": 0.8}
+    faster = plan_placement(BLUEPRINT, LLAMA, budget={"time": placement.cost["time"] - 1e-6}, workload=LOAD)
+    assert faster.kept < 0.8
+    with pytest.raises(PlacementError, match=r"keep=0.8 cannot be met within 3 modules: .* keeps 0\.\d\d of"):
+        plan_placement(BLUEPRINT, LLAMA, keep=0.8, budget="3 modules", workload=LOAD)
+
+
+def test_what_half_and_twice_as_much_would_be_is_said():
+    """The neighbours stand in the placement and in its table."""
+    placement = plan_placement(BLUEPRINT, LLAMA, num_modules=12, workload=LOAD)
+    smaller, larger = placement.alternatives
+    assert (smaller["modules"], larger["modules"]) == (6, 24)
+    assert smaller["kept"] < placement.kept < larger["kept"] and smaller["time"] < larger["time"]
+    text = str(placement)
+    for part in (
+        "org/m: 12 adapters of rank 13 of 42 candidates by cover_gain",
+        "down_proj",
+        "next smaller",
+        "next larger",
+        "Learning rate: ",
+    ):
+        assert part in text
+
+
+def test_by_default_a_seventh_of_the_submodules_covers_the_model_with_all_linears_parameters():
+    """One to a block or so, as wide as LoRA on all; each adds most to what those before it cover, whatever the order."""
+    placement = plan_placement(BLUEPRINT, LLAMA, workload=LOAD)
+    assert placement.rank_by == "cover_gain" and placement.selector == {"fraction": pytest.approx(1 / 7)}
+    assert len(placement.lora) == 6 and len({name.split(".")[2] for name in placement.lora}) >= 5
+    everything = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, rank=LOAD.rank, workload=LOAD)
+    assert 0.8 < placement.cost["parameters"] / everything.cost["parameters"] <= 1
+    gains = [entry.adam_gain for entry in BLUEPRINT]
+    order = CoverGain(BLUEPRINT.submodules, gains).greedy(count=6)
+    assert set(placement.lora) == {BLUEPRINT.submodules[i].name for i in order}
+
+
+def test_what_is_done_by_default_where_a_seventh_would_not_do():
+    """At one rank most of the gain is kept; blocks, other selectors and coverages, and norms alone have scores."""
+    uniform = plan_placement(BLUEPRINT, LLAMA, ranks="uniform", workload=LOAD)
+    assert uniform.selector == {"keep": 0.95} and uniform.rank_by == "cover_gain" and uniform.kept >= 0.95
+    for wish in ({"mode": "unfreeze"}, {"coverage": "none"}, {"top_p": 0.5}, {"threshold": 0.0}):
+        assert plan_placement(BLUEPRINT, LLAMA, workload=LOAD, **wish).rank_by == "adam_gain"
+    norms = replace(BLUEPRINT, submodules=tuple(replace(entry, adam_gain=None) for entry in BLUEPRINT))
+    plain = plan_placement(norms, LLAMA, workload=LOAD)
+    assert plain.rank_by == "gradient_norm" and plain.selector == {"keep": 0.95}
+    with pytest.raises(PlacementError, match="num_modules=43: the blueprint has only 42 to choose from"):
+        plan_placement(BLUEPRINT, LLAMA, num_modules=43)
+
+
+def test_scores_per_cost_prefer_the_cheaper_of_equals():
+    """With equal gains the narrow layers come first; without costs there is nothing to divide by."""
+    blueprint = measured(LLAMA, [1.0] * len(BLUEPRINT))
+    placement = plan_placement(blueprint, LLAMA, num_modules=6, per_cost=True, coverage="none", workload=LOAD)
+    costs = CostModel(Structure.of(LLAMA), LOAD)
+    dearest = max(costs.adapter_cost(name, 4) for name in placement.lora)
+    assert dearest <= min(costs.adapter_cost(e.name, 4) for e in blueprint if e.name not in placement.lora)
+    assert placement.rank_by == "adam_gain per cost"
+    shapeless = Blueprint("org/m", tuple(replace(entry, shape=None) for entry in blueprint))
+    with pytest.raises(PlacementError, match="has no shapes"):
+        plan_placement(shapeless, per_cost=True)
+
+
+@pytest.mark.parametrize(
+    "rank_by", [by for by in SCORES if by not in ("weight_gradient", "singular_energy", "signal_to_noise")]
+)
+def test_every_score_places(rank_by):
+    """As many as asked for; scores that differ place differently in the end."""
+    placement = plan_placement(BLUEPRINT, num_modules=14, rank_by=rank_by)
+    assert len(placement.lora) == 14 and placement.rank_by == rank_by
+
+
+def test_the_list_of_scores_is_the_one_that_is_offered():
+    """`rank_by` takes every score and the set's; a typo is told the list."""
+    assert set(RankBy.__args__) == {*SCORES, "cover_gain", "set_gain"}
+    with pytest.raises(PlacementError, match="rank_by='adamgain': choose gradient_norm,.*or last"):
+        plan_placement(BLUEPRINT, rank_by="adamgain")
+
+
+def test_controls_place_as_their_names_say():
+    """First and last take ends of the depth, even the middles, random what its seed says."""
+    depth = {entry.name: entry.depth for entry in BLUEPRINT}
+
+    def depths(rank_by, **wish):
+        return [depth[n] for n in plan_placement(BLUEPRINT, rank_by=rank_by, **wish).lora]
+
+    assert set(depths("first", num_modules=14, coverage="none")) == {0, 1}
+    assert set(depths("last", num_modules=14, coverage="none")) == {4, 5}
+    assert set(depths("even", num_modules=14)) == {1, 4}
+    one, two, again = (plan_placement(BLUEPRINT, num_modules=9, rank_by="random", seed=s).lora for s in (0, 1, 0))
+    assert one == again != two
+
+
+def test_without_a_blueprint_adapters_are_spread_evenly():
+    """From a config alone, before any download; and it is called what it is."""
+    placement = plan_placement(None, LLAMA.config, fraction=0.2, workload=LOAD)
+    assert placement.rank_by == "even" and len(placement.lora) == round(0.2 * len(BLUEPRINT))
+    assert placement.learning_rate_scale is None and 0 < placement.kept < 1 and placement.cost["memory"] > 0
+    with pytest.raises(PlacementError, match="nothing to place by"):
+        plan_placement(None)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mixtral])
+def test_an_empty_model_has_the_names_and_shapes_of_the_real_one(build):
+    """Planning on it is planning on the model."""
+    model = build()
+    empty = empty_model(model.config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert find_submodules(empty, "all") == find_submodules(model, "all")
+
+
+def test_a_source_without_a_config_is_named(tmp_path):
+    """A folder without one, and a config that transformers builds nothing from."""
+    with pytest.raises(BlueprintError, match="There is no model config in .*Give a folder"):
+        empty_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"budget": 0.7}, "budget=0.7 does not say of what: write bytes"),
+        ({"budget": "12"}, "'12' cannot be read"),
+        ({"budget": "a lot"}, "'a lot' cannot be read"),
+        ({"budget": "1GiB, 2GiB"}, "limits memory twice"),
+        ({"budget": {"vram": 3}}, r"no \['vram'\]; it has memory, modules, parameters, time"),
+        ({"budget": {"time": "3 modules"}}, "which is a limit of modules"),
+        ({"budget": {}}, "The budget is empty"),
+        ({"budget": "0x"}, "time=0.0 leaves nothing"),
+        ({"budget": "0.7x", "fraction": 0.2}, "budget='0.7x' and fraction=0.2 both say how much"),
+        ({"keep": 1.5}, "keep=1.5 is not a share"),
+        ({"keep": 0.5, "num_modules": 3}, "keep=0.5 and num_modules=3 both"),
+        ({"rank": 0}, "rank=0 is no rank"),
+        ({"ranks": "some"}, "ranks='some': choose uniform, equal_parameters or influence"),
+        ({"budget": "1GiB"}, "needs the model, or its config"),
+    ],
+)
+def test_wishes_that_cannot_be_read_are_named(wish, message):
+    """Each with what would work."""
+    with pytest.raises(PlacementError, match=message):
+        plan_placement(BLUEPRINT, **wish)
+
+
+def test_a_model_of_another_shape_is_refused():
+    """As when an adapter is put on."""
+    with pytest.raises(MismatchError, match="another size"):
+        plan_placement(BLUEPRINT, tiny_llama(layers=6, hidden_size=64), budget="0.7x")
+
+
+class TestConfig:
+    def test_a_budget_is_settled_on_the_model(self, tmp_path):
+        """Until then nothing is placed; then within the budget, at the rank that `r` says, and saved as plain LoRA."""
+        config = BlueprintConfig(
+            blueprint=BLUEPRINT, budget="0.6x", workload={"length": 32, "device": "cpu"}, r=4, task_type="CAUSAL_LM"
+        )
+        assert config.placement is None and config.target_modules is None
+        adapted = get_peft_model(tiny_llama(layers=6), config)
+        assert 0 < config.placement.cost["time"] <= 0.6 and config.placement.rank == 4
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert trainable == config.placement.cost["parameters"]
+        adapted.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert saved["peft_type"] == "LORA" and set(saved["target_modules"]) == set(config.placement.lora)
+        recipe = json.loads((tmp_path / "blueprint_config.json").read_text())
+        assert Placement.from_dict(recipe["placement"]) == config.placement and recipe["budget"] == "0.6x"
+
+    def test_a_placement_brings_its_rank(self):
+        """Left out, r becomes the plan's with the scaling as it was; another r is an error that shows both."""
+        placement = plan_placement(BLUEPRINT, LLAMA, budget="0.8x", rank=16, workload=LOAD)
+        config = BlueprintConfig(placement=placement)
+        plain = LoraConfig()
+        assert config.r == 16 and config.lora_alpha / config.r == plain.lora_alpha / plain.r
+        assert BlueprintConfig(placement=placement, r=16, lora_alpha=32).lora_alpha == 32
+        with pytest.raises(PlacementError, match="planned for rank 16, and r=64"):
+            BlueprintConfig(placement=placement, r=64)
+        free = plan_placement(BLUEPRINT, num_modules=10)
+        assert BlueprintConfig(placement=free).r == free.rank and BlueprintConfig(placement=free, r=8 * 3).r == 24
+
+
+class TestWorkload:
+    @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+    def test_it_is_read_off_a_loaded_model(self, kind):
+        """Quantisation, dtype, device and checkpointing; what is given counts first; an empty model says nothing."""
+        model = quantise(tiny_llama(), kind)
+        model.gradient_checkpointing_enable()
+        found = workload_of(model, length=64, optimizer="paged_adamw_8bit")
+        assert (found.quantization, found.dtype, found.device, found.checkpointing) == (kind, "float32", "cpu", True)
+        assert (found.length, found.optimizer, found.batch_size) == (64, "paged_adamw_8bit", 8)
+        assert workload_of(model, quantization=None).quantization is None
+        assert workload_of(empty_model(model.config)) == workload_of(model.config) == Workload()
+        with pytest.raises(PlacementError, match="no 'vram'; it has .*batch_size"):
+            workload_of(model, vram=3)
+
+    def test_a_loaded_model_is_planned_as_it_is(self):
+        """So that a budget of memory counts 4-bit weights as such without being told."""
+        plain, quantised = tiny_llama(), quantise(tiny_llama(), "nf4")
+        blueprint = measured(plain)
+        costs = [plan_placement(blueprint, m, num_modules=4).cost["memory"] for m in (plain, quantised)]
+        assert costs[1] < costs[0]
+
+
+def _timed(*args, **options):
+    start = time.process_time()
+    placement = plan_placement(*args, **options)
+    return placement, time.process_time() - start
+
+
+def test_a_70b_model_is_planned_in_seconds():
+    """Llama-3.1-70B's shape on the meta device: 560 linear submodules, a card of 80 GB, 4 bits."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "vocab_size": 128_256}
+    config = LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8)
+    model = empty_model(config)
+    blueprint = measured(model)
+    assert len(blueprint) == 560
+    load = Workload(batch_size=1, length=4096, quantization="nf4", checkpointing=True, input_gradients=False)
+    placement, seconds = _timed(blueprint, model, budget="44GiB", workload=load)
+    assert 35 * 2**30 < placement.cost["memory"] <= 44 * 2**30 and placement.lora
+    assert seconds < 10
+
+
+def mixture(experts):
+    """A list of separate experts, as older models have them."""
+    entries = []
+    for depth in range(48):
+        prefix = f"model.layers.{depth}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            entries.append(Submodule(f"{prefix}.self_attn.{name}", 1.0, name, depth, f"attn.{depth}", (2048, 2048)))
+        for expert in range(experts):
+            for name, shape in (("gate_proj", (768, 2048)), ("up_proj", (768, 2048)), ("down_proj", (2048, 768))):
+                path = f"experts.{expert}.{name}"
+                entries.append(Submodule(f"{prefix}.mlp.{path}", 1.0, path, depth, f"ffn.{depth}", shape))
+    return Blueprint("org/moe", tuple(replace(e, adam_gain=1.0 + (i * 7919) % 13) for i, e in enumerate(entries)))
+
+
+def test_planning_a_mixture_of_10000_submodules_takes_four_times_what_2500_take():
+    """Seconds where nothing else runs, and not the square; a ratio, since machines and what else they do differ."""
+    few, many = mixture(17), mixture(68)
+    assert len(many) > 9_900 and len(few) < len(many) / 3.7
+    for wish in ({"budget": "0.8x"}, {"keep": 0.5}):
+        _, reference = _timed(few, **wish)
+        placement, seconds = _timed(many, **wish)
+        assert seconds < 10 * reference, f"{seconds:.1f} s for {len(many)}, {reference:.1f} s for {len(few)}"
+        assert placement.cost["time"] <= 0.8 if "budget" in wish else placement.kept >= 0.5
+
+
+@needs_fused
+def test_fused_experts_are_planned_by_their_real_size():
+    """An adapter there has a rank for every expert, and costs so."""
+    config = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = empty_model(config)
+    placement = plan_placement(measured(model), model, budget="6k parameters", rank=4, workload=LOAD)
+    assert placement.cost["parameters"] <= 6000
+    everything = plan_placement(measured(model), model, fraction=1.0, rank=4)
+    experts = 8 * 4 * ((64 + 64) + (32 + 64))  # rank 4 on eight experts' gate_up_proj and down_proj
+    attention = sum(4 * sum(entry.shape) for entry in measured(model) if entry.form == "linear")
+    assert everything.target_parameters and everything.cost["parameters"] == 4 * experts + attention

@@ -1,0 +1,91 @@
+"""Ranks of a placement's adapters, and the learning rate that suits them.
+
+Run: pytest tests/test_ranks.py
+"""
+
+from dataclasses import replace
+
+import pytest
+from peft import get_peft_model
+
+from peft_blueprint import BlueprintConfig, Submodule, plan_placement
+from peft_blueprint.errors import PlacementError
+from peft_blueprint.place.ranks import k_star_rank, ranks_by_influence
+from peft_blueprint.testing import tiny_llama
+from tests.planning import BLUEPRINT, LLAMA, measured
+
+
+def test_ranks_by_influence_follow_the_scores_and_keep_the_sum():
+    """In quarters of the uniform rank, between one and sixteen of them."""
+    entries = [Submodule(f"m.{i}", 1.0) for i in range(6)]
+    scores = {"m.0": 100.0, "m.1": 4.0, "m.2": 4.0, "m.3": 2.0, "m.4": 2.0, "m.5": 0.0}
+    ranks = ranks_by_influence(entries, scores, 16)
+    assert sum(ranks.values()) == 6 * 16 and all(rank % 4 == 0 for rank in ranks.values())
+    assert ranks["m.0"] == 64 > ranks["m.1"] >= ranks["m.2"] > ranks["m.3"] == ranks["m.5"] == 4
+    assert ranks_by_influence(entries, scores, 1) == dict.fromkeys(scores, 1)
+
+
+def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
+    """As near below all-linear LoRA's as multiples of 8 allow, at most eight times the rank; a given rank is kept."""
+    whole = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, rank=16).cost["parameters"]
+    for count in (4, 12, 30):
+        placement = plan_placement(BLUEPRINT, LLAMA, num_modules=count)
+        each = placement.cost["parameters"] / placement.rank
+        assert placement.cost["parameters"] <= whole and placement.rank <= 128
+        assert placement.rank == 128 or placement.rank % 8 == 0 and whole < (placement.rank + 8) * each
+    assert plan_placement(BLUEPRINT, LLAMA, num_modules=4, rank=16).rank == 16
+
+
+def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters():
+    """As far as it takes to keep enough of the gain; not where a rank or a rule of ranks is given."""
+    few, more, most = (plan_placement(BLUEPRINT, LLAMA, budget=f"{n}k params") for n in (2, 6, 20))
+    assert [p.rank for p in (few, more, most)] == [1, 2, 8]
+    assert few.cost["parameters"] <= 2000 and more.cost["parameters"] <= 6000 and most.cost["parameters"] <= 20000
+    assert few.kept > 0.9 and more.kept == pytest.approx(1) and most.kept >= 0.95 and len(more.lora) == 42
+    assert more.learning_rate_scale == pytest.approx(8**0.5)  # beside all-linear LoRA of rank 16
+    for wish in ({"rank": 16}, {"ranks": "uniform"}):
+        fixed = plan_placement(BLUEPRINT, LLAMA, budget="6k params", **wish)
+        assert fixed.rank == 16 and fixed.kept < 0.7 and len(fixed.lora) == 4
+    with pytest.raises(PlacementError, match="parameters"):
+        plan_placement(BLUEPRINT, LLAMA, budget="20 params")
+
+
+def test_the_learning_rate_goes_by_the_root_of_the_first_steps_gain():
+    """Half the gain wants √2 times the rate, and at twice the rank the same."""
+    blueprint = measured(LLAMA, [1.0] * len(BLUEPRINT))
+    half = {"num_modules": len(BLUEPRINT) // 2, "rank_by": "last", "coverage": "none"}
+    assert plan_placement(blueprint, rank=8, **half).learning_rate_scale == pytest.approx(2**0.5)
+    raised = plan_placement(blueprint, ranks="equal_parameters", rank=8, **half)
+    assert raised.rank == 16 and raised.learning_rate_scale == pytest.approx(1)
+
+
+def test_a_config_takes_r_as_that_of_all_linear_if_asked():
+    """The adapters' r is then raised, with the scaling as it was."""
+    config = BlueprintConfig(blueprint=BLUEPRINT, num_modules=12, ranks="equal_parameters", r=4, lora_alpha=8)
+    assert config.r == config.placement.rank > 4 and config.lora_alpha == 2 * config.r
+
+
+def test_k_star_becomes_the_rank_with_as_many_parameters():
+    """Of 64 x 32 the share 0.25 is 512 parameters, rank 5.3; it is reported beside the adapter."""
+    entry = replace(BLUEPRINT.submodules[0], shape=(64, 32), k_star=0.25)
+    assert k_star_rank(entry) == 5
+    assert k_star_rank(replace(entry, k_star=1.0)) == 21 and k_star_rank(replace(entry, k_star=1e-9)) == 1
+    assert k_star_rank(replace(entry, k_star=None)) is None
+    placement = plan_placement(measured(LLAMA, k_star=0.25), fraction=1.0)
+    assert all(facts["k_star_rank"] >= 1 for facts in placement.facts.values())
+
+
+def test_a_config_gives_every_adapter_its_rank_and_the_same_scaling():
+    """On the model, r and alpha over r are as planned, and the adapter's parameters as predicted."""
+    model = tiny_llama(layers=6)
+    config = BlueprintConfig(
+        blueprint=BLUEPRINT, num_modules=8, ranks="influence", r=4, lora_alpha=8, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    layers = {n: m for n, m in adapted.named_modules() if hasattr(m, "lora_A") and "default" in m.r}
+    ranks = {n.removeprefix("base_model.model."): m.r["default"] for n, m in layers.items()}
+    assert ranks == dict(config.placement.ranks) and len(set(ranks.values())) > 1
+    assert sum(ranks.values()) == 8 * 4
+    assert {m.scaling["default"] for m in layers.values()} == {2.0}
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trainable == config.placement.cost["parameters"]

@@ -1,0 +1,273 @@
+"""A blueprint in the model's own files. Run: pytest tests/test_embedding.py"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from peft_blueprint import Blueprint, BlueprintError, Submodule
+from peft_blueprint.blueprint.header import read_metadata
+from peft_blueprint.blueprint.header_text import rounded, to_header_text
+from peft_blueprint.blueprint.model_files import extract
+from peft_blueprint.blueprint.slots import escaped
+from peft_blueprint.errors import FormatError, MismatchError
+from peft_blueprint.measure.submodules import find_submodules
+from peft_blueprint.publish.embedding import embed, remove
+from peft_blueprint.publish.stored_tensors import check_stored
+from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
+from tests import ROOT
+
+
+def of(model, **changes):
+    """A blueprint of a model, unmeasured."""
+    entries = tuple(replace(s, gradient_norm=1.0 + i, **changes) for i, s in enumerate(find_submodules(model)))
+    return Blueprint("tiny/model", entries)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The twelve-layer Llama of the fixture `blueprint` in one file, and in shards with an index."""
+    model = tiny_llama(layers=12)
+    folder = tmp_path_factory.mktemp("models")
+    model.save_pretrained(folder / "single")
+    model.save_pretrained(folder / "sharded", max_shard_size="100kB")
+    return folder
+
+
+@pytest.fixture(params=["single", "sharded"])
+def folder(request, saved, tmp_path):
+    """A copy of either."""
+    (tmp_path / "copy").mkdir()
+    for path in (saved / request.param).iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "copy"
+
+
+def state_of(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def test_embed_extract_remove(blueprint, folder):
+    """What is put in comes out, rounded; transformers loads the model as before; removing leaves the tensors."""
+    before, model = state_of(folder), LlamaForCausalLM.from_pretrained(folder)
+    changed = embed(blueprint, folder, progress=False)
+    assert extract(folder) == rounded(blueprint)
+    after, again = state_of(folder), LlamaForCausalLM.from_pretrained(folder)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert remove(folder, progress=False) == changed and remove(folder) == []
+    with pytest.raises(BlueprintError, match="carries no blueprint.*peft-blueprint embed"):
+        extract(folder)
+
+
+def test_a_sharded_model_has_it_in_the_index_and_the_first_shard(blueprint, saved, tmp_path):
+    """Under the same keys; all else in the index stays as it was, and either place alone is enough."""
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for path in (saved / "sharded").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    index = folder / "model.safetensors.index.json"
+    before, text = json.loads(index.read_text()), index.read_text()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert embed(blueprint, folder, progress=False) == [shards[0], index]
+    after = json.loads(index.read_text())
+    added = {"blueprint.json": to_header_text(blueprint), "blueprint.version": "1"}
+    assert after == before | {"metadata": before["metadata"] | added}
+    assert added.items() <= read_metadata(shards[0]).items() and read_metadata(shards[1]) == {"format": "pt"}
+    assert embed(blueprint, folder, progress=False) == []
+    assert extract(shards[0]) == extract(index) == rounded(blueprint)
+    for shard in shards:
+        shard.unlink()
+    assert extract(folder) == rounded(blueprint)
+    index.write_text(text)
+    with pytest.raises(BlueprintError, match="no file .*00001"):
+        embed(blueprint, folder)
+    assert index.read_text() == text
+
+
+def test_removing_gives_back_the_index(blueprint, saved, tmp_path):
+    """Byte for byte, as transformers writes it."""
+    for path in (saved / "sharded").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = tmp_path / "model.safetensors.index.json"
+    before = index.read_bytes()
+    embed(blueprint, tmp_path, progress=False)
+    remove(tmp_path, progress=False)
+    assert index.read_bytes() == before
+
+
+def test_an_update_within_the_room_is_in_place(blueprint, saved, tmp_path):
+    """The file keeps its inode and size, and loads in every tool."""
+    path = tmp_path / "adapted.safetensors"
+    path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
+    embed(blueprint, path, reserve=len(escaped(to_header_text(blueprint))) + 4000, progress=False)
+    status = path.stat()
+    other = replace(blueprint, provenance={"data": "another"})
+    assert embed(other, path, progress=False) == [path] and extract(path) == rounded(other)
+    assert (path.stat().st_ino, path.stat().st_size) == (status.st_ino, status.st_size)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt" and len(file.keys()) == len(load_file(path))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_t5], ids=lambda make: make.__name__)
+def test_blueprints_of_every_architecture_fit_their_own_files(make, tmp_path):
+    """Under whatever names they are stored: per expert, other way round, without a prefix."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    embed(of(model), tmp_path, progress=False)
+    assert extract(tmp_path).names == of(model).names
+    other = tiny_gpt2() if make is tiny_llama else tiny_llama()
+    with pytest.raises(MismatchError, match="of its .* entries are not there.*'.*'.*stores '"):
+        embed(of(other), tmp_path, progress=False)
+
+
+NAMES = ("model.layers.0.q_proj", "model.layers.1.q_proj")
+BLUEPRINT = Blueprint("org/m", tuple(Submodule(name, 1.0, shape=(4, 8)) for name in NAMES))
+GOOD = {
+    "plain": {f"{name}.weight": ("F32", (4, 8)) for name in NAMES},
+    "other way round": {f"{name}.weight": ("BF16", (8, 4)) for name in NAMES},
+    "in four bits": {f"{name}.weight": ("U8", (16, 1)) for name in NAMES},
+    "GPTQ": {f"{name}.qweight": ("I32", (1, 4)) for name in NAMES},
+    "without its prefix": {f"{name.removeprefix('model.')}.weight": ("F32", (4, 8)) for name in NAMES},
+    "with another": {f"language_model.{name}.weight": ("F32", (4, 8)) for name in NAMES},
+    "shapes not known": {f"{name}.weight": None for name in NAMES},
+    "an adapter": {f"base_model.model.{NAMES[1]}.lora_A.weight": ("F32", (2, 8))},
+}
+BAD = {
+    "another size": ({f"{name}.weight": ("F32", (4, 16)) for name in NAMES}, "'model.layers.0.q_proj' is 4x8.*4x16"),
+    "one is missing": ({f"{NAMES[0]}.weight": ("F32", (4, 8))}, r"1 of its 2 .*\('model.layers.1.q_proj'\)"),
+    "two prefixes": (
+        {f"a.{NAMES[0]}.weight": ("F32", (4, 8)), f"b.{NAMES[1]}.weight": ("F32", (4, 8))},
+        "1 of its 2",
+    ),
+    "another's adapter": ({"base_model.model.h.0.c_attn.lora_A.weight": ("F32", (2, 8))}, "adapts 'h.0.c_attn'"),
+    "nothing": ({}, "stores nothing"),
+}
+
+
+@pytest.mark.parametrize("tensors", GOOD.values(), ids=GOOD)
+def test_what_fits(tensors):
+    """Stored names with and without a prefix, shapes either way round, quantised weights by name."""
+    check_stored(BLUEPRINT, tensors, "x")
+
+
+@pytest.mark.parametrize("tensors, message", BAD.values(), ids=BAD)
+def test_what_does_not_fit(tensors, message):
+    """A MismatchError with both sides and the way out."""
+    with pytest.raises(MismatchError, match=f"(?s){message}.*check=False"):
+        check_stored(BLUEPRINT, tensors, "x")
+
+
+def test_coarser_levels_are_checked_by_their_blocks(blueprint, saved):
+    """Group- and layer-level blueprints fit a model with as many blocks."""
+    tensors = load_file(saved / "single" / "model.safetensors")
+    stored = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for level in ("group", "layer"):
+        check_stored(blueprint.coarsen(level), stored, "x")
+    with pytest.raises(MismatchError, match="speaks of block 11, and the last in x is 0"):
+        check_stored(blueprint.coarsen("layer"), {"model.layers.0.q.weight": None}, "x")
+
+
+def test_check_false_embeds_anyway(blueprint, tmp_path):
+    """For a file whose names this package does not know."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(MismatchError):
+        embed(blueprint, tmp_path, progress=False)
+    embed(blueprint, tmp_path, check=False, progress=False)
+    assert extract(tmp_path) == rounded(blueprint)
+
+
+def test_an_adapter_file_carries_it_too(blueprint, tmp_path):
+    """An adapter_model.safetensors as PEFT writes it, given by its path."""
+    get_peft_model(tiny_llama(layers=12), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    embed(blueprint, tmp_path / "adapter_model.safetensors", progress=False)
+    assert extract(tmp_path / "adapter_model.safetensors") == rounded(blueprint)
+
+
+@pytest.mark.parametrize("how", ["a link", "a link out of the cache", "a copy in the cache"])
+def test_the_cache_is_left_alone(blueprint, saved, tmp_path, how):
+    """Neither a link nor what it points to is touched; the error says how to get a copy."""
+    blob = tmp_path / "models--tiny--llama" / "blobs" / "abc" if "cache" in how else tmp_path / "elsewhere" / "abc"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes((saved / "single" / "model.safetensors").read_bytes())
+    before = blob.read_bytes()
+    snapshot = blob.parent.parent / "snapshots" / "main" if "cache" in how else tmp_path / "mine"
+    snapshot.mkdir(parents=True)
+    path = snapshot / "model.safetensors"
+    if how == "a copy in the cache":
+        path.write_bytes(before)
+    else:
+        path.symlink_to(blob)
+    for act in (lambda: embed(blueprint, snapshot, progress=False), lambda: remove(path)):
+        with pytest.raises(BlueprintError, match=r"(cache|symbolic link).*hf download .* --local-dir"):
+            act()
+    assert blob.read_bytes() == before and path.read_bytes() == before
+
+
+def test_a_long_text_is_warned_of_and_a_longer_one_refused(blueprint, saved, tmp_path, monkeypatch):
+    """Beyond the first 100 kB a reader asks twice, room for later aside; beyond the limit it does not belong there."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed(blueprint, path, progress=False)
+        embed(blueprint, path, reserve=90_000, progress=False)
+    long = replace(blueprint, provenance={"note": "x" * 100_000})
+    with pytest.warns(UserWarning, match="second request.*beside the model"):
+        embed(long, path, progress=False)
+    before = path.read_bytes()
+    monkeypatch.setattr("peft_blueprint.publish.embedding.MAX_TEXT", 1000)
+    with pytest.raises(BlueprintError, match=r"with 84 entries; at most 1,000.*blueprint.safetensors"):
+        embed(blueprint, path, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_bad_places(tmp_path):
+    """Folders without a model, files of another kind, an index that points elsewhere, a later layout."""
+    with pytest.raises(BlueprintError, match="neither model.safetensors nor model.safetensors.index.json"):
+        extract(tmp_path)
+    with pytest.raises(BlueprintError, match="no .safetensors file"):
+        embed(BLUEPRINT, tmp_path / "model.bin")
+    index = tmp_path / "model.safetensors.index.json"
+    for weights in ({}, {"a": "../../x.safetensors"}, {"a": 1}, {"a": "/x.safetensors"}):
+        index.write_text(json.dumps({"weight_map": weights}))
+        with pytest.raises(FormatError, match="no index of a sharded model"):
+            extract(tmp_path)
+    index.unlink()
+    tensors, path = {"a": torch.ones(1)}, tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"blueprint.json": "{}", "blueprint.version": "2"})
+    with pytest.raises(FormatError, match="'2'.*upgrade"):
+        extract(tmp_path)
+    save_file(tensors, path, metadata={"blueprint.json": "{"})
+    with pytest.raises(FormatError, match="blueprint.json in .*model.safetensors is not valid JSON"):
+        extract(tmp_path)
+
+
+def test_it_needs_no_tensor_library(blueprint, saved, tmp_path):
+    """Embedding, extracting and removing import neither torch nor transformers."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
+    blueprint.save(tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+from peft_blueprint import Blueprint
+from peft_blueprint.embedding import embed, extract, remove
+from peft_blueprint.formats import read_blueprint
+embed(read_blueprint({str(tmp_path / "blueprint.json")!r}), {str(path)!r}, progress=False)
+assert len(extract({str(path)!r})) == 84 and remove({str(path)!r}, progress=False)
+print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
+"""
+    root = ROOT
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

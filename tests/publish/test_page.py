@@ -1,0 +1,180 @@
+"""The page of a report, opened in a real browser. Run: pytest tests/test_report_page.py"""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from peft_blueprint import Blueprint, BlueprintError
+from peft_blueprint.blueprint.entry import Submodule
+from peft_blueprint.blueprint.schema import to_dict
+from peft_blueprint.publish.page import render_page, save_page
+from peft_blueprint.publish.report_pictures import front
+from peft_blueprint.runs.figures import absent
+from peft_blueprint.runs.report import make_report
+from tests.browser import asked, needs_browser, opened
+from tests.made_up_runs import KINDS, made_up_run, placement_of
+
+
+HOSTILE = '<script>document.title="taken"</script>'
+
+SEEN = """
+const shown = element => element.getBoundingClientRect();
+const visible = () => [...document.querySelectorAll(".panel")].filter(p => shown(p).height > 0).map(p => p.id);
+const first = visible();
+const sizes = [], switched = [];
+for (const label of document.querySelectorAll(".picker > label")) {
+  label.click();
+  switched.push([label.htmlFor, visible()]);
+  for (const svg of document.querySelectorAll("svg")) {
+    const box = shown(svg);
+    if (box.width && box.height || svg.checkVisibility()) sizes.push([svg.getAttribute("class"), box.width, box.height]);
+  }
+}
+const ids = [...document.querySelectorAll("[id]")].map(e => e.id);
+return {
+  first, switched, sizes,
+  twice: ids.filter((id, i) => ids.indexOf(id) !== i),
+  words: [...document.querySelectorAll("#panel-seconds text")].map(t => t.textContent),
+  requests: performance.getEntriesByType("resource").map(e => e.name),
+  scripts: document.querySelectorAll("script").length,
+  wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+  cells: document.querySelector("#totals").innerText,
+  maps: document.querySelectorAll(".map svg").length,
+};
+"""
+
+ON_A_PHONE = """
+const frame = document.createElement("iframe");
+frame.style = "width: 360px; height: 700px; border: 0";
+frame.srcdoc = "<!doctype html>" + document.documentElement.outerHTML.replace(/<script[^]*?<\\/script>/g, "");
+await new Promise(done => { frame.onload = done; document.body.append(frame); });
+const inside = frame.contentDocument;
+return {
+  page: inside.documentElement.scrollWidth,
+  tables: Math.max(...[...inside.querySelectorAll("table")].map(table => table.scrollWidth)),
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Three runs, one with a blueprint, a placement and a decision, one with a hostile name."""
+    entries = tuple(
+        Submodule(name=f"model.layers.{d}.{k}", kind=k.rpartition(".")[2], depth=d, gradient_norm=1.0 + d)
+        for d in range(6)
+        for k in KINDS
+    )
+    blueprint = Blueprint(model_id="org/m", submodules=entries)
+    stopping = {"stopped": True, "step": 600, "reason": "It no longer paid.", "proposal": "Plan 450 steps."}
+    chosen = made_up_run("chosen", speed=0.7, seed=1, placement=placement_of(6), blueprint=to_dict(blueprint))
+    return make_report(
+        [made_up_run("all-linear"), replace(chosen, stopping=stopping), made_up_run(HOSTILE, end=1.5, seed=2)],
+        baseline="all-linear",
+    )
+
+
+@pytest.fixture(scope="module")
+def page(report, tmp_path_factory):
+    """The file."""
+    return save_page(report, tmp_path_factory.mktemp("page") / "page.html")
+
+
+@needs_browser
+def test_opened_in_a_browser_the_page_shows_every_picture_and_asks_for_nothing(page, tmp_path):
+    """Starts with the report's resource, the picker shows one panel at a time, and nothing is loaded or executed."""
+    dom, said = opened(page, tmp_path, f"--log-net-log={tmp_path / 'net.json'}")
+    assert said == []
+    assert "<title>3 runs: capability per resource</title>" in dom
+    log = (tmp_path / "net.json").read_text(errors="replace")
+    assert "page.html" in log
+    assert not re.search(
+        "file:// +(?:https?|wss?|ftp):", log
+    )  # what a page from a file asks for is kept under such a key
+
+    seen = asked(page, tmp_path, SEEN)
+    assert seen["first"] == ["panel-seconds"]
+    assert [shown for _, shown in seen["switched"]] == [[f"panel-{name[3:]}"] for name, _ in seen["switched"]]
+    assert {name for name, _ in seen["switched"]} >= {
+        "by-seconds",
+        "by-tokens",
+        "by-flops",
+        "by-energy_joules",
+        "by-step",
+    }
+    assert all(width > 0 and height > 0 for _, width, height in seen["sizes"]) and len(seen["sizes"]) > 20
+    assert seen["twice"] == [] and seen["requests"] == [] and not seen["wide"]
+    assert "time, minutes" in seen["words"] and "eval_loss (lower is better)" in seen["words"]
+    assert seen["scripts"] == 1  # the question's own
+    assert {"measured", "modelled", "absent"} <= set(seen["cells"].split())
+    assert seen["maps"] == 1
+
+
+@needs_browser
+def test_on_a_phone_nothing_is_wider_than_the_screen(page, tmp_path):
+    """At 360 pixels wide tables and the heat map scroll within themselves; the page does not."""
+    found = asked(page, tmp_path, ON_A_PHONE)
+    assert found["page"] <= 360 and found["tables"] > 360
+
+
+def test_the_page_holds_no_address_and_no_script(page):
+    """What a record says is text, and no attribute or style names anything elsewhere."""
+    page = page.read_text(encoding="utf-8")
+    assert "http:" not in page and "https:" not in page and "<script" not in page and "@import" not in page
+    assert "&lt;script&gt;" in page
+    assert set(re.findall(r'(?:src|href)="([^#"]{1,11})', page)) <= {"data:,", "data:image/"}
+
+
+def test_the_page_says_what_was_decided_and_placed(page):
+    """The rule's words and proposal, the kinds with their layers and ranks, the baseline's terms."""
+    page = page.read_text(encoding="utf-8")
+    assert "Stopped at step 600." in page and "Plan 450 steps." in page
+    assert "12 adapters" in page and "3–5" in page
+    assert "of the <br>baseline’s" in page and "1.00 ×" in page
+
+
+def test_a_single_run_has_its_figures_and_no_front():
+    """One run is still worth a page: four figures, the training loss beside the metric, no comparison."""
+    page = render_page(make_report([made_up_run()]))
+    assert 'class="facts"' in page and "training loss" in page
+    assert 'id="front"' not in page and "baseline’s" not in page
+
+
+def test_a_run_without_evaluation_shows_its_training_loss():
+    """The page says that nothing is known to be gained, and draws what there is."""
+    page = render_page(make_report([replace(made_up_run(), points=())]))
+    assert "has no evaluation" in page and 'id="panel-seconds"' in page and "Training loss against" in page
+
+
+def test_a_run_of_nothing_is_a_page_without_pictures():
+    """Neither evaluations nor losses nor figures: all absent, and said so."""
+    bare = replace(made_up_run(), points=(), losses=(), totals={"seconds": absent("no clock")}, about={})
+    page = render_page(make_report([bare]))
+    assert "No run has an evaluation or a training loss to draw." in page and "no clock" in page
+
+
+@pytest.mark.parametrize("source", ["nowhere/blueprint.json", {"submodules": 3}])
+def test_a_blueprint_that_is_not_there_or_broken_costs_only_its_picture(source):
+    """The rest of the page stands, and says why there is no heat map; nothing is fetched."""
+    page = render_page(make_report([made_up_run(blueprint=source, placement=placement_of(6))]))
+    assert 'class="map"' not in page and ("is not here" in page or "cannot be drawn" in page)
+
+
+def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
+    """A metric called like a formula is no formula, and letters that matplotlib's font lacks raise no warning."""
+    record = made_up_run("模型 $x$")
+    points = tuple(replace(p, metrics={"eval_$\\bad 模": p.metrics["eval_loss"]}) for p in record.points)
+    page = render_page(make_report([replace(record, metric="eval_$\\bad 模", points=points)]))
+    assert "eval_$\\bad 模 (lower is better)" in page
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    """The page needs the plots extra."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(BlueprintError, match=r"peft-blueprint\[plots\]"):
+        render_page(make_report([made_up_run()]))
+
+
+def test_the_same_runs_make_the_same_picture(report):
+    """Nothing in it depends on the time or on chance."""
+    assert front(report) == front(report)

@@ -1,0 +1,139 @@
+"""Peaks are seen by all ledgers that run, on GPUs and without. Run: pytest tests/test_memory.py"""
+
+import mmap
+
+import pytest
+import torch
+
+from peft_blueprint.runs import ledger as ledger_module
+from peft_blueprint.runs import memory as memory_module
+from peft_blueprint.runs.figures import measured
+from peft_blueprint.runs.ledger import GB, Ledger
+
+
+MIB = 2**20
+
+
+def occupy(size):
+    """Hold so many bytes of new pages for a moment; what an allocator gives may be pages that the process had."""
+    with mmap.mmap(-1, size) as pages:
+        for start in range(0, size, mmap.PAGESIZE):
+            pages[start] = 1
+
+
+def test_memory_is_the_peak_between_looks(clock, monkeypatch):
+    """Gigabyte-hours sum each stretch's peak times its length; the peak is the largest of all."""
+    marks = iter([9e9, 2e9, 4e9, 1e9])
+    monkeypatch.setattr(memory_module, "_read_and_set_back", lambda place: next(marks, 1e9))
+    with Ledger(meters=[]) as spent:  # what was there before the start, 9 GB, does not count
+        clock.now += 3600
+        spent.look()
+        clock.now += 1800
+    assert spent.totals()["memory_gb_hours"] == pytest.approx(2 + 2)
+    assert spent.peak_bytes == 4e9
+
+
+def test_memory_that_was_held_is_seen():
+    """64 MiB are on top of what was there; and they are gone again in the next stretch."""
+    with Ledger(meters=[]) as before:
+        pass
+    with Ledger(meters=[]) as spent:
+        occupy(64 * MIB)
+    assert spent.peak_bytes >= before.peak_bytes + 48 * MIB
+    with Ledger(meters=[]) as after:
+        pass
+    assert after.peak_bytes < spent.peak_bytes - 32 * MIB
+    assert "resident" in spent.figures()["peak_bytes"].source
+
+
+def test_ledgers_within_each_other_do_not_disturb():
+    """The inner one sets the system's mark back, and the outer one still knows what was reached before and inside."""
+    with Ledger(meters=[]) as outer:
+        occupy(96 * MIB)
+        with Ledger(meters=[]) as inner:
+            occupy(32 * MIB)
+    assert outer.peak_bytes > inner.peak_bytes + 32 * MIB
+
+
+def test_memory_that_cannot_be_measured_is_absent(monkeypatch, tmp_path):
+    """Some containers do not let the mark be set back; then there is no peak, and why is said."""
+    monkeypatch.setattr(memory_module, "_CLEAR", tmp_path / "no" / "clear_refs")
+    with Ledger(meters=[]) as spent:
+        pass
+    assert spent.peak_bytes is None
+    assert "set back" in spent.figures()["memory_gb_hours"].source
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Three GPUs that hold and held so many bytes, as torch tells of them."""
+
+    class Properties:
+        uuid = "5ad1"
+
+    class Gpus:
+        held, peak = [0, 8, 5], [10 * GB, 30 * GB, 20 * GB]
+        waited_for = []
+
+    cuda = {
+        "device_count": lambda: 3,
+        "init": lambda: None,
+        "current_device": lambda: 0,
+        "memory_allocated": lambda i: Gpus.held[i],
+        "max_memory_allocated": lambda i: Gpus.peak[i],
+        "reset_peak_memory_stats": lambda i: None,
+        "synchronize": lambda i: Gpus.waited_for.append(i),
+        "get_device_properties": lambda i: Properties,
+    }
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    Gpus.waited_for.clear()
+    return Gpus
+
+
+def test_gpus_are_counted(gpus, clock):
+    """All that are visible: memory summed for gigabyte-hours, the fullest for the peak; waited for at the end."""
+    with Ledger(meters=[]) as spent:
+        clock.now += 3600
+        gpus.waited_for.clear()
+        spent.look()
+        assert gpus.waited_for == []
+    assert gpus.waited_for == [0, 1, 2]
+    figures = spent.figures()
+    assert figures["device_hours"].value == 3
+    assert figures["memory_gb_hours"] == measured(60, "torch's CUDA allocator, 3 GPUs, peaks between looks")
+    assert figures["peak_bytes"] == measured(30 * GB, "torch's CUDA allocator, 3 GPUs, the fullest")
+
+
+@pytest.mark.parametrize(
+    ("held", "processes", "devices", "own"),
+    [([0, 8, 5], 1, 2, [1, 2]), ([0, 8, 5], 3, None, [1]), ([0, 0, 0], 3, None, [0]), ([0, 0, 0], 1, None, [0, 1, 2])],
+)
+def test_a_process_counts_its_own_gpus(gpus, clock, monkeypatch, held, processes, devices, own):
+    """Among several processes the one it holds memory on, else its current one; so that no GPU is counted twice."""
+    gpus.held = held
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with Ledger(meters=[], devices=devices) as spent:
+        clock.now += 3600
+    assert gpus.waited_for[-len(own) :] == own
+    assert spent.totals()["device_hours"] == len(own)
+    assert spent.totals()["memory_gb_hours"] == sum(gpus.peak[i] for i in own) / GB
+
+
+def test_the_gpus_meters_are_asked_for(gpus, monkeypatch):
+    """By UUID, whatever CUDA_VISIBLE_DEVICES has made of their order; what is missing beside them is said."""
+
+    class Meter:
+        name = "a fake meter"
+
+        def joules(self):
+            return 0.0
+
+    asked = []
+    monkeypatch.setattr(ledger_module, "find_meters", lambda ids: asked.extend(ids) or ([Meter()], ["no RAPL"]))
+    with Ledger() as spent:
+        pass
+    assert asked == ["GPU-5ad1"] * 3
+    assert spent.figures()["energy_joules"] == measured(0, "a fake meter; without the processor: no RAPL")

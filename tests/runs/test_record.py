@@ -1,0 +1,154 @@
+"""Records of runs, written and read. Run: pytest tests/test_run_record.py"""
+
+import json
+import math
+from dataclasses import replace
+from enum import Enum
+
+import pytest
+
+from peft_blueprint.errors import BlueprintError, FormatError
+from peft_blueprint.runs.record import RUN_FILE, Point, RunRecord, direction_of
+from tests.made_up_runs import made_up_run
+
+
+HISTORY = [
+    {"loss": 2.4, "grad_norm": 1.0, "learning_rate": 2e-4, "epoch": 0.5, "step": 10},
+    {"eval_loss": 2.2, "eval_runtime": 1.0, "eval_samples_per_second": 8.0, "epoch": 0.5, "step": 10},
+    {"loss": 2.0, "learning_rate": 1e-4, "epoch": 1.0, "step": 20, "num_input_tokens_seen": 4096},
+    {"eval_loss": math.nan, "eval_accuracy": 0.5, "eval_runtime": 1.0, "epoch": 1.0, "step": 20},
+    {"train_runtime": 30.0, "total_flos": 8e12, "train_loss": 2.2, "epoch": 1.0, "step": 20},
+]
+
+
+def trainers(folder, history=HISTORY, **more):
+    folder.mkdir(parents=True)
+    state = {"global_step": 20, "total_flos": 8e12, "log_history": history, **more}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    """Through a folder and through a file, with a metric that was not finite."""
+    record = made_up_run(note={"a": [1, None, "b"]})
+    bad = Point(9999, {"seconds": 1.0}, {"eval_loss": math.nan})
+    assert RunRecord.load(made_up_run().save(tmp_path / "run")) == RunRecord.load(tmp_path / "run") == made_up_run()
+    assert record.save(tmp_path / "other.json") == tmp_path / "other.json"
+    assert RunRecord.load(tmp_path / "other.json") == record
+    again = RunRecord.load(replace(record, points=(*record.points, bad)).save(tmp_path))
+    assert math.isnan(again.points[-1].metrics["eval_loss"]) and again.points[:-1] == record.points
+
+
+def test_what_json_cannot_hold_is_written_as_text(tmp_path):
+    """Sets in order, enumerations by their values: a record is never lost to a config's odd field."""
+
+    class Kind(Enum):
+        LORA = "LORA"
+
+    about = {"peft_config": {"peft_type": Kind.LORA, "target_modules": {"b", "a"}, "path": tmp_path, "x": math.inf}}
+    record = RunRecord.load(made_up_run(**about).save(tmp_path))
+    assert record.about["peft_config"] == {
+        "peft_type": "LORA",
+        "target_modules": ["a", "b"],
+        "path": str(tmp_path),
+        "x": None,
+    }
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """Whole or not at all, and what fails is named."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BlueprintError, match="cannot be written"):
+        made_up_run().save(tmp_path / "file" / RUN_FILE)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_trainers_output_folder_is_a_run(tmp_path):
+    """Of its newest checkpoint: evaluations and losses by step, FLOPs modelled, what it does not say absent."""
+    trainers(tmp_path / "sft" / "checkpoint-9", [])
+    newest = trainers(tmp_path / "sft" / "checkpoint-20")
+    (newest / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
+    record = RunRecord.load(tmp_path / "sft")
+    assert (record.name, record.metric, record.direction, record.resource) == ("sft", "eval_loss", "minimize", "flops")
+    assert [point.step for point in record.points] == [10, 20]
+    assert record.points[0].metrics == {"eval_loss": 2.2} and record.points[0].spent == {"flops": 4e12}
+    assert math.isnan(record.points[1].metrics["eval_loss"]) and record.points[1].metrics["eval_accuracy"] == 0.5
+    assert [point.metrics["loss"] for point in record.losses] == [2.4, 2.0]
+    assert record.losses[1].spent == {"flops": 8e12, "tokens": 4096.0} and record.losses[0].learning_rate == 2e-4
+    assert {
+        name: record.total(name).how for name in ("flops", "seconds", "tokens", "energy_joules", "carbon_grams")
+    } == {
+        "flops": "modelled",
+        "seconds": "measured",
+        "tokens": "measured",
+        "energy_joules": "absent",
+        "carbon_grams": "absent",
+    }
+    assert record.about["model_id"] == "org/m"
+    assert RunRecord.load(newest / "trainer_state.json") == record
+
+
+def test_a_record_goes_before_a_trainers_state(tmp_path):
+    """Even one in a checkpoint, since it says more."""
+    trainers(tmp_path / "sft")
+    made_up_run("kept").save(tmp_path / "sft" / "checkpoint-20")
+    assert RunRecord.load(tmp_path / "sft").name == "kept"
+
+
+def broken(change):
+    data = made_up_run().to_dict()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda d: d["points"][3]["metrics"].update(eval_loss="low"), r"points\[3\]\.metrics\.eval_loss is 'low'"),
+        (lambda d: d["points"][2].update(step=1.5), r"points\[2\]\.step is 1\.5"),
+        (lambda d: d["points"].reverse(), r"points\[1\] is of step 550 and stands after one of step 600"),
+        (lambda d: d.update(points=7), "points is 7, not a list"),
+        (lambda d: d["totals"]["tokens"].update(how="guessed"), r"totals\.tokens"),
+        (lambda d: d.update(direction="up"), "direction is 'up'"),
+        (lambda d: d.update(resource="money"), "resource is 'money'"),
+        (lambda d: d.update(name=""), "name is ''"),
+        (lambda d: d.update(schema_version=2), "schema_version is 2"),
+        (lambda d: d.clear(), "schema_version is None"),
+    ],
+)
+def test_a_broken_record_says_where(tmp_path, change, place):
+    """The file and the place in it."""
+    file = tmp_path / RUN_FILE
+    file.write_text(json.dumps(broken(change)))
+    with pytest.raises(FormatError, match=place) as raised:
+        RunRecord.load(tmp_path)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ['{"name": "a",', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "[1]", "\xff"])
+def test_what_is_no_record_at_all_names_the_file(tmp_path, text):
+    """Cut short, nested without end, a number too long, a list, no text."""
+    (tmp_path / RUN_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(FormatError, match=RUN_FILE):
+        RunRecord.load(tmp_path)
+
+
+def test_a_broken_trainers_state_says_where(tmp_path):
+    """An entry without a step."""
+    trainers(tmp_path / "sft", [{"loss": 1.0}])
+    with pytest.raises(FormatError, match=r"log_history\[0\]\.step is missing"):
+        RunRecord.load(tmp_path / "sft")
+
+
+def test_where_there_is_no_run_the_error_says_what_makes_one(tmp_path):
+    """No folder, and a folder with nothing of the kind."""
+    with pytest.raises(BlueprintError, match="There is no run at"):
+        RunRecord.load(tmp_path / "nowhere")
+    with pytest.raises(BlueprintError, match="LedgerCallback"):
+        RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_perplexity", "word_error_rate", "wer", "rmse"])
+def test_losses_and_errors_fall(name):
+    """By their names, and what is not called so rises."""
+    assert direction_of(name) == "minimize" and direction_of(f"{name}_accuracy") == "maximize"

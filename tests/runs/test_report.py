@@ -1,0 +1,239 @@
+"""What a report finds in runs, in words and as PEFT's results. Run: pytest tests/test_report.py"""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from peft_blueprint.errors import BlueprintError, MismatchError
+from peft_blueprint.publish.method_comparison import method_comparison_json
+from peft_blueprint.publish.words import headline, number, quantity, sentence, stopping_words
+from peft_blueprint.runs.figures import absent, measured, modelled
+from peft_blueprint.runs.record import Point, RunRecord
+from peft_blueprint.runs.report import make_report
+from tests.made_up_runs import made_up_run
+
+
+def run(name, curve, *, metric="eval_loss", direction="minimize", total=None, **about):
+    """A run whose points are (seconds, metric); the steps are the seconds."""
+    points = tuple(Point(int(x), {"seconds": float(x)}, {metric: y}) for x, y in curve)
+    spent = measured(float(total if total is not None else curve[-1][0]), "clock")
+    return RunRecord(name, metric, direction, "seconds", {"seconds": spent}, points, about=about)
+
+
+BASE = run("base", [(0, 3.0), (10, 2.5), (20, 2.2), (40, 2.0)])
+FAST = run("fast", [(0, 3.0), (5, 2.4), (10, 1.9)], total=12)
+
+
+def test_capability_per_resource_is_the_gain_over_what_was_spent():
+    """And the multiple of the baseline's, what it took to be as good, and how good it was for the same."""
+    base, fast = make_report([BASE, FAST], baseline="base").rows
+    assert base.gain == pytest.approx(1.0) and base.per_resource == pytest.approx(1.0 / 40)
+    assert fast.per_resource == pytest.approx(1.1 / 12) and fast.relative == pytest.approx(1.1 / 12 * 40)
+    assert fast.to_baseline == pytest.approx(9.0)  # on the line from 2.4 at 5 to 1.9 at 10
+    assert base.to_baseline == pytest.approx(40.0) and base.relative == pytest.approx(1.0)
+    assert fast.at_budget == 1.9
+    assert [row.at_budget for row in make_report([BASE, FAST], baseline="fast").rows] == pytest.approx([2.44, 1.9])
+    assert (base.on_front, fast.on_front) == (False, True)
+
+
+def test_a_metric_that_rises_is_better_when_it_rises():
+    """The same figures with the sign of the direction, and one that falls got worse."""
+    rising = run("up", [(0, 0.2), (10, 0.5), (20, 0.6)], metric="accuracy", direction="maximize")
+    row = make_report([rising, replace(rising, name="b")], baseline="b").rows[0]
+    assert row.gain == pytest.approx(0.4) and row.ratio == pytest.approx(0.02) and row.to_baseline == pytest.approx(20)
+    falling = make_report([run("worse", [(0, 0.5), (10, 0.4)], metric="accuracy", direction="maximize")])
+    assert falling.rows[0].gain == pytest.approx(-0.1) and headline(falling).endswith("it got worse.")
+
+
+def test_the_last_ratio_is_the_slope_over_the_window():
+    """Of the line of least squares through as many evaluations as asked for, or as there are."""
+    assert make_report([BASE], window=2).rows[0].ratio == pytest.approx(0.2 / 20)
+    x, y = [0, 10, 20, 40], [3.0, 2.5, 2.2, 2.0]
+    mean_x, mean_y = sum(x) / 4, sum(y) / 4
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    row = make_report([BASE], window=9).rows[0]
+    assert row.ratio == pytest.approx(-slope) and row.window == 4
+
+
+def test_gain_counts_from_the_first_evaluation_and_so_does_what_it_took():
+    """A run first evaluated later is not given what was spent before as a cost of that gain, and a note says so."""
+    late = run("late", [(10, 2.5), (20, 2.0)])
+    report = make_report([late])
+    assert report.rows[0].per_resource == pytest.approx(0.05)
+    assert any("late (step 10)" in note and "eval_on_start" in note for note in report.notes)
+    assert make_report([BASE]).notes == ()
+
+
+def test_runs_without_evaluation_are_shown_with_what_there_is():
+    """One without any, one with a single one, one that diverged; none is on the front or against the baseline."""
+    none = replace(BASE, name="none", points=())
+    once = run("once", [(10, 2.5)])
+    broken = run("broken", [(0, 3.0), (10, math.nan)])
+    report = make_report([none, once, broken, FAST], baseline="none")
+    assert [row.gain for row in report.rows[:3]] == [None] * 3
+    assert [row.on_front for row in report.rows] == [None, True, None, True]
+    said = " ".join(report.notes)
+    assert "none has no evaluation" in said and "once was evaluated only once" in said and "diverged" in said
+    assert all(row.relative is None for row in report.rows) and "No run is set against none" in said
+    assert "no evaluation" in sentence(report.rows[0], report) and "diverged" in sentence(report.rows[2], report)
+
+
+def test_a_baseline_that_did_not_improve_gives_no_multiple():
+    """Rather than a negative or infinite one."""
+    report = make_report([run("flat", [(0, 2.0), (10, 2.0)]), FAST], baseline="flat")
+    assert report.rows[1].relative is None and any("did not improve" in note for note in report.notes)
+    assert report.rows[1].to_baseline is not None
+
+
+def test_different_metrics_do_not_compare_unless_one_is_common():
+    """The error names both runs, both metrics and what they share."""
+    both = made_up_run("a"), replace(made_up_run("b"), metric="eval_accuracy", direction="maximize")
+    with pytest.raises(
+        MismatchError, match=r"a was judged by eval_loss and b by eval_accuracy.*--metric eval_accuracy"
+    ):
+        make_report(both)
+    assert make_report(both, metric="accuracy").direction == "maximize"
+    with pytest.raises(MismatchError, match="no metric in common"):
+        make_report([BASE, run("other", [(0, 1.0), (5, 0.5)], metric="wer")])
+    with pytest.raises(MismatchError, match="base has no eval_bleu; it has eval_loss"):
+        make_report([BASE, FAST], metric="bleu")
+    with pytest.raises(MismatchError, match="base says minimize, fast says maximize"):
+        make_report([BASE, replace(FAST, direction="maximize")])
+
+
+def test_different_models_compare_with_a_note():
+    """What they spent compares; the note names both."""
+    report = make_report([replace(BASE, about={"model_id": "org/a"}), replace(FAST, about={"model_id": "org/b"})])
+    assert any("org/a, org/b" in note for note in report.notes)
+
+
+def test_the_resource_is_one_that_all_runs_have():
+    """Where the chief run's is not, the first that is, with a note; an unknown one is refused."""
+    tokens = replace(FAST, totals={"tokens": measured(5.0, "count")}, resource="tokens")
+    both = replace(BASE, totals={**BASE.totals, "tokens": modelled(9.0, "batches")})
+    report = make_report([both, tokens])
+    assert report.resource == "tokens" and "not all have seconds" in report.notes[0]
+    assert any("modelled, not measured, in base" in note for note in report.notes)
+    with pytest.raises(BlueprintError, match="The resource 'money' is not known: give one of seconds"):
+        make_report([BASE], resource="money")
+    row = make_report([BASE], resource="energy_joules").rows[0]
+    assert row.spent.how == "absent" and row.per_resource is None and row.ratio is None
+
+
+def test_bad_wishes_are_refused():
+    """No runs, a window of one, a baseline that is none of the runs."""
+    with pytest.raises(BlueprintError, match="no run"):
+        make_report([])
+    with pytest.raises(BlueprintError, match="window=1"):
+        make_report([BASE], window=1)
+    with pytest.raises(BlueprintError, match="'best' is not among the runs: base, fast"):
+        make_report([BASE, FAST], baseline="best")
+
+
+def test_runs_of_one_name_are_told_apart():
+    """By a number."""
+    assert [row.name for row in make_report([BASE, BASE, BASE]).rows] == ["base", "base (2)", "base (3)"]
+
+
+def test_the_headline_says_what_was_gained_for_what_was_spent():
+    """Against the baseline, without one, and alone."""
+    assert headline(make_report([BASE, FAST], baseline="base")) == (
+        "In eval_loss, fast gained 3.67 × as much per second as base. It was as good as base in the end after 9 s, 22 % "
+        "of that run's time."
+    )
+    assert headline(make_report([BASE, FAST])).startswith("The largest gain of 2 runs: fast: eval_loss fell")
+    alone = "base: eval_loss fell from 3.000 of the untrained model to 2.000 for 40 s (measured)."
+    assert headline(make_report([BASE])) == alone
+    unknown = replace(BASE, totals={"seconds": absent("no clock")})
+    assert headline(make_report([unknown])).endswith("; what it spent in time is absent.")
+
+
+def test_the_decision_to_stop_is_in_the_rules_own_words():
+    """Whether, when, why, and what it proposes; nothing of a run without a rule."""
+    stopping = {"stopped": False, "step": None, "reason": "It still pays.", "proposal": "Half the schedule would do."}
+    row = make_report([replace(BASE, stopping=stopping)]).rows[0]
+    assert stopping_words(row) == ["Not stopped by the rule.", "It still pays.", "Half the schedule would do."]
+    assert stopping_words(make_report([BASE]).rows[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "shown"),
+    [
+        (59.94, "seconds", "59.9 s"),
+        (605, "seconds", "10 min 5 s"),
+        (7260, "seconds", "2 h 1 min"),
+        (3.66e16, "flops", "36.6 PFLOP"),
+        (4_915_200, "tokens", "4.92 million tokens"),
+        (900, "tokens", "900 tokens"),
+        (9.4e9, "peak_bytes", "8.75 GiB"),
+        (1999, "carbon_grams", "2 kg CO₂e"),
+        (0.0001, "carbon_grams", "1.00 × 10⁻⁴ g CO₂e"),
+        (None, "energy_joules", "–"),
+    ],
+)
+def test_quantities_read_as_a_person_writes_them(value, name, shown):
+    """With the unit that suits the size."""
+    assert quantity(value, name) == shown
+
+
+def test_numbers_have_no_exponents_where_they_read_better():
+    """Nor are those that are not finite hidden."""
+    assert [number(x) for x in (0, 1.23456, 12345.6, 2.5e-5, math.nan, None)] == [
+        *("0", "1.235", "12,346", "2.50 × 10⁻⁵", "not finite", "–"),
+    ]
+
+
+def read_as_peft_does(result):
+    """The fields that PEFT's method_comparison/processing.py takes from a result, by the same keys."""
+    run_info, train_info, meta = result["run_info"], result["train_info"], result["meta_info"]
+    last = train_info["metrics"][-1]
+    packages = [f"{name}-version" for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")]
+    return {
+        "peft_type": run_info["peft_config"]["peft_type"] if run_info["peft_config"] else "full-finetuning",
+        "status": train_info["status"],
+        "model_id": run_info["train_config"]["model_id"],
+        **{name: run_info[name] for name in ("experiment_name", "total_time", "peft_branch", "created_at")},
+        **{f"accelerator_memory_{name}": train_info[f"accelerator_memory_{name}"] for name in ("max", "reserved_avg")},
+        "accelerator_memory_reserved_99th": train_info["accelerator_memory_reserved_99th"],
+        **{name: train_info[name] for name in ("train_time", "file_size")},
+        **{name: last[name] for name in ("test accuracy", "train loss", "train samples", "train total tokens")},
+        **{name: meta["package_info"][name] for name in packages},
+        "system_info": meta["system_info"],
+    }
+
+
+def test_the_results_are_in_the_form_that_pefts_tools_read():
+    """Every key they take is there, what is known under it, what is not is null, and ours stand apart."""
+    record = made_up_run("lora/r16", seconds_of_which={"evaluating": 10.0, "saving": 1.0})
+    report = make_report([record])
+    result = method_comparison_json(report.rows[0], report)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    read = read_as_peft_does(result)
+    assert read["experiment_name"] == "lora/r16" and read["peft_type"] == "LORA" and read["status"] == "success"
+    assert read["total_time"] == 604 and read["train_time"] == 593
+    assert read["train samples"] == 8 * 600 and read["train total tokens"] == 600 * 8192
+    assert read["test accuracy"] is None and read["bitsandbytes-version"] is None and read["peft-version"] == "0.21.0"
+    assert read["system_info"]["accelerator"] == "NVIDIA L40S" and read["file_size"] == 7_372_800
+    metrics = result["train_info"]["metrics"]
+    assert metrics[1]["step"] == 50 and metrics[1]["valid accuracy"] == record.points[1].metrics["eval_accuracy"]
+    ours = result["peft_blueprint"]
+    assert ours["run"]["totals"]["energy_joules"]["how"] == "measured" and ours["metric"] == "eval_loss"
+
+
+def test_of_a_run_of_which_little_is_known_the_rest_is_null():
+    """The same keys, without a figure made up, and a metric that was not finite as null."""
+    bare = run("bare", [(0, 3.0), (10, math.nan)])
+    report = make_report([bare])
+    result = method_comparison_json(report.rows[0], report)
+    read = read_as_peft_does(json.loads(json.dumps(result, allow_nan=False)))
+    assert read["model_id"] is None and read["train_time"] is None and read["train samples"] is None
+    assert result["peft_blueprint"]["run"]["metric"] is None
+
+
+def test_a_probe_that_is_charged_is_said():
+    """Whoever compares runs should know that one of them paid for a measurement."""
+    probed, plain = made_up_run("probed", probe={"seconds": {"value": 9.0, "how": "measured"}}), made_up_run("plain")
+    assert any("charged to probed." in note for note in make_report([probed, plain]).notes)
+    assert not any("charged" in note for note in make_report([plain]).notes)

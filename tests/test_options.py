@@ -1,0 +1,82 @@
+"""Options and records: unknown names, wrong types and nested values are refused with the key named."""
+
+from __future__ import annotations
+
+import doctest
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from peft_blueprint import BlueprintError, _options
+from peft_blueprint._options import from_keywords, from_mapping, help_of
+from peft_blueprint.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    name: str
+    fraction: float | None = field(default=None, metadata={"help": "Share of all, in (0, 1]."})
+    mode: Literal["one", "two"] = "one"
+    shape: tuple[int, ...] = ()
+    inner: Inner = Inner()
+    pairs: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise PlacementError(f"fraction must be in (0, 1], got {self.fraction}.")
+
+
+def test_a_sound_mapping_becomes_the_record():
+    data = {"name": "a", "fraction": 1, "mode": "two", "shape": [1, 2], "inner": {"size": 3}, "pairs": {"x": 0.5}}
+    assert from_mapping(Options, data, "f") == Options("a", 1.0, "two", (1, 2), Inner(3), {"x": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text", r"f must be a mapping, got 'text' \(text\)"),
+        (None, "f must be a mapping, got nothing"),
+        ({}, "f: name is missing"),
+        ({"name": "a", "fracton": 1}, "f has no option 'fracton'. Did you mean 'fraction'?"),
+        ({"name": 3}, r"f: name must be text, got 3 \(a whole number\)"),
+        ({"name": "a", "fraction": "0.2"}, r"f: fraction must be a number, got '0.2' \(text\)"),
+        ({"name": "a", "fraction": True}, r"f: fraction must be a number, got True"),
+        ({"name": "a", "fraction": 2}, r"^fraction must be in \(0, 1\], got 2"),
+        ({"name": "a", "mode": "three"}, "f: mode must be one of 'one', 'two', got 'three'"),
+        ({"name": "a", "shape": 3}, r"f: shape must be a list, got 3"),
+        ({"name": "a", "shape": [1.5]}, r"f: shape.0 must be a whole number, got 1.5"),
+        ({"name": "a", "inner": {"size": "b"}}, r"f: inner.size must be a whole number, got 'b'"),
+        ({"name": "a", "inner": [1]}, r"f: inner must be a mapping, got \[1\]"),
+        ({"name": "a", "pairs": {"x": None}}, "f: pairs.x must be a number, got nothing"),
+        ({"name": object()}, "f must hold text, numbers, lists and mappings alone"),
+    ],
+)
+def test_unsound_data_is_refused_with_its_key(data, message):
+    with pytest.raises(BlueprintError, match=message):
+        from_mapping(Options, data, "f")
+
+
+def test_the_error_class_is_the_callers():
+    with pytest.raises(PlacementError, match="Inner has no option 'weight'"):
+        from_keywords(Inner, None, {"weight": 1}, PlacementError)
+
+
+def test_keywords_count_before_the_options():
+    assert from_keywords(Inner, Inner(2), {}) == Inner(2) and from_keywords(Inner, Inner(2), {"size": 3}) == Inner(3)
+    with pytest.raises(BlueprintError, match="options must be Inner, got dict. Pass Inner"):
+        from_keywords(Inner, {"size": 3}, {})
+
+
+def test_help_texts_are_the_fields():
+    assert help_of(Options, "fraction") == "Share of all, in (0, 1]."
+
+
+def test_the_examples_run():
+    assert doctest.testmod(_options, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0

@@ -1,0 +1,389 @@
+"""One callback keeps a run's books, and stops it when it no longer pays. Run: pytest tests/test_accounting.py"""
+
+import json
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer, TrainerCallback
+
+from peft_blueprint import BlueprintConfig, BlueprintError
+from peft_blueprint.errors import FormatError
+from peft_blueprint.runs.figures import UNITS, modelled
+from peft_blueprint.runs.ledger import Ledger, counted_flops
+from peft_blueprint.runs.log import RunLog
+from peft_blueprint.runs.record import RunRecord
+from peft_blueprint.runs.stopping import MarginalReturn
+from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_t5, tiny_vit, toy_batches
+from peft_blueprint.train import ledger_callback as module
+from peft_blueprint.train.blueprint_callback import BlueprintCallback
+from peft_blueprint.train.ledger_callback import LedgerCallback
+from tests.accounts import LENGTH, At, end, logged, lora, make_trainer, rows, train
+
+
+STEP = 4 * LENGTH  # tokens
+
+
+def never_enough(**settings):
+    """A rule that no improvement satisfies: it stops at its fourth check."""
+    return MarginalReturn(**{"threshold": 1e9, "window": 3, "patience": 2} | settings)
+
+
+def test_figures_go_to_the_log_where_the_trainer_logs_or_evaluates(tmp_path):
+    """At those steps and no other, rising, with everything that is counted here; the record has the same."""
+    trainer, callback = train(tmp_path)
+    found = logged(trainer)
+    assert sorted(found) == [2, 4, 5, 6, 8, 10]
+    assert [found[step]["tokens"] for step in found] == [step * STEP for step in found]
+    for name in ("seconds", "device_hours", "flops", "tokens"):
+        values = [found[step][name] for step in found]
+        assert values == sorted(values) and values[0] > 0, name
+    assert all({"peak_bytes", "optimizer_bytes"} <= found[step].keys() <= UNITS.keys() for step in found)
+    record = RunRecord.load(tmp_path)
+    assert [point.step for point in record.points] == [2, 4, 6, 8, 10]
+    assert [point.step for point in record.losses] == [5, 10]
+    assert [p.spent["tokens"] for p in record.points] == [p.step * STEP for p in record.points]
+    assert all(point.metrics.keys() == {"eval_loss"} for point in record.points)
+    assert all(point.learning_rate == 1e-3 for point in (*record.points, *record.losses))
+    assert (record.metric, record.direction, record.resource) == ("eval_loss", "minimize", "seconds")
+    assert record.totals.keys() == UNITS.keys() and record.totals["tokens"].how == "measured"
+    assert record.about["seconds_of_which"]["evaluating"] > 0
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    counts = [state["step"] for state in trainer.optimizer.state.values()]
+    states = sum(2 * p.numel() * 4 for p in trained) + sum(c.numel() * c.element_size() for c in counts)
+    assert record.totals["optimizer_bytes"].value == states, "AdamW's two, and the count of steps"
+    lines = callback.summary().splitlines()
+    assert lines[0].startswith(f"{tmp_path.name}: eval_loss") and len(lines) >= 1 + len(UNITS)
+    assert all(any(how in line for how in ("measured", "modelled", "absent")) for line in lines[1:])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_tokens_are_what_the_model_is_given_in_training(accumulation, tmp_path):
+    """Padding included, every micro-batch of a step, and no token of an evaluation."""
+    arguments = {"gradient_accumulation_steps": accumulation, "max_steps": 3, "eval_steps": 1}
+    _, callback = train(tmp_path, arguments=arguments)
+    assert callback.log.totals()["tokens"].value == 3 * accumulation * STEP
+
+
+def test_the_trainers_own_log_is_as_without_it(tmp_path):
+    """The same losses at the same steps, and the same weights at the end."""
+
+    def losses(trainer):
+        ours = [record for record in trainer.state.log_history if "ledger/seconds" not in record]
+        return [(r["step"], *(r.get(name, 0.0) for name in ("loss", "eval_loss", "grad_norm"))) for r in ours]
+
+    plain = make_trainer(tmp_path, logging_steps=1)
+    plain.train()
+    trainer, _ = train(tmp_path, arguments={"logging_steps": 1})
+    for mine, theirs in zip(losses(trainer), losses(plain), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for mine, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def flops_by_hand(model):
+    """Of a micro-batch, as torch counts them."""
+    (batch,) = toy_batches(4, LENGTH, 4, padding="none")
+    model.train()
+    with counted_flops() as counter:
+        model(**batch).loss.backward()
+    return counter.total
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_flops_are_counted_once_by_torch(accumulation, tmp_path):
+    """In the second step, all micro-batches of it; the source says what the cost model reckons."""
+    arguments = {"max_steps": 3, "gradient_accumulation_steps": accumulation}
+    _, callback = train(tmp_path, arguments=arguments)
+    flops = callback.log.totals()["flops"]
+    assert flops.how == "measured" and flops.value == flops_by_hand(lora()) * 3 * accumulation
+    assert "measured once in step 2" in flops.source and "CostModel for 4 × 12 tokens says" in flops.source
+
+
+def test_where_nothing_is_seen_flops_are_modelled(tmp_path, monkeypatch):
+    """Under torch.compile the counter is not asked; where it misses most, its count is not taken. Both say so."""
+    _, measured = train(tmp_path, arguments={"max_steps": 3})
+    monkeypatch.setattr(module, "is_compiled", lambda model: True)
+    _, compiled = train(tmp_path, arguments={"max_steps": 3})
+    figure = compiled.log.totals()["flops"]
+    assert figure.how == "modelled" and figure.source.startswith("CostModel for 4 × 12 tokens")
+    assert figure.value == pytest.approx(measured.log.totals()["flops"].value, rel=0.5)
+    monkeypatch.setattr(module, "is_compiled", lambda model: False)
+    monkeypatch.setattr(module.Passes, "stop_counting", lambda self: self._stack.close() or module.Counted(48.0, 48))
+    _, blind = train(tmp_path, arguments={"max_steps": 3})
+    said = blind.log.totals()["flops"]
+    assert (said.how, said.value) == ("modelled", figure.value) and "saw only 1, so not all kernels" in said.source
+
+
+def test_one_step_alone_is_modelled(tmp_path):
+    """There is no second to count in."""
+    _, callback = train(tmp_path, arguments={"max_steps": 1, "eval_steps": 1})
+    assert callback.log.totals()["flops"].how == "modelled"
+
+
+def test_other_models_have_books_too(tmp_path):
+    """Trained whole: an encoder with a decoder, and a vision transformer, whose tokens nobody counts."""
+    _, callback = train(tmp_path, tiny_llama(2), arguments={"max_steps": 2})
+    record = RunRecord.load(tmp_path)
+    assert "CostModel" in record.totals["flops"].source and "without" not in record.totals["flops"].source
+    assert record.about["placement"] == {"lora": {}, "unfreeze": []} and "peft_config" not in record.about
+    assert record.about["trainable_parameters"] == record.about["total_parameters"]
+
+    _, callback = train(tmp_path, tiny_t5(), arguments={"max_steps": 2})
+    assert callback.log.totals()["tokens"].value == 2 * STEP
+
+    images = [{"pixel_values": torch.randn(3, 16, 16), "labels": 1} for _ in range(4)]
+    trainer = make_trainer(tmp_path, tiny_vit(), max_steps=2, eval_dataset=images)
+    trainer.train_dataset = images
+    trainer.add_callback(callback := LedgerCallback(trainer))
+    trainer.train()
+    totals = callback.log.totals()
+    assert totals["tokens"].how == totals["flops"].how == "absent" and totals["seconds"].value > 0
+
+
+def test_the_record_says_what_the_run_was(blueprint, tmp_path):
+    """Placement with ranks, the blueprint, plain LoRA settings, arguments, versions, seed, counts and bytes."""
+    config = BlueprintConfig(blueprint=blueprint, num_modules=5, r=2, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(12), config)
+    train(tmp_path, model, arguments={"max_steps": 1, "seed": 7})
+    about = RunRecord.load(tmp_path).about
+    assert set(about["placement"]["lora"]) == set(config.selection) and about["placement"]["unfreeze"] == []
+    assert set(about["placement"]["lora"].values()) == {2}
+    assert about["peft_config"]["peft_type"] == "LORA" and about["peft_config"]["r"] == 2
+    assert about["blueprint"]["model_id"] == blueprint.model_id
+    assert about["train_config"]["per_device_train_batch_size"] == 4 and about["seed"] == 7
+    assert about["trainable_parameters"] * 4 == about["adapter_bytes"] > 0
+    assert about["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert about["versions"]["torch"] and about["system"]["threads"] == torch.get_num_threads()
+    assert about["created"] and about["model_id"] == "LlamaForCausalLM"
+    json.dumps(about, allow_nan=False)
+
+
+def test_it_stops_when_nothing_pays(tmp_path, caplog):
+    """At the check at which the rule says so; the reason is logged once, and is in the record and the figures."""
+    with caplog.at_level(logging.INFO, "peft_blueprint"):
+        trainer, callback = train(tmp_path, stop=never_enough(), resource="tokens")
+    assert trainer.state.global_step == 8
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1 and "at step 8" in said[0] and callback.log.decision.reason in said[0]
+    record = RunRecord.load(tmp_path)
+    assert (record.stopping["stopped"], record.stopping["step"]) == (True, 8)
+    assert record.stopping["reason"] == callback.log.decision.reason
+    assert record.stopping["settings"]["threshold"] == 1e9 and record.resource == "tokens"
+    assert logged(trainer)[8]["below"] == 2 and logged(trainer)[8]["threshold"] == 1e9
+    totals = [
+        record.getMessage() for record in caplog.records if "tokens: 384 tokens (measured" in record.getMessage()
+    ]
+    assert len(totals) == 1, "the run's totals, in one line"
+
+
+def test_it_goes_on_while_it_pays(tmp_path):
+    """A rule that anything satisfies is asked at every evaluation and stops nothing."""
+    trainer, callback = train(tmp_path, stop=MarginalReturn(threshold=-1e9, window=3, patience=1))
+    assert trainer.state.global_step == 10 and callback.log.stopped_at is None
+    record = RunRecord.load(tmp_path)
+    assert (
+        record.stopping["stopped"] is False and record.stopping["below"] == 0 and record.stopping["ratio"] is not None
+    )
+
+
+def test_the_training_loss_may_be_the_metric(tmp_path):
+    """If it is asked for by name, at every logging step; evaluations are then not needed."""
+    arguments = {"eval_strategy": "no", "logging_steps": 1, "eval_dataset": None}
+    trainer, _ = train(tmp_path, arguments=arguments, metric="loss", stop=never_enough(), resource="flops")
+    assert trainer.state.global_step == 4
+    assert [p.step for p in RunRecord.load(tmp_path).points] == [1, 2, 3, 4]
+    trainer, _ = train(tmp_path, arguments=arguments)
+    assert RunRecord.load(tmp_path).metric == "loss", "there is no other"
+
+
+def test_direction_is_the_trainers(tmp_path):
+    """As greater_is_better has it; a rule with the other is refused, and what is given counts before both."""
+    accuracy = {"metric_for_best_model": "accuracy"}
+    assert LedgerCallback(make_trainer(tmp_path, **accuracy)).log.direction == "maximize"
+    assert LedgerCallback(make_trainer(tmp_path, **accuracy)).metric == "eval_accuracy"
+    assert LedgerCallback(make_trainer(tmp_path), metric="perplexity").log.direction == "minimize"
+    with pytest.raises(BlueprintError, match="'maximize'.*'eval_accuracy'.*'minimize'.*give both the same"):
+        LedgerCallback(make_trainer(tmp_path, **accuracy), stop=MarginalReturn())
+    stop = MarginalReturn(direction="maximize")
+    assert LedgerCallback(make_trainer(tmp_path, **accuracy), stop=stop).log.direction == "maximize"
+    assert LedgerCallback(make_trainer(tmp_path, **accuracy), direction="minimize").log.direction == "minimize"
+
+
+def test_wrong_arguments_are_errors_before_training(tmp_path):
+    """With what was given and what to give."""
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(BlueprintError, match="needs the trainer, not PeftModelForCausalLM.*add_callback"):
+        LedgerCallback(lora())
+    with pytest.raises(BlueprintError, match="resource='gpus' is not known: give one of seconds,"):
+        LedgerCallback(trainer, resource="gpus")
+    with pytest.raises(BlueprintError, match="resource='peak_bytes' is not known"):
+        LedgerCallback(trainer, resource="peak_bytes")
+    with pytest.raises(BlueprintError, match="stop=3 is no rule: give a MarginalReturn"):
+        LedgerCallback(trainer, stop=3)
+    with pytest.raises(BlueprintError, match="eval_strategy is 'no'.*metric='loss'"):
+        LedgerCallback(make_trainer(tmp_path, eval_strategy="no"), stop=MarginalReturn())
+    with pytest.raises(BlueprintError, match="direction is 'up': give one of minimize, maximize"):
+        LedgerCallback(trainer, direction="up")
+    with pytest.raises(BlueprintError, match="watts"):
+        LedgerCallback(trainer, watts=-1)
+    with pytest.raises(BlueprintError, match="carbon"):
+        LedgerCallback(trainer, carbon=-1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BlueprintError, match="cannot be written.*Choose another folder"):
+        train(tmp_path, output_dir=tmp_path / "file" / "sub")
+
+
+def test_what_cannot_be_judged_is_an_error_at_once(tmp_path):
+    """A resource that nothing counts, before the first step; a metric that is not there, after one evaluation."""
+    with pytest.raises(
+        BlueprintError, match="'carbon_grams' is absent here.*Counted are seconds, device_hours"
+    ) as found:
+        train(tmp_path, stop=MarginalReturn(), resource="carbon_grams")
+    assert "watts=" in str(found.value)
+    with pytest.raises(BlueprintError, match="step 2 has no 'eval_f1'.*it has eval_loss"):
+        train(tmp_path, stop=MarginalReturn(direction="maximize"), metric="f1")
+    _, callback = train(tmp_path, metric="f1", direction="maximize")
+    assert [point.step for point in callback.log.points] == [2, 4, 6, 8, 10], "without a rule it is not needed"
+
+
+def test_several_evaluation_sets_make_one_point(tmp_path):
+    """The rule is asked by the set whose metric it has, whichever comes first."""
+    for metric in ("a_loss", "b_loss"):
+        sets = {"a": rows(2), "b": rows(4)}
+        _, callback = train(tmp_path, arguments={"eval_dataset": sets}, metric=metric, stop=MarginalReturn())
+        assert [point.step for point in callback.log.points] == [2, 4, 6, 8, 10]
+        assert all(point.metrics.keys() == {"eval_a_loss", "eval_b_loss"} for point in callback.log.points)
+        assert callback.log.decision is not None
+
+
+def test_books_that_fail_end_nothing(tmp_path, monkeypatch, caplog):
+    """The meters, the model's facts and the file: the training goes on, and each is warned of once."""
+
+    def broken(*args, **kwargs):
+        raise OSError("the meter is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "figures", broken)
+        patch.setattr(module, "facts_of", broken)
+        patch.setattr(module, "modelled_flops", broken)
+        trainer, _ = train(tmp_path)
+    assert trainer.state.global_step == 10
+    said = [record.getMessage() for record in caplog.records if "The books of" in record.getMessage()]
+    assert len(said) == 3 and all("OSError: the meter is gone" in message for message in said)
+    caplog.clear()
+    monkeypatch.setattr(RunRecord, "save", broken)
+    train(tmp_path)
+    assert len([r for r in caplog.records if "run.json: OSError" in r.getMessage()]) == 1
+
+
+def test_it_leaves_nothing_behind_and_begins_anew(tmp_path):
+    """No hook stays on the model; a second training has its own books, and the rule its own start."""
+    trainer, callback = train(tmp_path, stop=never_enough(), resource="tokens")
+    assert not trainer.model._forward_pre_hooks
+    first = callback.log.totals()["tokens"].value
+    trainer.train()
+    assert trainer.state.global_step == 8 and callback.log.totals()["tokens"].value == first
+    trainer.evaluate()
+    assert len(callback.log.points) == 4, "an evaluation afterwards is none of the training's"
+
+
+def test_an_early_end_by_another_hand_is_no_stop_of_its_own(tmp_path):
+    """The record is written all the same."""
+    train(tmp_path, None, At(3, end), stop=MarginalReturn())
+    record = RunRecord.load(tmp_path)
+    assert record.totals["tokens"].value == 3 * STEP and record.stopping["stopped"] is False
+
+
+def test_trackers_get_the_last_figures_before_they_close(tmp_path):
+    """The totals come before on_train_end, in which trackers end their runs, and after it comes nothing."""
+    events = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            events.append(logs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            events.append("end")
+
+    train(tmp_path, None, Tracker())
+    assert events[-1] == "end" and events[-2]["ledger/tokens"] == 10 * STEP
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # TRL's
+def test_trl_keeps_its_own_averages(tmp_path):
+    """SFTTrainer empties its averages into the next record: the loss's has them all the same, at every step, and neither
+    callback takes them.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    def sft(with_books):
+        arguments = SFTConfig(
+            str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        folder = save_tiny_model(tmp_path / "model")
+        data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+        trainer = SFTTrainer(
+            lora(),
+            arguments,
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
+        callback = LedgerCallback(trainer)
+        if with_books:
+            trainer.add_callback(callback)
+            trainer.add_callback(BlueprintCallback(trainer, every=1, milestones=()))
+        trainer.train()
+        return trainer, callback
+
+    plain, _ = sft(False)
+    trainer, callback = sft(True)
+    names = [sorted(r) for r in plain.state.log_history if "loss" in r]
+    assert [sorted(r) for r in trainer.state.log_history if "loss" in r] == names
+    assert "mean_token_accuracy" in names[0]
+    assert callback.log.totals()["tokens"].value == 4 * STEP and callback.log.totals()["flops"].how == "measured"
+    assert set(logged(trainer)) == {1, 2, 3, 4} and len(callback.log.points) == 2
+
+
+def test_a_loop_of_ones_own_has_the_same_books(tmp_path):
+    """Without a Trainer: totals, decisions and a state that another loop goes on from; an error leaves a record."""
+
+    def log_of(folder):
+        ledger = Ledger(flops_per_token=modelled(2.0, "assumed"), meters=[])
+        return RunLog("own", metric="loss", stop=never_enough(), resource="flops", ledger=ledger, output_dir=folder)
+
+    log = log_of(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt), log:
+        for step in (1, 2):
+            log.step(tokens=100)
+            assert not log.evaluate(3.0 - step, step=step, progress=step / 10).stop
+        raise KeyboardInterrupt
+    assert [p.spent["flops"] for p in RunRecord.load(tmp_path / "a").points] == [200, 400]
+    rest = log_of(tmp_path / "b")
+    rest.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    with rest:
+        for step in (3, 4):
+            rest.step(tokens=100)
+            decision = rest.evaluate({"loss": 3.0 - step, "other": 1.0}, step=step, progress=step / 10)
+    assert decision.stop and rest.stopped_at == 4 and rest.evaluate({"other": 2.0}, step=4) is None
+    assert RunRecord.load(tmp_path / "b").totals["tokens"].value == 400
+    assert "stopped: " in rest.summary() and "flops: 800 FLOP (modelled: " in rest.summary()
+    with pytest.raises(BlueprintError, match="step=3 was evaluated after step 4"):
+        rest.evaluate(1.0, step=3)
+    with pytest.raises(FormatError, match="no state of a RunLog"):
+        rest.load_state_dict({"points": []})

@@ -1,0 +1,166 @@
+"""Several processes keep one run's books and take one decision. Run: pytest tests/test_accounting_processes.py
+
+They run once, as two gloo processes that `torchrun` starts with this very file as their script.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peft_blueprint.runs.figures import UNITS, modelled
+from peft_blueprint.runs.ledger import Ledger
+from peft_blueprint.runs.log import RunLog
+from peft_blueprint.runs.record import RunRecord
+from peft_blueprint.runs.stopping import MarginalReturn
+from tests.accounts import LENGTH, At, end, logged, train
+from tests.processes import error_of, in_two_processes
+
+
+STEP = 2 * 4 * LENGTH  # tokens of both processes
+
+
+def rule():
+    return MarginalReturn(threshold=1e9, window=3, patience=2)
+
+
+def outcome(trainer, callback):
+    return {
+        "step": trainer.state.global_step,
+        "stopped": callback.log.stopped_at,
+        "totals": callback.log.totals(),
+        "own": callback.log.ledger.figures(),
+        "logged": logged(trainer),
+        "points": callback.log.points,
+        "rule": callback.stop.state_dict(),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def scenario_trainer(rank, path):
+    """DDP with accelerate, stopped by the rule."""
+    return outcome(*train(path / "whole", stop=rule(), resource="tokens"))
+
+
+def scenario_resumed(rank, path):
+    """The same in two parts."""
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    train(path / "parts", None, At(4, end), arguments=saving, stop=rule(), resource="tokens")
+    checkpoint = str(path / "parts" / "checkpoint-4")
+    return outcome(*train(path / "parts", arguments=saving, resume=checkpoint, stop=rule(), resource="tokens"))
+
+
+def scenario_loop(rank, path):
+    """A loop of one's own, in which the processes see other metrics and spend other amounts."""
+    ledger = Ledger(flops_per_token=modelled(10.0, "assumed"), meters=[])
+    log = RunLog("loop", metric="loss", stop=rule(), ledger=ledger, resource="flops", output_dir=path / "loop")
+    decisions = []
+    with log:
+        for step in range(1, 9):
+            log.step(tokens=100 + 50 * rank)
+            value = 1.0 if rank == 0 else 1.0 / step**4
+            decisions.append(log.evaluate(value, step=step, progress=step / 8))
+            if decisions[-1].stop:
+                break
+    return {"decisions": decisions, "totals": log.totals(), "state": log.state_dict(), "step": step}
+
+
+def scenario_absent(rank, path):
+    """A resource that is not there."""
+    log = RunLog("absent", stop=rule(), ledger=Ledger(meters=[]), resource="energy_joules")
+    log.ledger.start()
+    return error_of(lambda: log.evaluate(1.0, step=1))
+
+
+def scenario_failing(rank, path):
+    """One process's ledger cannot be read."""
+    log = RunLog("failing", ledger=Ledger(meters=[]), output_dir=path / "failing")
+    with log:
+        log.step(tokens=5)
+        log.evaluate(1.0, step=1)
+        if rank == 1:
+            log.ledger.figures = lambda: 1 / 0
+        log.step(tokens=5)
+        log.evaluate(1.0, step=2)
+    return log.totals()["tokens"].value
+
+
+SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes found, by scenario, and their folder."""
+    folder = tmp_path_factory.mktemp("found")
+    in_two_processes(__file__, folder)
+    both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return {name.removeprefix("scenario_"): [of[name] for of in both] for name in SCENARIOS} | {"folder": folder}
+
+
+def test_all_processes_stop_at_the_same_step(found):
+    """By the first one's decision; the rule's state is the same everywhere, and one file says why."""
+    first, second = found["trainer"]
+    assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
+    assert first["step"] == second["step"] == first["stopped"] == second["stopped"] == 8
+    assert first["rule"] == second["rule"] and first["points"] == second["points"]
+    record = RunRecord.load(found["folder"] / "whole")
+    assert record.stopping["step"] == 8 and record.points == tuple(first["points"])
+    assert record.about["train_config"]["processes"] == record.about["system"]["processes"] == 2
+
+
+def test_totals_are_those_of_all_processes(found):
+    """Tokens, FLOPs and device-hours added, seconds and peak the largest; the log has the same."""
+    first, second = found["trainer"]
+    totals = first["totals"]
+    assert totals.keys() == UNITS.keys() and totals == second["totals"]
+    assert totals["tokens"].value == 8 * STEP and totals["tokens"].how == "measured"
+    for name, together in (("flops", sum), ("device_hours", sum), ("seconds", max), ("peak_bytes", max)):
+        own = [part["own"][name].value for part in (first, second)]
+        assert totals[name].value == pytest.approx(together(own)), name
+    assert first["own"]["tokens"].value == second["own"]["tokens"].value == 8 * STEP / 2
+    assert first["logged"][5]["tokens"] == 5 * STEP
+
+
+def test_a_resumed_run_has_the_totals_of_an_uninterrupted_one(found):
+    """Of both processes, nothing twice."""
+    for whole, parts in zip(found["trainer"], found["resumed"], strict=True):
+        assert parts["step"] == parts["stopped"] == 8 and parts["points"][-1].metrics == whole["points"][-1].metrics
+        assert parts["totals"]["tokens"].value == whole["totals"]["tokens"].value
+        assert parts["totals"]["flops"].value == pytest.approx(whole["totals"]["flops"].value)
+        assert [p.spent["tokens"] for p in parts["points"]] == [p.spent["tokens"] for p in whole["points"]]
+
+
+def test_a_loop_of_ones_own_decides_as_one(found):
+    """Whatever the other process's metric, and with what both spent."""
+    first, second = found["loop"]
+    assert first["decisions"] == second["decisions"] and first["step"] == second["step"] == 4
+    assert first["totals"]["tokens"].value == 4 * 250 and first["totals"]["flops"].value == 4 * 2500
+    assert first["totals"]["flops"].how == "modelled" and first["state"]["stop"] == second["state"]["stop"]
+    record = RunRecord.load(found["folder"] / "loop")
+    assert [point.metrics["loss"] for point in record.points] == [1.0] * 4, "the first process's"
+
+
+def test_an_error_is_every_processs(found):
+    """A resource that is absent ends all of them with the same words, and none waits for another."""
+    first, second = found["absent"]
+    assert first == second and "'energy_joules' is absent here" in first and "Counted are seconds" in first
+
+
+def test_a_ledger_that_fails_on_one_process_ends_no_run(found):
+    """The totals stay what they were when all could last be added up."""
+    assert found["failing"] == [10, 10]
+
+
+def main():
+    """One process of the two."""
+    dist.init_process_group("gloo")
+    path, rank = Path(sys.argv[1]), dist.get_rank()
+    torch.set_num_threads(1)
+    torch.save({name: globals()[name](rank, path) for name in SCENARIOS}, path / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
