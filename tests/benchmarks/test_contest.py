@@ -5,7 +5,6 @@ On a tiny random model and made-up rows. Run alone: pytest tests/test_contest.py
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +13,12 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import freezing
+from benchmarks.study import results, study
+from benchmarks.study import run as benchmark
+from benchmarks.study.report import markdown
+from benchmarks.study.study import Entry, Job, Study
 from peft_blueprint.testing import save_tiny_model
-from tests import ROOT
-
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import benchmark  # noqa: E402
-import benchmark_freezing as freezing  # noqa: E402
-from contest import results, study  # noqa: E402
-from contest.report import markdown  # noqa: E402
-from contest.study import Entry, Job, Study  # noqa: E402
 
 
 SIZES = {
@@ -71,7 +65,7 @@ def runner_of(folder: Path, study: Study, out: Path) -> benchmark.Runner:
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
     """A killed run leaves no half result, and the next runs only what has none; a failure is run again when asked."""
-    from contest import job as jobs
+    from benchmarks.study import job as jobs
 
     wanted = study_of(folder, [{"arms": ["all-linear", "even", "random"], "budgets": [0.5]}])
     ran: list[str] = []
@@ -142,8 +136,8 @@ def test_results_are_kept_in_one_file_and_restored_elsewhere(folder, tmp_path):
 
 def test_arms_may_have_their_own_number_of_adapters_and_bs_that_learn_faster(folder, tmp_path):
     """As many adapters as named, with all-linear's parameters as far as ranks go; LoRA+ moves every B's rate alone."""
-    from contest.catalogue import choice_of
-    from contest.starts import ready
+    from benchmarks.study.catalogue import choice_of
+    from benchmarks.study.starts import ready
 
     ground = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}], attention="eager"), tmp_path).ground
     assert ground.model().config._attn_implementation == "eager"
@@ -206,8 +200,8 @@ def test_a_row_is_of_one_placement_and_what_has_not_run_is_said_by_budget(folder
 
 def test_what_goes_wrong_with_a_choice_or_a_number_is_that_jobs_failure(folder, tmp_path, monkeypatch):
     """The process goes on; what failed runs again when asked, and does without the failure."""
-    from contest import catalogue
-    from contest import job as jobs
+    from benchmarks.study import catalogue
+    from benchmarks.study import job as jobs
 
     wanted = study_of(folder, [{"arms": ["all-linear", "even", "random"], "budgets": [0.5]}])
     run, choice_of = jobs.run, catalogue.choice_of
@@ -233,7 +227,7 @@ def test_what_goes_wrong_with_a_choice_or_a_number_is_that_jobs_failure(folder, 
 
 def test_warming_up_takes_a_share_of_a_jobs_own_steps(monkeypatch):
     """A job of half the steps warms up for half as many, one of all of them for as many as the study says."""
-    from contest import job as jobs
+    from benchmarks.study import job as jobs
 
     rates: list[float] = []
     sizes = SimpleNamespace(steps=8, warm_up=4, every=99, few=1)
@@ -250,7 +244,7 @@ def test_warming_up_takes_a_share_of_a_jobs_own_steps(monkeypatch):
 
 def test_the_curve_can_be_of_examples_that_nothing_else_uses(folder, tmp_path):
     """Spare examples are of the training data, behind all others; results of studies without them keep their names."""
-    from contest import job as jobs
+    from benchmarks.study import job as jobs
 
     plain, wanted = (study_of(folder, [{"arms": ["all-linear"]}], **more) for more in ({}, {"spare": 3}))
     assert "spare" not in plain.facts() and wanted.facts() == {**plain.facts(), "spare": 3}
@@ -268,7 +262,7 @@ def test_the_curve_can_be_of_examples_that_nothing_else_uses(folder, tmp_path):
 
 def test_what_is_charged_is_in_steps_as_long_as_they_are(folder, tmp_path):
     """Examples are shorter than the longest: the same measurement takes more of such steps."""
-    from contest.data import in_batches, steps_of, tokens_of
+    from benchmarks.study.data import in_batches, steps_of, tokens_of
 
     ground = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}]), tmp_path).ground
     positions = tokens_of(steps_of(ground.data.train, 2, 2, 0)) / 2
@@ -322,7 +316,7 @@ def test_transfer_and_multiplication(folder, tmp_path, capsys):
 
 def test_freezing_the_lower_half_on_some_steps(folder, tmp_path):
     """With the lower half trained on all steps it is the contest's job; on none, the lower half stays as it began."""
-    from contest.catalogue import choice_of
+    from benchmarks.study.catalogue import choice_of
 
     runner = runner_of(folder, study_of(folder, [{"arms": ["all-linear"]}]), tmp_path)
     runner.run(math.inf)

@@ -2,21 +2,16 @@
 
 import json
 import math
-import sys
 from copy import deepcopy
 from dataclasses import asdict
 
 import pytest
 
+from benchmarks.study import verdict
+from benchmarks.study.quoting import quotes_of, requoted
+from benchmarks.study.report import in_short, markdown
+from benchmarks.study.study import Entry
 from tests import ROOT
-
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from contest import verdict  # noqa: E402
-from contest.quoting import quotes_of, requoted  # noqa: E402
-from contest.report import in_short, markdown  # noqa: E402
-from contest.study import Entry  # noqa: E402
 
 
 def row_of(arm: str, budget: float | None, above: float, time: float = 1.0, seeds: int = 1, **changes) -> dict:
@@ -239,7 +234,7 @@ def test_predicted_gains_are_held_against_losses():
 
 def test_documents_quote_what_the_studies_say():
     """README.md and RESULTS.md are as `--report` would write them from the summaries beside the recipes."""
-    summaries = [json.loads(path.read_text()) for path in sorted((ROOT / "recipes" / "results").glob("*.json"))]
+    summaries = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     for name in ("README.md", "RESULTS.md"):
         text = (ROOT / name).read_text()
         assert quotes_of(text) <= {one["study"] for one in summaries}, name

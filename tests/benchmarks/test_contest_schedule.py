@@ -4,21 +4,16 @@ Without a model. Run alone: pytest tests/test_contest_schedule.py
 """
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import yaml
 
+from benchmarks.study import study
+from benchmarks.study.catalogue import arm_of
+from benchmarks.study.schedule import Schedule, best_octave, next_octaves
+from benchmarks.study.study import Entry, Job, Study
 from tests import ROOT
-
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from contest import study  # noqa: E402
-from contest.catalogue import arm_of  # noqa: E402
-from contest.schedule import Schedule, best_octave, next_octaves  # noqa: E402
-from contest.study import Entry, Job, Study  # noqa: E402
 
 
 def test_learning_rates_go_on_until_the_best_is_not_at_an_edge():
@@ -82,7 +77,7 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_pat
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):
     """With its name, what is wrong and what to do; and all studies that come with the recipes can be read."""
-    with pytest.raises(SystemExit, match=r"missing.yaml cannot be read: .*No such file.* See recipes/studies"):
+    with pytest.raises(SystemExit, match=r"missing.yaml cannot be read: .*No such file.* See benchmarks/studies"):
         Study.read(tmp_path / "missing.yaml")
     cases = {
         "a: [": "cannot be read",
@@ -97,7 +92,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SystemExit, match=said):
             Study.read(tmp_path / "bad.yaml")
-    studies = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+    studies = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
     assert len(studies) >= 6
     for path in studies:
         found = Study.read(path)

@@ -1,6 +1,6 @@
 """What placements cost beside what the cost model predicts: step time and peak memory of SmolLM2-135M.
 
-    python recipes/benchmark_cost.py [--batch-size 8] [--length 128] [--rounds 3] [--arms NAME ...] [--checkpointing]
+    python -m benchmarks cost [--batch-size 8] [--length 128] [--rounds 3] [--arms NAME ...] [--checkpointing]
 
 Time: every round takes one step of every arm in turn; the ratio to all-linear LoRA is the median over rounds of the
 ratio within a round, so that a machine whose speed drifts does not decide; with --cpu-time and OMP_NUM_THREADS=1 a busy
@@ -28,10 +28,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmark_measure import device_name, prepare
 from peft_blueprint.measure import find_submodules
 from peft_blueprint.place import FLOPS_PER_BYTE, Cost, CostModel, Structure, Workload
 from peft_blueprint.runs import Ledger
+
+from .measure import device_name, prepare
 
 
 Names = list[str]

@@ -111,7 +111,7 @@ def examples(name: str, folder: Path, split: Split) -> list[dict[str, str]]:
         SystemExit: if there is no such data set, or its file is missing.
     """
     if name == "demo":
-        import stdlib_docs
+        from recipes import stdlib_docs
 
         found = stdlib_docs.examples("train" if split == "train" else "held_out")
         return [{key: one[key] for key in ("prompt", "completion")} for one in found]

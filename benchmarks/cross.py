@@ -1,6 +1,6 @@
 """Is it worth choosing submodules and examples for each other? The cross-influence matrix of SmolLM2-135M on GSM8K.
 
-    python recipes/benchmark_cross.py --data FOLDER
+    python -m benchmarks cross --data FOLDER
 
 Measures 64 training examples of at most 200 tokens, answers as targets, keeps the matrices in `.cache/`, and prints two tables in Markdown:
 how near each is to rank one (eq. 33), and which share of it (eq. 34) is captured by the separate choice of submodules and
@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-import smollm2
-from benchmark_placement import BATCH, MEASURED, Bench
 from peft_blueprint.data import CrossInfluence, Of, make_batches, pad_token_of
-from peft_blueprint.measure import measure_influence
-from peft_blueprint.train import load_model
+from peft_blueprint.measure import load_model, measure_influence
+from recipes import smollm2
+
+from .placement import BATCH, MEASURED, Bench
 
 
 CACHE = Path(".cache")

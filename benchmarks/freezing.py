@@ -1,6 +1,6 @@
 """Does it pay to train the lower half of the adapters on some of the steps alone?
 
-    python recipes/benchmark_freezing.py --data FOLDER [--arm "cover_gain, as shipped"] [--schedules "every 2" "until 0.4"]
+    python -m benchmarks freezing --data FOLDER [--arm "cover_gain, as shipped"] [--schedules "every 2" "until 0.4"]
 
 The backward pass of a step ends at the lowest adapter that has a gradient, so that steps on which the lower half is frozen
 are cheaper. "every 2" trains it on every second step, "until 0.4" on the first four tenths, where the learning rate is
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from contest.arms import Choice
-from contest.catalogue import choice_of
-from contest.data import steps_of
-from contest.ground import Ground
-from contest.job import losses_of, mean_of, one_step
-from contest.starts import ready
-from contest.study import Entry, Study
+from .study.arms import Choice
+from .study.catalogue import choice_of
+from .study.data import steps_of
+from .study.ground import Ground
+from .study.job import losses_of, mean_of, one_step
+from .study.starts import ready
+from .study.study import Entry, Study
 
 
 HERE = Path(__file__).parent

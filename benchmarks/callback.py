@@ -1,6 +1,6 @@
 """What BlueprintCallback costs: its own time in a measured step, as a share of the step.
 
-    python recipes/benchmark_callback.py [--length 200] [--examples 8] [--steps 6] [--every 1] [--milestone]
+    python -m benchmarks callback [--length 200] [--examples 8] [--steps 6] [--every 1] [--milestone]
 
 SmolLM2-135M with LoRA on all linear layers is trained by the Trainer. The callback's hooks are timed from inside, and a
 step from its beginning to its end with all callbacks, because what is sought is far below the noise between two runs.
@@ -26,8 +26,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import benchmark_measure
 from peft_blueprint.train import BlueprintCallback
+
+from . import measure
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         raise SystemExit(f"--steps {options.steps} leaves nothing after the first; give 2 or more.")
 
     set_seed(0)
-    base, batch = benchmark_measure.prepare(options.length, options.examples, options.dtype)
+    base, batch = measure.prepare(options.length, options.examples, options.dtype)
     base.requires_grad_(False)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
     rows = [{key: value[i] for key, value in batch.items()} for i in range(options.examples)]

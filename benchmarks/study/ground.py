@@ -17,14 +17,13 @@ from peft.helpers import KappaTuneSelector
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import smollm2
 from peft_blueprint import Blueprint, generate_blueprint
 from peft_blueprint._files import write_atomically
 from peft_blueprint.blueprint import ADAPTABLE, Submodule
 from peft_blueprint.data import Row, make_batches, select_examples, train_briefly, with_adapters
-from peft_blueprint.measure import empty_model, measure_influence
+from peft_blueprint.measure import empty_model, load_model, load_tokenizer, measure_influence
 from peft_blueprint.place import CostModel, CoverGain, Structure, Workload
-from peft_blueprint.train import load_model, load_tokenizer
+from recipes import smollm2
 
 from .data import Data, in_batches, load, rows_of, steps_of, tokens_of
 from .study import TASK, Study, digest

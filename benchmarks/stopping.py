@@ -1,6 +1,6 @@
 """Does stopping pay? Held-out loss of SmolLM2-135M along short trainings, and where the marginal-return rule ends them.
 
-    python recipes/benchmark_stopping.py --data FOLDER [--curves NAME ...] [--steps N] [--resource flops|seconds|tokens] [--print]
+    python -m benchmarks stopping --data FOLDER [--curves NAME ...] [--steps N] [--resource flops|seconds|tokens] [--print]
 
 FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`, whose answers alone are trained on, as texts; the other set is the
 demo's, docstrings of Python's standard library. Every curve trains a placement (keep=0.85) on batches of 4 short examples,
@@ -31,15 +31,15 @@ from typing import Any, Literal
 
 import torch
 
-import smollm2
-import stdlib_docs
-from benchmark_measure import device_name
-from benchmark_placement import BASE_LEARNING_RATE, RANK, WARM_UP, Bench, one_step
 from peft_blueprint.data import Row, collate, encode, make_batches, pad_token_of
 from peft_blueprint.measure import empty_model
 from peft_blueprint.place import CostModel, Structure, Workload
 from peft_blueprint.runs import Decision, MarginalReturn
 from peft_blueprint.train import held_out_loss
+from recipes import smollm2, stdlib_docs
+
+from .measure import device_name
+from .placement import BASE_LEARNING_RATE, RANK, WARM_UP, Bench, one_step
 
 
 PLACEMENT = "keep 0.85"

@@ -1,6 +1,6 @@
 """How well two small samples agree on where the gradient is: of the same data, and of different data.
 
-    python recipes/benchmark_drift.py [--examples 64] [--data FOLDER] [--sets NAME ...]
+    python -m benchmarks drift [--examples 64] [--data FOLDER] [--sets NAME ...]
 
 Measures SmolLM2-135M once on each data set, then correlates ranks within kind between random disjoint samples of 8, 16,
 32, … examples, up to half of what was measured. The drift threshold belongs between what the same data gives and what other data gives. FOLDER may hold
@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 
-import smollm2
-import stdlib_docs
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.train import load_model
+from peft_blueprint.measure import load_model
+from recipes import smollm2, stdlib_docs
 
 
 SIZES = (8, 16, 32, 64, 128)

@@ -1,6 +1,6 @@
 """What a guarantee costs: how well a private release ranks submodules as the same examples do without noise.
 
-    python recipes/benchmark_privacy.py --data FOLDER [--draws 20] [--epsilons 1 4 8] [--sizes 64 256 1024 4096]
+    python -m benchmarks privacy --data FOLDER [--draws 20] [--epsilons 1 4 8] [--sizes 64 256 1024 4096]
 
 FOLDER holds `gsm8k_train.jsonl`. SmolLM2-135M is measured once on 512 training examples of at most 160 tokens (five to ten
 minutes on two cores), and the norms are kept beside the model. Every draw takes its examples from those, with replacement
@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-import smollm2
 from peft_blueprint import measure_influence
 from peft_blueprint.blueprint import Level, Submodule
 from peft_blueprint.data import encode, make_batches, pad_token_of
@@ -35,10 +34,11 @@ from peft_blueprint.measure import (
     bounded,
     empty_model,
     find_submodules,
+    load_model,
     release,
     scale_probabilities,
 )
-from peft_blueprint.train import load_model
+from recipes import smollm2
 
 
 NORMS = Path(".cache/gsm8k_norms.npz")

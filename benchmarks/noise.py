@@ -1,7 +1,7 @@
 """What choosing examples does with wrong answers, and how well a cheap prediction ranks: SmolLM2-135M, nothing is trained.
 
-    python recipes/benchmark_noise.py --data FOLDER --swapped [--sets SET ...] [--seeds 0 1 2] [--methods NAME ...] [--print]
-    python recipes/benchmark_noise.py --data FOLDER --predictor
+    python -m benchmarks noise --data FOLDER --swapped [--sets SET ...] [--seeds 0 1 2] [--methods NAME ...] [--print]
+    python -m benchmarks noise --data FOLDER --predictor
 
 FOLDER as in benchmark_selection.py, whose pools and scores these are. --swapped: a fifth of the pool's answers are swapped
 among themselves, the target's are not; the table says which share of what a method keeps is swapped. "iterative" trains
@@ -26,21 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmark_placement import BATCH
-from benchmark_selection import (
-    CACHE,
-    DEFAULT,
-    LENGTHS,
-    POOL,
-    SEEDS,
-    SHARES,
-    WISHES,
-    Contest,
-    Draw,
-    best_of,
-    digest,
-    shown,
-)
 from peft_blueprint.data import (
     Candidate,
     Pool,
@@ -54,6 +39,22 @@ from peft_blueprint.data import (
     token_features,
 )
 from peft_blueprint.measure import parameters_per_token
+
+from .placement import BATCH
+from .selection import (
+    CACHE,
+    DEFAULT,
+    LENGTHS,
+    POOL,
+    SEEDS,
+    SHARES,
+    WISHES,
+    Contest,
+    Draw,
+    best_of,
+    digest,
+    shown,
+)
 
 
 SWAPPED = 0.2

@@ -1,6 +1,6 @@
 """What it costs to read a published blueprint: requests and bytes, by where it stands.
 
-    python recipes/benchmark_read.py
+    python -m benchmarks read
 
 From a Hub on loopback, by the real client. The models have the tensors of a Llama by name and none of their size, so
 that the header is a real one's; the blueprints are those of `benchmark_embed`.
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmark_embed import synthetic
 from peft_blueprint import Blueprint
 from peft_blueprint.publish import embed
 from tests.hub.loopback import COMMIT, LoopbackHub
+
+from .embed import synthetic
 
 
 CASES = {

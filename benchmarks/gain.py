@@ -1,6 +1,6 @@
 """Which prediction of a placement's gain ranks placements as their losses do?
 
-    python recipes/benchmark_gain.py --data FOLDER
+    python -m benchmarks gain --data FOLDER
 
 The losses below are those of a first trial: SmolLM2-135M on GSM8K in bfloat16, answer tokens only, examples of at most 170
 tokens, batches of 8, LoRA of rank 16, 30 steps of AdamW at the better of the learning rates that were tried, one seed. The
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from benchmark_placement import Bench
 from peft_blueprint import Submodule
 from peft_blueprint.blueprint import norm_of
 from peft_blueprint.place import CoverGain, SetGain, by_kind
+
+from .placement import Bench
 
 
 Entries = Sequence[Submodule]

@@ -1,8 +1,8 @@
 """What should the library recommend? Every rule for placing adapters on equal terms, as a study says.
 
-    python recipes/benchmark.py recipes/studies/contest_gsm8k.yaml --data FOLDER [--budget-minutes 180] [--report]
+    python -m benchmarks study benchmarks/studies/contest_gsm8k.yaml --data FOLDER [--budget-minutes 180] [--report]
 
-A study (recipes/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at
+A study (benchmarks/studies) names its data, sizes, arms and their order; FOLDER holds the data sets. Every job, one arm at
 one learning rate with one seed, has a result file of its own under --out, named by a digest of all that bears on it, so
 that a run that was killed goes on where it was, on the same machine or another, and studies share what they have in
 common; several processes may run one study, a thread each (OMP_NUM_THREADS=1) on a CPU. An arm fills its budget of
@@ -10,7 +10,7 @@ trainable parameters from below. Its learning rate goes up and down a ladder of 
 an edge, at least three of them; where the ladder begins is told by Adam's first step, from a blueprint, also for arms
 that are not charged for one. --report makes one JSON of all result files and from that alone the tables, which it
 prints and puts where README.md and RESULTS.md quote them; it may be asked for while another process is running jobs.
---keep puts all result files into one archive, recipes/results/runs.jsonl.gz, and --restore takes from it those whose
+--keep puts all result files into one archive, benchmarks/results/runs.jsonl.gz, and --restore takes from it those whose
 arms choose the same here, so that a study goes on in another clone. Losses do not depend on how busy a machine is,
 seconds do: --times measures step times apart, all arms in turn in one process, as ratios within a round; in the tables
 they stand beside what the cost model predicts.
@@ -34,20 +34,21 @@ from typing import Any
 from filelock import FileLock
 from transformers.utils import logging
 
-from contest.quoting import requoted
-from contest.report import markdown, picture
-from contest.results import Store, outcome, summary
-from contest.schedule import Schedule
-from contest.study import TASK, UNTRAINED, Entry, Job, Study
 from peft_blueprint._files import write_atomically
 from peft_blueprint.errors import BlueprintError
+
+from .quoting import requoted
+from .report import markdown, picture
+from .results import Store, outcome, summary
+from .schedule import Schedule
+from .study import TASK, UNTRAINED, Entry, Job, Study
 
 
 OUT = Path(".cache/contest/runs")
 WAIT = 5.0  # seconds between two looks at what other processes have done
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 ARCHIVE = RESULTS / "runs.jsonl.gz"
-DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "RESULTS.md")]
+DOCUMENTS = [Path(__file__).parents[2] / name for name in ("README.md", "RESULTS.md")]
 # PEFT asks transformers a question that is about to be renamed
 NOISE = "`is_gradient_checkpointing` is deprecated"
 
@@ -55,7 +56,7 @@ NOISE = "`is_gradient_checkpointing` is deprecated"
 def main() -> None:
     """Parse, and run, list, time or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="a YAML, as in recipes/studies")
+    parser.add_argument("study", type=Path, help="a YAML, as in benchmarks/studies")
     parser.add_argument("--data", type=Path, default=Path(), help="folder with the data sets")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of result files; by default {OUT}")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no job that would end later")
@@ -100,7 +101,7 @@ def report(study: Study, store: Store, folder: Path, documents: Sequence[Path] =
     Raises:
         SystemExit: if the summary that is there tells of more jobs.
     """
-    from contest.catalogue import arm_of
+    from .catalogue import arm_of
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study.name}.json"
@@ -132,7 +133,7 @@ class Runner:
     """
 
     def __init__(self, study: Study, store: Store, data: Path):
-        from contest.ground import Ground
+        from .ground import Ground
 
         self.study = study
         self.store = store
@@ -141,7 +142,7 @@ class Runner:
 
     def require(self, device: str | None) -> None:
         """Raise `SystemExit` unless the device is there, and every arm of the study."""
-        from contest.catalogue import arm_of
+        from .catalogue import arm_of
 
         if device == "cuda" and self.ground.device != "cuda":
             raise SystemExit("There is no GPU here that torch can use: leave --device out, or say cpu.")
@@ -194,7 +195,7 @@ class Runner:
         Returns:
             How many.
         """
-        from contest.catalogue import ARMS
+        from .catalogue import ARMS
 
         count = 0
         for record in self.store.archived(archive):
@@ -220,7 +221,7 @@ class Runner:
 
     def times(self, rounds: int, only: str) -> None:
         """Step times over the reference's, of every arm in turn; the first round warms up."""
-        from contest.job import step_seconds
+        from .job import step_seconds
 
         rows: dict[str, Job] = {}
         for job in self.schedule.jobs():
@@ -242,7 +243,7 @@ class Runner:
 
     def _one(self, job: Job) -> dict[str, Any]:
         """Run a job, and write what came of it, errors too."""
-        from contest.job import run
+        from .job import run
 
         choice = self._choice(job)
         record: dict[str, Any]
@@ -261,8 +262,8 @@ class Runner:
     @functools.cache  # noqa: B019  one runner lives as long as the process
     def _choose(self, entry: Entry, budget: float | None) -> Any:
         """A choice, or a record of why there is none; the same for all that is only selected or stopped otherwise."""
-        from contest.arms import Infeasible
-        from contest.catalogue import choice_of
+        from .arms import Infeasible
+        from .catalogue import choice_of
 
         try:
             return choice_of(self.ground, entry, budget)
@@ -285,20 +286,20 @@ class Runner:
         return outcome(self.store.read(self._path(job)))
 
     def _guess(self, entry: Entry, budget: float | None) -> int:
-        from contest.catalogue import guess_of
+        from .catalogue import guess_of
 
         choice = self._choose(Entry(entry.arm, entry.blueprint), budget)
         return 0 if isinstance(choice, dict) else guess_of(self.ground, entry.arm, choice)
 
     def _is_budgeted(self, arm: str) -> bool:
-        from contest.catalogue import arm_of
+        from .catalogue import arm_of
 
         return arm_of(arm).is_budgeted
 
     @property
     def _stopped(self) -> tuple[float, str] | None:
         """At which share of the steps the reference might have ended, and what says so; None until it has run."""
-        from contest.job import stop_share
+        from .job import stop_share
 
         reference = Entry(self.study.reference)
         octave = self.schedule.best(reference, None)
@@ -331,7 +332,7 @@ class Runner:
 
     def _minutes(self, job: Job) -> float:
         """That a job should take, at the speed of those that ran."""
-        from contest.arms import cost_of
+        from .arms import cost_of
 
         choice = self._choice(job)
         if isinstance(choice, dict):

@@ -1,6 +1,6 @@
 """What keeping a ledger costs, as a share of a training step.
 
-    python recipes/benchmark_ledger.py [--model smollm2] [--length 128] [--examples 4] [--steps 12]
+    python -m benchmarks ledger [--model smollm2] [--length 128] [--examples 4] [--steps 12]
 
 LoRA on all linear layers is trained by the Trainer with `LedgerCallback`. What it does takes microseconds, far below the
 noise between two runs. So the callback's hooks are timed from inside, beside the whole step; and its parts, `add`, the
@@ -27,10 +27,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import benchmark_measure
 from peft_blueprint.runs import Ledger, modelled
 from peft_blueprint.testing import tiny_llama
 from peft_blueprint.train import LedgerCallback, Passes
+
+from . import measure
 
 
 LEFT_OUT = 2  # steps at the beginning
@@ -57,7 +58,7 @@ def main() -> None:
         ids = torch.randint(1, base.config.vocab_size, (options.examples, options.length))
         batch = {"input_ids": ids, "labels": ids}
     else:
-        base, batch = benchmark_measure.prepare(options.length, options.examples, options.dtype)
+        base, batch = measure.prepare(options.length, options.examples, options.dtype)
     base.requires_grad_(False)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
     rows = [{key: value[i] for key, value in batch.items()} for i in range(options.examples)]

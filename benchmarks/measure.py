@@ -1,6 +1,6 @@
 """What a measurement costs: time and peak memory beside ordinary passes of the same batch, in the same run.
 
-    python recipes/benchmark_measure.py [--length 200] [--rounds 5] [--dtype float32] [--arms NAME ...]
+    python recipes/measure.py [--length 200] [--rounds 5] [--dtype float32] [--arms NAME ...]
 
 Time: every round runs all arms in turn; the ratio of two arms is the median over rounds of their ratio within a round,
 so that a machine whose speed drifts does not decide. Memory: every arm runs once more, in a process of its own, whose
@@ -26,12 +26,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import smollm2
-import stdlib_docs
 from peft_blueprint import measure_influence
-from peft_blueprint.measure import find_submodules, per_example_losses
+from peft_blueprint.measure import find_submodules, load_model, per_example_losses
 from peft_blueprint.runs import Ledger
-from peft_blueprint.train import load_model
+from recipes import smollm2, stdlib_docs
 
 
 Batch = dict[str, Tensor]

@@ -1,6 +1,6 @@
 """What a blueprint in a model's header costs: to write, to update, to read, and in bytes.
 
-    python recipes/benchmark_embed.py [--gigabytes 1] [--repeats 5] [--folder .]
+    python -m benchmarks embed [--gigabytes 1] [--repeats 5] [--folder .]
 
 Times are on a file that is made for it and removed. Every repeat copies the file with `cp`, which ends
 before the disk has it; then with `sync` after it and `mv` over the old one, whose room on the disk is given back, as

@@ -1,6 +1,6 @@
 """Does choosing examples pay? Held-out loss of SmolLM2-135M on GSM8K and PubMedQA after the same total FLOPs.
 
-    python recipes/benchmark_selection.py --data FOLDER [--sets SET ...] [--arms ARM[@Q][#SEED] ...] [--seeds 0 1 2] [--print]
+    python -m benchmarks selection --data FOLDER [--sets SET ...] [--arms ARM[@Q][#SEED] ...] [--seeds 0 1 2] [--print]
 
 FOLDER holds `gsm8k_{train,test}.jsonl`, `pubmedqa_ori_pqal.json` and `pubmedqa_test_ground_truth.json`. Of a pool of 60
 examples each method keeps a share q, and a placement is trained on those, again and again, until the budget is
@@ -32,13 +32,14 @@ from typing import Any
 
 import torch
 
-import smollm2
-from benchmark_measure import device_name
-from benchmark_placement import BASE_LEARNING_RATE, BATCH, RANK, WARM_UP, Bench, one_step
 from peft_blueprint.data import METHODS, Row, collate, encode, make_batches, pad_token_of, select_examples
-from peft_blueprint.measure import empty_model, parameters_per_token
+from peft_blueprint.measure import empty_model, load_model, parameters_per_token
 from peft_blueprint.place import CostModel, Structure
-from peft_blueprint.train import held_out_loss, load_model
+from peft_blueprint.train import held_out_loss
+from recipes import smollm2
+
+from .measure import device_name
+from .placement import BASE_LEARNING_RATE, BATCH, RANK, WARM_UP, Bench, one_step
 
 
 CACHE = Path(".cache/benchmark_selection")
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pool", type=int, default=POOL, help="examples to choose from")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole pool: the budget")
-    parser.add_argument("--out", type=Path, default=Path("recipes/results/selection.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/selection.jsonl"))
     parser.add_argument("--print", action="store_true", dest="prints", help="run nothing")
     options = parser.parse_args()
 

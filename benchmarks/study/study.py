@@ -197,9 +197,9 @@ class Study:
         try:
             data = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SystemExit(f"{path} cannot be read: {error}. See recipes/studies.") from None
+            raise SystemExit(f"{path} cannot be read: {error}. See benchmarks/studies.") from None
         if not isinstance(data, dict) or not {"data", "order"} <= set(data):
-            raise SystemExit(f"{path} is no study: it needs data and order. See recipes/studies.")
+            raise SystemExit(f"{path} is no study: it needs data and order. See benchmarks/studies.")
         groups = data.pop("groups", {})
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):

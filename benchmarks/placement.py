@@ -1,6 +1,6 @@
 """Does a placement pay? Held-out loss of SmolLM2-135M on GSM8K by placement, at equal time.
 
-    python recipes/benchmark_placement.py --data FOLDER [--arms ARM[@LEARNING_RATE][#SEED] ...] [--times N] [--memory]
+    python -m benchmarks placement --data FOLDER [--arms ARM[@LEARNING_RATE][#SEED] ...] [--times N] [--memory]
 
 FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`. A blueprint is measured once on 64 training examples that are not
 trained on, and kept beside the model. Every arm then trains on the same batches of 8 examples of at most 100 tokens,
@@ -31,15 +31,16 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import set_seed
 
-import smollm2
-from benchmark_cost import MALLOC
-from benchmark_measure import device_name
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, generate_blueprint, plan_placement
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.measure import empty_model
+from peft_blueprint.measure import empty_model, load_model
 from peft_blueprint.place import CostModel, Structure, Workload
 from peft_blueprint.runs import Ledger
-from peft_blueprint.train import held_out_loss, load_model
+from peft_blueprint.train import held_out_loss
+from recipes import smollm2
+
+from .cost import MALLOC
+from .measure import device_name
 
 
 BASE_LEARNING_RATE = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best for all-linear

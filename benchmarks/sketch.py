@@ -1,6 +1,6 @@
 """How good sketched norms are, beside exact ones of the same examples.
 
-    python recipes/benchmark_sketch.py [--examples 64] [--data FOLDER --set GSM8K] [--sizes 16 32 64]
+    python -m benchmarks sketch [--examples 64] [--data FOLDER --set GSM8K] [--sizes 16 32 64]
 
 For every size of the sketch: Spearman's correlation of ranks within kind between sketched and exact submodule norms; the
 relative error of single norms (one example in one submodule), measured and as the sketch itself predicts it; the error
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-import smollm2
-from benchmark_drift import data_sets
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
 from peft_blueprint.data import encode, make_batches, pad_token_of
-from peft_blueprint.measure import entries_report, normalise_within, tail_report
-from peft_blueprint.train import load_model
+from peft_blueprint.measure import entries_report, load_model, normalise_within, tail_report
+from recipes import smollm2
+
+from .drift import data_sets
 
 
 RANKS = (4, 8, 15)

@@ -1,0 +1,1 @@
+"""Benchmarks behind RESULTS.md; run one with `python -m benchmarks NAME`."""
