@@ -22,9 +22,10 @@ import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Placement, generate_blueprint
 from peft_blueprint.data import encode, make_batches, pad_token_of, read_examples
+from peft_blueprint.measure import load_model
 from peft_blueprint.publish import plot_blueprint, save_page, save_plot
 from peft_blueprint.runs import RunRecord, make_report
-from peft_blueprint.train import Recipe, Report, load_model, run_recipe
+from peft_blueprint.train import Recipe, Report, run_recipe
 
 
 RECIPE = Path("recipes/stdlib_docs.yaml")

@@ -41,7 +41,7 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
     """
     from peft_blueprint import measure_influence
     from peft_blueprint.data.examples import collate, encode
-    from peft_blueprint.train.run import load_model
+    from peft_blueprint.measure import load_model
 
     model, tokenizer = load_model(str(weights), "float32")
     examples = [
@@ -74,8 +74,9 @@ def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_pat
     """The demo's recipe for two steps: the loss falls, and a process without this package gets the same one."""
     import stdlib_docs
     from peft_blueprint.data.examples import encode, make_batches
+    from peft_blueprint.measure import load_model
     from peft_blueprint.measure.submodules import find_submodules
-    from peft_blueprint.train.run import Recipe, load_model, run_recipe
+    from peft_blueprint.train.run import Recipe, run_recipe
 
     settings = yaml.safe_load((ROOT / "recipes" / "stdlib_docs.yaml").read_text())
     for split, count in (("train", 24), ("held_out", 4)):

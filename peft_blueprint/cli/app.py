@@ -86,7 +86,7 @@ def generate(
     """Measure a blueprint of a model on data. Under torchrun or accelerate launch, every process takes its share."""
     from ..data import encode, make_batches, pad_token_of, read_examples
     from ..measure import generate_blueprint
-    from ..train import join_processes, load_model
+    from ..measure import join_processes, load_model
 
     privacy = _privacy(noise, dp_epsilon, dp_delta, dp_clip)
     require_writable(out if out.is_dir() else out.parent)

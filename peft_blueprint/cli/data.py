@@ -90,7 +90,7 @@ def select_data(
     require_writable(out.parent)
 
     from ..data import method_of, require_columns, select_examples, wanted_of
-    from ..train import join_processes, load_model, load_tokenizer
+    from ..measure import join_processes, load_model, load_tokenizer
 
     wanted_of(None if stream else 1, fraction, count)
     names = pairs_of(columns)

@@ -10,6 +10,12 @@ from .generate import versions as versions
 from .hooks import prepared as prepared
 from .influence import Influence as Influence
 from .influence import joined_digest as joined_digest
+from .loading import dtype_of as dtype_of
+from .loading import empty_model as empty_model
+from .loading import join_processes as join_processes
+from .loading import load_model as load_model
+from .loading import load_tokenizer as load_tokenizer
+from .loading import quantization_of as quantization_of
 from .losses import IGNORED as IGNORED
 from .losses import LossFunction as LossFunction
 from .losses import UnknownObjective as UnknownObjective
@@ -23,7 +29,6 @@ from .measurement import Batch as Batch
 from .measurement import device_of as device_of
 from .measurement import measure_influence as measure_influence
 from .measurement import take_examples as take_examples
-from .meta_model import empty_model as empty_model
 from .privacy import SCALE_SHARE as SCALE_SHARE
 from .privacy import SCALES as SCALES
 from .privacy import Privacy as Privacy

@@ -7,9 +7,6 @@ from .recipe_training import start as start
 from .run import Recipe as Recipe
 from .run import Report as Report
 from .run import held_out_loss as held_out_loss
-from .run import join_processes as join_processes
-from .run import load_model as load_model
-from .run import load_tokenizer as load_tokenizer
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
 from .token_counter import Passes as Passes

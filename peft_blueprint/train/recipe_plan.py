@@ -170,32 +170,6 @@ def rank_of(recipe: Recipe) -> int:
     return int(recipe.lora.get("r", LoraConfig.__dataclass_fields__["r"].default))
 
 
-def dtype_of(name: str, is_quantized: bool) -> torch.dtype | None:
-    """Of base weights that are not quantised; None for what the checkpoint says.
-
-    Raises:
-        BlueprintError: if there is no such dtype.
-    """
-    if name != "auto":
-        found = getattr(torch, name, None)
-        if not isinstance(found, torch.dtype):
-            raise BlueprintError(f"dtype={name!r} is no torch dtype; give float32, bfloat16, float16 or auto.")
-        return found
-    if not is_quantized:
-        return None
-    if not torch.cuda.is_available():
-        return torch.float32  # many CPUs emulate bfloat16, at a tenth of the speed
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def quantization_of(settings: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """`BitsAndBytesConfig`'s fields: computations in the base's dtype, unless another is given."""
-    own = dict(settings)
-    if own.get("bnb_4bit_compute_dtype", "auto") == "auto":
-        own["bnb_4bit_compute_dtype"] = dtype
-    return own
-
-
 def unquantized(settings: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     """The same, with what a placement unfreezes left as it is."""
     skipped = placement.quantization_skip_modules()

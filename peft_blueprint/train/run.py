@@ -8,53 +8,46 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from .._files import require_writable, write_atomically
 from ..blueprint import Blueprint, fetch
 from ..compare import check_drift, reconcile
 from ..data import Row, encode, make_batches, pad_token_of, read_examples
 from ..errors import BlueprintError
-from ..measure import empty_model, find_submodules, generate_blueprint, keep_unpacked, per_example_losses
+from ..measure import (
+    dtype_of,
+    empty_model,
+    find_submodules,
+    generate_blueprint,
+    load_model,
+    load_tokenizer,
+    per_example_losses,
+)
 from ..place import BlueprintConfig, Workload
 from ..runs import Figure, Ledger, carbon_factor
 from .recipe import ALL_LINEAR, WISHES, Recipe
 from .recipe_plan import (
     Plan,
     budget_of,
-    dtype_of,
     learning_rate_of,
     plan,
-    quantization_of,
     step_of,
     training_settings,
     unquantized,
 )
 from .recipe_training import start, train, with_ends, with_probe
 from .unfreezing import share_base
-
-
-Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -246,66 +239,6 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         drift=drift,
         probe=spent,
     )
-
-
-def join_processes() -> tuple[int, int]:
-    """This process's rank and the number of processes, which meet if `torchrun` or `accelerate launch` started them."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return int(state.process_index), int(state.num_processes)
-
-
-def load_model(
-    name: str, dtype: str = "auto", quantization: Mapping[str, Any] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a folder or the Hub, frozen and quantised if asked.
-
-    What is not quantised keeps `dtype`, and so do activations: nothing is cast to float32 as by PEFT's
-    `prepare_model_for_kbit_training`, which a large vocabulary makes dear.
-
-    Args:
-        name: of the model.
-        dtype: a torch dtype, or "auto", see `Recipe`.
-        quantization: `BitsAndBytesConfig`'s fields.
-
-    Raises:
-        BlueprintError: if there is no such model, or an unknown dtype.
-    """
-    kind = dtype_of(dtype, bool(quantization))
-    settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind}
-    if torch.cuda.is_available():
-        settings["device_map"] = {"": torch.cuda.current_device()}
-
-    def load() -> PreTrainedModel:
-        if quantization:
-            settings["quantization_config"] = BitsAndBytesConfig(**quantization_of(quantization, kind))
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **settings)
-        return model
-
-    model = _loaded(name, load)
-    if quantization:
-        model.requires_grad_(False)
-        keep_unpacked(model)
-    return model, load_tokenizer(name)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from a folder or the Hub.
-
-    Raises:
-        BlueprintError: if there is none.
-    """
-    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
-    return tokenizer
-
-
-def _loaded(name: str, load: Callable[[], Loaded]) -> Loaded:
-    try:
-        return load()
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BlueprintError(f"The model {name!r} cannot be loaded: {reason}") from error
 
 
 def settle(

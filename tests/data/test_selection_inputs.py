@@ -10,13 +10,13 @@ import typer
 from datasets import Dataset
 from typer.testing import CliRunner
 
+from peft_blueprint import measure
 from peft_blueprint.cli import data as cli_select
 from peft_blueprint.data.examples import encode, encode_one
 from peft_blueprint.data.pool import Pool, require_columns
 from peft_blueprint.data.tables import read_table, require_holds, write_table
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.testing import save_tiny_model
-from peft_blueprint.train import run as recipe
 from tests.choosing import choose, made
 
 
@@ -50,8 +50,8 @@ def nothing_loads(monkeypatch):
     def load(*_):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(recipe, "load_model", load)
-    monkeypatch.setattr(recipe, "load_tokenizer", load)
+    monkeypatch.setattr(measure, "load_model", load)
+    monkeypatch.setattr(measure, "load_tokenizer", load)
 
 
 def run(folder, *arguments):

@@ -8,9 +8,9 @@ import torch
 
 from peft_blueprint import measure_influence
 from peft_blueprint.measure.bnb_cpu import keep_unpacked, unpack
+from peft_blueprint.measure.loading import load_model
 from peft_blueprint.measure.submodules import dequantized_weight, linear_modules, shape_of
 from peft_blueprint.testing import quantise, save_tiny_model, tiny_llama, toy_batches
-from peft_blueprint.train.run import load_model
 
 
 pytest.importorskip("bitsandbytes")

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, Submodule, plan_placement
 from peft_blueprint.errors import BlueprintError, MismatchError, PlacementError
-from peft_blueprint.measure.meta_model import empty_model
+from peft_blueprint.measure import empty_model
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.place.budget import Budget
 from peft_blueprint.place.choosing import RankBy

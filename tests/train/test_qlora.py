@@ -12,10 +12,11 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_blueprint import BlueprintError, generate_blueprint
+from peft_blueprint.measure import dtype_of, load_model, quantization_of
 from peft_blueprint.testing import randomise_adapters, save_tiny_model, tiny_llama, toy_batches
 from peft_blueprint.train.checkpointing import CheckpointAbove, checkpoint_above, release_inputs
-from peft_blueprint.train.recipe_plan import available_memory, dtype_of, quantization_of, training_settings
-from peft_blueprint.train.run import Recipe, load_model, run_recipe
+from peft_blueprint.train.recipe_plan import available_memory, training_settings
+from peft_blueprint.train.run import Recipe, run_recipe
 from tests import ROOT
 
 

@@ -10,10 +10,11 @@ from peft import AutoPeftModelForCausalLM
 
 from peft_blueprint import BlueprintError, generate_blueprint
 from peft_blueprint.data.examples import encode, make_batches, pad_token_of, read_examples
+from peft_blueprint.measure import load_model
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.testing import save_tiny_model
 from peft_blueprint.train.recipe_plan import training_settings
-from peft_blueprint.train.run import Recipe, held_out_loss, load_model, run_recipe
+from peft_blueprint.train.run import Recipe, held_out_loss, run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_a_recipe_may_stop_when_it_no_longer_pays(folder, tmp_path):
         ({"placement": {"fraction": 2}}, "fraction=2 is not a share"),
         ({"max_length": 3}, "None of 64 examples has a target within 3 tokens"),
         ({"output": __file__}, "cannot be written: Not a directory"),
-        ({"dtype": "float33"}, "dtype='float33'"),
+        ({"dtype": "float33"}, "got 'float33'"),
         ({"probe_examples": 0}, "probe_examples is 0"),
         ({"blueprint": "missing.json"}, "There is no blueprint at missing.json"),
     ],

@@ -1,0 +1,170 @@
+"""Load models, tokenizers and models without weights from a folder or the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import BlueprintError
+from .bnb_cpu import keep_unpacked
+
+
+Loaded = TypeVar("Loaded")
+
+
+def load_model(
+    name: str, dtype: str = "auto", quantization: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer; a quantized model is frozen.
+
+    Weights that are not quantized, and activations, keep `dtype`. PEFT's `prepare_model_for_kbit_training` would cast
+    them to float32, which is expensive with a large vocabulary.
+
+    Args:
+        name: folder or repository of the model.
+        dtype: name of a torch dtype, or "auto", see `dtype_of`.
+        quantization: fields of `BitsAndBytesConfig`.
+
+    Raises:
+        BlueprintError: if the model cannot be loaded, or the dtype is unknown.
+
+    Example:
+        >>> load_model("no/such/folder")
+        Traceback (most recent call last):
+        peft_blueprint.errors.BlueprintError: The model 'no/such/folder' cannot be loaded: ...
+    """
+    kind = dtype_of(dtype, bool(quantization))
+    settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind}
+    if torch.cuda.is_available():
+        settings["device_map"] = {"": torch.cuda.current_device()}
+
+    def load() -> PreTrainedModel:
+        if quantization:
+            settings["quantization_config"] = BitsAndBytesConfig(**quantization_of(quantization, kind))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **settings)
+        return model
+
+    model = _loaded(name, load)
+    if quantization:
+        model.requires_grad_(False)
+        keep_unpacked(model)
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model from a folder or the Hub.
+
+    Raises:
+        BlueprintError: if it cannot be loaded.
+    """
+    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
+    return tokenizer
+
+
+def empty_model(source: str | PretrainedConfig, *, revision: str | None = None) -> nn.Module:
+    """Build a model on the meta device: all names and shapes, no weights.
+
+    Args:
+        source: a config, or the folder or repository whose `config.json` is read.
+        revision: branch, tag or commit of a repository.
+
+    Returns:
+        A model of the class that the config names; a causal language model if it names none.
+
+    Raises:
+        BlueprintError: if there is no config, or transformers has no model for it.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> model = empty_model(LlamaConfig(num_hidden_layers=2))
+        >>> model.model.layers[1].self_attn.q_proj.weight.is_meta
+        True
+    """
+    config = source if isinstance(source, PretrainedConfig) else _config(source, revision)
+    names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
+    try:
+        with torch.device("meta"):
+            if names:
+                model = getattr(transformers, names[0])._from_config(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BlueprintError(
+            f"transformers {transformers.__version__} cannot build a model from this {type(config).__name__} "
+            f"({str(error).splitlines()[0]}). Load the model yourself and pass it instead of its config."
+        ) from error
+    return model
+
+
+def dtype_of(name: str, is_quantized: bool) -> torch.dtype | None:
+    """Return the dtype of weights that are not quantized.
+
+    Args:
+        name: name of a torch dtype; "auto" takes the checkpoint's, or for a quantized model the fastest of the device.
+        is_quantized: whether the model will be quantized.
+
+    Returns:
+        The dtype; None for that of the checkpoint.
+
+    Raises:
+        BlueprintError: if there is no such dtype.
+    """
+    if name != "auto":
+        found = getattr(torch, name, None)
+        if not isinstance(found, torch.dtype):
+            raise BlueprintError(f"dtype must be float32, bfloat16, float16 or auto, got {name!r}.")
+        return found
+    if not is_quantized:
+        return None
+    if not torch.cuda.is_available():
+        return torch.float32  # many CPUs emulate bfloat16, at a tenth of the speed
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def quantization_of(settings: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Complete the fields of `BitsAndBytesConfig`: compute in `dtype` unless they name another one."""
+    completed = dict(settings)
+    if completed.get("bnb_4bit_compute_dtype", "auto") == "auto":
+        completed["bnb_4bit_compute_dtype"] = dtype
+    return completed
+
+
+def join_processes() -> tuple[int, int]:
+    """Initialize torch.distributed under `torchrun` or `accelerate launch`; return the rank and number of processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return int(state.process_index), int(state.num_processes)
+
+
+def _loaded(name: str, load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BlueprintError(f"The model {name!r} cannot be loaded: {reason}") from error
+
+
+def _config(source: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise BlueprintError(
+            f"There is no model config in {source!r}: {str(error).strip().splitlines()[0]} Give a folder with a "
+            "config.json, or a repository id such as 'org/model'."
+        ) from error
