@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from .._text import format_names
 from ..blueprint import Submodule
@@ -16,30 +16,12 @@ from ..errors import PlacementError
 from .blocks import members_by_block, modules_of_blocks
 from .budget import Budget
 from .cost import CostModel
-from .coverage import Coverage, by_kind, count_of, one_selector, select, spreading
+from .coverage import by_kind, count_of, one_selector, select, spreading
 from .gains import REACH, CoverGain, SetGain
-from .ranks import Ranks, k_star_rank, rank_of_equal_parameters, ranks_by_influence
+from .options import Coverage, RankBy, Ranks
+from .ranks import k_star_rank, rank_of_equal_parameters, ranks_by_influence
 from .scores import comparable_across_kinds, score
 from .search import Choice, Search, Taking
-
-
-RankBy = Literal[
-    "gradient_norm",
-    "within_kind",
-    "per_root_parameter",
-    "relative_gradient_norm",
-    "signal_norm",
-    "signal_to_noise",
-    "weight_gradient",
-    "singular_energy",
-    "adam_gain",
-    "cover_gain",
-    "set_gain",
-    "random",
-    "even",
-    "first",
-    "last",
-]
 
 
 CONTROLS = ("random", "even", "first", "last")  # scores that look at no measurement

@@ -23,12 +23,10 @@ from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, fetch, from_dict, to_dict
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
-from .choosing import RankBy
 from .cost import Workload
-from .coverage import Coverage
+from .options import Coverage, Mode, RankBy, Ranks
 from .placement import Placement
-from .planner import Mode, plan_placement, workload_of
-from .ranks import Ranks
+from .planner import plan_placement, workload_of
 from .trainer_configs import lora_settings
 
 

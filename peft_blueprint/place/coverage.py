@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from ..blueprint import Submodule
 from ..errors import PlacementError
+from .options import Coverage
 
 
-Coverage = Literal["none", "kind", "kind+depth"]
 Score = Callable[[Submodule], float]
 
 _SIXTHS = 6

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, Submodule
 from ..errors import PlacementError
 from .budget import Budget
-from .choosing import Choosing, RankBy, Wish
+from .choosing import Choosing, Wish
 from .cost import DTYPES, CostModel, Structure, Workload
-from .coverage import Coverage
+from .options import Coverage, Mode, RankBy, Ranks
 from .placement import Placement
-from .ranks import Ranks
 from .search import Choice
 
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
-
-Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
 
 
 def plan_placement(

@@ -9,12 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from ..blueprint import Submodule
 
-
-Ranks = Literal["uniform", "equal_parameters", "influence"]
 
 _STEPS = 4  # a rank changes by a quarter of the uniform one
 _LARGEST = 4  # times the uniform one

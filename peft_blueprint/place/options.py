@@ -1,0 +1,160 @@
+"""Options of a placement as one dataclass for Python, `BlueprintConfig`, the command line and YAML; needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ..errors import PlacementError
+from .budget import Budget
+
+
+Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
+Coverage = Literal["none", "kind", "kind+depth"]
+Ranks = Literal["uniform", "equal_parameters", "influence"]
+RankBy = Literal[
+    "gradient_norm",
+    "within_kind",
+    "per_root_parameter",
+    "relative_gradient_norm",
+    "signal_norm",
+    "signal_to_noise",
+    "weight_gradient",
+    "singular_energy",
+    "adam_gain",
+    "cover_gain",
+    "set_gain",
+    "random",
+    "even",
+    "first",
+    "last",
+]
+
+DEFAULT_RANK = 16
+
+
+@dataclass
+class PlacementOptions:
+    """How many submodules to choose, by which score, and with which ranks.
+
+    Give at most one of the selectors `fraction`, `num_modules`, `top_p` and `threshold`; or `budget`, `keep` or both.
+    Without any, adapters go on a seventh of the submodules, about one to a block, with as many parameters as LoRA on
+    every linear layer. That default needs Adam's gain in the blueprint, shapes, `coverage="kind+depth"`, and neither
+    `r` nor `ranks`; otherwise it is `keep=0.95`, and `fraction=0.2` for blocks, for another coverage and for blueprints
+    without shapes.
+
+    Not frozen, because `BlueprintConfig` inherits the fields and PEFT's `LoraConfig` is not frozen either.
+
+    Args:
+        mode: "lora", "unfreeze" (whole attention and feed-forward blocks), or "lora+unfreeze".
+        fraction: share of the submodules (of the blocks in mode "unfreeze"), in (0, 1].
+        num_modules: number of submodules (or blocks).
+        top_p: fewest submodules that hold this share of the summed score, in (0, 1], within each stratum of the
+            coverage. (`top_p` of PEFT's KappaTune is `fraction` here.)
+        threshold: every submodule whose score is at least this; the coverage then has no effect.
+        budget: upper limits, see `Budget.of`: "12GiB" at the peak of a step, "0.7x" of all-linear LoRA's step time,
+            "2M parameters", "42 modules", several with commas, or a mapping. Of the choices within the limits, the one
+            with the largest predicted gain is taken.
+        keep: share of all-linear LoRA's predicted gain to retain, in (0, 1], at the lowest step time.
+        rank_by: a score of `SCORES`, "cover_gain" or "set_gain". By default "cover_gain" if the blueprint has Adam's
+            gain, for adapters with the default coverage and neither `top_p` nor `threshold`; "adam_gain" for other
+            choices; and "gradient_norm", the paper's, without Adam's gain.
+        per_cost: divide the score by the step time that an adapter there takes.
+        coverage: "none" (the paper's rule: one pool), "kind", or "kind+depth".
+        unfreeze_blocks: number of blocks in mode "lora+unfreeze"; 1 by default.
+        r: rank of the adapters, or of the all-linear LoRA that they are compared with; 16 by default, and 8, 4, 2 or 1
+            if a budget of parameters would otherwise leave few adapters.
+        ranks: "uniform"; "equal_parameters", raised until the placement has as many parameters as LoRA of rank `r` on
+            every linear layer; or "influence", higher where the score is higher, `r` on average. By default
+            "equal_parameters" for adapters if neither `r` nor a budget of parameters is given, otherwise "uniform".
+        seed: seed of rank_by="random".
+
+    Raises:
+        PlacementError: for two selectors, a value out of range, or a budget that cannot be read.
+
+    Example:
+        >>> from peft_blueprint.place import PlacementOptions
+        >>> PlacementOptions(fraction=0.2, num_modules=3)
+        Traceback (most recent call last):
+        peft_blueprint.errors.PlacementError: fraction=0.2 and num_modules=3 both say how many submodules: give one.
+    """
+
+    mode: Mode = field(default="lora", metadata={"help": "Place LoRA adapters, unfreeze whole blocks, or both."})
+    fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the submodules (or blocks), in (0, 1]; by default about one to a block."},
+    )
+    num_modules: int | None = field(default=None, metadata={"help": "Number of submodules (or blocks)."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Fewest submodules that hold this share of the score, in (0, 1]."}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "Every submodule whose score is at least this."})
+    budget: Budget | str | Mapping[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Upper limits: '12GiB', '0.7x' of all-linear LoRA's step time, '2M parameters', '42 modules', or "
+            "several with commas."
+        },
+    )
+    keep: float | None = field(
+        default=None,
+        metadata={"help": "Share of all-linear LoRA's predicted gain to retain at the lowest step time, in (0, 1]."},
+    )
+    rank_by: RankBy | None = field(
+        default=None, metadata={"help": "Score to rank by; by default cover_gain if it can be computed."}
+    )
+    per_cost: bool = field(default=False, metadata={"help": "Divide the score by an adapter's step time."})
+    coverage: Coverage = field(default="kind+depth", metadata={"help": "What to spread the choice over."})
+    unfreeze_blocks: int | None = field(
+        default=None, metadata={"help": "Number of blocks to unfreeze in mode lora+unfreeze; 1 by default."}
+    )
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the adapters, or of the all-linear LoRA they are compared with; 16 by default."},
+    )
+    ranks: Ranks | None = field(
+        default=None,
+        metadata={
+            "help": "uniform, equal_parameters (as many as all-linear LoRA of rank r), or influence (higher where the "
+            "score is)."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of rank_by=random."})
+
+    def __post_init__(self) -> None:
+        choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy}
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal) and not (value is None and name in ("ranks", "rank_by")):
+                *others, last = get_args(literal)
+                raise PlacementError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+        sizes = [f"{name}={value}" for name, value in self.selector.items()]
+        if len(sizes) > 1:
+            raise PlacementError(f"{' and '.join(sizes)} both say how many submodules: give one.")
+        limits = [f"{name}={getattr(self, name)!r}" for name in ("budget", "keep") if getattr(self, name) is not None]
+        if limits and sizes:
+            raise PlacementError(f"{limits[0]} and {sizes[0]} both say how much to place: give one.")
+        for name in ("fraction", "top_p", "keep"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise PlacementError(f"{name} must be in (0, 1], got {value}.")
+        for name in ("num_modules", "r", "unfreeze_blocks"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise PlacementError(f"{name} must be a positive integer, got {value}.")
+        if self.threshold is not None and not (self.threshold >= 0 and math.isfinite(self.threshold)):
+            raise PlacementError(f"threshold must be a finite number of at least 0, got {self.threshold}.")
+        if self.unfreeze_blocks is not None and self.mode != "lora+unfreeze":
+            raise PlacementError(
+                f"unfreeze_blocks={self.unfreeze_blocks} needs mode='lora+unfreeze', got mode={self.mode!r}."
+            )
+        if self.budget is not None:
+            Budget.of(self.budget)
+
+    @property
+    def selector(self) -> dict[str, float]:
+        """The selector that is given, by name; empty if there is none."""
+        values = {name: getattr(self, name) for name in ("fraction", "num_modules", "top_p", "threshold")}
+        return {name: value for name, value in values.items() if value is not None}
