@@ -1,7 +1,4 @@
-"""Gradient checkpointing whose backward pass stops below the lowest adapter.
-
-Knows transformers' models and its Trainer, and nothing of what is placed or why.
-"""
+"""Gradient checkpointing whose backward pass stops below the lowest adapter."""
 
 from __future__ import annotations
 
@@ -13,32 +10,40 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import PlacementError
 
 
-# transformers' and PEFT's hooks on embeddings, which do nothing but call requires_grad_ on the output
+# Forward hooks of transformers and PEFT on embeddings. They only call requires_grad_ on the output.
 _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def checkpoint_above(model: nn.Module, **options: Any) -> int:
-    """Turn gradient checkpointing on, and let the backward pass stop below the lowest trained submodule.
+    """Turn on gradient checkpointing, and let the backward pass stop below the lowest trained submodule.
 
-    transformers and PEFT make the embeddings' output require a gradient whenever checkpointing is turned on. Then the
-    backward pass, and with it the second forward pass of every block, runs to the bottom wherever the adapters are.
-    Only reentrant checkpointing needs that; with `use_reentrant=False`, which is set here, losses and gradients are the
-    same without. Call it after `get_peft_model`; what turns checkpointing on again later, as `Trainer.train` does, also
-    brings the hooks back, so with a Trainer use `CheckpointAbove`.
+    When checkpointing is turned on, transformers and PEFT make the embeddings' output require a gradient. The backward
+    pass, and with it the second forward pass of every block, then runs to the bottom wherever the adapters are. Only
+    reentrant checkpointing needs that. With `use_reentrant=False`, set here, losses and gradients are the same without.
+
+    Call it after `get_peft_model`. Turning checkpointing on again restores the hooks, which is what `Trainer.train`
+    does: with a Trainer, use `CheckpointAbove`.
 
     Args:
-        model: with the adapter on it.
-        **options: of `torch.utils.checkpoint.checkpoint`, or `every_n_layers` and `offload`, which transformers 5 knows.
+        model: a model with its adapter.
+        **options: options of `torch.utils.checkpoint.checkpoint`, or transformers 5's `every_n_layers` and `offload`.
 
     Returns:
-        How many hooks were taken off the embeddings.
+        Number of hooks removed from the embeddings.
 
     Raises:
         PlacementError: for `use_reentrant=True`.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["layers.3.mlp.up_proj"]))
+        >>> checkpoint_above(model) >= 1
+        True
     """
     if options.pop("use_reentrant", False):
         raise PlacementError(
-            "use_reentrant=True sends the backward pass to the bottom whatever is placed. Leave it out, or say False."
+            "use_reentrant=True sends the backward pass to the bottom wherever the adapters are. Leave it out."
         )
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5 on
     of_layers = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
@@ -47,12 +52,12 @@ def checkpoint_above(model: nn.Module, **options: Any) -> int:
 
 
 def release_inputs(model: nn.Module) -> int:
-    """Let the embeddings' output require no gradient of its own any more, however often that was asked for.
+    """Remove every hook that makes the embeddings' output require a gradient.
 
-    `model.disable_input_require_grads()` undoes the last request alone, and several are made on the way to a QLoRA run.
+    `model.disable_input_require_grads()` removes only the last one, and a QLoRA run registers several.
 
     Returns:
-        How many hooks were taken off.
+        Number of hooks removed.
     """
     released = 0
     for module in model.modules():
@@ -64,10 +69,10 @@ def release_inputs(model: nn.Module) -> int:
 
 
 class CheckpointAbove(TrainerCallback):
-    """Makes a Trainer's own gradient checkpointing stop below the lowest adapter, also in TRL.
+    """Make a Trainer's own gradient checkpointing stop below the lowest adapter, also in TRL.
 
-    `SFTTrainer(..., args=SFTConfig(gradient_checkpointing=True), callbacks=[CheckpointAbove()])`. It acts when training
-    begins, after everything that turns checkpointing on, and only if the arguments ask for it.
+    Add it as in `SFTTrainer(..., args=SFTConfig(gradient_checkpointing=True), callbacks=[CheckpointAbove()])`. It acts
+    when training begins, after checkpointing was turned on, and only if the arguments ask for checkpointing.
     """
 
     def on_train_begin(
@@ -78,7 +83,7 @@ class CheckpointAbove(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the Trainer."""
+        """Call `checkpoint_above` with the arguments' checkpointing options."""
         if args.gradient_checkpointing and model is not None:
             options = args.gradient_checkpointing_kwargs
             checkpoint_above(model, **(options if isinstance(options, dict) else {}))

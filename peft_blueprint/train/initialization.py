@@ -1,8 +1,4 @@
-"""How adapters begin: A along the gradient's leading directions, so that B's first steps are where the loss falls most.
-
-Measured through the adapters themselves, with no memory beyond theirs. Knows PEFT's LoRA layers, and nothing of how they
-were chosen.
-"""
+"""Initialize LoRA's A along the leading directions of the gradient, in the memory of a training step."""
 
 from __future__ import annotations
 
@@ -32,11 +28,8 @@ from ..measure import (
 )
 
 
-EXAMPLES = 64
-
-
 class _Adapter(NamedTuple):
-    """A, (groups · r, d_in), and B, (d_out, groups · r), of one module; groups are its fused experts, or one."""
+    """A: (groups · r, d_in), and B: (d_out, groups · r), of one module. A group is a fused expert."""
 
     name: str
     a: Tensor
@@ -49,45 +42,52 @@ def initialize_along_gradient(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    max_examples: int | None = EXAMPLES,
+    max_examples: int | None = 64,
     loss_fn: LossFunction | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> int:
-    """Turn the rows of every fresh LoRA adapter's A into leading right singular vectors of its weight's mean gradient G.
+    """Rotate the rows of every fresh LoRA adapter's A onto leading right singular vectors of its mean gradient G.
 
-    What a model with B = 0 computes is left as it is, and so is the base, quantised or not; rows keep the length that
-    they began with. The directions are those of a random sketch ΨᵀG, (r, d_in), with a Gaussian Ψ (Halko, Martinsson and
-    Tropp 2011, doi:10.1137/090771806, §4), which with A = 0 and B = Ψ is what A's own gradient is: one forward and
-    backward pass over the examples, in the memory of a training step, wherever training itself runs. LoRA-GA (Wang et al.
-    2024, arXiv:2407.05000) begins both A and B along the gradient, and takes their product off the base.
+    B stays zero, so the model computes the same as before. The base weights, quantized or not, do not change, and A's
+    rows keep their mean length. The directions are those of a random sketch ΨᵀG, (r, d_in), with a Gaussian Ψ (Halko,
+    Martinsson and Tropp 2011, doi:10.1137/090771806, §4). With A = 0 and B = Ψ this sketch is the gradient of A, so it
+    takes one forward and backward pass and the memory of a training step. LoRA-GA (Wang et al. 2024, arXiv:2407.05000)
+    initializes both A and B along the gradient and subtracts their product from the base.
 
-    It made few adapters learn faster in short runs on GSM8K, not on PubMedQA, and not LoRA of rank 16 on all linear layers
-    (RESULTS.md).
+    In short runs, adapters on few submodules learned faster on GSM8K, but not on PubMedQA. All-linear LoRA of rank 16
+    did not (RESULTS.md).
 
-    Call it once, after `get_peft_model` and before training; on several processes before the model is wrapped, with the
-    same batches on each.
+    Call it once, after `get_peft_model` and before training. With several processes, call it before the model is
+    wrapped and give every process the same batches.
 
     Args:
-        model: a `PeftModel` whose adapter has not been trained.
-        batches: mappings as for `measure_influence`; examples of what will be trained on.
-        adapter_name: of the adapter, which must be active.
-        max_examples: stop after so many.
+        model: a `PeftModel` with an untrained adapter.
+        batches: mappings as for `measure_influence`, made from training examples.
+        adapter_name: name of the adapter, which must be active.
+        max_examples: stop after this many examples; None for all.
         loss_fn: see `measure_influence`.
-        seed: of Ψ; torch's own random numbers go on as if nothing had been drawn.
+        seed: seed of Ψ. The global random state is left unchanged.
         progress: show a progress bar.
 
     Returns:
-        How many modules were begun so. Left as they were: embeddings, convolutions, and experts without any token.
+        Number of initialized modules. Embeddings, convolutions and experts that receive no token keep their random A.
 
     Raises:
-        PlacementError: without a fresh, active LoRA adapter of that name on linear layers, or where it is sharded.
-        MeasurementError: without data or targets, or if a gradient is nought everywhere, infinite or NaN; the adapter is
-            then as it was.
+        PlacementError: if the model has no fresh, active LoRA adapter of that name on linear layers, or it is sharded.
+        MeasurementError: if there are no examples or no targets, or a gradient is infinite, NaN or zero everywhere. The
+            adapter is then left as it was.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+        >>> initialize_along_gradient(model, toy_batches(), progress=False)
+        4
     """
     if max_examples is not None and max_examples < 1:
-        raise MeasurementError(f"max_examples={max_examples} leaves nothing to begin along: give at least 1, or None.")
-    adapters = _fresh(model, adapter_name)
+        raise MeasurementError(f"max_examples must be a positive integer or None, got {max_examples}.")
+    adapters = _fresh_adapters(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     before = [(adapter.a.detach().clone(), adapter.b.detach().clone()) for adapter in adapters]
     try:
@@ -95,55 +95,47 @@ def initialize_along_gradient(
             for adapter in adapters:
                 adapter.a.zero_()
                 adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator))
-        with _only(model, [adapter.a for adapter in adapters]):
-            _accumulate(model, batches, max_examples, loss_fn, progress)
-            sketches = [adapter.a.grad for adapter in adapters]
+        with _only_trainable(model, [adapter.a for adapter in adapters]):
+            _accumulate_gradients(model, batches, max_examples, loss_fn, progress)
+            sketches = [(adapter, adapter.a.grad) for adapter in adapters if adapter.a.grad is not None]
     finally:
         with torch.no_grad():
             for adapter, (a, b) in zip(adapters, before, strict=True):
                 adapter.a.copy_(a)
                 adapter.b.copy_(b)
-    broken = [
-        adapter.name
-        for adapter, sketch in zip(adapters, sketches, strict=True)
-        if sketch is not None and not sketch.isfinite().all()
-    ]
-    if broken:
+    if broken := [adapter.name for adapter, sketch in sketches if not sketch.isfinite().all()]:
         raise MeasurementError(
-            f"The gradient of {format_names(broken)} is infinite or NaN. Look for NaN in the weights or the data; with float16 "
-            "weights, load the model in bfloat16 or float32 instead."
+            f"The gradient of {format_names(broken)} is infinite or NaN. Look for NaN in the weights or the data; with "
+            "float16 weights, load the model in bfloat16 or float32 instead."
         )
-    begun = [
-        _turn(adapter, sketch)
-        for adapter, sketch in zip(adapters, sketches, strict=True)
-        if sketch is not None and sketch.any()
-    ]
-    if not begun:
+    reached = [(adapter, sketch) for adapter, sketch in sketches if sketch.any()]
+    if not reached:
         raise MeasurementError(
-            "No gradient reaches the adapters, so there is no direction to begin along. Look whether the loss depends on "
-            "the model's output."
+            "The gradient of every adapter is zero. Check that the loss depends on the model's output."
         )
-    return len(begun)
+    for adapter, sketch in reached:
+        _rotate(adapter, sketch)
+    return len(reached)
 
 
-def _fresh(model: nn.Module, adapter_name: str) -> list[_Adapter]:
+def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     own = {name: module for name, module in layers.items() if adapter_name in module.lora_A}
     if not own:
         known = sorted({adapter for module in layers.values() for adapter in module.lora_A})
         raise PlacementError(
-            f"{type(model).__name__} has no LoRA adapter {adapter_name!r} on linear layers; it has "
+            f"{type(model).__name__} has no LoRA adapter {adapter_name!r} on linear layers; its adapters: "
             f"{format_names(known) if known else 'none'}. Call this after get_peft_model, with the adapter's name."
         )
-    idle = [
+    inactive = [
         name
         for name, module in own.items()
         if adapter_name not in module.active_adapters or module.merged or module.disable_adapters
     ]
-    if idle:
+    if inactive:
         raise PlacementError(
-            f"The adapter {adapter_name!r} is not active in {format_names(idle)}, or merged, so no gradient reaches it. Call "
-            f"set_adapter({adapter_name!r}), enable_adapter_layers() or unmerge_adapter() first."
+            f"The adapter {adapter_name!r} is inactive or merged in {format_names(inactive)}, so no gradient reaches it. "
+            f"Call set_adapter({adapter_name!r}), enable_adapter_layers() or unmerge_adapter() first."
         )
     adapters = []
     for name, module in own.items():
@@ -152,7 +144,7 @@ def _fresh(model: nn.Module, adapter_name: str) -> list[_Adapter]:
             adapters.append(_Adapter(name, a.weight, b.weight, getattr(module, "num_experts", 1)))
     if not adapters:
         raise PlacementError(
-            f"The adapter {adapter_name!r} is on {format_names(list(own))}, and none of them is a linear layer."
+            f"The adapter {adapter_name!r} is only on {format_names(list(own))}, which are not linear layers."
         )
     if sharded := [adapter.name for adapter in adapters if is_sharded(adapter.a)]:
         raise PlacementError(
@@ -160,15 +152,15 @@ def _fresh(model: nn.Module, adapter_name: str) -> list[_Adapter]:
         )
     if trained := [adapter.name for adapter in adapters if adapter.b.any()]:
         raise PlacementError(
-            f"B is not zero in {format_names(trained)}: the adapter has been trained, or began otherwise (init_lora_weights), and "
-            "another A would change what it computes. Call this once, before training."
+            f"B must be zero, and is not in {format_names(trained)}: the adapter was trained or initialized otherwise "
+            "(init_lora_weights), so another A would change the model's output. Call this once, before training."
         )
     return adapters
 
 
 @contextmanager
-def _only(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
-    """Nothing else takes a gradient; gradients and flags are put back afterwards."""
+def _only_trainable(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
+    """Let only these parameters take a gradient; restore gradients and flags afterwards."""
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     with prepared(model):
         for parameter in parameters:
@@ -182,28 +174,27 @@ def _only(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
                 parameter.grad = gradient
 
 
-def _accumulate(
+def _accumulate_gradients(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     max_examples: int | None,
     loss_fn: LossFunction | None,
     progress: bool,
 ) -> None:
-    """Gradients of the summed losses of all examples."""
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     found = 0
-    with tqdm(total=max_examples, unit="example", desc="Starting adapters", disable=not progress) as bar:
+    with tqdm(total=max_examples, unit="example", desc="Initializing adapters", disable=not progress) as bar:
         for batch in take_examples(batches, max_examples, device_of(model)):
-            for loss in _losses(model, batch, loss_fn):
+            for loss in _summed_losses(model, batch, loss_fn):
                 (scale * loss).backward()
             found += (seen := count_examples(batch))
             bar.update(seen)
     if not found:
-        raise MeasurementError("There is nothing to begin along: the batches are empty. Give at least one example.")
+        raise MeasurementError("The batches are empty. Give at least one example.")
 
 
-def _losses(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None) -> Iterator[Tensor]:
-    """Of the batch at once, or of one example at a time where only the model itself knows what it minimises."""
+def _summed_losses(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None) -> Iterator[Tensor]:
+    """Yield the batch's summed loss, or one loss an example where only the model knows its objective."""
     try:
         yield per_example_losses(model, batch, loss_fn)[0].sum()
     except UnknownObjective:
@@ -212,12 +203,11 @@ def _losses(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | 
 
 
 @torch.no_grad()
-def _turn(adapter: _Adapter, sketch: Tensor) -> str:
-    """Put A's rows along the sketch's right singular vectors, as many as it has and as long as rows were on average."""
+def _rotate(adapter: _Adapter, sketch: Tensor) -> None:
+    """Set each group's rows of A to the sketch's right singular vectors, scaled to the rows' mean length."""
     length = adapter.a.float().norm(dim=1).mean()
     rows = adapter.a.view(adapter.groups, -1, adapter.a.shape[1])
     for own, part in zip(rows, sketch.float().view_as(rows), strict=True):
         if part.any():
             directions = torch.linalg.svd(part, full_matrices=False).Vh
             own[: len(directions)] = (length * directions).to(own)
-    return adapter.name

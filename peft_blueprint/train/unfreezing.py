@@ -1,7 +1,4 @@
-"""Unfrozen blocks without a second copy of them: what PEFT keeps of the base model for them is given back.
-
-Knows PEFT's wrapper of whole modules, and nothing of how blocks were chosen.
-"""
+"""Release the frozen originals that PEFT keeps beside unfrozen blocks."""
 
 from __future__ import annotations
 
@@ -15,41 +12,48 @@ from ..errors import PlacementError
 
 
 def share_base(model: nn.Module, adapter_name: str = "default") -> int:
-    """Let the trained copy of every unfrozen block stand for the frozen original as well, and release the original.
+    """Release the frozen original of every unfrozen block, and use the trained copy in its place.
 
-    PEFT's `modules_to_save`, which is how blocks are unfrozen, trains a copy and keeps the block it was copied from.
-    Call this once, after `get_peft_model` or `PeftModel.from_pretrained`; the trained parameters stay the same objects,
-    so an optimizer that has them is still right. Training, saving, loading, resuming and merging are as before.
+    PEFT unfreezes blocks with `modules_to_save`, which trains a copy and keeps the original. Call this once, after
+    `get_peft_model` or `PeftModel.from_pretrained`. The trained parameters stay the same objects, so an existing
+    optimizer remains valid. Training, saving, loading, resuming and merging work as before.
 
-    What it costs: `disable_adapter()` then no longer gives the base model back in these blocks but the trained ones,
-    and so does `unload()`. Do not use it where the model with its adapter switched off is the reference, as in DPO or
-    GRPO without a model or an adapter for it. An adapter that is added later starts from these blocks as they are then,
-    and marked as trainable: if it is a reference, `model.set_requires_grad("ref", False)` keeps it out of optimizers.
+    In these blocks, `disable_adapter()` and `unload()` then give the trained weights rather than the base model's. Do
+    not use it where the model without its adapter is the reference, as in DPO or GRPO without a reference model. An
+    adapter added later starts from the blocks' current weights, and as trainable: call
+    `model.set_requires_grad("ref", False)` to keep a reference adapter out of optimizers.
 
     Args:
-        model: with the adapter on it, whatever else it is wrapped in.
-        adapter_name: of the adapter whose blocks are meant.
+        model: a model with the adapter, possibly wrapped further.
+        adapter_name: adapter whose blocks are shared.
 
     Returns:
-        Bytes released: of the originals' parameters and buffers, without those that something else still uses, such as
-        a head tied to the embedding. 0 when it was done before.
+        Bytes of parameters and buffers released. Storage still in use, such as a head tied to the embedding, does not
+        count. 0 on a second call.
 
     Raises:
-        PlacementError: if the model has no unfrozen blocks, this adapter has none, or another adapter's copies already
-            stand for the originals.
+        PlacementError: if the model or this adapter has no unfrozen blocks, or the blocks are shared with another
+            adapter already.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.3.mlp"]))
+        >>> share_base(model) > 0
+        True
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     if not wrappers:
         raise PlacementError(
-            f"This {type(model).__name__} has no unfrozen blocks: nothing to release. Unfreeze some with "
+            f"This {type(model).__name__} has no unfrozen blocks. Unfreeze some with "
             'BlueprintConfig(mode="lora+unfreeze") or PEFT\'s modules_to_save.'
         )
     own = {name: module for name, module in wrappers.items() if adapter_name in module.modules_to_save}
     if not own:
         known = sorted({adapter for module in wrappers.values() for adapter in module.modules_to_save})
         raise PlacementError(
-            f"The adapter {adapter_name!r} has no unfrozen blocks in this {type(model).__name__}; {format_names(known)} has. "
-            "Name that one."
+            f"The adapter {adapter_name!r} has no unfrozen blocks in this {type(model).__name__}. Adapters with "
+            f"unfrozen blocks: {format_names(known)}."
         )
     taken = {
         name: adapter
@@ -59,17 +63,17 @@ def share_base(model: nn.Module, adapter_name: str = "default") -> int:
     }
     if taken:
         raise PlacementError(
-            f"In {format_names(list(taken))} the blocks of the adapter {next(iter(taken.values()))!r} already stand for the "
-            f"originals, so those of {adapter_name!r} cannot. Keep both copies."
+            f"The adapter {next(iter(taken.values()))!r} already replaces the originals of {format_names(list(taken))}, "
+            f"so {adapter_name!r} cannot. Keep both copies."
         )
-    before = _held(model)
+    before = _storage_bytes(model)
     for module in own.values():
         module.original_module = module.modules_to_save[adapter_name]
-    return before - _held(model)
+    return before - _storage_bytes(model)
 
 
-def _held(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared storage counted once."""
+def _storage_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, counting shared storage once."""
     storages = {}
     for tensor in chain(model.parameters(), model.buffers()):
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Adapters that begin along the gradient: where A points, and that nothing else changes. Run: pytest tests/test_starting.py"""
+"""Initialize adapters along the gradient: A's directions, and that nothing else changes."""
 
 from itertools import pairwise
 
@@ -32,7 +32,7 @@ def adapted(model, rank=4, targets="all-linear", **settings):
 
 
 def begin(model, batches=None, **settings):
-    """What the function returns, quietly."""
+    """Initialize without a progress bar; returns the number of modules."""
     return initialize_along_gradient(model, batches or toy_batches(), progress=False, **settings)
 
 
@@ -59,7 +59,7 @@ def gradients():
 
 
 def test_a_points_along_the_gradient_and_nothing_else_changes(gradients):
-    """Near the best there is, far from chance; what the model computes, B, flags, gradients and random numbers stay."""
+    """Near the optimum, far from chance; outputs, B, flags, gradients and the random state stay as they were."""
     model = adapted(tiny_llama(), lora_dropout=0.5).train()
     inputs = {key: value for key, value in toy_batches()[0].items() if key != "labels"}
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_points_along_the_gradient_and_nothing_else_changes(gradients):
 
 
 def test_with_as_many_rows_as_the_gradient_has_directions_nothing_is_missed(gradients):
-    """The sketch is of the mean gradient itself, whichever batches it comes in, and the seed is of the sketch."""
+    """The sketch is of the mean gradient, however the examples are batched; the seed is that of the sketch."""
     name = next(name for name in gradients if name.endswith("layers.1.self_attn.k_proj"))
     rank = min(gradients[name].shape)
     model = adapted(tiny_llama(), rank, [name])
@@ -123,7 +123,7 @@ def test_it_learns_faster_than_from_a_random_start():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_on_a_quantised_base_that_stays_as_it_is(kind):
-    """QLoRA: along the gradient of the quantised model, whose weights stay as they are to the bit."""
+    """QLoRA: A follows the quantised model's gradient, and the weights stay equal bit by bit."""
     pytest.importorskip("bitsandbytes")
     base = quantise(tiny_llama(), kind)
     found = measure_influence(base, toy_batches(), sketch_size=None, projection_size=0, progress=False)
@@ -140,7 +140,7 @@ def test_on_a_quantised_base_that_stays_as_it_is(kind):
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_under_gradient_checkpointing(is_reentrant):
-    """The same directions as without."""
+    """The directions are those without checkpointing."""
     plain, checkpointed = adapted(tiny_llama()), adapted(tiny_llama())
     checkpointed.base_model.model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
     begin(plain)
@@ -149,8 +149,8 @@ def test_under_gradient_checkpointing(is_reentrant):
         assert torch.allclose(rows, rows_of(checkpointed)[name], atol=1e-4), name
 
 
-def test_fused_experts_begin_each_along_its_own_gradient():
-    """An expert's rows span what its own gradient does; one without any token keeps its random rows."""
+def test_each_fused_expert_is_initialized_along_its_own_gradient():
+    """An expert's rows follow its own gradient; an expert without tokens keeps its random rows."""
     model = tiny_mixtral()
     name = next(n for n, p in model.named_parameters() if n.endswith("experts.gate_up_proj"))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_parameters=[name]))
@@ -183,36 +183,36 @@ def test_on_other_models(make):
 
 
 def test_with_a_blueprints_placement(blueprint):
-    """As the README has it: placed by a blueprint, then begun along the gradient."""
+    """Placed by a blueprint, then initialized along the gradient, as in the README."""
     config = BlueprintConfig(blueprint=blueprint, ranks="equal_parameters", r=2, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(layers=12), config)
     assert begin(model, max_examples=2) == len(config.target_modules) == 12
 
 
-def test_what_cannot_be_begun_is_refused_and_left_as_it_was():
-    """Another name, a trained, idle or merged adapter, no data, NaN; the adapter is as before."""
-    with pytest.raises(PlacementError, match=r"has no LoRA adapter 'default' on linear layers; it has none"):
+def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
+    """Another name, a trained, inactive or merged adapter, no data, NaN; the adapter stays as it was."""
+    with pytest.raises(PlacementError, match=r"has no LoRA adapter 'default' on linear layers; its adapters: none"):
         begin(tiny_llama())
     model = adapted(tiny_llama())
     before = rows_of(model)
-    with pytest.raises(PlacementError, match=r"no LoRA adapter 'other'.*it has 'default'"):
+    with pytest.raises(PlacementError, match=r"no LoRA adapter 'other'.*its adapters: 'default'"):
         begin(model, adapter_name="other")
-    with pytest.raises(MeasurementError, match="max_examples=0 leaves nothing to begin along"):
+    with pytest.raises(MeasurementError, match="max_examples must be a positive integer or None, got 0"):
         begin(model, max_examples=0)
-    with pytest.raises(MeasurementError, match="the batches are empty"):
+    with pytest.raises(MeasurementError, match="The batches are empty"):
         begin(model, iter(()))
     with pytest.raises(MeasurementError, match="no target"):
         begin(model, make_batches([{"input_ids": [1, 2], "labels": [-100, -100]}], 1, 0))
-    with pytest.raises(MeasurementError, match="No gradient reaches the adapters"):
+    with pytest.raises(MeasurementError, match="The gradient of every adapter is zero"):
         begin(model, loss_fn=lambda m, batch: 0 * m(batch["input_ids"]).logits.mean((1, 2)))
     model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
-    with pytest.raises(PlacementError, match=r"'second' is not active in .*set_adapter\('second'\)"):
+    with pytest.raises(PlacementError, match=r"'second' is inactive or merged in .*set_adapter\('second'\)"):
         begin(model, adapter_name="second")
     model.delete_adapter("second")
-    with model.disable_adapter(), pytest.raises(PlacementError, match="is not active in"):
+    with model.disable_adapter(), pytest.raises(PlacementError, match="is inactive or merged in"):
         begin(model)
     images = adapted(tiny_vit(), 2, ["projection"])
-    with pytest.raises(PlacementError, match=r"is on .*projection.*, and none of them is a linear layer"):
+    with pytest.raises(PlacementError, match=r"is only on .*projection.*, which are not linear layers"):
         begin(images)
     broken = model.get_submodule(BASE + "model.layers.2.mlp.down_proj").base_layer.weight
     kept = broken.detach().clone()
@@ -224,5 +224,5 @@ def test_what_cannot_be_begun_is_refused_and_left_as_it_was():
         broken.copy_(kept)
     assert all(torch.equal(rows, before[name]) for name, rows in rows_of(model).items())
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
-    with pytest.raises(PlacementError, match="B is not zero in .* has been trained"):
+    with pytest.raises(PlacementError, match="B must be zero, and is not in .* was trained"):
         begin(randomise_adapters(model))

@@ -1,4 +1,4 @@
-"""Unfrozen blocks: their copies, what releasing the originals saves and costs, and QLoRA. Run: pytest tests/test_unfreezing.py"""
+"""Unfrozen blocks: releasing their originals, saving and loading, reference adapters, and QLoRA."""
 
 from pathlib import Path
 
@@ -156,7 +156,9 @@ def test_a_reference_adapter_added_later_is_a_copy_of_its_own():
         wrapper = model.get_submodule(f"base_model.model.{name}")
         assert all(map(torch.equal, at_start[name], wrapper.modules_to_save["ref"].parameters()))
         assert not any(map(torch.equal, at_start[name], wrapper.modules_to_save["default"].parameters()))
-    with pytest.raises(PlacementError, match="adapter 'default' already stand for the originals, so those of 'ref'"):
+    with pytest.raises(
+        PlacementError, match="adapter 'default' already replaces the originals of .*, so 'ref' cannot"
+    ):
         share_base(model, "ref")
 
 
@@ -165,7 +167,7 @@ def test_errors_say_what_there_is():
     with pytest.raises(PlacementError, match="LlamaForCausalLM has no unfrozen blocks"):
         share_base(tiny_llama())
     model, *_ = unfrozen()
-    with pytest.raises(PlacementError, match="'other' has no unfrozen blocks in this .*; 'default' has"):
+    with pytest.raises(PlacementError, match="'other' has no unfrozen blocks in this .*unfrozen blocks: 'default'"):
         share_base(model, "other")
 
 
