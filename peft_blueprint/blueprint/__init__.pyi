@@ -29,9 +29,9 @@ from .header_text import rounded as rounded
 from .header_text import to_header_text as to_header_text
 from .hub import fetch as fetch
 from .hub_errors import CARD as CARD
-from .hub_errors import in_our_words as in_our_words
 from .hub_errors import require_token as require_token
 from .hub_errors import status_of as status_of
+from .hub_errors import translated_hub_errors as translated_hub_errors
 from .model_files import INDEX_FILE as INDEX_FILE
 from .model_files import MODEL_FILE as MODEL_FILE
 from .model_files import ModelFiles as ModelFiles

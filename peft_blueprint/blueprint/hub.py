@@ -9,21 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import cached_assets_path, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .._files import write_atomically
@@ -32,7 +23,7 @@ from .blueprint import Blueprint
 from .formats import read_blueprint
 from .header import FIRST_READ, HEADER_LIMIT, metadata_of_prefix
 from .header_text import from_header_text
-from .hub_errors import NETWORK_ERRORS, needs_permission
+from .hub_errors import NETWORK_ERRORS, translated_hub_errors
 from .naming import SUFFIXES, file_name
 from .slots import JSON_KEY, first_text
 from .strict_json import loads, read_text
@@ -72,7 +63,7 @@ def fetch(
     if path.exists() or path.suffix in SUFFIXES:
         return read_blueprint(path, name)
     repository = _Repository(str(source), revision, name, kwargs)
-    with _in_our_words(repository):
+    with translated_hub_errors(str(source), revision=revision, file=name):
         found, is_reached = (None, True) if domain or checkpoint else _in_the_model(repository)
         if found is not None:
             return from_header_text(found.text, f"{found.file} of {source}")
@@ -270,38 +261,3 @@ def _remember(repository: _Repository, revision: str, commit: str, found: _Found
 def _cached(path: Path) -> _Found | None:
     record = loads(read_text(path), str(path))
     return _Found(str(record["file"]), str(record["text"])) if isinstance(record, dict) else None
-
-
-@contextmanager
-def _in_our_words(repository: _Repository) -> Iterator[None]:
-    """The client's errors as ours, with the reason and a way out."""
-    name = repository.id
-    try:
-        yield
-    except HFValidationError:
-        raise BlueprintError(
-            f"{name!r} is neither a file or folder here nor a repository id such as 'org/model'. Check the path."
-        ) from None
-    except GatedRepoError as error:
-        raise BlueprintError(needs_permission(name)) from error
-    except RepositoryNotFoundError as error:
-        raise BlueprintError(
-            f"There is no repository {name!r} on the Hub that you may see, and no such file or folder here. "
-            "Check the name; if it is private, run `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BlueprintError(
-            f"The repository {name!r} has no revision {repository.revision!r}. Check the name."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise BlueprintError(
-            f"The blueprint of {name!r} is not in the cache and the Hub cannot be reached. Go online once, or "
-            "give a file."
-        ) from error
-    except EntryNotFoundError as error:
-        raise BlueprintError(
-            f"The repository {name!r} publishes no {repository.file}, nor a blueprint in its model's header or index. "
-            "Measure one with `peft-blueprint generate`."
-        ) from error
-    except NETWORK_ERRORS as error:
-        raise BlueprintError(f"The Hub did not give the blueprint of {name!r}: {error}. Try again later.") from error

@@ -1,7 +1,4 @@
-"""Why the Hub did not take a blueprint, in our words: the repository, what happened, and a way out.
-
-Knows the client's exceptions; knows nothing of what is published.
-"""
+"""Translate the Hub client's exceptions into errors that name the repository, the cause and a fix."""
 
 from __future__ import annotations
 
@@ -10,9 +7,11 @@ from contextlib import contextmanager
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -28,12 +27,57 @@ LOG_IN = "Run `hf auth login` with a token that may write, or set HF_TOKEN."
 # requests' errors are OSErrors; httpx's are of the class that the client's own errors come from
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
+_BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
+    (HFValidationError, "{repo!r} is not a repository id such as 'org/model'{here}. Check the name."),
+    (LocalTokenNotFoundError, f"There is no token for {{repo!r}}. {LOG_IN}"),
+    (GatedRepoError, "The repository {repo!r} needs permission: ask for it on its page, then run `hf auth login`."),
+    (
+        RevisionNotFoundError,
+        "The repository {repo!r} has no revision {revision!r}. Check the name, or make the branch first.",
+    ),
+    (OfflineModeIsEnabled, "{repo!r} is out of reach: offline mode is on. Unset HF_HUB_OFFLINE."),
+    (
+        LocalEntryNotFoundError,
+        "The blueprint of {repo!r} is not in the cache and the Hub cannot be reached. Go online once, or give a file.",
+    ),
+    (
+        EntryNotFoundError,
+        "The repository {repo!r} publishes no {file}, nor a blueprint in its model's header or index. Measure one with "
+        "`peft-blueprint generate`.",
+    ),
+)
+_BY_STATUS = {
+    401: f"The Hub does not know your token, or it may not see {{repo!r}} (401). {{done}}{LOG_IN}",
+    403: "You may not read {repo!r} (403: {said}). Ask its owner for access.",
+    404: "There is no repository {repo!r} on the Hub that you may see (404){here}. {done}Check the name; if it is "
+    "private, log in with a token that may use it: `hf auth login`.",
+    409: "{repo!r} is taken or is being changed at this moment (409: {said}). {done}Try again; if it stays so, a "
+    "repository of that name exists that you may not see: choose another name.",
+    412: "Somebody committed to {repo!r} at this moment (412). {done}Publish again.",
+    429: "The Hub takes no more requests about {repo!r} for now (429). {done}Try again {wait}.",
+    500: "The Hub has a fault of its own over {repo!r} ({status}: {said}). Try again later.",
+}
+_OTHER_STATUS = "The Hub refused a request about {repo!r} ({status}: {said}). {done}Correct it and try again."
+_MAY_NOT_WRITE = (
+    "You may not write to {repo!r} (403: {said}). {done}Use a token that may write; offer it as a pull request with "
+    "--create-pr (create_pr=True); or publish to a repository of your own."
+)
+_NO_CONNECTION = "The connection to the Hub failed over {repo!r} ({said}). {done}Try again later."
+_CUT_CONNECTION = (
+    "The connection to the Hub failed over {repo!r} ({said}). Whether the commit was made is not known. Publish again: "
+    "files that arrived are not sent twice. (A pull request would be: look on the repository's page first.)"
+)
+_BAD_CARD = (
+    "The Hub does not take the card of {repo!r}: {said}. Nothing was published. Correct the card's front matter, or the "
+    "data sets given."
+)
+
 
 def require_token(repo_id: str, token: str | bool | None) -> None:
     """Raise BlueprintError unless requests would carry a token.
 
     Args:
-        repo_id: to name in the message.
+        repo_id: repository named in the message.
         token: as for `huggingface_hub`: a token, True or None for the saved one, False for none.
     """
     try:
@@ -44,109 +88,82 @@ def require_token(repo_id: str, token: str | bool | None) -> None:
         raise BlueprintError(f"Nothing can be published to {repo_id!r} without a token. {LOG_IN}")
 
 
-def needs_permission(repo_id: str) -> str:
-    """What to say of a gated repository."""
-    return f"The repository {repo_id!r} needs permission: ask for it on its page, then run `hf auth login`."
-
-
 @contextmanager
-def in_our_words(repo_id: str, *, revision: str | None = None, sending: bool = False) -> Iterator[None]:
-    """The client's exceptions as ours.
+def translated_hub_errors(
+    repo_id: str, *, revision: str | None = None, file: str | None = None, sending: bool = False
+) -> Iterator[None]:
+    """Raise exceptions of `huggingface_hub` in the `with` block as BlueprintError.
 
     Args:
-        repo_id: whom the requests in the `with` are about.
-        revision: branch, tag or commit, for the message.
-        sending: whether they write, so that after a break it is not known what arrived.
+        repo_id: repository named in error messages.
+        revision: branch, tag or commit named in error messages.
+        file: blueprint file that is read, which works offline from the cache; None for publishing, which does not.
+        sending: whether the requests write, so that a broken connection leaves open what arrived.
 
     Raises:
-        BlueprintError: for whatever the Hub or the way to it refused.
+        BlueprintError: for an exception of the client or of the network; its cause is the original.
+
+    Example:
+        >>> from huggingface_hub.errors import OfflineModeIsEnabled
+        >>> with translated_hub_errors("org/model", file="blueprint.json"):
+        ...     raise OfflineModeIsEnabled
+        Traceback (most recent call last):
+        peft_blueprint.errors.BlueprintError: 'org/model' is out of reach: offline mode is on. Unset HF_HUB_OFFLINE.
     """
-    if constants.HF_HUB_OFFLINE:
+    if file is None and constants.HF_HUB_OFFLINE:
         raise BlueprintError(f"{repo_id!r} is out of reach: offline mode is on. Unset HF_HUB_OFFLINE to publish.")
     try:
         yield
     except BlueprintError:
         raise
-    except HFValidationError as error:
-        raise BlueprintError(f"{repo_id!r} is no repository id such as 'org/name': {error}.") from error
-    except LocalTokenNotFoundError as error:
-        raise BlueprintError(f"There is no token for {repo_id!r}. {LOG_IN}") from error
-    except RevisionNotFoundError as error:
-        raise BlueprintError(
-            f"The repository {repo_id!r} has no revision {revision!r}. Make the branch first, or leave revision out."
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise BlueprintError(f"{repo_id!r} is out of reach: offline mode is on. Unset HF_HUB_OFFLINE.") from error
-    except NETWORK_ERRORS as error:
-        raise BlueprintError(_sentence(repo_id, error, sending)) from error
-    except RuntimeError as error:  # what the client makes of an upload that failed
-        if not isinstance(error.__cause__, NETWORK_ERRORS):
+    except (*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError) as error:
+        # the client raises a RuntimeError from the cause of an upload that failed
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        template = _template_of(cause, file is not None, sending)
+        if template is None:
             raise
-        raise BlueprintError(_sentence(repo_id, error.__cause__, sending)) from error
-    except ValueError as error:  # what the client says of a card that the Hub finds invalid
-        if CARD not in str(error):
-            raise
-        raise BlueprintError(
-            f"The Hub does not take the card of {repo_id!r}: {_one_line(str(error))}. Nothing was published. Correct the "
-            "card's front matter, or the data sets given."
-        ) from error
+        status = status_of(cause) if isinstance(cause, HfHubHTTPError) else 0
+        said = (cause.server_message if isinstance(cause, HfHubHTTPError) else None) or str(cause)
+        message = template.format(
+            repo=repo_id,
+            revision=revision,
+            file=file,
+            status=status,
+            said=_one_line(said) or type(cause).__name__,
+            here="" if file is None else ", and there is no such file or folder here",
+            done="" if file is not None else "Nothing was published. " if sending else "Nothing was sent. ",
+            wait=_wait_of(cause),
+        )
+        raise BlueprintError(message) from error
 
 
 def status_of(error: HfHubHTTPError) -> int:
-    """The HTTP status of an answer, or 0 without one."""
+    """Return the HTTP status of an answer, or 0 without one."""
     response = error.response
     return 0 if response is None else int(response.status_code)
 
 
-def _sentence(repo_id: str, error: BaseException, sending: bool) -> str:
+def _template_of(error: BaseException, reading: bool, sending: bool) -> str | None:
+    """Return the message for an exception; None for one that does not come from the client or the network."""
+    for kind, template in _BY_CLASS:
+        if isinstance(error, kind):
+            return template
     if isinstance(error, HfHubHTTPError):
-        return _answered(repo_id, error, sending)
-    if not sending:
-        after = "Nothing was sent. Try again when it can be reached."
-    else:
-        after = (
-            "Whether the commit was made is not known. Publish again: what has arrived is not sent twice. (A pull request "
-            "would be: look on the repository's page first.)"
-        )
-    return (
-        f"The connection to the Hub failed over {repo_id!r} ({_one_line(str(error)) or type(error).__name__}). {after}"
-    )
+        status = status_of(error)
+        if isinstance(error, RepositoryNotFoundError) and (reading or status != 401):
+            status = 404  # without a token the Hub answers 401 for a repository that does not exist
+        if status == 403 and sending:
+            return _MAY_NOT_WRITE
+        return _BY_STATUS.get(500 if status >= 500 else status, _OTHER_STATUS)
+    if isinstance(error, NETWORK_ERRORS):
+        return _CUT_CONNECTION if sending else _NO_CONNECTION
+    return _BAD_CARD if isinstance(error, ValueError) and CARD in str(error) else None
 
 
-def _answered(repo_id: str, error: HfHubHTTPError, sending: bool) -> str:
-    status = status_of(error)
-    said = _one_line(error.server_message or str(error))
-    done = "Nothing was published. " if sending else ""
-    if isinstance(error, GatedRepoError):
-        return needs_permission(repo_id)
-    if status == 401:
-        return f"The Hub does not know your token, or it may not see {repo_id!r} (401). {done}{LOG_IN}"
-    if status == 403:
-        return (
-            f"You may not write to {repo_id!r} (403: {said}). {done}Use a token that may write; offer it as a pull request "
-            "with --create-pr (create_pr=True); or publish to a repository of your own."
-            if sending
-            else f"You may not read {repo_id!r} (403: {said}). Ask its owner, or publish to a repository of your own."
-        )
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return (
-            f"There is no repository {repo_id!r} on the Hub that you may see (404). {done}Check the name; if it is "
-            "private, use a token that may read and write it."
-        )
-    if status == 409:
-        return (
-            f"{repo_id!r} is taken or is being changed at this moment (409: {said}). {done}Try again; if it stays so, a "
-            "repository of that name exists that you may not see: choose another name."
-        )
-    if status == 412:
-        return f"Somebody committed to {repo_id!r} at this moment (412). {done}Publish again."
-    if status == 429:
-        wait = error.response.headers.get("Retry-After", "") if error.response is not None else ""
-        when = f"in {wait} seconds" if wait.isdigit() else "in a few minutes"
-        return f"The Hub takes no more requests about {repo_id!r} for now (429). {done}Try again {when}."
-    if status >= 500:
-        return f"The Hub has a fault of its own over {repo_id!r} ({status}: {said}). Try again later."
-    return f"The Hub refused what was asked of {repo_id!r} ({status}: {said}). {done}Correct it and publish again."
+def _wait_of(error: BaseException) -> str:
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    seconds = "" if response is None else response.headers.get("Retry-After", "")
+    return f"in {seconds} seconds" if seconds.isdigit() else "in a few minutes"
 
 
 def _one_line(text: str) -> str:

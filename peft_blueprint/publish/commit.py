@@ -26,11 +26,11 @@ from ..blueprint import (
     Blueprint,
     file_name,
     from_json,
-    in_our_words,
     require_token,
     status_of,
     to_arrays_bytes,
     to_json,
+    translated_hub_errors,
 )
 from ..errors import BlueprintError, FormatError, MismatchError
 from .card import TAG, card_section, datasets_of, is_hub_id, new_card, with_metadata, with_section
@@ -205,7 +205,7 @@ def prepare(
     if in_index and name != FILE_NAME:
         raise BlueprintError(f"An index holds one blueprint, {FILE_NAME}, and not {name}. Leave in_index out.")
     content = to_json(blueprint).encode()
-    with in_our_words(repo_id, revision=revision):
+    with translated_hub_errors(repo_id, revision=revision):
         there = look(HfApi(endpoint=endpoint, token=token), repo_id, revision, may_be_made=not create_pr)
         if private and there.is_public:
             raise BlueprintError(
@@ -349,10 +349,10 @@ def _send(publication: Publication, api: HfApi) -> str | None:
     """Make the commit. Returns its URL or the pull request's, or None if somebody committed in between."""
     repo_id, parent = publication.repo_id, publication.parent_commit
     if publication.creates_repository:
-        with in_our_words(repo_id, revision=publication.revision, sending=True):
+        with translated_hub_errors(repo_id, revision=publication.revision, sending=True):
             api.create_repo(repo_id, private=publication.private)
     try:
-        with in_our_words(repo_id, revision=publication.revision, sending=True):
+        with translated_hub_errors(repo_id, revision=publication.revision, sending=True):
             try:
                 info = api.create_commit(
                     repo_id,

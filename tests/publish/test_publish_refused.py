@@ -52,7 +52,7 @@ def test_a_wrong_token_is_told_apart(two_layers):
         (429, "GET .*/api/models/", {"Retry-After": "30"}, r"\(429\).*Try again in 30 seconds"),
         (500, "POST .*/commit/", {}, r"fault of its own.*500"),
         (503, "GET .*/api/models/", {}, r"fault of its own.*503"),
-        (418, "POST .*/commit/", {}, r"refused what was asked of 'tiny/llama' \(418"),
+        (418, "POST .*/commit/", {}, r"refused a request about 'tiny/llama' \(418"),
     ],
 )
 def test_each_refusal_says_what_to_do(two_layers, model_hub, status, where, headers, message):
