@@ -1,4 +1,4 @@
-"""What is logged while training is what the optimizer is given. Run: pytest tests/test_callbacks.py"""
+"""BlueprintCallback logs the norms of the gradients that the optimizer receives."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def lora(layers=2, **settings):
 
 
 def full(layers=2):
-    """A tiny Llama of which everything is trained."""
+    """A tiny Llama, trained in full."""
     return tiny_llama(layers).train()
 
 
@@ -76,7 +76,7 @@ def figures(trainer):
 
 
 def by_hand(model, steps, max_norm=1.0):
-    """Norms that an ordinary loop over the same data finds, step → owner → norm, with names cut by hand."""
+    """Step → submodule → norm, from an ordinary training loop over the same data."""
     model.train()
     (batch,) = toy_batches(batch_size=8)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,7 +100,7 @@ def by_hand(model, steps, max_norm=1.0):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("make", [lora, full])
 def test_figures_are_the_norms_of_what_the_optimizer_is_given(make, accumulation, tmp_path):
-    """At every step, with clipping and with a batch in one or two parts, as an ordinary loop finds them."""
+    """At every step, clipped, with one or two micro-batches, they equal those of an ordinary loop."""
     arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     _, logged = train(make(), tmp_path, arguments={"max_steps": 4, **arguments}, every=1, milestones=[0.5])
     for step, expected in by_hand(make(), 4).items():
@@ -114,7 +114,7 @@ def test_figures_are_the_norms_of_what_the_optimizer_is_given(make, accumulation
 
 @pytest.mark.parametrize("unscaled_before", [True, False])
 def test_fp16_gradients_are_unscaled(unscaled_before, tmp_path, monkeypatch):
-    """Without clipping too, whether or not the Trainer has done it; the optimizer's step does it no second time."""
+    """Also without clipping, whether or not the Trainer unscaled them; the optimizer step does not unscale twice."""
     trainer = make_trainer(lora(), tmp_path, max_steps=3, max_grad_norm=0.0)
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
@@ -202,7 +202,7 @@ def test_by_kind_squares_add(tmp_path):
     assert len(Blueprint.from_pretrained(tmp_path / "blueprint-100.json")) == 14
 
 
-def test_what_is_trained_beside_submodules_is_named_too(tmp_path):
+def test_other_trained_modules_are_logged_and_stand_in_the_provenance(tmp_path):
     """Norms and embeddings are logged, and stand in the file's provenance rather than among its entries."""
     _, logged = train(full(), tmp_path, arguments={"max_steps": 1}, every=1, milestones=[1])
     saved = Blueprint.from_pretrained(tmp_path / "blueprint-100.json")
@@ -257,7 +257,7 @@ class At(TrainerCallback):
             self.end(state, control)
 
 
-def test_what_is_unfrozen_on_the_way_is_reported_from_then_on(tmp_path):
+def test_a_module_unfrozen_during_training_is_reported_from_then_on(tmp_path):
     """Its mean is over the steps it was measured in."""
     model = lora(1, target_modules=["q_proj"])
     norm = model.get_base_model().model.norm.weight
@@ -326,16 +326,16 @@ def test_resumed_training_goes_on_where_it_was(tmp_path):
 def test_bad_values_say_what_to_give(tmp_path):
     """Before training, with the value and what would do."""
     trainer = make_trainer(lora(), tmp_path)
-    with pytest.raises(BlueprintError, match="every=0 is no number of steps: give a whole number from 1"):
+    with pytest.raises(BlueprintError, match="every must be a positive integer, got 0"):
         BlueprintCallback(trainer, every=0)
-    with pytest.raises(BlueprintError, match="every=0.5"):
+    with pytest.raises(BlueprintError, match="every must be a positive integer, got 0.5"):
         BlueprintCallback(trainer, every=0.5)
     for share in (0, 1.5, math.nan):
-        with pytest.raises(BlueprintError, match="no share of the training: give numbers above 0 and at most 1"):
+        with pytest.raises(BlueprintError, match=r"milestones must be in \(0, 1\], got"):
             BlueprintCallback(trainer, milestones=[share])
-    with pytest.raises(BlueprintError, match="detail='layer' is not known: give one of submodule, kind"):
+    with pytest.raises(BlueprintError, match="detail must be one of submodule, kind, got 'layer'"):
         BlueprintCallback(trainer, detail="layer")
-    with pytest.raises(BlueprintError, match="needs the trainer, not LlamaForCausalLM.*add_callback"):
+    with pytest.raises(BlueprintError, match="must be a Trainer, got LlamaForCausalLM.*add_callback"):
         BlueprintCallback(tiny_llama(1))
     (tmp_path / "file").write_text("")
     trainer.add_callback(BlueprintCallback(trainer, output_dir=tmp_path / "file" / "sub"))
@@ -343,18 +343,18 @@ def test_bad_values_say_what_to_give(tmp_path):
         trainer.train()
 
 
-def test_without_anything_to_read_it_says_so(tmp_path):
-    """A frozen model; only a head; gradients that are kept elsewhere; FSDP's first version."""
+def test_without_gradients_to_read_the_error_says_so(tmp_path):
+    """A frozen model; only a head; gradients that are hidden."""
     frozen = tiny_llama(1).requires_grad_(False)
-    with pytest.raises(BlueprintError, match="No parameter of this LlamaForCausalLM is trained.*get_peft_model"):
+    with pytest.raises(BlueprintError, match="This LlamaForCausalLM has no trainable parameters.*get_peft_model"):
         BlueprintCallback(make_trainer(frozen, tmp_path))
     frozen.lm_head.requires_grad_()
-    with pytest.raises(BlueprintError, match=r"what is trained \('lm_head'\) is a linear submodule.*milestones=\(\)"):
+    with pytest.raises(BlueprintError, match=r"only 'lm_head' is trained.*milestones=\(\)"):
         BlueprintCallback(make_trainer(frozen, tmp_path))
     _, logged = train(frozen, tmp_path, arguments={"max_steps": 1}, every=1, milestones=())
     assert set(logged[1]) == {"lm_head", "total"}
     take_away = At(1, before=lambda model: model.zero_grad())
-    with pytest.raises(BlueprintError, match="None of the 28 parameters that are trained has a gradient"):
+    with pytest.raises(BlueprintError, match="None of the 28 trained parameters has a gradient"):
         train(lora(), tmp_path, take_away, every=1)
 
 
