@@ -57,12 +57,21 @@ def from_keywords(
     return replace(cls() if options is None else options, **keywords)  # type: ignore[type-var]
 
 
-def from_mapping(cls: type[Record], data: Any, where: str, error: type[BlueprintError] = BlueprintError) -> Record:
+def from_mapping(
+    cls: type[Record],
+    data: Any,
+    where: str,
+    error: type[BlueprintError] = BlueprintError,
+    *,
+    ignore_unknown: bool = False,
+) -> Record:
     """Validate untrusted JSON or YAML data as a dataclass, without converting types (`"0.2"` is not a number).
 
     Args:
         data: a mapping with the fields of `cls`; nested dataclasses are mappings too, tuples are lists.
         where: file or key named in error messages.
+        error: class of the errors raised; errors of its subclasses that `cls` raises keep their class.
+        ignore_unknown: whether unknown keys are left out, for files that a later version may have written.
 
     Raises:
         BlueprintError: of class `error`, naming the first key that is unknown, missing or of the wrong type.
@@ -80,16 +89,18 @@ def from_mapping(cls: type[Record], data: Any, where: str, error: type[Blueprint
 
     if not isinstance(data, Mapping):
         raise error(f"{where} must be a mapping, got {_shown(data)}.")
-    _refuse_unknown(cls, data, where, error)
+    if not ignore_unknown:
+        _refuse_unknown(cls, data, where, error)
     try:
         return _adapter(cls).validate_json(json.dumps(data), strict=True)
-    except (TypeError, ValueError) as failed:
+    except (TypeError, ValueError, RecursionError) as failed:
         if not isinstance(failed, ValidationError):
             raise error(f"{where} must hold text, numbers, lists and mappings alone: {failed}.") from failed
         first = failed.errors(include_url=False)[0]
         raised = first.get("ctx", {}).get("error")
         if isinstance(raised, BlueprintError):
-            raise raised from None
+            kind = type(raised) if isinstance(raised, error) else error
+            raise kind(": ".join(filter(None, (where, _key(first), str(raised))))) from None
         raise error(f"{where}: {_sentence(first)}.") from None
 
 
@@ -114,10 +125,14 @@ def _refuse_unknown(cls: type, data: Mapping[str, Any], where: str, error: type[
         raise error(f"{where} has no option {format_names(unknown)}. {hint}Options: {', '.join(known)}.")
 
 
+def _key(first: Mapping[str, Any]) -> str:
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
+    return ".".join(name for name in names if name not in _KINDS)
+
+
 def _sentence(first: Mapping[str, Any]) -> str:
     """Word one pydantic error: the key, what was expected, what was got."""
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
-    key = ".".join(name for name in names if name not in _KINDS) or "it"
+    key = _key(first) or "it"
     kind, context = first["type"], first.get("ctx", {})
     if kind == "missing":
         return f"{key} is missing"
