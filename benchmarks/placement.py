@@ -230,7 +230,7 @@ class Bench:
             "time": steps / STEPS * self.predicted_time(name),
             "modules": len(placement.lora),
             "rank": placement.rank,
-            "kept": placement.kept,
+            "kept": placement.gain_retained,
             "parameters": sum(p.numel() for p in trained),
             "loss": held_out_loss(model, test, progress=False),
         }
@@ -308,7 +308,7 @@ def report_costs(bench: Bench, names: Sequence[str], ratios: dict[str, list[floa
         memory = f"{peaks[name] / 2**20:.0f}" if name in peaks else "–"
         print(
             f"| {name} | {len(placement.lora)} | {cost['lowest']:.0f} | {time} | {bench.predicted_time(name):.2f} | {memory} | "
-            f"{cost['memory'] / 2**20:.0f} | {placement.kept:.2f} | {placement.rank} | {placement.learning_rate_scale:.2f} |"
+            f"{cost['memory'] / 2**20:.0f} | {placement.gain_retained:.2f} | {placement.rank} | {placement.learning_rate_scale:.2f} |"
         )
     print()
 

@@ -1,86 +1,51 @@
-"""The verbs that place: where adapters go, in whose words, and what is made of an adapter for servers.
-
-Knows nothing of how things are measured or trained; torch is waited for only by verbs that read tensors.
-"""
+"""Verbs that place adapters: `targets` by a blueprint, `plan` for a card or a budget, `export` for servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 import typer
 
+from .. import measure, place, publish
 from ..blueprint import Blueprint
 from ..errors import PlacementError
-from ..place import Coverage, Placement, Trainer, trainer_config
-from .output import AsJson, Quiet, Source, print_answer
+from ..place import Budget, Placement, PlacementOptions
+from .output import Output
+from .verbs import Only, Picture, Source, verb
 
 
-if TYPE_CHECKING:
-    from ..place import Mode, RankBy, Ranks
+Trainer = Annotated[
+    Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"] | None,
+    typer.Option("--for", help="Print the configuration of that trainer, to be pasted."),
+]
 
 
+@verb(
+    "Place",
+    examples=[
+        "peft-blueprint targets blueprint.json",
+        "peft-blueprint targets blueprint.json --fraction 0.2 --format quiet",
+        "peft-blueprint targets blueprint.json --for llamafactory --rank 8",
+    ],
+)
 def targets(
     source: Source,
-    fraction: Annotated[
-        float | None, typer.Option(help="Share of the submodules; by default what keeps 0.95 of the gain.")
-    ] = None,
-    num_modules: Annotated[int | None, typer.Option(help="How many submodules.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="The fewest that hold this share of the score.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="All whose score reaches this.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="'0.7x' of all-linear's step time, '2M parameters', '42 modules', or several.")
-    ] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of the predicted gain to keep at the least cost.")] = None,
-    rank_by: Annotated[str | None, typer.Option(help="By default cover_gain where it can be told.")] = None,
-    ranks: Annotated[
-        str | None, typer.Option(help="uniform, equal_parameters (with all-linear's), or influence.")
-    ] = None,
-    coverage: Annotated[Coverage, typer.Option(help="What to spread the choice over.")] = "kind+depth",
-    mode: Annotated[str, typer.Option(help="lora, unfreeze (whole blocks) or lora+unfreeze.")] = "lora",
-    trainer: Annotated[
-        Trainer | None, typer.Option("--for", help="Print that trainer's own configuration, to be pasted.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="LoRA's rank: with --for, --budget or --ranks.")] = None,
-    alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha, with --for; twice the rank.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Also draw it: .png, .svg or .pdf (needs matplotlib).")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    options: PlacementOptions,
+    output: Output,
+    trainer: Trainer = None,
+    alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha with --for; twice the rank.")] = None,
+    picture: Picture = None,
 ) -> None:
-    """Print where adapters would go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
-    if trainer is None and (alpha is not None or (rank is not None and budget is None and ranks is None)):
-        raise PlacementError(
-            "--rank and --alpha stand in a trainer's configuration: say which one, as --for peft; --rank also with "
-            "--budget or --ranks influence."
-        )
-    from ..place import plan_placement  # which waits for torch
-
+    """Print where adapters go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
+    if alpha is not None and trainer is None:
+        raise PlacementError("--alpha is part of a trainer's configuration: choose one, for example --for peft.")
     blueprint = Blueprint.from_pretrained(source)
-    placement = plan_placement(
-        blueprint,
-        mode=cast("Mode", mode),
-        fraction=fraction,
-        num_modules=num_modules,
-        top_p=top_p,
-        threshold=threshold,
-        budget=budget,
-        keep=keep,
-        rank=rank,
-        ranks=cast("Ranks | None", ranks),
-        rank_by=cast("RankBy | None", rank_by),
-        coverage=coverage,
-    )
+    placement = place.plan_placement(blueprint, options=options)
     if picture:
-        from ..publish import plot_blueprint, save_plot
-
-        save_plot(plot_blueprint(blueprint, placement), picture)
+        publish.save_plot(publish.plot_blueprint(blueprint, placement), picture)
     if trainer is not None:
-        text = trainer_config(placement, trainer, r=rank, lora_alpha=alpha)
-        if as_json:
-            print_answer({"trainer": trainer, "config": text}, [], True, quiet, [], "")
-        else:
-            print(text, end="")
+        _print_config(placement, trainer, alpha, output)
         return
     chosen = [
         {
@@ -95,25 +60,110 @@ def targets(
         f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "
         f"by {placement.rank_by}, spread over {placement.coverage}"
     )
-    print_answer(placement.to_dict(), chosen, as_json, quiet, [*placement.lora, *placement.unfreeze], title)
+    output.answer(placement.to_dict(), chosen, [*placement.lora, *placement.unfreeze], title)
 
 
+@verb(
+    "Place",
+    examples=[
+        "peft-blueprint plan org/model --vram 12GiB",
+        "peft-blueprint plan org/model --blueprint org/model --budget 0.7x --for axolotl",
+    ],
+)
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
+    options: Annotated[PlacementOptions, Only("budget", "keep", "r", "ranks", "rank_by", "coverage")],
+    output: Output,
+    blueprint: Annotated[
+        str | None,
+        typer.Option(help="File, folder or Hub id of its blueprint; without one, adapters are spread evenly."),
+    ] = None,
+    vram: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 12GiB.")] = None,
+    reserve: Annotated[
+        str, typer.Option(help="Part of it for the CUDA context and what the allocator cannot use.")
+    ] = "1GiB",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in an example.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="Data type of unquantised weights and of activations.")] = "bfloat16",
+    quantization: Annotated[
+        str | None, typer.Option(help="nf4, fp4, int8 or none; by default none and nf4 are tried.")
+    ] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing; by default both are tried."),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit or sgd.")
+    ] = "adamw",
+    device: Annotated[str, typer.Option(help="cuda or cpu: their time constants differ.")] = "cuda",
+    trainer: Trainer = None,
+    picture: Picture = None,
+) -> None:
+    """Show what fits a GPU or a budget: a placement for each quantisation and checkpointing, and the one to take."""
+    if picture is not None and blueprint is None:
+        raise PlacementError("--picture draws a blueprint: give one with --blueprint.")
+    limits = _limits(vram, reserve, options.budget)
+    record = None if blueprint is None else Blueprint.from_pretrained(blueprint)
+    workload = place.Workload(
+        batch_size=batch_size, length=length, dtype=dtype, optimizer=optimizer, device=device, rank=options.r or 16
+    )
+    settings = place.what_fits(
+        record,
+        measure.empty_model(model),
+        limits or None,
+        workload,
+        quantizations=(None, "nf4") if quantization is None else (None if quantization == "none" else quantization,),
+        checkpointings=(False, True) if checkpointing is None else (checkpointing,),
+        keep=options.keep,
+        r=options.r or 16,
+        ranks=options.ranks or "equal_parameters",
+        rank_by=options.rank_by,
+        coverage=options.coverage,
+    )
+    placement = place.recommended(settings).placement
+    assert placement is not None
+    if picture is not None and record is not None:
+        publish.save_plot(publish.plot_blueprint(record, placement), picture)
+    if trainer is not None:
+        _print_config(placement, trainer, None, output)
+        return
+    rows = [_row(setting, setting.placement is placement, dtype) for setting in settings]
+    data = {"model": model, "settings": [setting.to_dict() for setting in settings], "placement": placement.to_dict()}
+    limit = f" within {Budget.of(limits)}" if limits else ""
+    title = f"{model}: LoRA against rank {workload.rank} on every linear layer, {batch_size} x {length} tokens a step{limit}"
+    output.answer(data, rows, placement.lora, title)
+    if output.format == "table":
+        print(placement)
+    output.hint(
+        "All figures are predicted; step times are relative to LoRA on every linear layer in the first setting. With "
+        "checkpointing, use peft_blueprint.train.CheckpointAbove: otherwise the backward pass runs to the bottom."
+    )
+
+
+@verb("Place", examples=["peft-blueprint export adapter served"])
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.")],
     out: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="The rank of all; by default the adapter's largest.")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    output: Output,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of every target; by default the adapter's largest.")
+    ] = None,
 ) -> None:
-    """Write a LoRA adapter with one rank for all, for servers that ignore rank patterns (vLLM, llama.cpp)."""
-    from ..publish import export_uniform_lora
+    """Write a LoRA adapter with one rank everywhere, for servers that ignore rank patterns (vLLM, llama.cpp)."""
+    written = str(publish.export_uniform_lora(adapter, out, rank=rank))
+    output.answer({"written": written}, [{"written": written}], [written], f"{adapter} with one rank")
 
-    written = str(export_uniform_lora(adapter, out, rank=rank))
-    print_answer({"written": written}, [{"written": written}], as_json, quiet, [written], f"{adapter} with one rank")
+
+def _print_config(placement: Placement, trainer: Any, alpha: int | None, output: Output) -> None:
+    text = place.trainer_config(placement, trainer, lora_alpha=alpha)
+    if output.format == "json":
+        output.answer({"trainer": trainer, "config": text}, [], [], "")
+    else:
+        print(text, end="")
 
 
 def _facts(placement: Placement, name: str) -> dict[str, Any]:
-    known = placement.facts.get(name, {})
+    known = placement.details.get(name, {})
     return {
         "kind": known.get("kind"),
         "layer": known.get("depth"),
@@ -123,4 +173,35 @@ def _facts(placement: Placement, name: str) -> dict[str, Any]:
     }
 
 
-VERBS: tuple[Callable[..., None], ...] = (targets, export)
+def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
+    placement = setting.placement
+    fitting = (
+        {"fits": "nothing"}
+        if placement is None
+        else {
+            "fits": f"{len(placement.lora)} adapters",
+            "memory": place.shown("memory", placement.cost["memory"]),
+            "lowest layer": placement.cost.get("lowest"),
+            "step time": round(setting.time or 0.0, 3),
+            "gain retained": f"{placement.gain_retained:.0%}",
+        }
+    )
+    return {
+        "": "recommended" if is_recommended else "",
+        "weights": setting.quantization or dtype,
+        "checkpointing": "yes" if setting.checkpointing else "no",
+        "all-linear": place.shown("memory", setting.all_linear),
+        **fitting,
+    }
+
+
+def _limits(vram: str | None, reserve: str, budget: Any) -> dict[str, float]:
+    limits: dict[str, float] = {} if budget is None else Budget.of(budget).limits
+    if vram is None:
+        return limits
+    if "memory" in limits:
+        raise PlacementError(f"--vram {vram} and --budget {budget} both limit the memory: give one of them.")
+    card, kept = Budget.of({"memory": vram}).memory or 0, Budget.of({"memory": reserve}).memory or 0
+    if kept >= card:
+        raise PlacementError(f"--reserve {reserve} leaves nothing of --vram {vram}: reserve less.")
+    return {**limits, "memory": card - kept}

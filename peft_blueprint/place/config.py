@@ -20,22 +20,17 @@ from torch import nn
 
 from .._files import write_atomically
 from .._text import format_names
-from ..blueprint import ADAPTABLE, Blueprint, fetch, from_dict, to_dict
+from ..blueprint import ADAPTABLE, Blueprint, from_dict, to_dict
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
-from .cost import Workload
-from .options import Coverage, Mode, RankBy, Ranks
+from .cost import Workload, workload_of
+from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
-from .planner import plan_placement, workload_of
-from .trainer_configs import lora_settings
+from .planner import plan_placement
+from .trainer_configs import lora_settings, whole_if_exact
 
 
 SIDECAR = "blueprint_config.json"
-# what is handed to plan_placement as it is
-_PLANNED = (
-    *("mode", "fraction", "num_modules", "top_p", "threshold", "budget", "keep", "rank_by", "per_cost", "coverage"),
-    *("unfreeze_blocks", "ranks"),
-)
 # PEFT's adapter of a whole parameter, which fused experts need, has none of these
 _NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 
@@ -65,81 +60,55 @@ BLUEPRINT = extend_peft_type("BLUEPRINT")
 
 
 @dataclass
-class BlueprintConfig(LoraConfig):
+class BlueprintConfig(PlacementOptions, LoraConfig):
     """LoRA adapters and unfrozen blocks where a blueprint says that they pay.
 
-    The targets are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are
-    checked against the model. Every other field is `LoraConfig`'s: `r`, `lora_alpha`, `lora_dropout`, `task_type`, ….
-    Experts that are fused into one parameter become `target_parameters`, linear layers `target_modules`.
+    Has the fields of `PlacementOptions` and of `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`, …). The targets
+    are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are checked
+    against the model. A budget, and a blueprint of groups or layers, are settled on the model. Fused experts become
+    `target_parameters`, linear layers `target_modules`.
+
+    **Rank and scaling.** `lora_alpha / r` is the scaling as for LoRA on every linear layer, and each adapter keeps it
+    whatever its rank becomes. Once settled, `r` is the rank of the adapters (the largest, where they differ) and
+    `lora_alpha` follows. If `r` is left out, it counts as 16, or as the rank of a `placement` that is given; if
+    `lora_alpha` is left out as well, the scaling is 1, as in `LoraConfig`'s defaults.
 
     Args:
         blueprint (`Blueprint | str | dict`, *optional*):
-            A blueprint; a file, folder or repository id to read it from; or its JSON object. One that speaks of groups
-            or layers is expanded when the model is known.
+            A blueprint; a file, folder or repository id to read it from; or its JSON object.
         placement (`Placement | dict`, *optional*):
-            A placement made before, instead of a blueprint and a selector.
-        mode (`str`, defaults to `"lora"`):
-            `"lora"` (on a quantised base that is QLoRA), `"unfreeze"` for whole attention and feed-forward blocks, or
-            `"lora+unfreeze"`.
-        fraction (`float`, *optional*):
-            Share of the submodules, in (0, 1]. Without any selector it is a seventh for adapters with
-            `ranks="equal_parameters"`, `keep=0.95` for others, and `fraction=0.2` for blocks, with another coverage, and
-            where the blueprint has no shapes.
-        num_modules (`int`, *optional*): How many submodules, instead.
-        top_p (`float`, *optional*): The fewest that hold this share of the score, instead.
-        threshold (`float`, *optional*): All whose score reaches this, instead.
-        budget (`str | dict`, *optional*):
-            What may be spent, instead: `"12GiB"`, `"0.7x"` of all-linear LoRA's step time, `"2M parameters"`, `"42
-            modules"`, several with commas. Settled when the model is known; `r` is the rank that is planned with.
-        keep (`float`, *optional*): Share of all-linear LoRA's predicted gain to keep at the least cost, instead.
+            A placement made before, instead of a blueprint and options.
         workload (`Workload | dict`, *optional*):
-            What a step is, for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; what is
-            left out is read off the model.
-        rank_by (`str`, *optional*):
-            A score of `scores.SCORES`, such as `"gradient_norm"`, or `"cover_gain"`, the default for adapters where
-            `"adam_gain"` was measured: each goes where it adds most to what those before it cover.
-        per_cost (`bool`, defaults to `False`): Rank by the score over an adapter's step time.
-        ranks (`str`, defaults to `"uniform"`):
-            `"equal_parameters"`: `r` is the rank that LoRA on every linear layer would have, and the adapters' is raised
-            to as many parameters; or `"influence"`: higher ranks where the score is higher, `r` on average.
-        coverage (`str`, defaults to `"kind+depth"`): What to spread the choice over: `"none"` (the paper's rule),
-            `"kind"` or `"kind+depth"`.
-        unfreeze_blocks (`int`, *optional*): How many blocks, in mode `"lora+unfreeze"`.
+            Training step for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; a dict is
+            completed from the model.
 
     Raises:
-        BlueprintError: if the blueprint cannot be read or the wish cannot be met, as with dropout on fused experts;
+        BlueprintError: if the blueprint cannot be read or the options cannot be met, as with dropout on fused experts;
             when the adapter is put on, if the blueprint does not fit the model, or a quantised block would be unfrozen.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_blueprint import BlueprintConfig, generate_blueprint
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> model = tiny_llama(layers=4)
+        >>> blueprint = generate_blueprint(model, toy_batches(), progress=False)
+        >>> config = BlueprintConfig(blueprint=blueprint, num_modules=4, task_type="CAUSAL_LM")
+        >>> len(get_peft_model(model, config).peft_config["default"].selection)
+        4
     """
 
     blueprint: Blueprint | str | dict | None = field(
         default=None, metadata={"help": "A blueprint, where to read one (file, folder, Hub id), or its JSON object."}
     )
     placement: Placement | dict | None = field(
-        default=None, metadata={"help": "A placement made before, instead of a blueprint and a selector."}
+        default=None, metadata={"help": "A placement made before, instead of a blueprint and options."}
     )
-    mode: Mode = field(default="lora", metadata={"help": "Put LoRA adapters, unfreeze full blocks, or both."})
-    fraction: float | None = field(default=None, metadata={"help": "Share of the submodules (or blocks), in (0, 1]."})
-    num_modules: int | None = field(default=None, metadata={"help": "How many submodules (or blocks)."})
-    top_p: float | None = field(default=None, metadata={"help": "The fewest that hold this share of the score."})
-    threshold: float | None = field(default=None, metadata={"help": "All whose score is at least this."})
-    budget: str | dict | None = field(
-        default=None, metadata={"help": "What may be spent: '12GiB', '0.7x', '2M parameters', '42 modules'."}
-    )
-    keep: float | None = field(default=None, metadata={"help": "Share of the predicted gain to keep at least cost."})
     workload: Workload | dict | None = field(
-        default=None, metadata={"help": "What a training step is, for budget and keep."}
+        default=None, metadata={"help": "Training step that costs are predicted for."}
     )
-    rank_by: RankBy | None = field(
-        default=None, metadata={"help": "The statistic to rank by; by default cover_gain where it can be told."}
-    )
-    per_cost: bool = field(default=False, metadata={"help": "Rank by the score over an adapter's step time."})
-    ranks: Ranks = field(default="uniform", metadata={"help": "uniform, equal_parameters or influence."})
-    coverage: Coverage = field(
-        default="kind+depth", metadata={"help": "What the choice is spread over before the strongest are taken."}
-    )
-    unfreeze_blocks: int | None = field(default=None, metadata={"help": "How many blocks to unfreeze besides LoRA."})
 
     def __post_init__(self) -> None:
+        PlacementOptions.__post_init__(self)
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
         record = self._read() if self.placement is None else None
@@ -150,15 +119,15 @@ class BlueprintConfig(LoraConfig):
                     "LoraConfig."
                 )
         if self.placement is not None and self.target_modules is not None:
-            # PEFT copies configs with other targets (add_weighted_adapter): what was placed no longer describes them
+            # PEFT copies configs with other targets (add_weighted_adapter), which the placement no longer describes
             modules, parameters = _targets(self.placement)
-            if not (_is_said_by(self.target_modules, modules) and _is_said_by(self.target_parameters, parameters)):
+            if not (_matches(self.target_modules, modules) and _matches(self.target_parameters, parameters)):
                 self.placement = None
         elif self.placement is not None:
-            self._apply(self.placement)
+            self._apply(self.placement, is_given=True)
         elif record is not None and record.level == "submodule" and self.budget is None:
-            self._apply(self._plan(record))  # whether a budget is kept is known with the model
-        super().__post_init__()
+            self._apply(self._plan(record))  # a budget is settled on the model, which tells the workload
+        LoraConfig.__post_init__(self)
         self.peft_type = PeftType.LORA
 
     @property
@@ -242,20 +211,19 @@ class BlueprintConfig(LoraConfig):
         if isinstance(self.blueprint, Blueprint):
             return self.blueprint
         if "_record" not in vars(self):
-            self._record = from_dict(self.blueprint) if isinstance(self.blueprint, dict) else fetch(self.blueprint)
+            self._record = (
+                from_dict(self.blueprint)
+                if isinstance(self.blueprint, dict)
+                else Blueprint.from_pretrained(self.blueprint)
+            )
         return self._record
 
     def _plan(self, record: Blueprint, model: nn.Module | None = None) -> Placement:
         workload = workload_of(model, **self.workload) if isinstance(self.workload, Mapping) else self.workload
-        return plan_placement(
-            record,
-            model,
-            workload=workload,
-            rank=self.r if self.budget is not None or self.keep is not None or self.ranks != "uniform" else None,
-            **{name: getattr(self, name) for name in _PLANNED},
-        )
+        options = PlacementOptions(**{f.name: getattr(self, f.name) for f in fields(PlacementOptions)})
+        return plan_placement(record, model, options, workload=workload)
 
-    def _apply(self, placement: Placement) -> None:
+    def _apply(self, placement: Placement, is_given: bool = False) -> None:
         for name in _NOT_FOR_PARAMETERS:
             default = LoraConfig.__dataclass_fields__[name].default
             if placement.target_parameters and getattr(self, name):
@@ -266,30 +234,33 @@ class BlueprintConfig(LoraConfig):
                 )
         self.placement = placement
         self.target_modules, self.target_parameters = _targets(placement)
-        self._apply_ranks(placement)
+        self._apply_ranks(placement, is_given)
         if placement.unfreeze:
             already = self.modules_to_save or []
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
 
-    def _apply_ranks(self, placement: Placement) -> None:
-        """The ranks that were planned, every adapter with the scaling that `r` and `lora_alpha` say.
+    def _apply_ranks(self, placement: Placement, is_given: bool) -> None:
+        """Set ranks and alphas by the rule in the class's docstring.
 
-        An `r` that is given counts before a plan's, unless a budget holds for that.
+        An `r` beside a given placement replaces its rank, unless a budget depends on that or `ranks` is
+        "equal_parameters", where `r` is what the placement was planned from.
         """
-        defaults = {name: LoraConfig.__dataclass_fields__[name].default for name in ("r", "lora_alpha")}
-        is_own = self.ranks == "equal_parameters"  # then r says what to plan from
-        if placement.rank is not None and placement.rank != self.r and (is_own or self.r == defaults["r"]):
-            if is_own or self.lora_alpha == defaults["lora_alpha"]:
-                self.lora_alpha = self.lora_alpha * placement.rank // self.r
-            self.r = placement.rank
-        if placement.rank not in (None, self.r) and {"memory", "time", "parameters"} & placement.selector.keys():
-            raise PlacementError(
-                f"The placement for {placement.model_id!r} was planned for rank {placement.rank}, and r={self.r}. Plan it "
-                f"again with rank={self.r}, or leave r out."
-            )
+        load = asdict(self.workload) if isinstance(self.workload, Workload) else self.workload or {}
+        reference = self.r or load.get("rank") or (placement.rank if is_given else None) or DEFAULT_RANK
+        is_unscaled = self.r is None and self.lora_alpha == LoraConfig.__dataclass_fields__["lora_alpha"].default
+        rank = placement.rank or reference
+        if is_given and self.r not in (None, rank) and self.ranks != "equal_parameters":
+            if {"memory", "time", "parameters"} & placement.selector.keys():
+                raise PlacementError(
+                    f"The placement for {placement.model_id!r} was planned for rank {rank}, got r={self.r}. Plan it again "
+                    f"with r={self.r}, or leave r out."
+                )
+            rank = reference
+        alpha = rank if is_unscaled else whole_if_exact(self.lora_alpha * rank / reference)
+        self.r, self.lora_alpha = rank, alpha  # type: ignore[assignment]
         if not placement.ranks:
             return
-        settings = lora_settings(placement, r=self.r, lora_alpha=self.lora_alpha)
+        settings = lora_settings(placement, r=rank, lora_alpha=alpha)
         self.r, self.rank_pattern = settings.r, settings.rank_pattern
         if not self.use_rslora:  # which scales by the root of the rank, with one alpha for all
             self.lora_alpha, self.alpha_pattern = settings.lora_alpha, settings.alpha_pattern  # type: ignore[assignment]
@@ -301,7 +272,7 @@ def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:
     return (modules if modules or parameters else DUMMY_TARGET_MODULES), parameters or None
 
 
-def _is_said_by(targets: Collection[str] | str | None, names: Collection[str] | str | None) -> bool:
+def _matches(targets: Collection[str] | str | None, names: Collection[str] | str | None) -> bool:
     """Whether a config's targets are these names, or the endings to which PEFT abbreviates many."""
     if isinstance(targets, str) or isinstance(names, str):
         return targets == names

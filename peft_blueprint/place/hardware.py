@@ -12,10 +12,10 @@ from typing import Any
 
 from ..blueprint import Blueprint
 from ..errors import PlacementError
-from .choosing import KEEP
 from .cost import CostModel, Structure, Workload
 from .placement import Placement
 from .planner import as_module, plan_placement
+from .solver import DEFAULT_KEEP
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Setting:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object; of the placement its costs alone."""
-        costs = {} if self.placement is None else {**self.placement.cost, "kept": self.placement.kept}
+        costs = (
+            {} if self.placement is None else {**self.placement.cost, "gain_retained": self.placement.gain_retained}
+        )
         return {
             "quantization": self.quantization or "none",
             "checkpointing": self.checkpointing,
@@ -106,9 +108,9 @@ def recommended(settings: Sequence[Setting]) -> Setting:
     if not fitting:
         raise PlacementError(f"Nothing fits in any setting. In the last one: {settings[-1].reason}")
 
-    def kept(setting: Setting) -> float:
-        assert setting.placement is not None and setting.placement.kept is not None
-        return setting.placement.kept
+    def gain_retained(setting: Setting) -> float:
+        assert setting.placement is not None and setting.placement.gain_retained is not None
+        return setting.placement.gain_retained
 
-    enough = [setting for setting in fitting if kept(setting) >= KEEP - 1e-9]
-    return min(enough, key=lambda setting: setting.time or 0.0) if enough else max(fitting, key=kept)
+    enough = [setting for setting in fitting if gain_retained(setting) >= DEFAULT_KEEP - 1e-9]
+    return min(enough, key=lambda setting: setting.time or 0.0) if enough else max(fitting, key=gain_retained)

@@ -146,6 +146,10 @@ class PlacementOptions:
                 raise PlacementError(f"{name} must be a positive integer, got {value}.")
         if self.threshold is not None and not (self.threshold >= 0 and math.isfinite(self.threshold)):
             raise PlacementError(f"threshold must be a finite number of at least 0, got {self.threshold}.")
+        if self.rank_by == "even" and (self.top_p is not None or self.threshold is not None):
+            raise PlacementError(
+                f"{sizes[0]} needs scores, and rank_by='even' has none: give fraction or num_modules."
+            )
         if self.unfreeze_blocks is not None and self.mode != "lora+unfreeze":
             raise PlacementError(
                 f"unfreeze_blocks={self.unfreeze_blocks} needs mode='lora+unfreeze', got mode={self.mode!r}."

@@ -20,7 +20,7 @@ from .budget import shown
 
 
 _NAME_LISTS = ("lora", "unfreeze", "target_parameters")
-_MAPPINGS = ("selector", "ranks", "facts", "cost")
+_MAPPINGS = ("selector", "ranks", "details", "cost")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Placement:
         ranks: rank by full name, where they differ.
         learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None where the
             blueprint does not carry what predicts it.
-        kept: predicted gain as a share of all-linear LoRA's, see `redundancy.CoverGain`: of Adam's first-order gain
+        gain_retained: predicted gain as a share of all-linear LoRA's, see `redundancy.CoverGain`: of Adam's first-order gain
             where all entries carry it, else with every entry counted alike. None in placements made before there was one.
         cost: what it costs as far as that was predicted: `time` as a share of all-linear LoRA's step, `parameters`,
             `modules`, `lowest` (the depth at which the backward pass stops), `memory` and its parts in bytes.
-        facts: of every name in `lora` its `kind`, `depth`, `score` and, where the blueprint says k*, `k_star_rank`: the
+        details: of every name in `lora` its `kind`, `depth`, `score` and, where the blueprint says k*, `k_star_rank`: the
             rank at which an adapter has the share k* of the weight's parameters (eq. 15).
-        alternatives: the next smaller and larger choices, each with `modules`, `time`, `kept` and so on.
+        alternatives: the next smaller and larger choices, each with `modules`, `time`, `gain_retained` and so on.
     """
 
     model_id: str
@@ -64,9 +64,9 @@ class Placement:
     rank: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     learning_rate_scale: float | None = None
-    kept: float | None = None
+    gain_retained: float | None = None
     cost: Mapping[str, float] = field(default_factory=dict)
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     alternatives: tuple[Mapping[str, float], ...] = ()
 
     @property
@@ -116,9 +116,9 @@ class Placement:
             places.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         by_kind: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.lora:
-            by_kind[str(self.facts.get(name, {}).get("kind") or name.rpartition(".")[2])].append(name)
+            by_kind[str(self.details.get(name, {}).get("kind") or name.rpartition(".")[2])].append(name)
         for kind, names in by_kind.items():
-            depths = sorted(d for name in names if (d := self.facts.get(name, {}).get("depth")) is not None)
+            depths = sorted(d for name in names if (d := self.details.get(name, {}).get("depth")) is not None)
             ranks = sorted({self.ranks.get(name, self.rank) for name in names} - {None})  # type: ignore[type-var]
             held = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
             places.add_row(kind, _runs(depths), held, str(len(names)))
@@ -134,7 +134,7 @@ class Placement:
             table.add_column(column, justify="right" if column else "left")
         smaller = [row for row in self.alternatives if row["modules"] < self.cost["modules"]]
         larger = [row for row in self.alternatives if row["modules"] >= self.cost["modules"]]
-        own = {**self.cost, **({"kept": self.kept} if self.kept is not None else {})}
+        own = {**self.cost, **({"gain_retained": self.gain_retained} if self.gain_retained is not None else {})}
         for label, rows in (("next smaller", smaller), ("this one", [own]), ("next larger", larger)):
             for row in rows:
                 table.add_row(
@@ -144,7 +144,7 @@ class Placement:
                     f"{row['parameters']:,.0f}" if "parameters" in row else "",
                     f"{row['modules']:.0f}",
                     f"{row['lowest']:.0f}" if row.get("lowest") is not None else "",
-                    f"{row['kept']:.0%}" if row.get("kept") is not None else "",
+                    f"{row['gain_retained']:.0%}" if row.get("gain_retained") is not None else "",
                 )
         return table
 

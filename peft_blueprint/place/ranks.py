@@ -57,7 +57,7 @@ def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Subm
         entries: all that could.
         rank: of LoRA on all of them.
     """
-    whole, part = (sum(map(_width, some)) for some in (entries, chosen))
+    whole, part = (sum(map(_width, group)) for group in (entries, chosen))
     raised = min(_MOST * rank, rank * whole // part) if part else rank
     return max(rank, raised - raised % 8 if raised >= 16 else raised)
 

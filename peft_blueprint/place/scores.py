@@ -186,6 +186,7 @@ SCORES: dict[str, Score] = {
     "first": first,
     "last": last,
 }
+CONTROLS = ("random", "even", "first", "last")  # scores that use no measurement
 _WITHIN_KIND_ONLY = (
     "gradient_norm",
     "per_root_parameter",

@@ -20,12 +20,12 @@ import yaml
 
 from .._text import format_names
 from ..errors import PlacementError
+from .options import DEFAULT_RANK
 from .placement import Placement
 
 
 Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"]
 
-DEFAULT_RANK = 16
 # PEFT's word for an adapter on no module at all, as when blocks are only unfrozen
 NO_TARGETS = "dummy-target-modules"
 # beyond so many patterns Python's cache of compiled ones is too small, and PEFT compiles each for every module
@@ -126,13 +126,13 @@ def lora_settings(
     patterns = _patterns(by_rank)
     return LoraSettings(
         r=largest,
-        lora_alpha=_tidy(scaling * largest),
+        lora_alpha=whole_if_exact(scaling * largest),
         lora_dropout=lora_dropout,
         target_modules=sorted(placement.target_modules) if placement.lora else NO_TARGETS,
         target_parameters=sorted(placement.target_parameters),
         modules_to_save=sorted(placement.unfreeze),
         rank_pattern=patterns,
-        alpha_pattern={pattern: _tidy(scaling * rank) for pattern, rank in patterns.items()},
+        alpha_pattern={pattern: whole_if_exact(scaling * rank) for pattern, rank in patterns.items()},
     )
 
 
@@ -146,7 +146,7 @@ def _patterns(by_rank: Mapping[int, Sequence[str]]) -> dict[str, int]:
     return {"^(?:" + "|".join(map(re.escape, names)) + ")": rank for rank, names in by_rank.items()}
 
 
-def _tidy(number: float) -> float:
+def whole_if_exact(number: float) -> float:
     """A whole number as such; products of alpha and rank are exact to about 1e-12."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 

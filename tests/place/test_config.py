@@ -25,7 +25,7 @@ from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, plan_plac
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure.submodules import linear_modules
 from peft_blueprint.place.config import extend_peft_type
-from peft_blueprint.testing import randomise_adapters, tiny_gpt2, tiny_llama, toy_batches
+from peft_blueprint.testing import randomize_adapters, tiny_gpt2, tiny_llama, toy_batches
 
 
 TOKENS = torch.arange(1, 11)[None]
@@ -34,7 +34,7 @@ TOKENS = torch.arange(1, 11)[None]
 def adapted(blueprint, seed=1, **wish):
     """A twelve-layer model with random adapters that change its logits."""
     config = BlueprintConfig(blueprint=blueprint, r=2, **wish)
-    return randomise_adapters(get_peft_model(tiny_llama(layers=12), config), seed)
+    return randomize_adapters(get_peft_model(tiny_llama(layers=12), config), seed)
 
 
 def logits(model):
@@ -319,15 +319,15 @@ def test_a_quantised_block_is_not_unfrozen(blueprint):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"fraction": 0}, "fraction=0 is not a share"),
-        ({"fraction": 1.2}, "fraction=1.2 is not a share"),
-        ({"fraction": 0.2, "num_modules": 3}, "fraction=0.2 and num_modules=3 are two selectors"),
+        ({"fraction": 0}, r"fraction must be in \(0, 1\], got 0"),
+        ({"fraction": 1.2}, r"fraction must be in \(0, 1\], got 1.2"),
+        ({"fraction": 0.2, "num_modules": 3}, "fraction=0.2 and num_modules=3 both say how many"),
         ({"num_modules": 1000}, "num_modules=1000: the blueprint has only 84"),
         ({"threshold": 1e9}, "No adam_gain reaches threshold"),
-        ({"mode": "full"}, "mode='full'"),
-        ({"coverage": "depth"}, "coverage='depth'"),
-        ({"rank_by": "luck"}, "rank_by='luck'"),
-        ({"unfreeze_blocks": 2}, "unfreeze_blocks=2 with mode='lora'"),
+        ({"mode": "full"}, "mode must be .*, got 'full'"),
+        ({"coverage": "depth"}, "coverage must be .*, got 'depth'"),
+        ({"rank_by": "luck"}, "rank_by must be .*, got 'luck'"),
+        ({"unfreeze_blocks": 2}, "unfreeze_blocks=2 needs mode='lora.unfreeze', got mode='lora'"),
         ({"target_modules": ["q_proj"]}, "both say what to adapt"),
     ],
 )

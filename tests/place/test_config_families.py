@@ -16,7 +16,7 @@ from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import (
     VOCABULARY,
     random_model,
-    randomise_adapters,
+    randomize_adapters,
     tiny_bert,
     tiny_llama,
     tiny_mixtral,
@@ -82,7 +82,7 @@ def test_experts_are_adapted_where_the_blueprint_says_and_reload_as_plain_lora(b
     entries = [e.name for e in find_submodules(build()) if "experts." in e.name]
     blueprint = measured(build, **({entries[0]: 9.0, entries[-1]: 7.0} if "threshold" in wish else {"v_proj": 2.0}))
     config = BlueprintConfig(blueprint=blueprint, r=2, task_type="CAUSAL_LM", **wish)
-    model = randomise_adapters(get_peft_model(build(), config))
+    model = randomize_adapters(get_peft_model(build(), config))
     placement = config.placement
     assert on_modules_and_parameters(model) == set(placement.lora)
     assert config.selection == (*placement.lora, *placement.unfreeze)

@@ -64,16 +64,18 @@ def test_plan_reads_a_config_alone(folder):
     found = plan(folder / "model", "--vram", "40MiB", "--reserve", "20MiB", "--length", 64)
     for part in ("take this", "nf4", "bfloat16", "within 20.0 MiB", "q_proj", "next smaller"):
         assert part in found.stdout, part
-    answer = json.loads(plan(folder / "model", "--keep", 0.5, "--json").stdout)
+    answer = json.loads(plan(folder / "model", "--keep", 0.5, "--format", "json").stdout)
     assert len(answer["settings"]) == 4 and answer["placement"]["rank_by"] == "even"
-    names = plan(folder / "model", "--keep", 0.5, "--quiet").stdout.split()
+    names = plan(folder / "model", "--keep", 0.5, "--format", "quiet").stdout.split()
     assert names == answer["placement"]["lora"]
 
 
 def test_plan_goes_by_a_blueprint_and_keeps_its_budget(folder, tmp_path):
     """With one setting asked for; in a trainer's words; with a picture."""
     words = (folder / "model", "--blueprint", folder / "blueprint.json", "--budget", "0.7x", "--quantization", "none")
-    answer = json.loads(plan(*words, "--no-checkpointing", "--json", "--picture", tmp_path / "plan.png").stdout)
+    answer = json.loads(
+        plan(*words, "--no-checkpointing", "--format", "json", "--picture", tmp_path / "plan.png").stdout
+    )
     [setting] = answer["settings"]
     assert answer["placement"]["rank_by"] == "cover_gain" and setting["time"] <= 0.7 and setting["fits"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
@@ -86,10 +88,22 @@ def test_plan_reads_a_repository_on_the_hub(folder):
     script = "from peft_blueprint.cli import main; main()"
     with loopback_hub({"org/model": folder / "model"}) as endpoint:
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache")}
-        command = [sys.executable, "-W", "ignore", "-c", script, "plan", "org/model", "--keep", "0.5", "--quiet"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            script,
+            "plan",
+            "org/model",
+            "--keep",
+            "0.5",
+            "--format",
+            "quiet",
+        ]
         found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.split() == plan(folder / "model", "--keep", 0.5, "--quiet").stdout.split()
+    assert found.stdout.split() == plan(folder / "model", "--keep", 0.5, "--format", "quiet").stdout.split()
 
 
 @pytest.mark.parametrize(

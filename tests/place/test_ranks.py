@@ -27,13 +27,13 @@ def test_ranks_by_influence_follow_the_scores_and_keep_the_sum():
 
 def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
     """As near below all-linear LoRA's as multiples of 8 allow, at most eight times the rank; a given rank is kept."""
-    whole = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, rank=16).cost["parameters"]
+    whole = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, r=16).cost["parameters"]
     for count in (4, 12, 30):
         placement = plan_placement(BLUEPRINT, LLAMA, num_modules=count)
         each = placement.cost["parameters"] / placement.rank
         assert placement.cost["parameters"] <= whole and placement.rank <= 128
         assert placement.rank == 128 or placement.rank % 8 == 0 and whole < (placement.rank + 8) * each
-    assert plan_placement(BLUEPRINT, LLAMA, num_modules=4, rank=16).rank == 16
+    assert plan_placement(BLUEPRINT, LLAMA, num_modules=4, r=16).rank == 16
 
 
 def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters():
@@ -41,11 +41,16 @@ def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters():
     few, more, most = (plan_placement(BLUEPRINT, LLAMA, budget=f"{n}k params") for n in (2, 6, 20))
     assert [p.rank for p in (few, more, most)] == [1, 2, 8]
     assert few.cost["parameters"] <= 2000 and more.cost["parameters"] <= 6000 and most.cost["parameters"] <= 20000
-    assert few.kept > 0.9 and more.kept == pytest.approx(1) and most.kept >= 0.95 and len(more.lora) == 42
+    assert (
+        few.gain_retained > 0.9
+        and more.gain_retained == pytest.approx(1)
+        and most.gain_retained >= 0.95
+        and len(more.lora) == 42
+    )
     assert more.learning_rate_scale == pytest.approx(8**0.5)  # beside all-linear LoRA of rank 16
-    for wish in ({"rank": 16}, {"ranks": "uniform"}):
+    for wish in ({"r": 16}, {"ranks": "uniform"}):
         fixed = plan_placement(BLUEPRINT, LLAMA, budget="6k params", **wish)
-        assert fixed.rank == 16 and fixed.kept < 0.7 and len(fixed.lora) == 4
+        assert fixed.rank == 16 and fixed.gain_retained < 0.7 and len(fixed.lora) == 4
     with pytest.raises(PlacementError, match="parameters"):
         plan_placement(BLUEPRINT, LLAMA, budget="20 params")
 
@@ -54,8 +59,8 @@ def test_the_learning_rate_goes_by_the_root_of_the_first_steps_gain():
     """Half the gain wants √2 times the rate, and at twice the rank the same."""
     blueprint = measured(LLAMA, [1.0] * len(BLUEPRINT))
     half = {"num_modules": len(BLUEPRINT) // 2, "rank_by": "last", "coverage": "none"}
-    assert plan_placement(blueprint, rank=8, **half).learning_rate_scale == pytest.approx(2**0.5)
-    raised = plan_placement(blueprint, ranks="equal_parameters", rank=8, **half)
+    assert plan_placement(blueprint, r=8, **half).learning_rate_scale == pytest.approx(2**0.5)
+    raised = plan_placement(blueprint, ranks="equal_parameters", r=8, **half)
     assert raised.rank == 16 and raised.learning_rate_scale == pytest.approx(1)
 
 
@@ -72,7 +77,7 @@ def test_k_star_becomes_the_rank_with_as_many_parameters():
     assert k_star_rank(replace(entry, k_star=1.0)) == 21 and k_star_rank(replace(entry, k_star=1e-9)) == 1
     assert k_star_rank(replace(entry, k_star=None)) is None
     placement = plan_placement(measured(LLAMA, k_star=0.25), fraction=1.0)
-    assert all(facts["k_star_rank"] >= 1 for facts in placement.facts.values())
+    assert all(details["k_star_rank"] >= 1 for details in placement.details.values())
 
 
 def test_a_config_gives_every_adapter_its_rank_and_the_same_scaling():

@@ -4,3 +4,4 @@ from .model import CostModel as CostModel
 from .structure import Structure as Structure
 from .workload import DTYPES as DTYPES
 from .workload import Workload as Workload
+from .workload import workload_of as workload_of

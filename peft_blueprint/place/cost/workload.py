@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
+from ..._options import from_keywords
 from ...errors import PlacementError
+from ...measure import find_weights, is_quantized
 
 
 Array = NDArray[np.float64]
@@ -147,3 +151,31 @@ class Workload:
             return float(in_32_bits.sum())
         in_8_bits = 2 * (numel + np.ceil(numel / _BLOCK_OF_8BIT_STATE) * FLOAT)
         return float(np.where(numel < _SMALLEST_8BIT_STATE, in_32_bits, in_8_bits).sum())
+
+
+def workload_of(model: Any, **settings: Any) -> Workload:
+    """Read dtype, quantisation, device and gradient checkpointing off a loaded model.
+
+    Args:
+        model: as it is to be trained; a model on the meta device, a config or None tells nothing.
+        **settings: `Workload`'s fields, which override what the model tells.
+
+    Raises:
+        PlacementError: for unknown settings or values.
+    """
+    tensors = [weight.tensor for weight in find_weights(model)] if isinstance(model, nn.Module) else []
+    if all(tensor.is_meta for tensor in tensors):
+        return from_keywords(Workload, None, settings, PlacementError)
+    quantized: Any = next((tensor for tensor in tensors if is_quantized(tensor)), None)
+    plain = next((tensor for tensor in tensors if not is_quantized(tensor)), None)
+    found: dict[str, Any] = {
+        "device": "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu",
+        "checkpointing": any(vars(module).get("gradient_checkpointing") is True for module in model.modules()),
+    }
+    if plain is not None and (dtype := str(plain.dtype).removeprefix("torch.")) in DTYPES:
+        found["dtype"] = dtype
+    if type(quantized).__name__ == "Params4bit" and quantized.quant_state is not None:
+        found |= {"quantization": quantized.quant_state.quant_type, "double_quant": bool(quantized.quant_state.nested)}
+    elif quantized is not None:
+        found["quantization"] = "int8" if type(quantized).__name__ == "Int8Params" else "nf4"
+    return from_keywords(Workload, None, {**found, **settings}, PlacementError)

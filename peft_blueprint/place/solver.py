@@ -1,0 +1,320 @@
+"""Solve for a placement: score submodules or blocks, price them, and choose those that meet a selector."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
+from typing import Any
+
+from .._text import format_names
+from ..blueprint import Submodule
+from ..errors import PlacementError
+from .budget import Budget
+from .cost import CostModel
+from .coverage import Picker, by_kind, count_of, make_picker, nucleus
+from .gains import REACH, CoverGain, SetGain
+from .options import DEFAULT_RANK, PlacementOptions
+from .ranks import k_star_rank, rank_of_equal_parameters, ranks_by_influence
+from .scores import CONTROLS, comparable_across_kinds, score
+from .search import Choice, Search
+
+
+DEFAULT_FRACTION = 0.2
+DEFAULT_SPARSE_FRACTION = 1 / 7  # about one submodule to a block
+DEFAULT_KEEP = 0.95
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How much to place: a size, or limits on cost and gain.
+
+    Args:
+        size: one of `fraction`, `num_modules`, `top_p` and `threshold` with its value; empty if limits decide.
+        budget: upper limits on costs.
+        keep: share of the predicted gain to retain.
+    """
+
+    size: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget | None = None
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, options: PlacementOptions) -> Selector:
+        """Return the selector that options ask for; empty if they leave it to the default."""
+        return cls(options.selector, None if options.budget is None else Budget.of(options.budget), options.keep)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether costs decide."""
+        return self.budget is not None or self.keep is not None
+
+    def or_default(self, *, has_costs: bool, is_sparse: bool = False) -> Selector:
+        """Fill in the default size where nothing was asked for.
+
+        Args:
+            has_costs: whether step times are known, so that a share of the gain can be kept at the lowest cost.
+            is_sparse: whether few adapters cover the model with as many parameters as all-linear LoRA.
+        """
+        if self.size or self.needs_costs:
+            return self
+        if is_sparse:
+            return Selector({"fraction": DEFAULT_SPARSE_FRACTION})
+        return Selector(keep=DEFAULT_KEEP) if has_costs else Selector({"fraction": DEFAULT_FRACTION})
+
+    def to_dict(self) -> dict[str, float]:
+        """Return size, `keep` and limits by name."""
+        keep = {} if self.keep is None else {"keep": self.keep}
+        return {**self.size, **keep, **({} if self.budget is None else self.budget.limits)}
+
+
+class PlacementSolver:
+    """Choose adapters and blocks among the entries of a blueprint.
+
+    Args:
+        entries: submodules that can be adapted, in the model's order.
+        options: their selector is ignored; `rank_by` must be given, `ranks` defaults to "uniform" and `r` to 16.
+        costs: None where they are not known.
+        reach: of `CoverGain`.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Submodule],
+        options: PlacementOptions,
+        costs: CostModel | None = None,
+        reach: float = REACH,
+    ):
+        if options.rank_by is None:
+            raise PlacementError("rank_by must be given to a PlacementSolver; plan_placement has a default.")
+        self.entries = entries
+        self.rank_by = options.rank_by
+        self.coverage = options.coverage
+        self.ranks = options.ranks or "uniform"
+        self.reference_rank = options.r or DEFAULT_RANK  # of the all-linear LoRA that adapters are compared with
+        self.rank = self.reference_rank  # of adapters, before ranks are raised
+        self.costs = costs
+        self.is_gain_known = all(entry.adam_gain is not None for entry in entries)
+        self.gains = [entry.adam_gain or 0.0 for entry in entries] if self.is_gain_known else [1.0] * len(entries)
+        self.reach = reach
+        self.cover = CoverGain(entries, self.gains if any(self.gains) else [1.0] * len(entries), reach)
+        self.alternatives: list[Choice] = []  # to the adapters that were chosen last
+        self.members: dict[str, list[Submodule]] = _members_by_block(entries)
+        self.is_greedy = self.rank_by in ("cover_gain", "set_gain")
+        self.is_comparable = self.is_greedy or comparable_across_kinds(self.rank_by)
+        self._times: list[float] | None = None  # step time of an adapter on each entry, to divide scores by
+        if options.per_cost and costs is not None:
+            self._times = [costs.adapter_cost(entry.name, self.reference_rank) for entry in entries]
+        if self.is_greedy:
+            gain = self._gain_over(entries)
+            values: Sequence[float] = [gain.of([i]) for i in range(len(entries))]
+        else:
+            values = score(entries, self.rank_by, seed=options.seed, costs=self._times).tolist()
+        self.scores = dict(zip((entry.name for entry in entries), values, strict=True))
+
+    def adapters(self, selector: Selector, unfrozen: Sequence[str] = ()) -> Choice:
+        """Choose entries to put an adapter on, outside of unfrozen modules.
+
+        Raises:
+            PlacementError: if there is none, or the selector cannot be met.
+        """
+        free = [e for e in self.entries if not any(e.name == u or e.name.startswith(u + ".") for u in unfrozen)]
+        if not free:
+            raise PlacementError(
+                f"Unfreezing {format_names(unfrozen)} leaves no submodule for LoRA. Unfreeze fewer blocks."
+            )
+        picker = self._greedy_picker if self.is_greedy else self._covering_picker(self.scores)
+        search = Search(free, picker, lambda units: self.price(units, unfrozen), self.gain_of)
+        choice = self._choose(search, selector, self.scores)
+        if self.costs is not None:
+            self.alternatives = search.neighbours(choice)
+        return choice
+
+    def blocks(self, selector: Selector) -> Choice:
+        """Choose blocks to unfreeze.
+
+        A block's score is the root of its members' summed squares for norms, their sum for gains, and its first
+        member's for controls.
+
+        Raises:
+            PlacementError: if the selector cannot be met.
+        """
+        power = 2 if self.rank_by.endswith("norm") else 1
+        counted = 1 if self.rank_by in CONTROLS else None
+        scores = {
+            block: sum(self.scores[entry.name] ** power for entry in members[:counted]) ** (1 / power)
+            for block, members in self.members.items()
+        }
+        units = [
+            replace(members[0], name=block, kind=block.rpartition(".")[0] or members[0].kind, shape=None)
+            for block, members in self.members.items()
+        ]
+        search = Search(
+            units,
+            self._covering_picker(scores),
+            lambda units: self.price((), self.modules_of(units)),
+            lambda units: self.gain_of([entry for unit in units for entry in self.members[unit.name]]),
+        )
+        return self._choose(search, selector, scores)
+
+    def modules_of(self, blocks: Sequence[Submodule]) -> tuple[str, ...]:
+        """Return the full names of the modules to unfreeze for blocks."""
+        modules = _modules_of_blocks(self.members)
+        return tuple(name for block in blocks for name in modules[block.name])
+
+    def ranks_of(self, units: Sequence[Submodule]) -> dict[str, int]:
+        """Return the rank of each adapter by name."""
+        if self.ranks != "influence" or not units:
+            return dict.fromkeys((unit.name for unit in units), self.rank_of(units))
+        scale = dict.fromkeys((unit.kind for unit in units), 1.0)
+        if not self.is_comparable:
+            scale |= {
+                kind: sum(self.scores[e.name] for e in members) / len(members) or 1.0
+                for kind, members in by_kind(self.entries).items()
+            }
+        scores = {unit.name: self.scores[unit.name] / scale[unit.kind] for unit in units}
+        return ranks_by_influence(units, scores, self.reference_rank)
+
+    def rank_of(self, units: Sequence[Submodule]) -> int:
+        """Return the rank of all adapters, or their mean with ranks="influence"."""
+        if self.ranks != "equal_parameters":
+            return self.rank
+        return rank_of_equal_parameters(units, self.entries, self.reference_rank)
+
+    def lower_rank(self, selector: Selector) -> None:
+        """Take the highest of r, r / 2, … 1 at which a budget retains enough of the gain, or as much as at rank 1.
+
+        Many adapters of a low rank end with a lower loss than few of a high one (RESULTS.md, the study of placements).
+
+        Raises:
+            PlacementError: if nothing meets the budget.
+        """
+        retained: dict[int, float] = {}
+        self.rank = 2 * self.reference_rank
+        while self.rank > 1:
+            self.rank //= 2
+            try:
+                retained[self.rank] = self.adapters(selector).gain
+            except PlacementError:
+                if self.rank == 1:
+                    raise
+        enough = min(retained[1], max(DEFAULT_KEEP, selector.keep or 0.0)) - 1e-9
+        self.rank = next(rank for rank, gain in retained.items() if gain >= enough)
+
+    def price(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
+        """Return the costs of such a placement by name, as far as they are known."""
+        modules = len(adapters) + len(unfrozen)
+        if self.costs is None:
+            return {"modules": modules}
+        cost = self.costs.cost(self.ranks_of(adapters), unfrozen)
+        return {
+            "modules": modules,
+            "time": self.costs.time_ratio(cost),
+            "parameters": cost.trainable,
+            **({} if cost.lowest is None else {"lowest": cost.lowest}),
+            **({"memory": cost.bytes} if self.costs.structure.is_whole else {}),
+        }
+
+    def gain_of(self, units: Sequence[Submodule]) -> float:
+        """Return the predicted gain of adapters on these, as a share of that of all entries."""
+        return self.cover.of([unit.name for unit in units])
+
+    def learning_rate_scale(self, units: Sequence[Submodule]) -> float | None:
+        """Return the factor on the learning rate that suits LoRA on every entry; None where nothing predicts it.
+
+        The factor that keeps the first step's predicted decrease of the loss is the ratio of summed gains, where Adam's
+        gain in an adapter is its rank times `adam_gain` times the scaling alpha / r, which all adapters share. Sweeps
+        (RESULTS.md) found the square root of that ratio best; the whole ratio, 40 for 2 % of the parameters, is far too
+        high.
+        """
+        ranks = self.ranks_of(units)
+        first_step = math.fsum(ranks[unit.name] * (unit.adam_gain or 0.0) for unit in units)
+        if not self.is_gain_known or not first_step:
+            return None
+        return math.sqrt(self.reference_rank * math.fsum(self.gains) / first_step)
+
+    def details_of(self, entry: Submodule) -> dict[str, Any]:
+        """Return kind, depth, score and, if the blueprint has k*, the rank that it asks for."""
+        k_star = k_star_rank(entry)
+        own = {"kind": entry.kind, "depth": entry.depth, "score": self.scores[entry.name]}
+        return own if k_star is None else {**own, "k_star_rank": k_star}
+
+    def _choose(self, search: Search, selector: Selector, scores: Mapping[str, float]) -> Choice:
+        if selector.keep is not None:
+            return search.retaining(selector.keep, selector.budget)
+        if selector.budget is not None:
+            return search.within(selector.budget)
+        count = count_of(selector.size, len(search.units))
+        if count is not None:
+            return search.choice(search.make_picker(search.units)(count))
+        [(name, value)] = selector.size.items()
+        if name == "top_p":
+            return search.choice(nucleus(search.units, value, lambda unit: scores[unit.name], self.coverage))
+        units = [unit for unit in search.units if scores[unit.name] >= value]
+        if not units:
+            largest = max(scores.values())
+            raise PlacementError(f"No {self.rank_by} reaches threshold={value}; the largest is {largest:.4g}.")
+        return search.choice(units)
+
+    def _covering_picker(self, scores: Mapping[str, float]) -> Callable[[Sequence[Submodule]], Picker]:
+        score_of = None if self.rank_by == "even" else lambda unit: scores[unit.name]
+        return lambda pool: make_picker(pool, score_of, self.coverage, self.is_comparable)
+
+    def _greedy_picker(self, pool: Sequence[Submodule]) -> Picker:
+        """Pick the entry that adds the most gain at every step, which covers the model by itself."""
+        times = None
+        if self._times is not None:
+            of_name = dict(zip((entry.name for entry in self.entries), self._times, strict=True))
+            times = [of_name[unit.name] for unit in pool]
+        order = [pool[i] for i in self._gain_over(pool).greedy(costs=times)]
+        return lambda count: order[:count]
+
+    def _gain_over(self, pool: Sequence[Submodule]) -> CoverGain | SetGain:
+        if self.rank_by == "set_gain":
+            return SetGain(pool)
+        of_name = {entry.name: gain for entry, gain in zip(self.entries, self.gains, strict=True)}
+        return CoverGain(pool, [of_name[unit.name] for unit in pool], self.reach)
+
+
+def _members_by_block(entries: Sequence[Submodule]) -> dict[str, list[Submodule]]:
+    """Group entries by their attention or feed-forward block; an entry in none is a block of its own."""
+    members: defaultdict[str, list[Submodule]] = defaultdict(list)
+    for entry in entries:
+        members[entry.group or entry.name].append(entry)
+    return dict(members)
+
+
+def _modules_of_blocks(members: Mapping[str, Sequence[Submodule]]) -> dict[str, tuple[str, ...]]:
+    """Return the modules to unfreeze for each block: the one that holds just its members, or else the members."""
+    owner = {_module_of(entry): block for block, entries in members.items() for entry in entries}
+    holders = {
+        block: _innermost_holder([_module_of(entry) for entry in entries]) for block, entries in members.items()
+    }
+    blocks_under: defaultdict[str, set[str]] = defaultdict(set)
+    wanted = set(holders.values())
+    for module, block in owner.items():
+        parts = module.split(".")
+        for end in range(1, len(parts)):
+            if (prefix := ".".join(parts[:end])) in wanted:
+                blocks_under[prefix].add(block)
+    modules = {}
+    for block, entries in members.items():
+        own = tuple(dict.fromkeys(_module_of(entry) for entry in entries))
+        holder = holders[block]
+        modules[block] = (holder,) if len(own) > 1 and holder and blocks_under[holder] == {block} else own
+    return modules
+
+
+def _innermost_holder(modules: Sequence[str]) -> str:
+    """Return the innermost module that holds these and can be unfrozen; "" if there is none."""
+    holder = commonprefix([name + "." for name in modules]).rpartition(".")[0]
+    if any(name[len(holder) + 1 :].split(".")[0].isdigit() for name in modules):  # a ModuleList cannot be unfrozen
+        holder = holder.rpartition(".")[0]
+    return holder
+
+
+def _module_of(entry: Submodule) -> str:
+    """Return the module that is unfrozen for an entry; fused experts are a parameter of theirs."""
+    return entry.name.rpartition(".")[0] if entry.form == "experts" else entry.name
