@@ -69,7 +69,7 @@ blueprints = st.builds(
     Blueprint,
     model_id=labels,
     submodules=st.lists(entries, min_size=1, max_size=4, unique_by=lambda e: e.name).map(tuple),
-    training_checkpoint=st.none() | st.sampled_from([0.5, 1.0, 1 / 3]),
+    training_checkpoint=st.sampled_from([0.5, 1.0, 1 / 3]),
     level=st.sampled_from(["submodule", "group", "layer"]),
     model_revision=st.none() | labels,
     model_digest=st.none() | labels,

@@ -1,26 +1,21 @@
-"""The record: how strongly each submodule of one model is moved by data of one kind.
-
-Plain frozen data and the arithmetic on it. Knows nothing of torch, files or the Hub; the methods that read and write
-(`from_pretrained`, `save`, `push_to_hub`, `digest`, `expand`) are doors to the floors above and import them only when walked through.
-"""
+"""The blueprint: how strongly each submodule of one model is moved by data of one kind, and the arithmetic on it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._text import format_names
 from ..errors import BlueprintError, FormatError, MismatchError
-from .combining import NOT_COMBINED, common_scale, even_share, inverse_variance, merge_entries, total_of
 from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, unit_of
-
-
-if TYPE_CHECKING:
-    pass
+from .formats import SUFFIXES, file_name, read_record, write_record
+from .model_files import read_embedded
+from .schema import DIGEST, fields_of, record_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Blueprint:
     Args:
         model_id: the model, as on the Hub.
         submodules: the entries, in the model's order; a file calls them `layers`.
-        training_checkpoint: share of the model's own training that was done, (0, 1].
+        training_checkpoint: share of the model's own training that was done, (0, 1]; 1 for a finished model.
         level: what an entry stands for.
         model_revision: commit of the model, when known.
         model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
@@ -47,7 +42,7 @@ class Blueprint:
 
     model_id: str
     submodules: tuple[Submodule, ...]
-    training_checkpoint: float | None = None
+    training_checkpoint: float = 1.0
     level: Level = "submodule"
     model_revision: str | None = None
     model_digest: str | None = None
@@ -59,7 +54,7 @@ class Blueprint:
     def __post_init__(self) -> None:
         if not self.submodules:
             raise FormatError(f"The blueprint of {self.model_id!r} has no entries; it needs at least one.")
-        if self.training_checkpoint is not None and not 0 < self.training_checkpoint <= 1:
+        if not 0 < self.training_checkpoint <= 1:
             raise FormatError(
                 f"training_checkpoint={self.training_checkpoint} of {self.model_id!r} is no share of the training: give a "
                 "number above 0 and at most 1."
@@ -89,33 +84,43 @@ class Blueprint:
         return tuple(entry.name for entry in self.submodules)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Blueprint:
-        """Read a blueprint from a file (JSON, CSV or safetensors), a folder, or a repository on the Hub, where it costs
-        one request and no tensor.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        domain: str | None = None,
+        checkpoint: float | None = None,
+        **kwargs: Any,
+    ) -> Blueprint:
+        """Read a blueprint from a file, a folder, or a repository on the Hub, where it costs one request and no tensor.
+
+        A source that exists on disk, or ends in `.json`, `.csv` or `.safetensors`, is a path; any other is a repository.
 
         Args:
             source: path or repository id.
             revision: branch, tag or commit, for a repository.
-            **kwargs: `domain` and `checkpoint`, which of several side by side; and of a repository `token`, `cache_dir`,
-                `local_files_only`, …, see `hub.fetch`.
+            domain: read the blueprint of this kind of data among several side by side, see `file_name`.
+            checkpoint: likewise, the share of the training that was done, (0, 1].
+            **kwargs: for `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `endpoint`, ….
 
         Raises:
-            FormatError: if what is there is not a blueprint.
-            BlueprintError: if nothing is there.
+            FormatError: if the file is not a blueprint.
+            BlueprintError: if there is none, with the reason and a fix.
         """
-        from .hub import fetch
+        name = file_name(domain, checkpoint)
+        if Path(source).exists() or Path(source).suffix in SUFFIXES:
+            return from_dict(*read_record(source, name))
+        from .hub import fetch  # importing the Hub's client takes 0.2 s, which reading a file does not need
 
-        return fetch(source, revision=revision, **kwargs)
+        return from_dict(*fetch(str(source), name, revision=revision, **kwargs))
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path`: CSV if it ends in `.csv`, tensors if in `.safetensors`, else JSON; `blueprint.json` inside it
-        if it is a folder.
+        """Write CSV if `path` ends in `.csv`, tensors if in `.safetensors`, otherwise JSON; `blueprint.json` in a folder.
 
-        Returns the file, which is written beside and then moved into place: none is ever half overwritten.
+        Returns the file, which is replaced atomically.
         """
-        from .formats import write_blueprint
-
-        return write_blueprint(self, path)
+        return write_record(to_dict(self), path)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish to a repository on the Hub in one commit, with a section of its model card.
@@ -134,9 +139,7 @@ class Blueprint:
     @property
     def digest(self) -> str:
         """`sha256:…` over the content, the same in every file that holds all of it."""
-        from .schema import content_digest, to_dict
-
-        return content_digest(to_dict(self))
+        return str(to_dict(self)[DIGEST])
 
     def expand(self, submodules: Sequence[Submodule]) -> Blueprint:
         """Expand a group- or layer-level blueprint to submodules; return others unchanged.
@@ -164,7 +167,7 @@ class Blueprint:
                 f"{format_names(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
             )
         expanded = tuple(
-            even_share(entry, member, len(members[entry.name]))
+            _even_share(entry, member, len(members[entry.name]))
             for entry in self.submodules
             for member in members[entry.name]
         )
@@ -201,8 +204,8 @@ class Blueprint:
                     kind=name.rpartition(".")[0],
                     depth=members[0].depth,
                     group=members[0].group if level == "group" else None,
-                    adam_gain=total_of([m.adam_gain for m in members]),
-                    weight_gradient=total_of([m.weight_gradient for m in members]),
+                    adam_gain=_total_of([m.adam_gain for m in members]),
+                    weight_gradient=_total_of([m.weight_gradient for m in members]),
                     alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
                     examples=members[0].examples,
                 )
@@ -233,7 +236,7 @@ class Blueprint:
                 median_norm=None,
                 signal_norm=None,
                 noise_scale=None,
-                **NOT_COMBINED,
+                **_NOT_COMBINED,
             )
             for entry in self.submodules
         )
@@ -263,9 +266,9 @@ class Blueprint:
             raise BlueprintError(f"weight={weight} is not a blend weight: give a number from 0 to 1.")
         require_same_names(self, local, "blended")
         others = {entry.name: entry for entry in local.submodules}
-        scale = common_scale(self.submodules, others, norm_of)
+        scale = _common_scale(self.submodules, others, norm_of)
         gain_scales = {
-            by: common_scale(self.submodules, others, partial(score_of, by=by))
+            by: _common_scale(self.submodules, others, partial(score_of, by=by))
             for by in ("adam_gain", "weight_gradient")
             if all(getattr(entry, by) is not None for entry in (*self.submodules, *local.submodules))
         }
@@ -273,9 +276,9 @@ class Blueprint:
         blended = []
         for mine in self.submodules:
             other = others[mine.name]
-            w = inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
+            w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
             changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
-            changed |= NOT_COMBINED
+            changed |= _NOT_COMBINED
             for by, gain_scale in gain_scales.items():
                 changed[by] = w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
             interval = None
@@ -309,7 +312,7 @@ class Blueprint:
                     )
             require_same_names(first, other, "merged")
         by_name = [{entry.name: entry for entry in blueprint} for blueprint in blueprints]
-        merged = tuple(merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules)
+        merged = tuple(_merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules)
         return replace(
             first, submodules=merged, concentration={}, provenance={"merged": [dict(b.provenance) for b in blueprints]}
         )
@@ -326,6 +329,49 @@ class Blueprint:
         }
 
 
+def to_dict(blueprint: Blueprint) -> dict[str, Any]:
+    """Return a blueprint's record: the JSON object of its file, with its digest.
+
+    Example:
+        >>> to_dict(Blueprint("org/model", (Submodule("attn.0", 0.052),), level="group"))["layers"]
+        [{'id': 'attn.0', 'gradient_norm': 0.052}]
+    """
+    return record_of(vars(blueprint))
+
+
+def from_dict(record: Any, source: str | None = None) -> Blueprint:
+    """Return the blueprint of a record, all keys checked.
+
+    Args:
+        record: JSON object.
+        source: file named in error messages.
+
+    Raises:
+        FormatError: naming the key or entry that is wrong.
+
+    Example:
+        >>> from_dict({"model_id": "org/model", "layers": [{"id": "attn.0", "gradient_norm": 0.052}]}).level
+        'group'
+    """
+    try:
+        return Blueprint(**fields_of(record))
+    except FormatError as error:
+        raise error if source is None else FormatError(f"{source}: {error}") from error
+
+
+def extract(path: str | Path) -> Blueprint:
+    """Read the blueprint in a model's own files: in the header of its safetensors, or in its index.
+
+    Args:
+        path: folder of the model, `.safetensors` file or index.
+
+    Raises:
+        BlueprintError: if there is none, or a file is missing.
+        FormatError: if it is not a blueprint.
+    """
+    return from_dict(*read_embedded(path))
+
+
 def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
     """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries."""
     only_a = [n for n in a.names if n not in set(b.names)]
@@ -336,3 +382,95 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
             f"{format_names(only_b) or 'nothing'} only in that of {b.model_id!r}. Measure both on the same model, or bring "
             "them to one level with expand() or coarsen()."
         )
+
+
+# statistics that do not follow from several blueprints' summaries
+_NOT_COMBINED: dict[str, Any] = dict.fromkeys(("adam_gain", "weight_gradient", "singular_energy", "alignment"))
+
+
+def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
+    """`member` with its part of the statistics of a unit of `count` members."""
+    root = math.sqrt(count)
+    return replace(
+        unit,
+        name=member.name,
+        kind=member.kind,
+        depth=member.depth,
+        group=member.group,
+        shape=member.shape,
+        form=member.form,
+        quantized=member.quantized,
+        gradient_norm=norm_of(unit) / root,
+        norm_interval=None
+        if unit.norm_interval is None
+        else (unit.norm_interval[0] / root, unit.norm_interval[1] / root),
+        median_norm=None if unit.median_norm is None else unit.median_norm / root,
+        signal_norm=None if unit.signal_norm is None else unit.signal_norm / root,
+        weight_norm=None,
+        adam_gain=None if unit.adam_gain is None else unit.adam_gain / count,
+        weight_gradient=None if unit.weight_gradient is None else unit.weight_gradient / count,
+        singular_energy=None,
+        alignment=None if unit.alignment is None else tuple(value / count for value in unit.alignment),
+    )
+
+
+def _total_of(values: Sequence[float | None]) -> float | None:
+    """The sum, or None if one is not known."""
+    return None if None in values else math.fsum(value or 0.0 for value in values)
+
+
+def _common_scale(
+    mine: Sequence[Submodule], others: Mapping[str, Submodule], value: Callable[[Submodule], float]
+) -> float:
+    """The ratio of geometric means of a statistic of the same entries on two sides."""
+    pairs = [(value(m), value(others[m.name])) for m in mine]
+    logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
+    return math.exp(statistics.fmean(logs)) if logs else 1.0
+
+
+def _inverse_variance(weight: float, mine: Submodule, other: Submodule, scale: float) -> float:
+    """`weight` times the inverse variance of each side's norm; `weight` itself where one is not known."""
+    if not mine.norm_error or not other.norm_error:
+        return weight
+    precision, other_precision = weight / mine.norm_error**2, (1 - weight) / (scale * other.norm_error) ** 2
+    return precision / (precision + other_precision)
+
+
+def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
+    """One entry from several of the same submodule, weighted by their numbers of examples.
+
+    Raises:
+        MismatchError: if one does not say how many examples it is over.
+    """
+    counts = [entry.examples for entry in entries]
+    if any(not count for count in counts):
+        raise MismatchError(f"{entries[0].name!r} does not say how many examples it is over, so it cannot be merged.")
+    total = sum(count or 0 for count in counts)
+    shares = [(count or 0) / total for count in counts]
+    norm = math.fsum(share * norm_of(entry) for share, entry in zip(shares, entries, strict=True))
+    errors = [entry.norm_error for entry in entries]
+    interval = None
+    if all(error is not None for error in errors):
+        half = Z95 * math.hypot(*(share * (error or 0.0) for share, error in zip(shares, errors, strict=True)))
+        interval = (max(0.0, norm - half), norm + half)
+    tags = set.intersection(*(set(entry.domain_tags) for entry in entries))
+    return replace(
+        entries[0],
+        gradient_norm=norm,
+        norm_interval=interval,
+        examples=total,
+        domain_tags={
+            tag: math.fsum(s * norm_of(e) * e.domain_tags[tag] for s, e in zip(shares, entries, strict=True)) / norm
+            if norm
+            else entries[0].domain_tags[tag]
+            for tag in sorted(tags)
+        },
+        median_norm=None,
+        signal_norm=None,
+        noise_scale=None,
+        **_NOT_COMBINED,
+        alpha=None,
+        alpha_error=None,
+        gamma=None,
+        k_star=None,
+    )

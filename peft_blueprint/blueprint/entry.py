@@ -17,11 +17,7 @@ from ..errors import BlueprintError, FormatError
 Level = Literal["submodule", "group", "layer"]
 Form = Literal["linear", "experts", "embedding", "convolution", "norm", "bias", "head", "parameter"]
 
-Include = Literal["adaptable", "all"]  # which weights are measured
-Method = Literal["auto", "sketch", "exact"]  # and how
 
-SKETCH_SIZE = 32
-PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
 ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors

@@ -1,6 +1,6 @@
-"""The record as JSON and CSV text, exactly, and as a file of any kind: a path becomes a checked `Blueprint`, and back.
+"""Read and write a record as JSON, CSV or a file of any kind, and name blueprint files.
 
-What the JSON holds is `schema`'s to say. Knows nothing of models; torch is not imported.
+A record is a blueprint's JSON object, see `schema`. Readers return it unchecked: `from_dict` checks it once.
 """
 
 from __future__ import annotations
@@ -17,60 +17,89 @@ from .._files import write_atomically
 from .._text import format_names
 from ..errors import BlueprintError, FormatError
 from .arrays import from_arrays_bytes, to_arrays_bytes
-from .blueprint import Blueprint
 from .header import read_metadata
-from .header_text import has_arrays
-from .model_files import INDEX_FILE, MODEL_FILE, extract
-from .schema import DIGEST, ENTRY_KEYS, from_dict, to_dict
-from .slots import JSON_KEY
+from .header_text import JSON_KEY, has_arrays
+from .model_files import INDEX_FILE, MODEL_FILE, read_embedded
+from .schema import DIGEST, ENTRY_KEYS
 from .strict_json import csv_rows, loads, read_text
 
 
 FILE_NAME = "blueprint.json"
+SUFFIXES = (".json", ".csv", ".safetensors")
 MAX_ARRAYS = 2**28  # bytes
 
+_DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9._]{0,62}[a-z0-9])?")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _LONG_LIST = re.compile(r"\[\n([-+.,eE\d\s]+)\]")
 
 
-def to_json(blueprint: Blueprint) -> str:
-    """The blueprint as indented JSON, lists of numbers on one line; numbers keep every digit.
+def file_name(domain: str | None = None, checkpoint: float | None = None, suffix: str = ".json") -> str:
+    """Name a blueprint's file: `blueprint[-DOMAIN][-PERCENT].json`.
+
+    Args:
+        domain: the kind of data: lower-case letters, digits, dots and underscores, and not a number.
+        checkpoint: share of the model's training that was done, (0, 1].
+        suffix: of the file.
 
     Raises:
-        FormatError: if what was added to it by hand (provenance, extra, …) is not JSON: NaN, an array.
+        BlueprintError: for another domain or checkpoint.
+
+    Example:
+        >>> file_name("math", 0.8)
+        'blueprint-math-80.json'
     """
-    text = json.dumps(to_dict(blueprint), indent=2, allow_nan=False)
-    # inside a JSON string no line ends, so that this is never a part of one
+    name = "blueprint"
+    if domain is not None:
+        if not _DOMAIN.fullmatch(domain) or ".." in domain or _NUMBER.fullmatch(domain):
+            raise BlueprintError(
+                f"domain must be at most 64 lower-case letters, digits, dots and underscores and not a number, such as math "
+                f"or source_code; got {domain!r}."
+            )
+        name += f"-{domain}"
+    if checkpoint is not None:
+        if not 0 < checkpoint <= 1:
+            raise BlueprintError(f"checkpoint must be in (0, 1], got {checkpoint}.")
+        name += f"-{checkpoint * 100:.6g}"
+    return name + suffix
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Write a record as indented JSON with lists of numbers on one line.
+
+    Example:
+        >>> print(to_json({"layers": [{"id": "attn.0", "norm_interval": [0.04, 0.06]}]}), end="")
+        {
+          "layers": [
+            {
+              "id": "attn.0",
+              "norm_interval": [0.04, 0.06]
+            }
+          ]
+        }
+    """
+    text = json.dumps(record, indent=2, allow_nan=False)
+    # a JSON string has no line end, so that this never matches within one
     return _LONG_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
-def from_json(text: str, source: str = "the text") -> Blueprint:
-    """Parse JSON into a checked blueprint.
+def to_csv(record: Mapping[str, Any]) -> str:
+    """Write one row per entry, for spreadsheets, which may reorder and round: no digest.
 
-    Raises:
-        FormatError: if `text` is not JSON, holds NaN or a key twice, or is not a blueprint; names `source`.
+    The keys of the whole model stand in `metadata`, on the first row.
     """
-    record = loads(text, source)
-    try:
-        return from_dict(record)
-    except FormatError as error:
-        raise FormatError(f"{source}: {error}") from error
-
-
-def to_csv(blueprint: Blueprint) -> str:
-    """One row per entry, for spreadsheets, which may reorder and round: no digest. What belongs to the whole model stands in `metadata`, on the first row."""
     out = io.StringIO()
     writer = csv.DictWriter(out, ("model_id", "training_checkpoint", "id", *ENTRY_KEYS, "extra", "metadata"))
     writer.writeheader()
-    record = json.loads(to_json(blueprint))
     metadata = json.dumps({k: v for k, v in record.items() if k not in ("layers", DIGEST)})
+    checkpoint = record.get("training_checkpoint")
     for entry in record["layers"]:
         row = {key: value for key, value in entry.items() if key in ("id", *ENTRY_KEYS)}
         extra = {key: value for key, value in entry.items() if key not in row}
         writer.writerow(
             {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
             | {
-                "model_id": blueprint.model_id,
-                "training_checkpoint": _blank(blueprint.training_checkpoint),
+                "model_id": record["model_id"],
+                "training_checkpoint": "" if checkpoint is None else repr(checkpoint),
                 "extra": json.dumps(extra) if extra else "",
                 "metadata": metadata,
             }
@@ -79,21 +108,24 @@ def to_csv(blueprint: Blueprint) -> str:
     return out.getvalue()
 
 
-def from_csv(text: str, source: str = "the text") -> Blueprint:
-    """A blueprint from the CSV that `to_csv` writes, or from one with just `model_id`, `id` and `gradient_norm`
-    columns.
+def from_csv(text: str, source: str = "the text") -> dict[str, Any]:
+    """Return the record of the CSV that `to_csv` writes, or of one with just model_id, id and gradient_norm.
 
     Raises:
-        FormatError: if a column is missing or a cell is not what it should be; names `source`.
+        FormatError: if a column is missing or a cell has the wrong type; names `source`.
+
+    Example:
+        >>> from_csv("model_id,id,gradient_norm\\norg/model,attn.0,0.052\\n")
+        {'model_id': 'org/model', 'layers': [{'id': 'attn.0', 'gradient_norm': 0.052}]}
     """
     try:
-        return from_dict(_csv_record(text))
+        return _csv_record(text)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from error
 
 
 def _csv_record(text: str) -> dict[str, Any]:
-    """The JSON object that the rows of a CSV stand for."""
+    """Return the record that the rows of a CSV stand for."""
     rows = list(csv_rows(text))
     if not rows or not {"model_id", "id", "gradient_norm"} <= set(rows[0]):
         raise FormatError("this is not a blueprint: its CSV needs the columns model_id, id and gradient_norm.")
@@ -117,55 +149,60 @@ def _csv_record(text: str) -> dict[str, Any]:
     return record
 
 
-def read_blueprint(path: str | Path, name: str = FILE_NAME) -> Blueprint:
-    """Read a `.json`, `.csv` or `.safetensors` file, the last a blueprint's own or a model's; or what a folder holds.
+def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:
+    """Read the record in a `.json`, `.csv` or `.safetensors` file, a blueprint's own or a model's, or in a folder.
 
     Args:
         path: of the file; or of a folder, where `name` is looked for, then the same with `.safetensors`, then, for the
             main blueprint, the header or index of the model there.
         name: of the file in a folder.
 
+    Returns:
+        The record, unchecked, and where it was found.
+
     Raises:
         BlueprintError: if there is no such file, or it cannot be read.
-        FormatError: if it is not a blueprint.
+        FormatError: if it is not JSON, CSV or safetensors.
     """
     path = Path(path)
     if path.is_dir():
         beside = (path / name, path / f"{name.removesuffix('.json')}.safetensors")
         in_model = (path / MODEL_FILE, path / INDEX_FILE) if name == FILE_NAME else ()
         path = next((file for file in (*beside, *in_model) if file.exists()), path / name)
-    if path.name.endswith((".safetensors", INDEX_FILE)):
-        return from_arrays_bytes(_read_bytes(path), str(path)) if _has_arrays(path) else extract(path)
+    if path.name.endswith((".safetensors", INDEX_FILE)) and not _has_arrays(path):
+        return read_embedded(path)
+    if path.suffix == ".safetensors":
+        return from_arrays_bytes(_read_bytes(path), str(path)), str(path)
     text = read_text(path)
-    return from_csv(text, str(path)) if path.suffix == ".csv" else from_json(text, str(path))
+    return (from_csv if path.suffix == ".csv" else loads)(text, str(path)), str(path)
 
 
-def write_blueprint(blueprint: Blueprint, path: str | Path) -> Path:
-    """Write CSV if `path` ends in `.csv`, tensors if in `.safetensors`, else JSON; into `blueprint.json` if it is a folder.
+def write_record(record: Mapping[str, Any], path: str | Path) -> Path:
+    """Write CSV if `path` ends in `.csv`, tensors if in `.safetensors`, otherwise JSON; `blueprint.json` in a folder.
 
     Returns the file.
 
     Raises:
-        BlueprintError: if it cannot be written, or is a safetensors file that holds something else, such as a model; what
-            was there before is untouched.
+        BlueprintError: if it cannot be written, or is a safetensors file that holds something else, such as a model; the
+            old file is untouched.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / FILE_NAME
+        path /= FILE_NAME
     if path.suffix == ".safetensors":
         if path.exists() and not _has_arrays(path):
             raise BlueprintError(
-                f"{path} holds tensors of its own and is not written over. To put the blueprint into its header, run "
-                f"`peft-blueprint embed {path} BLUEPRINT`; else choose another name."
+                f"{path} holds a model, or another file's tensors, and is not written over. To put the blueprint into its "
+                f"header, run `peft-blueprint embed {path} BLUEPRINT`; or choose another name."
             )
-        write_atomically(path, to_arrays_bytes(blueprint))
+        write_atomically(path, to_arrays_bytes(record))
     else:
-        write_atomically(path, to_csv(blueprint) if path.suffix == ".csv" else to_json(blueprint))
+        write_atomically(path, (to_csv if path.suffix == ".csv" else to_json)(record))
     return path
 
 
 def _has_arrays(path: Path) -> bool:
-    """Whether a safetensors file is a blueprint of its own, and not a model that may carry one."""
+    """Return whether a safetensors file is a blueprint of its own, not a model that may carry one."""
     text = read_metadata(path).get(JSON_KEY) if path.suffix == ".safetensors" else None
     return text is not None and has_arrays(loads(text, str(path)))
 
@@ -177,12 +214,8 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _blank(value: float | None) -> str:
-    return "" if value is None else repr(value)
-
-
 def _beside(known: Mapping[str, Any], cell: str | None, column: str) -> dict[str, Any]:
-    """The object in a cell, which may not contradict what the other columns say."""
+    """Return the object in a cell, which may not contradict the other columns."""
     more = _cell(cell or "{}", column)
     twice = [key for key in more if key in known and known[key] != more[key]]
     if twice:

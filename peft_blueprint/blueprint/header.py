@@ -1,16 +1,14 @@
-"""The header of a safetensors file: its metadata read from the first bytes alone, and replaced, whatever the size.
-
-Knows the bytes (eight of the header's length, JSON, tensors) and nothing of blueprints, but for the two keys whose texts
-`slots` can swap in place. The standard library alone; what comes from strangers is read within limits.
-"""
+"""Read the header of a safetensors file from its first bytes, and write a file anew with other metadata."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import stat
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,25 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BlueprintError, FormatError
-from .rewriting import lock, rewrite
-from .slots import JSON_KEY, ROOM_KEY, Slots, escaped, find_slots, lay_out, update, with_spare
-from .strict_json import loads
+from .strict_json import loads, unique_keys
 
 
 HEADER_LIMIT = 25_000_000  # bytes of JSON; the Hub's client refuses more
-FIRST_READ = 100_000  # bytes, which the Hub's client asks for at first
+FIRST_READ = 100_000  # bytes; the Hub's client starts with as many
 
 _METADATA = "__metadata__"
-_MOST_KEYS = 20_000  # in the metadata
-_MOST_OBJECTS = 300_000  # in a header: a tensor has one
+_MAX_KEYS = 20_000  # in the metadata
+_MAX_QUOTES = 2_000_000  # in a header: a tensor has ten
 _PREFIX = struct.Struct("<Q")
-_BLANK = re.compile(r"[ \t\n\r]*+")
-_FLAT_ENTRY = re.compile(  # a name, its object if that holds no other, and a comma
-    r'[ \t\n\r]*+"([^"\\]*+(?:\\.[^"\\]*+)*+)"[ \t\n\r]*+:[ \t\n\r]*+'
-    r'(?:(\{[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+\})(?:[ \t\n\r]*+(,))?)?',
-    re.DOTALL,
-)
-_DECODER = json.JSONDecoder()
+_OPENING = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
+_CHUNK = 1 << 20  # bytes copied at once
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 @dataclass(frozen=True)
@@ -47,28 +39,25 @@ class Header:
     Args:
         size: bytes before the tensors' own: eight, the JSON and its padding.
         metadata: its `__metadata__`.
-        tensors: dtype and shape of every tensor, by name, as `(dtype, shape)`.
-        rest: the JSON text of the tensors, without braces.
-        slots: where two texts stand that can be swapped in place.
+        entries: the JSON object of every tensor by name.
     """
 
     size: int
     metadata: dict[str, str]
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    rest: str
-    slots: Slots | None
+    entries: dict[str, Any]
 
-
-class _Cut(Exception):
-    """The text ends before what is read does."""
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of every tensor, by name."""
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.entries.items()}
 
 
 def metadata_of_prefix(data: bytes, source: str, size: int | None = None) -> tuple[dict[str, str] | None, int]:
-    """The metadata of a safetensors file from its first bytes, without the tensors' names that follow.
+    """Read the metadata of a safetensors file from its first bytes, without the tensors that follow.
 
     Args:
-        data: from the beginning of the file.
-        source: for messages.
+        data: first bytes of the file.
+        source: named in error messages.
         size: of the whole file in bytes, where known.
 
     Returns:
@@ -76,9 +65,8 @@ def metadata_of_prefix(data: bytes, source: str, size: int | None = None) -> tup
         first bytes are needed.
 
     Raises:
-        FormatError: if it is not such a file: a length beyond the file or `HEADER_LIMIT`, no JSON, metadata that is not
-            text by text, a key twice (but for `blueprint.json` between the two steps of an update, whose last text
-            counts).
+        FormatError: for a length beyond the file or `HEADER_LIMIT`, invalid JSON, metadata other than text by text, a
+            key twice.
     """
     if len(data) < 8:
         if size is not None and size < 8:
@@ -88,93 +76,117 @@ def metadata_of_prefix(data: bytes, source: str, size: int | None = None) -> tup
     end = 8 + length
     if length > HEADER_LIMIT:
         raise FormatError(
-            f"{source} is no safetensors file, or no sound one: its header would have {length:,} bytes, and "
-            f"{HEADER_LIMIT:,} is the most that is read."
+            f"{source} is not a valid safetensors file: its header would have {length:,} bytes, and at most "
+            f"{HEADER_LIMIT:,} are read."
         )
     if size is not None and end > size:
         raise FormatError(
-            f"{source} is cut short or no safetensors file: its header would end at byte {end:,}, and it has {size:,}."
+            f"{source} is cut short or not a safetensors file: its header would end at byte {end:,}, and it has {size:,}."
         )
-    is_whole = len(data) >= end
+    if len(data) >= end:
+        return parse_header(data, source, size).metadata, end
+    text = data[8:end].decode("utf-8", "ignore")
+    opening = _OPENING.match(text)
     try:
-        text = data[8:end].decode("utf-8", "strict" if is_whole else "ignore")
-        _, pairs, _ = _find_metadata(text, source)
+        return (None if opening is None else _metadata_at(text, opening.end(), source)[0]), end
+    except json.JSONDecodeError:  # it ends later
+        return None, end
+
+
+def parse_header(data: bytes, source: str, size: int | None = None) -> Header:
+    """Read a whole header from the first bytes of a file.
+
+    Raises:
+        FormatError: as `metadata_of_prefix`; also if the bytes end before the header does, or a tensor has no shape.
+    """
+    end = 8 + _PREFIX.unpack_from(data)[0] if len(data) >= 8 else 8
+    if len(data) < end:
+        metadata_of_prefix(data, source, size)
+        raise FormatError(f"{source} is cut short: its header needs {end:,} bytes, and it has {len(data):,}.")
+    try:
+        text = data[8:end].decode()
+        metadata: Any = {}
+        if opening := _OPENING.match(text):
+            metadata, position = _metadata_at(text, opening.end(), source)
+            rest = text[position:].lstrip()
+            text = "{" + rest.removeprefix(",") if rest.startswith((",", "}")) else rest
     except UnicodeDecodeError as error:
         raise FormatError(f"The header of {source} is not text ({error.reason}).") from error
-    except (_Cut, json.JSONDecodeError) as error:
-        if not is_whole:
-            return None, end
-        raise FormatError(f"The header of {source} is not valid JSON: it is no sound safetensors file.") from error
-    return _unique(pairs, source), end
+    except json.JSONDecodeError as error:
+        raise FormatError(f"The header of {source} is not valid JSON ({error.msg}).") from error
+    entries = loads(text, f"the header of {source}")
+    if not isinstance(entries, dict):
+        raise FormatError(f"The header of {source} is not a JSON object.")
+    if _METADATA in entries:
+        if opening:
+            raise FormatError(f"The header of {source} has the key {_METADATA!r} twice.")
+        metadata = _checked(entries.pop(_METADATA), source)
+    for name, entry in entries.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        is_shape = isinstance(shape, list) and all(type(n) is int for n in shape)
+        if not is_shape or not isinstance(entry.get("dtype"), str):
+            raise FormatError(f"The header of {source} gives no dtype and shape of {name[:80]!r}. Get the file again.")
+    return Header(end, metadata, entries)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; reads no tensor.
+    """Read the metadata of a safetensors file, and no tensor.
 
     Raises:
         BlueprintError: if there is no such file, or it cannot be read.
         FormatError: as `metadata_of_prefix`.
     """
-    with _reading(Path(path)) as file:
+    with _opened(Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
-        data, needed = b"", FIRST_READ
-        while True:
+        metadata, needed = None, FIRST_READ
+        data = b""
+        while metadata is None:
             data += _read(file, min(needed, size) - len(data))
             metadata, needed = metadata_of_prefix(data, str(path), size)
-            if metadata is not None:
-                return metadata
+        return metadata
 
 
 def read_header(path: str | Path) -> Header:
-    """The whole header of a safetensors file, the tensors' names and shapes with it.
+    """Read the whole header of a safetensors file, with the tensors' names and shapes.
 
     Raises:
         BlueprintError: if there is no such file, or it cannot be read.
-        FormatError: as `metadata_of_prefix`, or if a tensor is listed twice or without a shape.
+        FormatError: as `parse_header`.
     """
-    with _reading(Path(path)) as file:
+    with _opened(Path(path)) as file:
         return _header_of(file, str(path))
 
 
-def parse_header(data: bytes, source: str, size: int | None = None) -> Header:
-    """As `read_header`, from the first bytes of a file, which must hold it whole."""
-    metadata, end = metadata_of_prefix(data, source, size)
-    if metadata is None or len(data) < end:
-        raise FormatError(f"{source} is cut short: its header needs {end:,} bytes, and it has {len(data):,}.")
-    try:
-        text = data[8:end].decode()
-        start, _, stop = _find_metadata(text, source)
-    except UnicodeDecodeError as error:
-        raise FormatError(f"The header of {source} is not text ({error.reason}).") from error
-    without = text[:start] + ("{}" if start < stop else "") + text[stop:]
-    if without.count("{") > _MOST_OBJECTS:
-        raise FormatError(f"The header of {source} lists more than {_MOST_OBJECTS:,} tensors.")
-    entries = loads(without, f"the header of {source}")
-    entries.pop(_METADATA, None)
-    rest = json.dumps(entries, separators=(",", ":"))[1:-1]
-    tensors = {name: _tensor(name, entry, source) for name, entry in entries.items()}
-    return Header(end, metadata, tensors, rest, find_slots(data[:end]))
+def header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any], source: str) -> bytes:
+    """Write the bytes before the tensors' own: eight of the length, then JSON with the metadata first, padded.
+
+    Raises:
+        BlueprintError: if it would pass `HEADER_LIMIT`.
+    """
+    content = {_METADATA: metadata, **entries} if metadata else entries
+    encoded = json.dumps(content, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > HEADER_LIMIT:
+        raise BlueprintError(
+            f"The header of {source} would have {len(encoded):,} bytes, and the Hub's client reads at most "
+            f"{HEADER_LIMIT:,}. Publish the blueprint beside the model."
+        )
+    return _PREFIX.pack(len(encoded)) + encoded
 
 
-def replace_metadata(
-    path: str | Path, changes: Mapping[str, str | None], reserve: int = 0, progress: bool = True
-) -> bool:
-    """Set, change or remove (None) keys of a safetensors file's metadata; its other keys and its tensors stay.
+def replace_metadata(path: str | Path, changes: Mapping[str, str | None], progress: bool = True) -> bool:
+    """Set or remove (None) keys of a safetensors file's metadata; its other keys and its tensors stay.
 
-    Where room was reserved and the new `blueprint.json` fits, and nothing else changes, the file is updated in place, in
-    milliseconds. Otherwise it is written anew beside itself, with the same room, and moved into its place. Killed at any
-    moment, the file is the old or the new one; what a killed run left beside it is removed by the next.
+    The file is written anew beside itself, then moved into its place: killed at any moment, it is the old or the new
+    one. The next run removes what a killed run left beside it.
 
     Args:
         path: of the file, no symbolic link.
-        changes: new values by key. `blueprint.json` must be JSON for an update in place: spaces are put between its
-            tokens.
-        reserve: size in bytes of the largest `blueprint.json` to come, as it stands in the header (with `\\"` for every
-            quote). The file grows by twice that.
-        progress: whether to show a bar while the file is written anew.
+        changes: new values by key; they come first in the header.
+        progress: whether to show a bar.
 
     Returns:
-        Whether it was updated in place.
+        Whether the file changed.
 
     Raises:
         BlueprintError: if it cannot be read or written, another process writes it, the disk has no room for it twice, or
@@ -182,195 +194,56 @@ def replace_metadata(
         FormatError: as `read_header`.
     """
     path = Path(path)
-    with _reading(path) as file:
-        lock(file, path)
+    with _opened(path) as file:
+        _lock(file, path)
         header = _header_of(file, str(path))
         part = path.with_name(f".{path.name}.part")
         try:
-            part.unlink(missing_ok=True)  # an earlier run's, killed: none other has the lock
-            has_room = not reserve or header.slots is not None and with_spare(reserve) <= header.slots.size
-            if has_room and all(header.metadata.get(key) == value for key, value in changes.items()):
-                return True
-            if has_room and _update_in_place(path, header, changes):
-                return True
-            head = _new_head(header, changes, reserve, str(path))
-            rewrite(file, part, path, header.size, head, progress)
+            part.unlink(missing_ok=True)  # left by a run that was killed: no other has the lock
+            if all(header.metadata.get(key) == value for key, value in changes.items()):
+                return False
+            metadata = {
+                key: value for key, value in {**changes, **header.metadata, **changes}.items() if value is not None
+            }
+            _rewrite(file, part, path, header.size, header_bytes(metadata, header.entries, str(path)), progress)
         except OSError as error:
             raise BlueprintError(
-                f"{path} cannot be written: {error.strerror or error}. Its tensors are unchanged; make it and its folder writable, "
-                "or copy it elsewhere."
+                f"{path} cannot be written: {error.strerror or error}. Its tensors are unchanged; make it and its folder "
+                "writable, or copy it elsewhere."
             ) from error
-    return False
+    return True
 
 
-def with_metadata(data: bytes, changes: Mapping[str, str | None], source: str) -> bytes:
-    """As `replace_metadata`, of a whole file in memory.
-
-    Raises:
-        BlueprintError: if the header would pass `HEADER_LIMIT`.
-        FormatError: as `read_header`.
-    """
-    header = parse_header(data, source, len(data))
-    return _new_head(header, changes, 0, source) + data[header.size :]
-
-
-# ------------------------------------------------------------------------------------------ parsing
-
-
-def _find_metadata(text: str, source: str) -> tuple[int, list[tuple[str, str]], int]:
-    """(start, pairs, end) of the `__metadata__` object in a header's text; an empty range if there is none."""
-    if text[:1] != "{":
-        raise _Cut if not text else FormatError(f"The header of {source} is no JSON object.")
-    position = 1
-    if _peek(text, position) == "}":
-        return len(text), [], len(text)
-    for _ in range(_MOST_OBJECTS):
-        entry = _FLAT_ENTRY.match(text, position)
-        if entry is None:
-            raise _Cut
-        if entry[1] == _METADATA:
-            start = _skip(text, entry.end(1) + 1)
-            start = _skip(text, _expect(text, start, ":", source))
-            pairs, end = _texts(text, start, source)
-            return start, pairs, end
-        position = entry.end()
-        if entry[3]:
-            continue
-        if entry[2] is None:
-            if _peek(text, position) == "{":
-                raise _Cut  # the object does not end, or holds another
-            raise FormatError(
-                f"The header of {source} says of {entry[1][:80]!r} no object; no sound safetensors file."
-            )
-        if _peek(text, position) == "}":
-            return len(text), [], len(text)
-        _expect(text, position, ",", source)
-    raise FormatError(f"The header of {source} lists more than {_MOST_OBJECTS:,} tensors.")
+def _metadata_at(text: str, position: int, source: str) -> tuple[dict[str, str], int]:
+    """Return the metadata that begins at `position` and where it ends."""
+    quotes = text.count('"', position) - text.count('\\"', position)
+    if quotes > _MAX_QUOTES:  # counted first, since as many strings would take much memory
+        raise FormatError(f"The header of {source} has {quotes:,} quotes; at most {_MAX_QUOTES:,} are read.")
+    try:
+        metadata, end = _DECODER.raw_decode(text, position)
+    except RecursionError:
+        raise FormatError(f"The metadata of {source} is nested; safetensors allows only text.") from None
+    except FormatError as error:
+        raise FormatError(f"The metadata of {source}: {error}") from error
+    return _checked(metadata, source), end
 
 
-def _texts(text: str, position: int, source: str) -> tuple[list[tuple[str, str]], int]:
-    """The pairs of an object of texts that begins at `position`, and where it ends."""
-    position = _expect(text, position, "{", source)
-    pairs: list[tuple[str, str]] = []
-    if _peek(text, position) == "}":
-        return pairs, _skip(text, position) + 1
-    while len(pairs) < _MOST_KEYS:
-        key, position = _text(text, position, "a key", source)
-        value, position = _text(text, _expect(text, position, ":", source), repr(key[:80]), source)
-        pairs.append((key, value))
-        if _peek(text, position) == "}":
-            return pairs, _skip(text, position) + 1
-        position = _expect(text, position, ",", source)
-    raise FormatError(f"The metadata of {source} has more than {_MOST_KEYS:,} keys.")
-
-
-def _text(text: str, position: int, what: str, source: str) -> tuple[str, int]:
-    position = _skip(text, position)
-    if _peek(text, position) != '"':
-        raise FormatError(
-            f"The metadata of {source} has something other than text for {what}; safetensors allows only text."
-        )
-    value, end = _DECODER.raw_decode(text, position)
-    return value, end
-
-
-def _expect(text: str, position: int, character: str, source: str) -> int:
-    found = _peek(text, position)
-    if found != character:
-        raise FormatError(f"The header of {source} is not valid JSON: {found!r} stands where {character!r} should.")
-    return _skip(text, position) + 1
-
-
-def _peek(text: str, position: int) -> str:
-    position = _skip(text, position)
-    if position >= len(text):
-        raise _Cut
-    return text[position]
-
-
-def _skip(text: str, position: int) -> int:
-    blank = _BLANK.match(text, position)
-    assert blank is not None
-    return blank.end()
-
-
-def _unique(pairs: list[tuple[str, str]], source: str) -> dict[str, str]:
-    """The pairs as a dict, where only an update between its two steps may hold a key twice."""
-    metadata = dict(pairs)
-    keys = [key for key, _ in pairs]
-    is_between = keys.count(JSON_KEY) == 2 and ROOM_KEY not in metadata
-    if len(keys) - len(metadata) != is_between:
-        seen: set[str] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise FormatError(f"The metadata of {source} has the key {twice[:80]!r} twice; one of them must go.")
+def _checked(metadata: Any, source: str) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise FormatError(f"The metadata of {source} must be an object.")
+    if len(metadata) > _MAX_KEYS:
+        raise FormatError(f"The metadata of {source} has {len(metadata):,} keys; at most {_MAX_KEYS:,} are read.")
+    wrong = next((key for key, value in metadata.items() if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise FormatError(f"The metadata of {source} must hold text alone, and {wrong[:80]!r} does not.")
     return metadata
 
 
-def _tensor(name: str, entry: Any, source: str) -> tuple[str, tuple[int, ...]]:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    if (
-        not isinstance(shape, list)
-        or not all(type(n) is int for n in shape)
-        or not isinstance(entry.get("dtype"), str)
-    ):
-        raise FormatError(
-            f"The header of {source} says no dtype and shape of {name[:80]!r}; no sound safetensors file."
-        )
-    return entry["dtype"], tuple(shape)
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-def _update_in_place(path: Path, header: Header, changes: Mapping[str, str | None]) -> bool:
-    text, slots = changes.get(JSON_KEY), header.slots
-    others = {key: value for key, value in changes.items() if key != JSON_KEY}
-    if slots is None or text is None:
-        return False
-    if any(header.metadata.get(key) != value for key, value in others.items()) or path.stat().st_nlink > 1:
-        return False
-    try:
-        file = open(path, "r+b", buffering=0)
-    except PermissionError:
-        return False
-    with file:
-        return update(file, slots, text)
-
-
-def _new_head(header: Header, changes: Mapping[str, str | None], reserve: int, source: str) -> bytes:
-    """The bytes before the tensors': the metadata first, at its beginning the current text and the room."""
-    metadata = {key: value for key, value in {**header.metadata, **changes}.items() if value is not None}
-    text = metadata.pop(JSON_KEY, None)
-    metadata.pop(ROOM_KEY, None)
-    parts = []
-    if text is not None:
-        text = text.rstrip(" ")  # the padding, if it is the old one
-        opening = f'{{"{_METADATA}":{{'
-        old = 0 if header.slots is None else header.slots.size
-        size = len(escaped(text))
-        if reserve or old:
-            size = max(old, with_spare(reserve), 0 if with_spare(size) <= old else with_spare(size))
-            parts.append(lay_out(text, size, 8 + len(opening)).decode())
-        else:
-            parts.append(f'"{JSON_KEY}":"{escaped(text).decode()}"')
-    if metadata:
-        parts.append(json.dumps(metadata, separators=(",", ":"))[1:-1])
-    objects = [f'"{_METADATA}":{{{",".join(parts)}}}'] if parts else []
-    body = "{" + ",".join([*objects, *([header.rest] if header.rest else [])]) + "}"
-    encoded = body.encode() + b" " * (-len(body) % 8)
-    if len(encoded) > HEADER_LIMIT:
-        raise BlueprintError(
-            f"The header of {source} would have {len(encoded):,} bytes, and the Hub's client reads at most "
-            f"{HEADER_LIMIT:,}. Reserve less, or publish the blueprint beside the model."
-        )
-    return _PREFIX.pack(len(encoded)) + encoded
-
-
 @contextmanager
-def _reading(path: Path) -> Iterator[FileIO]:
+def _opened(path: Path) -> Iterator[FileIO]:
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise FormatError(f"{path} is a device or a pipe, not a file. Copy what it gives into a file first.")
+            raise FormatError(f"{path} is a device or a pipe, not a file. Copy its content into a file first.")
         file = open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise BlueprintError(f"There is no file {path}. Check the path.") from None
@@ -381,7 +254,7 @@ def _reading(path: Path) -> Iterator[FileIO]:
 
 
 def _read(file: FileIO, count: int) -> bytes:
-    """The next `count` bytes, fewer at the file's end."""
+    """Read the next `count` bytes, fewer at the file's end."""
     data = b""
     while len(data) < count and (more := file.read(count - len(data))):
         data += more
@@ -393,3 +266,52 @@ def _header_of(file: FileIO, source: str) -> Header:
     data = _read(file, 8)
     _, end = metadata_of_prefix(data, source, size)
     return parse_header(data + _read(file, end - 8), source, size)
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    """Keep other processes from taking this lock on the file until it is closed."""
+    if sys.platform == "win32":
+        return
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlueprintError(f"{path} is being written by another process. Try again when it is done.") from error
+    except OSError:  # a file system without locks
+        return
+    if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+        raise BlueprintError(f"{path} was replaced by another process just now. Try again.")
+
+
+def _rewrite(file: FileIO, part: Path, path: Path, skipped: int, head: bytes, progress: bool) -> None:
+    """Write `head` and all but the first `skipped` bytes of `file` to `part`, and move that to `path`."""
+    from tqdm import tqdm  # takes 20 ms that reading does not need
+
+    status = os.fstat(file.fileno())
+    size = len(head) + status.st_size - skipped
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise BlueprintError(
+            f"{path} is written anew beside itself, which takes {size:,} bytes; its disk has {free:,} free. Make room first."
+        )
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
+            target.write(head)
+            file.seek(skipped)
+            bar: dict[str, Any] = {
+                "total": size - len(head),
+                "desc": f"Rewriting {path.name}",
+                "disable": not progress,
+            }
+            with tqdm.wrapattr(file, "read", **bar) as source:
+                shutil.copyfileobj(source, target, _CHUNK)
+            target.flush()
+            if target.tell() != size:
+                raise OSError("it became shorter while it was copied")
+            os.fsync(target.fileno())
+        os.chmod(part, stat.S_IMODE(status.st_mode))
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

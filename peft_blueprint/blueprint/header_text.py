@@ -1,66 +1,123 @@
-"""The record as a short text for a model file's header: rounded, then written without loss as columns.
-
-Knows nothing of files; `columns` says what is where in the text.
-"""
+"""Write a record as the short text in a model file's header, one plain JSON list per statistic, and read it back."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from decimal import Decimal
 from typing import Any
 
+from .._text import format_names
 from ..errors import BlueprintError, FormatError
-from .blueprint import Blueprint
-from .columns import from_columns, k_star_of, to_columns
-from .entry import NUMBERS, Submodule
-from .schema import DIGEST, from_dict, to_dict
+from .schema import DIGEST, ENTRY_KEYS, TOP_KEYS, content_digest
 from .strict_json import loads
-from .theory import gamma_from_alpha
 
 
+JSON_KEY = "blueprint.json"  # of the text in the header's metadata
 VERSION_KEY = "blueprint.version"  # beside the text, in the same metadata
-VERSION = "1"  # of how the text is laid out
+VERSION = "1"  # of the text's layout
 
-_ROUNDED = (*NUMBERS, "alpha_error", "gamma")
+_TAGS = "domain_tags"
+_OTHERS = "others"  # keys of single entries that are no statistic
+_LEFT_OUT = ("alignment", "median_norm")  # long, and of little use for placing
 
 
-def to_header_text(blueprint: Blueprint, digits: int = 4) -> str:
-    """The blueprint, `rounded`, as JSON in printable ASCII; about 80 bytes for a submodule with one domain tag.
+def to_header_text(record: Mapping[str, Any], digits: int = 4) -> str:
+    """Write a record, `rounded`, as JSON in printable ASCII; about 250 bytes for a submodule with all statistics.
 
     Raises:
         BlueprintError: for digits outside 1 to 17.
-        FormatError: if what was added to it by hand is not JSON.
+
+    Example:
+        >>> layers = [{"id": "attn.0", "gradient_norm": 0.052471}, {"id": "ffn.0", "gradient_norm": 0.033}]
+        >>> json.loads(to_header_text({"model_id": "org/model", "layers": layers}))["layers"]
+        {'id': ['attn.0', 'ffn.0'], 'gradient_norm': [0.05247, 0.033]}
     """
-    return _dumps(to_columns(to_dict(rounded(blueprint, digits))))
+    return json.dumps(to_columns(rounded(record, digits)), separators=(",", ":"))
 
 
-def from_header_text(text: str, source: str = "the header") -> Blueprint:
-    """The blueprint that `to_header_text` wrote, or that `blueprint.json` holds.
+def from_header_text(text: str, source: str = "the header") -> Any:
+    """Return the record that `to_header_text` wrote, or that `blueprint.json` holds.
 
     Raises:
-        FormatError: if it is not JSON, not a blueprint, or was changed (by its digest); names `source`.
+        FormatError: if it is not JSON or its lists do not fit together; names `source`.
     """
     record = loads(text, source)
     if has_arrays(record):
         raise FormatError(
-            f"{source} is that of a blueprint.safetensors, whose numbers are its tensors: read that file."
+            f"{source} belongs to a blueprint.safetensors, whose numbers are its tensors: read that file."
         )
     try:
-        return from_dict(from_columns(record))
+        return from_columns(record)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from error
 
 
+def to_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `layers`, a list of entries, into an object with one list per key, null where an entry has no such key.
+
+    `domain_tags` becomes an object with one list per tag. Keys that this version does not know stand in `others`, by
+    the entry's index.
+    """
+    layers = record["layers"]
+    columns: dict[str, Any] = {"id": [entry["id"] for entry in layers]}
+    for key in ENTRY_KEYS:
+        values = [entry.get(key) for entry in layers]
+        if key == _TAGS:
+            names = sorted({tag for tags in values for tag in tags or ()})
+            if names:
+                columns[key] = {name: [(tags or {}).get(name) for tags in values] for name in names}
+        elif any(value is not None for value in values):
+            columns[key] = values
+    others = {
+        str(index): other
+        for index, entry in enumerate(layers)
+        if (other := {key: value for key, value in entry.items() if key != "id" and key not in ENTRY_KEYS})
+    }
+    return {**record, "layers": {**columns, **({_OTHERS: others} if others else {})}}
+
+
+def from_columns(record: Any) -> Any:
+    """Return the record whose `layers` became columns; any other value unchanged.
+
+    Raises:
+        FormatError: if its lists are not as long as the list of ids.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
+        return record
+    columns = record["layers"]
+    unknown = columns.keys() - {"id", *ENTRY_KEYS, _OTHERS}
+    if unknown:
+        raise FormatError(f"layers has lists that this package does not know: {format_names(sorted(unknown))}.")
+    names = _require(columns.get("id"), list, "id")
+    layers: list[dict[str, Any]] = [{"id": name} for name in names]
+    for key in columns.keys() - {"id", _OTHERS}:
+        lists = _require(columns[key], Mapping, key) if key == _TAGS else {None: columns[key]}
+        for tag, values in lists.items():
+            if len(_require(values, list, tag or key)) != len(layers):
+                raise FormatError(
+                    f"the list {(tag or key)[:40]!r} has {len(values):,} values, and there are {len(layers):,} ids."
+                )
+            for entry, value in zip(layers, values, strict=True):
+                if value is not None:
+                    if tag is None:
+                        entry[key] = value
+                    else:
+                        entry.setdefault(key, {})[tag] = value
+    for index, other in _require(columns.get(_OTHERS, {}), Mapping, _OTHERS).items():
+        if not index.isdecimal() or len(index) > 9 or int(index) >= len(layers):
+            raise FormatError(f"others of layers names entry {index[:20]!r} of {len(layers)}.")
+        layers[int(index)].update(_require(other, Mapping, _OTHERS))
+    return {**record, "layers": layers}
+
+
 def has_arrays(record: Any) -> bool:
-    """Whether the JSON in a safetensors file is a blueprint whose numbers are that file's tensors, see `arrays`."""
+    """Return whether the JSON in a safetensors file is a blueprint whose numbers are that file's tensors."""
     return isinstance(record, dict) and isinstance(record.get("layers"), dict) and "arrays" in record["layers"]
 
 
 def require_version(metadata: Mapping[str, Any], source: str) -> None:
-    """Raise FormatError if the text beside these keys is laid out in a way that a later version of this package reads."""
+    """Raise FormatError if the text beside these keys has the layout of a later version."""
     version = metadata.get(VERSION_KEY, VERSION)
     if version != VERSION:
         raise FormatError(
@@ -69,72 +126,49 @@ def require_version(metadata: Mapping[str, Any], source: str) -> None:
         )
 
 
-def rounded(blueprint: Blueprint, digits: int = 4) -> Blueprint:
-    """The blueprint with `digits` significant digits, without what takes much room and little part in placing.
+def rounded(record: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
+    """Round a record's statistics to `digits` significant digits.
 
-    Left out are the entries' alignments, medians and keys that this version does not know. γ and k* follow from the
-    rounded α and costs where they followed before. `provenance["rounded"]` says the digits and the digest of the full
-    record; what is as short already is returned as it is.
+    Leaves out the entries' alignments, medians and keys that this version does not know. `provenance["rounded"]` gives
+    the digits and the digest of the full record. A record that is rounded already is returned unchanged.
 
     Raises:
         BlueprintError: for digits outside 1 to 17.
     """
     if not 1 <= digits <= 17:
-        raise BlueprintError(f"digits={digits}: give 1 to 17 significant digits; a double has no more.")
-    short = replace(
-        blueprint,
-        submodules=tuple(_rounded_entry(entry, blueprint.costs, digits) for entry in blueprint.submodules),
-        concentration=_rounded(blueprint.concentration, digits),
-    )
-    if short == blueprint and "rounded" in blueprint.provenance:
-        return blueprint
-    note = {"digits": digits, "digest": to_dict(blueprint)[DIGEST]}
-    return replace(short, provenance={**blueprint.provenance, "rounded": note})
-
-
-def _rounded_entry(entry: Submodule, costs: Mapping[str, Any], digits: int) -> Submodule:
-    short = {key: _rounded(getattr(entry, key), digits) for key in _ROUNDED}
-    short["median_norm"] = None
-    if entry.gamma is not None and entry.alpha and entry.gamma == gamma_from_alpha(entry.alpha):
-        short["gamma"] = gamma_from_alpha(short["alpha"])
-    if entry.k_star is not None and entry.k_star == k_star_of(entry.gamma, costs):
-        short["k_star"] = k_star_of(short["gamma"], costs)
-    return replace(
-        entry,
-        **short,
-        norm_interval=_rounded(entry.norm_interval, digits),
-        alignment=None,
-        domain_tags=_rounded(entry.domain_tags, digits),
-        extra={},
-    )
+        raise BlueprintError(f"digits must be from 1 to 17, got {digits}. A double has at most 17 significant digits.")
+    short = {key: value for key, value in record.items() if key != DIGEST}
+    short["layers"] = [
+        {
+            key: _rounded(value, digits)
+            for key, value in entry.items()
+            if key not in _LEFT_OUT and key in ("id", *ENTRY_KEYS)
+        }
+        for entry in record["layers"]
+    ]
+    if "concentration" in record:
+        short["concentration"] = _rounded(record["concentration"], digits)
+    provenance = record.get("provenance", {})
+    if "rounded" not in provenance or any(
+        short[key] != record[key] for key in ("layers", "concentration") if key in record
+    ):
+        note = {"digits": digits, "digest": record.get(DIGEST) or content_digest(record)}
+        short["provenance"] = {**provenance, "rounded": note}
+    known = {key: short[key] for key in ("schema_version", *TOP_KEYS) if key in short}
+    return {**known, **short, DIGEST: content_digest(short)}
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    """With every float in it rounded; but for one that would become infinite."""
+    """Round every float in a JSON value, except one that would become infinite."""
     if isinstance(value, float):
         short = float(f"{value:.{digits - 1}e}")
         return short if math.isfinite(short) else value
-    if isinstance(value, tuple):
-        return tuple(_rounded(item, digits) for item in value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_rounded(item, digits) for item in value]
     return {key: _rounded(item, digits) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _dumps(value: Any) -> str:
-    """JSON without spaces, floats in the fewest characters."""
-    if isinstance(value, float):
-        return _shortest(value)
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{json.dumps(str(key))}:{_dumps(item)}' for key, item in value.items())}}}"
-    return f"[{','.join(map(_dumps, value))}]" if isinstance(value, list | tuple) else json.dumps(value)
-
-
-def _shortest(value: float) -> str:
-    """The shorter of 0.0001234 and 1234e-7, which are read as the same double."""
-    plain = repr(value)
-    if not value:
-        return plain
-    sign, digits, exponent = Decimal(plain).normalize().as_tuple()
-    scientific = f"{'-' * sign}{''.join(map(str, digits))}e{exponent}"
-    return scientific if len(scientific) < len(plain) else plain
+def _require(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise FormatError(f"{what[:40]} of layers must be {'a list' if kind is list else 'an object'}.")
+    return value

@@ -1,7 +1,6 @@
-"""Blueprints from wherever they are: a file, a folder, or a repository on the Hub, without its tensors.
+"""Read a record from a repository on the Hub, without its tensors.
 
-Everything that touches the network goes through `huggingface_hub`, so that its tokens, mirrors and offline mode apply.
-Knows nothing of what a blueprint says.
+All requests go through `huggingface_hub`, so that its tokens, mirrors and offline mode apply.
 """
 
 from __future__ import annotations
@@ -18,73 +17,61 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .._files import write_atomically
-from ..errors import BlueprintError, FormatError
-from .blueprint import Blueprint
-from .formats import read_blueprint
-from .header import FIRST_READ, HEADER_LIMIT, metadata_of_prefix
-from .header_text import from_header_text
+from ..errors import BlueprintError
+from .formats import FILE_NAME, read_record
+from .header import FIRST_READ, metadata_of_prefix
+from .header_text import JSON_KEY, from_header_text, require_version
 from .hub_errors import NETWORK_ERRORS, translated_hub_errors
-from .naming import SUFFIXES, file_name
-from .slots import JSON_KEY, first_text
+from .model_files import INDEX_FILE, MODEL_FILE, index_metadata_of_prefix
 from .strict_json import loads, read_text
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def fetch(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    domain: str | None = None,
-    checkpoint: float | None = None,
-    **kwargs: Any,
-) -> Blueprint:
-    """Read a blueprint from a file, a folder, or a repository on the Hub.
+def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, **kwargs: Any) -> tuple[Any, str]:
+    """Read a record from a repository on the Hub.
 
-    What exists on disk is taken from disk, as is what ends in `.json`, `.csv` or `.safetensors`; anything else is a
-    repository id. There the header of `model.safetensors` is asked first, with one range request of 100 kB; then the
-    index of a sharded model; then `blueprint.json` and `blueprint.safetensors` beside. A header holds numbers to four
-    digits, the files beside all of them. No tensor is downloaded, and what was read once is there offline.
+    The main blueprint is looked for in the header of `model.safetensors` with one range request of 100 kB; then in the
+    index of a sharded model; then in `blueprint.json` and `blueprint.safetensors` beside. A header holds numbers to four
+    digits, the files beside hold all. No tensor is downloaded, and what was read once is available offline.
 
     Args:
-        source: path or repository id.
-        revision: branch, tag or commit of a repository. A commit that was read before is not asked for again.
-        domain: read the blueprint of this domain among several side by side, see `naming.file_name`.
-        checkpoint: likewise, the share of the training that was done, (0, 1].
+        repo_id: of the repository.
+        name: of the blueprint's file; another one than `blueprint.json` is looked for beside the model alone.
+        revision: branch, tag or commit. A commit that was read before costs no request.
         **kwargs: for `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `endpoint`, ….
 
+    Returns:
+        The record, unchecked, and where it was found.
+
     Raises:
-        FormatError: if what is there is not a blueprint.
-        BlueprintError: if there is nothing, with the reason and a way out.
+        FormatError: if the file is not a record.
+        BlueprintError: if there is none, with the reason and a fix.
     """
-    name = file_name(domain, checkpoint)
-    path = Path(source)
-    if path.exists() or path.suffix in SUFFIXES:
-        return read_blueprint(path, name)
-    repository = _Repository(str(source), revision, name, kwargs)
-    with translated_hub_errors(str(source), revision=revision, file=name):
-        found, is_reached = (None, True) if domain or checkpoint else _in_the_model(repository)
+    repository = _Repository(repo_id, revision, kwargs)
+    with translated_hub_errors(repo_id, revision=revision, file=name):
+        found, is_reached = _in_the_model(repository) if name == FILE_NAME else (None, True)
         if found is not None:
-            return from_header_text(found.text, f"{found.file} of {source}")
+            where = f"{found.file} of {repo_id}"
+            return from_header_text(found.text, where), where
         is_out_of_reach = repository.is_offline or not is_reached
         settings = {"revision": revision, **kwargs} | ({"local_files_only": True} if is_out_of_reach else {})
         try:
-            return read_blueprint(hf_hub_download(str(source), name, **settings))
+            return read_record(hf_hub_download(repo_id, name, **settings))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
             arrays = Path(name).with_suffix(".safetensors").name
-            return read_blueprint(hf_hub_download(str(source), arrays, **settings))
+            return read_record(hf_hub_download(repo_id, arrays, **settings))
 
 
 @dataclass(frozen=True)
 class _Repository:
-    """What is asked for: a repository's id, revision and file, with the settings of the download."""
+    """A repository's id and revision with the settings of the download."""
 
     id: str
     revision: str | None
-    file: str
     settings: dict[str, Any]
 
     @property
@@ -92,7 +79,7 @@ class _Repository:
         return bool(self.settings.get("local_files_only")) or constants.HF_HUB_OFFLINE
 
     def cache(self, *parts: str) -> Path:
-        """Where we keep what headers say, in the client's folder for such things or in the `cache_dir` given."""
+        """Return where headers' texts are cached, in the client's folder of assets or in the `cache_dir` given."""
         chosen = self.settings.get("cache_dir")
         folder = cached_assets_path(
             "peft_blueprint", self.id, parts[0], assets_dir=Path(chosen) / "assets" if chosen else None
@@ -108,9 +95,9 @@ class _Found(NamedTuple):
 
 
 def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
-    """What the model's own header or index holds, and whether the Hub, if it was asked, gave an answer.
+    """Look in the model's own header or index; also return whether the Hub, if it was asked, answered.
 
-    Where it gave none, the cache is asked.
+    Without an answer, look in the cache.
     """
     revision = repository.revision or constants.DEFAULT_REVISION
     is_reached = True
@@ -132,8 +119,8 @@ def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
 def _asked(repository: _Repository, revision: str) -> _Found | None:
     commit, found = None, None
     for file, parse in (
-        (constants.SAFETENSORS_SINGLE_FILE, _of_header),
-        (constants.SAFETENSORS_INDEX_FILE, _of_index),
+        (MODEL_FILE, metadata_of_prefix),
+        (INDEX_FILE, index_metadata_of_prefix),
     ):
         try:
             start = _read_start(repository, file, FIRST_READ)
@@ -147,43 +134,17 @@ def _asked(repository: _Repository, revision: str) -> _Found | None:
             continue
         commit = start.commit
         text = (metadata or {}).get(JSON_KEY)
-        found = _Found(file, text) if isinstance(text, str) else None
+        if isinstance(text, str):
+            require_version(metadata or {}, f"{file} of {repository.id}")
+            found = _Found(file, text)
         break
     if commit:
         _remember(repository, revision, commit, found)
     return found
 
 
-def _of_header(data: bytes, source: str, size: int | None) -> tuple[dict[str, str] | None, int]:
-    metadata, needed = metadata_of_prefix(data, source, size)
-    if metadata is None and (text := first_text(data)) is not None:
-        return {JSON_KEY: text}, needed
-    return metadata, needed
-
-
-def _of_index(data: bytes, source: str, size: int | None) -> tuple[dict[str, Any] | None, int]:
-    """The `metadata` of an index from its first bytes, where transformers writes it first; else how many are needed."""
-    is_whole = size is not None and len(data) >= size
-    text = data.decode("utf-8", errors="strict" if is_whole else "ignore")
-    if is_whole:
-        index = loads(text, source)
-        metadata = index.get("metadata") if isinstance(index, dict) else None
-        return metadata if isinstance(metadata, dict) else {}, 0
-    if opening := re.match(r'\s*\{\s*"metadata"\s*:\s*', text):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, opening.end())
-        except (json.JSONDecodeError, RecursionError):
-            pass
-        else:
-            metadata = loads(text[opening.end() : end], source)
-            return metadata if isinstance(metadata, dict) else {}, 0
-    if len(data) >= HEADER_LIMIT:
-        raise FormatError(f"{source} is longer than {HEADER_LIMIT:,} bytes, which no index is.")
-    return None, HEADER_LIMIT if size is None else min(size, HEADER_LIMIT)
-
-
 class _Start(NamedTuple):
-    """The first bytes of a file, its size in bytes where that was said, and the commit."""
+    """The first bytes of a file, its size in bytes where the server gave it, and the commit."""
 
     data: bytes
     size: int | None
@@ -191,7 +152,7 @@ class _Start(NamedTuple):
 
 
 def _read_start(repository: _Repository, file: str, count: int) -> _Start:
-    """At most `count` bytes from a file's beginning, whatever the server is ready to send."""
+    """Read at most `count` bytes from a file's beginning, also from a server that ignores ranges."""
     settings = repository.settings
     url = hf_hub_url(repository.id, file, revision=repository.revision, endpoint=settings.get("endpoint"))
     headers = build_hf_headers(token=settings.get("token")) | {
@@ -214,7 +175,7 @@ def _read_start(repository: _Repository, file: str, count: int) -> _Start:
 
 
 def _commit_of(responses: Sequence[Any]) -> str | None:
-    """The commit that the Hub's answers name; where it redirects, only its own do."""
+    """Return the commit that the Hub's answers name; after a redirect only its own do."""
     name = constants.HUGGINGFACE_HEADER_X_REPO_COMMIT
     return next((response.headers[name] for response in responses if name in response.headers), None)
 

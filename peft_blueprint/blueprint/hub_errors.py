@@ -26,6 +26,7 @@ CARD = "README.md"
 LOG_IN = "Run `hf auth login` with a token that may write, or set HF_TOKEN."
 # requests' errors are OSErrors; httpx's are of the class that the client's own errors come from
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+_TRANSLATED: tuple[type[Exception], ...] = (*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError)
 
 _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
     (HFValidationError, "{repo!r} is not a repository id such as 'org/model'{here}. Check the name."),
@@ -116,7 +117,7 @@ def translated_hub_errors(
         yield
     except BlueprintError:
         raise
-    except (*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError) as error:
+    except _TRANSLATED as error:
         # the client raises a RuntimeError from the cause of an upload that failed
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         template = _template_of(cause, file is not None, sending)

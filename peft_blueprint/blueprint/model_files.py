@@ -1,16 +1,16 @@
-"""Find a model's safetensors files and read the blueprint that they carry."""
+"""Find a model's safetensors files, and read their index and the record that they carry."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BlueprintError, FormatError
-from .blueprint import Blueprint
-from .header import read_metadata
-from .header_text import from_header_text, require_version
-from .slots import JSON_KEY
+from .header import HEADER_LIMIT, read_metadata
+from .header_text import JSON_KEY, from_header_text, require_version
 from .strict_json import loads, read_text
 
 
@@ -20,40 +20,26 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model that may hold a blueprint: the first (or only) one with tensors, and the index."""
+    """The files of a model that may hold a blueprint.
+
+    Args:
+        tensors: the first or only file with tensors.
+        index: of a sharded model.
+        shards: all files with tensors.
+    """
 
     tensors: Path
     index: Path | None
     shards: tuple[Path, ...]
 
 
-def extract(path: str | Path) -> Blueprint:
-    """The blueprint in a model's files: of the header, or else of the index. Reads no tensor.
+def find_model_files(path: Path) -> ModelFiles:
+    """Find the files of the model in a folder, or of a `.safetensors` file or index given by its path.
 
     Raises:
-        BlueprintError: if there is none, or a file is not there.
-        FormatError: if what is there is not a blueprint, or was changed.
+        BlueprintError: if there is no model in safetensors.
+        FormatError: if the index is not one.
     """
-    path = Path(path)
-    files = find_model_files(path)
-    places: list[tuple[Path, Any]] = []
-    if files.tensors.exists() or files.index is None:
-        places.append((files.tensors, read_metadata(files.tensors)))
-    if files.index is not None:
-        places.append((files.index, read_index(files.index).get("metadata") or {}))
-    for place, metadata in places:
-        text = metadata.get(JSON_KEY)
-        if text is not None:
-            require_version(metadata, str(place))
-            if not isinstance(text, str):
-                raise FormatError(f"{JSON_KEY} in the metadata of {place} must be text.")
-            return from_header_text(text, f"{JSON_KEY} in {place}")
-    raise BlueprintError(
-        f"{path} carries no blueprint. Put one there with `peft-blueprint embed {path} blueprint.json`."
-    )
-
-
-def find_model_files(path: Path) -> ModelFiles:
     if path.is_dir():
         if (path / MODEL_FILE).exists():
             return ModelFiles(path / MODEL_FILE, None, (path / MODEL_FILE,))
@@ -65,23 +51,92 @@ def find_model_files(path: Path) -> ModelFiles:
         path = path / INDEX_FILE
     if not path.name.endswith(".safetensors.index.json"):
         if path.suffix != ".safetensors":
-            raise BlueprintError(f"{path} is no .safetensors file and no folder with a model in that format.")
+            raise BlueprintError(f"{path} is neither a .safetensors file nor the folder of a model in that format.")
         return ModelFiles(path, None, (path,))
-    weights = read_index(path)["weight_map"]
+    weights = parse_index(read_text(path), str(path))["weight_map"]
     shards = tuple(path.parent / name for name in sorted(set(weights.values())))
     return ModelFiles(shards[0], path, shards)
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    index = loads(read_text(path), str(path))
+def read_embedded(path: str | Path) -> tuple[Any, str]:
+    """Read the record in a model's files, from the header or otherwise from the index, and no tensor.
+
+    Returns:
+        The record, unchecked, and where it was found.
+
+    Raises:
+        BlueprintError: if there is none, or a file is missing.
+        FormatError: if it is not a record.
+    """
+    path = Path(path)
+    files = find_model_files(path)
+    places: list[tuple[Path, Any]] = []
+    if files.tensors.exists() or files.index is None:
+        places.append((files.tensors, read_metadata(files.tensors)))
+    if files.index is not None:
+        places.append((files.index, parse_index(read_text(files.index), str(files.index))["metadata"]))
+    for place, metadata in places:
+        text = metadata.get(JSON_KEY)
+        if text is not None:
+            require_version(metadata, str(place))
+            if not isinstance(text, str):
+                raise FormatError(f"{JSON_KEY} in the metadata of {place} must be text.")
+            where = f"{JSON_KEY} in {place}"
+            return from_header_text(text, where), where
+    raise BlueprintError(
+        f"{path} carries no blueprint. Put one there with `peft-blueprint embed {path} blueprint.json`."
+    )
+
+
+def parse_index(text: str, source: str) -> dict[str, Any]:
+    """Parse the index of a sharded model; its `metadata` is an object, empty if there is none.
+
+    Raises:
+        FormatError: if it has no `weight_map` from tensors to files beside it.
+
+    Example:
+        >>> parse_index('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}', "the index")
+        {'metadata': {}, 'weight_map': {'lm_head.weight': 'model-00001-of-00002.safetensors'}}
+    """
+    index = loads(text, source)
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights or not all(_is_plain_name(name) for name in weights.values()):
         raise FormatError(
-            f"{path} is no index of a sharded model: it needs weight_map, from tensors to files beside it."
+            f"{source} is not the index of a sharded model: it needs weight_map, from tensors to files beside it."
         )
-    if not isinstance(index.get("metadata"), dict | None):
-        raise FormatError(f"metadata in {path} must be an object.")
-    return index
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict | None):
+        raise FormatError(f"metadata in {source} must be an object.")
+    return {**index, "metadata": metadata or {}} if "metadata" in index else {"metadata": {}, **index}
+
+
+def index_metadata_of_prefix(data: bytes, source: str, size: int | None) -> tuple[dict[str, Any] | None, int]:
+    """Read the `metadata` of an index from its first bytes, where transformers writes it first.
+
+    Returns:
+        The metadata and 0; or None and how many of the file's first bytes are needed.
+
+    Raises:
+        FormatError: if it is not an index.
+    """
+    is_whole = size is not None and len(data) >= size
+    try:
+        text = data.decode("utf-8", errors="strict" if is_whole else "ignore")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{source} is not text ({error.reason}).") from error
+    if is_whole:
+        return parse_index(text, source)["metadata"], 0
+    if opening := re.match(r'\s*\{\s*"metadata"\s*:\s*', text):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, opening.end())
+        except (ValueError, RecursionError):
+            pass
+        else:
+            metadata = loads(text[opening.end() : end], source)
+            return metadata if isinstance(metadata, dict) else {}, 0
+    if len(data) >= HEADER_LIMIT:
+        raise FormatError(f"{source} is longer than {HEADER_LIMIT:,} bytes, so it is not an index.")
+    return None, HEADER_LIMIT if size is None else min(size, HEADER_LIMIT)
 
 
 def _is_plain_name(name: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The record as a JSON object: every key checked on the way in, what is not known left out on the way out.
+"""Check every key of a record, a blueprint's JSON object, and compute its digest.
 
-The object is that of the paper's appendix A.1 (`model_id`, `training_checkpoint`, `layers` with `id`, `gradient_norm`,
-`alpha`, `gamma`, `k_star`, `domain_tags`) with further keys beside. Knows nothing of text or files.
+A record is the object of the paper's appendix A.1 (`model_id`, `training_checkpoint`, `layers` with `id`,
+`gradient_norm`, `alpha`, `gamma`, `k_star`, `domain_tags`) with further keys beside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, cast, get_args
 
 from .._text import format_names
 from ..errors import FormatError
-from .blueprint import Blueprint
 from .entry import MAX_ALIGNMENT, MAX_DIMENSIONS, MAX_TAGS, NUMBERS, Form, Level, Submodule, check_text, level_of_ids
 from .theory import gamma_from_alpha
 
@@ -29,7 +28,16 @@ ENTRY_KEYS = (
     *_PAPER_KEYS,
     *(f.name for f in fields(Submodule) if f.name not in (*_PAPER_KEYS, "name", "extra")),
 )
-_TOP_KEYS = tuple(f.name for f in fields(Blueprint) if f.name not in ("submodules", "extra"))
+TOP_KEYS = (
+    "model_id",
+    "training_checkpoint",
+    "level",
+    "model_revision",
+    "model_digest",
+    "concentration",
+    "costs",
+    "provenance",
+)
 _KNOWN_KEYS = frozenset(("id", *ENTRY_KEYS))
 MAX_ENTRIES = 100_000
 MAX_PATH = 4096  # characters of a model_id, which may be a folder's
@@ -40,20 +48,20 @@ _SHOWN = json.JSONEncoder(default=repr)
 _GAMMA_TOLERANCE = 0.006  # the paper's example prints two digits
 
 
-def to_dict(blueprint: Blueprint) -> dict[str, Any]:
-    """The JSON object of a blueprint with its own digest; statistics that are not known are left out."""
-    top = {key: _plain(getattr(blueprint, key)) for key in _TOP_KEYS}
+def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the record, with its digest, from the fields of a `Blueprint`; unknown statistics are left out."""
+    top = {key: _plain(fields[key]) for key in TOP_KEYS}
     record = {
         "schema_version": SCHEMA_VERSION,
         **{key: value for key, value in top.items() if _is_known(value)},
-        **blueprint.extra,
-        "layers": [entry_to_dict(entry) for entry in blueprint.submodules],
+        **fields["extra"],
+        "layers": [entry_to_dict(entry) for entry in fields["submodules"]],
     }
     return {"schema_version": SCHEMA_VERSION, DIGEST: content_digest(record), **record}
 
 
 def content_digest(record: Mapping[str, Any]) -> str:
-    """`sha256:…` over a blueprint's JSON object without its `digest`; the same however the JSON is laid out.
+    """Return `sha256:…` over a record without its `digest`, the same for any layout of the JSON.
 
     The order of keys, white space and whether a whole number is written 1 or 1.0 do not count; the order of entries does.
 
@@ -72,8 +80,8 @@ def content_digest(record: Mapping[str, Any]) -> str:
     return f"sha256:{found.hexdigest()}"
 
 
-def from_dict(data: Any) -> Blueprint:
-    """A checked blueprint from a JSON object.
+def fields_of(data: Any) -> dict[str, Any]:
+    """Check a record and return the fields of its `Blueprint`.
 
     Raises:
         FormatError: naming the key or entry that is wrong.
@@ -102,23 +110,24 @@ def from_dict(data: Any) -> Blueprint:
     entries = tuple(_entry_from_dict(entry, index) for index, entry in enumerate(layers))
     _check_grid(entries)
     _check_digest(data)
+    checkpoint = _take(data, "training_checkpoint", float, "the blueprint")
     level = _take(data, "level", str, "the blueprint") or level_of_ids(entry.name for entry in entries)
     if level not in ("submodule", "group", "layer"):
         raise FormatError(f"level is {short(level)}; it must be submodule, group or layer.")
-    return Blueprint(
+    return dict(
         model_id=names["model_id"],
         submodules=entries if "schema_version" in data else _in_the_papers_gamma(entries),
-        training_checkpoint=_take(data, "training_checkpoint", float, "the blueprint"),
+        training_checkpoint=1.0 if checkpoint is None else checkpoint,
         level=cast(Level, level),
         model_revision=names["model_revision"],
         model_digest=names["model_digest"],
         **{key: _take(data, key, dict, "the blueprint") or {} for key in ("concentration", "costs", "provenance")},
-        extra={k: v for k, v in data.items() if k not in (*_TOP_KEYS, DIGEST, "layers", "schema_version")},
+        extra={k: v for k, v in data.items() if k not in (*TOP_KEYS, DIGEST, "layers", "schema_version")},
     )
 
 
 def entry_to_dict(entry: Submodule) -> dict[str, Any]:
-    """The JSON object of one entry."""
+    """Build the JSON object of one entry."""
     values = {key: _plain(getattr(entry, key)) for key in ENTRY_KEYS}
     if entry.form == "linear":
         del values["form"]  # what a reader takes it to be without

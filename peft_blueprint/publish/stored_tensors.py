@@ -1,7 +1,4 @@
-"""Whether a blueprint is of the model whose tensors are stored under given names.
-
-Knows how checkpoints name and shape what the model calls by its modules' names; reads no file and no model.
-"""
+"""Check that a blueprint belongs to the model whose tensors are stored under given names and shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ..errors import MismatchError
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape] | None]  # dtype and shape by name, None where not known
 
-_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantised, so that the shape is the weight's
+_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantised: the stored shape is the weight's
 _ENDINGS = (".weight", "", ".qweight", ".weight_packed", "_blocks")  # those of GPTQ and AWQ, compressed-tensors, MXFP4
 _ADAPTER = re.compile(
     r"(?:base_model\.model\.)?(.+?)\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.|$)"
@@ -27,19 +24,23 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
-    """Require that a model's stored tensors have what a blueprint speaks of, of the same shape.
+    """Require that a model's stored tensors include every entry of a blueprint, in the same shape.
 
-    A prefix such as `model.` may be missing or extra on one side; a weight may be stored the other way round, quantised,
-    or as one tensor per expert. Of an adapter's file the adapted modules must be the blueprint's, at least one of them.
-    A blueprint of groups or layers must have no more blocks than the model.
+    A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantised, or as one
+    tensor per expert. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of groups
+    or layers must have no more blocks than the model.
 
     Args:
         blueprint: at any level.
-        tensors: dtype and shape by name, or None where they are not known.
-        source: for messages.
+        tensors: dtype and shape by name; None for unknown ones.
+        source: file or folder named in error messages.
 
     Raises:
         MismatchError: naming both sides.
+
+    Example:
+        >>> blueprint = Blueprint("org/model", (Submodule("layers.0.q_proj", 1.0, shape=(8, 4)),))
+        >>> check_stored(blueprint, {"model.layers.0.q_proj.weight": ("BF16", (8, 4))}, "model.safetensors")
     """
     if blueprint.level != "submodule":
         _check_depth(blueprint, tensors, source)
@@ -66,7 +67,7 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
             raise MismatchError(
                 f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r}, and {stored!r} is "
                 f"{shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. Use this model's own, "
-                "or give check=False to have it there all the same."
+                "or give check=False to write it all the same."
             )
 
 
@@ -74,7 +75,7 @@ Rename = Callable[[str], str]
 
 
 def _renamings(blueprint: Blueprint, tensors: Tensors) -> list[Rename]:
-    """Ways to put a prefix before every name, or to take one away, that suit the first entry or the last."""
+    """Return ways to add or remove a prefix of every name that fit the first entry or the last."""
     prefixes, extras = {""}, set()
     for name in (blueprint.names[0], blueprint.names[-1]):
         for ending in _ENDINGS:
@@ -106,7 +107,7 @@ def _missing(blueprint: Blueprint, tensors: Tensors, experts: set[str], rename: 
 
 
 def _stored(entry: Submodule, tensors: Tensors, rename: Rename) -> str | None:
-    """The name under which an entry's weight is stored."""
+    """Return the name under which an entry's weight is stored."""
     return next((name for ending in _ENDINGS if (name := rename(entry.name) + ending) in tensors), None)
 
 
@@ -121,8 +122,8 @@ def _check_depth(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     )
     if depths and deepest > max(depths):
         raise MismatchError(
-            f"The blueprint of {blueprint.model_id!r} speaks of block {deepest}, and the last in {source} is "
-            f"{max(depths)}. Use a blueprint of this model, or give check=False to have it there all the same."
+            f"The blueprint of {blueprint.model_id!r} has block {deepest}, and the last in {source} is "
+            f"{max(depths)}. Use a blueprint of this model, or give check=False to write it all the same."
         )
 
 
@@ -132,5 +133,5 @@ def _mismatch(
     return MismatchError(
         f"The blueprint of {blueprint.model_id!r} does not fit {source}: {len(missing)} of its {len(blueprint)} entries are "
         f"not there ({format_names(missing)}); it {verb} {format_names(stored) or 'nothing'}. Use a blueprint of this model, give a sharded "
-        "model's folder rather than one shard, or give check=False to have it there all the same."
+        "model's folder rather than one shard, or give check=False to write it all the same."
     )

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from safetensors.numpy import load, save
 
 from peft_blueprint import Blueprint, Submodule
-from peft_blueprint.blueprint.arrays import from_arrays_bytes, to_arrays_bytes
 from peft_blueprint.blueprint.header import metadata_of_prefix, parse_header
 from peft_blueprint.errors import FormatError
 from tests.random_blueprints import blueprints
+from tests.records import from_arrays_bytes, to_arrays_bytes
 
 
 @settings(max_examples=30)
@@ -40,7 +40,7 @@ def test_it_needs_a_third_of_the_bytes_of_json(blueprint):
     data = to_arrays_bytes(blueprint)
     assert len(data) < 0.6 * len(json.dumps([[*e.alignment] for e in blueprint])) + 30_000
     metadata, _ = metadata_of_prefix(data[:20_000], "x")
-    assert json.loads(metadata["blueprint.json"])["layers"]["names"]
+    assert json.loads(metadata["blueprint.json"])["layers"]["id"]
 
 
 def test_what_was_changed_is_refused(blueprint):
@@ -56,11 +56,11 @@ def with_text(tensors, **changes):
 
 
 ONE = {"gradient_norm": np.ones(1)}
-LAYERS = {"names": {"runs": ["a"]}, "columns": {}}
+LAYERS = {"id": ["a"]}
 BAD = {
     "empty": (b"", "0 bytes, too few"),
     "no header": (b"hello world, hello", "header would have"),
-    "cut": (to_arrays_bytes(Blueprint("m", (Submodule("a", 1.0),)))[:-3], "no sound safetensors"),
+    "cut": (to_arrays_bytes(Blueprint("m", (Submodule("a", 1.0),)))[:-3], "not a valid safetensors"),
     "a model": (save(ONE), "without blueprint.json"),
     "a later layout": (save(ONE, metadata={"blueprint.json": "{}", "blueprint.version": "2"}), "'2'.*upgrade"),
     "no list": (with_text(ONE, layers=LAYERS), "does not list its arrays"),

@@ -9,11 +9,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_blueprint import Blueprint, BlueprintError, Submodule
-from peft_blueprint.blueprint.arrays import from_arrays_bytes, to_arrays_bytes
-from peft_blueprint.blueprint.formats import from_csv, from_json, to_csv, to_json
-from peft_blueprint.blueprint.header import parse_header, with_metadata
-from peft_blueprint.blueprint.header_text import from_header_text, to_header_text
-from peft_blueprint.blueprint.schema import from_dict, to_dict
+from peft_blueprint.blueprint import from_dict, to_dict
+from peft_blueprint.blueprint.header import parse_header
+from tests.records import (
+    from_arrays_bytes,
+    from_csv,
+    from_header_text,
+    from_json,
+    to_arrays_bytes,
+    to_csv,
+    to_header_text,
+    to_json,
+    with_metadata,
+)
 
 
 def seed():
@@ -180,7 +188,7 @@ TREES = {
     "arrays": (
         json.loads(parse_header(to_arrays_bytes(SEED), "it").metadata["blueprint.json"]),
         lambda tree: from_arrays_bytes(
-            with_metadata(to_arrays_bytes(SEED), {"blueprint.json": json.dumps(without_digest(tree))}, "it")
+            with_metadata(to_arrays_bytes(SEED), **{"blueprint.json": json.dumps(without_digest(tree))})
         ),
     ),
 }

@@ -35,30 +35,24 @@ META = '{"__metadata__":'
 HOSTILE = {
     "nothing": (b"", "0 bytes, too few"),
     "a length beyond all": (safetensors("{}", length=2**63), "9,223,372,036,854,775,808 bytes"),
-    "beyond the limit": (safetensors("{}", length=HEADER_LIMIT + 1), "25,000,000 is the most"),
+    "beyond the limit": (safetensors("{}", length=HEADER_LIMIT + 1), "at most 25,000,000"),
     "beyond the file": (safetensors("{}", length=1000), "end at byte 1,008, and it has 10"),
-    "no JSON": (safetensors("hello"), "no JSON object"),
-    "a list": (safetensors("[]"), "no JSON object"),
+    "no JSON": (safetensors("hello"), "not valid JSON"),
+    "a list": (safetensors("[]"), "not a JSON object"),
     "cut": (safetensors(META), "not valid JSON"),
     "no text": (safetensors(b'{"__metadata__":{"a":"\xff\xfe"}}'), "not text"),
-    "a number": (safetensors(META + '{"a":1}}'), "other than text for 'a'"),
-    "an object": (safetensors(META + '{"a":{}}}'), "other than text for 'a'"),
-    "no object": (safetensors(META + "[]}"), "'\\[' stands where '{'"),
-    "a key twice": (safetensors(META + '{"a":"1","a":"2"}}'), "key 'a' twice"),
-    "ours thrice": (safetensors(META + '{"blueprint.json":"1","blueprint.json":"2","blueprint.json":"3"}}'), "twice"),
-    "ours twice and room": (
-        safetensors(META + '{"blueprint.json":"1","blueprint.json":"2","blueprint.room":"3"}}'),
-        "key 'blueprint.json' twice",
-    ),
-    "room twice": (safetensors(META + '{"blueprint.room":"1","blueprint.room":"2"}}'), "'blueprint.room' twice"),
-    "nested in the metadata": (safetensors(META + "[" * 10**7), "'\\[' stands"),
-    "nested before": (safetensors('{"a":' + '{"a":' * 4_000_000), "not valid JSON"),
-    "lists before": (safetensors('{"a":' + "[" * 10**7), "of 'a' no object"),
+    "a number": (safetensors(META + '{"a":1}}'), "must hold text alone, and 'a' does not"),
+    "an object": (safetensors(META + '{"a":{}}}'), "must hold text alone, and 'a' does not"),
+    "no object": (safetensors(META + "[]}"), "must be an object"),
+    "a key twice": (safetensors(META + '{"a":"1","a":"2"}}'), "key 'a' stands twice"),
+    "nested in the metadata": (safetensors(META + "[" * 10**7), "is nested"),
+    "nested before": (safetensors('{"a":' + '{"a":' * 4_000_000), "at most 600,000"),
+    "lists before": (safetensors('{"a":' + "[" * 10**7), "at most 300,000"),
     "many keys": (
         safetensors(META + "{" + ",".join(f'"{i}":""' for i in range(400_000)) + "}}"),
-        "more than 20,000",
+        "at most 20,000",
     ),
-    "many tensors": (safetensors("{" + ",".join(f'"{i}":{{}}' for i in range(400_000)) + "}"), "more than 300,000"),
+    "many tensors": (safetensors("{" + ",".join(f'"{i}":{{}}' for i in range(400_000)) + "}"), "at most 300,000"),
     "one long text": (safetensors(META + '{"a":"' + "\\\\" * 10**7), "not valid JSON"),
 }
 
@@ -72,12 +66,6 @@ def test_hostile_headers_are_refused_at_once(tmp_path, data, message):
     with pytest.raises(FormatError, match=f"(?s)bad.safetensors.*{message}"):
         read_metadata(path)
     assert time.process_time() - started < 1
-
-
-def test_the_duplicate_of_an_interrupted_update_is_read_with_the_last():
-    """That one alone."""
-    data = safetensors(META + '{"blueprint.json":"1","blueprint.json":"2","format":"pt"}}')
-    assert metadata_of_prefix(data, "x")[0] == {"blueprint.json": "2", "format": "pt"}
 
 
 @given(st.binary(max_size=40) | st.text('{}[]":,_ametd1\\ ', max_size=40).map(str.encode), st.booleans())

@@ -10,21 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from peft_blueprint import Blueprint, BlueprintError, Submodule
+from peft_blueprint.blueprint import extract
 from peft_blueprint.blueprint.header import read_metadata
-from peft_blueprint.blueprint.header_text import rounded, to_header_text
-from peft_blueprint.blueprint.model_files import extract
-from peft_blueprint.blueprint.slots import escaped
 from peft_blueprint.errors import FormatError, MismatchError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.publish.embedding import embed, remove
 from peft_blueprint.publish.stored_tensors import check_stored
 from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from tests import ROOT
+from tests.records import rounded, to_header_text
 
 
 def of(model, **changes):
@@ -105,19 +103,6 @@ def test_removing_gives_back_the_index(blueprint, saved, tmp_path):
     assert index.read_bytes() == before
 
 
-def test_an_update_within_the_room_is_in_place(blueprint, saved, tmp_path):
-    """The file keeps its inode and size, and loads in every tool."""
-    path = tmp_path / "adapted.safetensors"
-    path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
-    embed(blueprint, path, reserve=len(escaped(to_header_text(blueprint))) + 4000, progress=False)
-    status = path.stat()
-    other = replace(blueprint, provenance={"data": "another"})
-    assert embed(other, path, progress=False) == [path] and extract(path) == rounded(other)
-    assert (path.stat().st_ino, path.stat().st_size) == (status.st_ino, status.st_size)
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["format"] == "pt" and len(file.keys()) == len(load_file(path))
-
-
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_t5], ids=lambda make: make.__name__)
 def test_blueprints_of_every_architecture_fit_their_own_files(make, tmp_path):
     """Under whatever names they are stored: per expert, other way round, without a prefix."""
@@ -173,7 +158,7 @@ def test_coarser_levels_are_checked_by_their_blocks(blueprint, saved):
     stored = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     for level in ("group", "layer"):
         check_stored(blueprint.coarsen(level), stored, "x")
-    with pytest.raises(MismatchError, match="speaks of block 11, and the last in x is 0"):
+    with pytest.raises(MismatchError, match="has block 11, and the last in x is 0"):
         check_stored(blueprint.coarsen("layer"), {"model.layers.0.q.weight": None}, "x")
 
 
@@ -214,13 +199,12 @@ def test_the_cache_is_left_alone(blueprint, saved, tmp_path, how):
 
 
 def test_a_long_text_is_warned_of_and_a_longer_one_refused(blueprint, saved, tmp_path, monkeypatch):
-    """Beyond the first 100 kB a reader asks twice, room for later aside; beyond the limit it does not belong there."""
+    """Beyond the first 100 kB a reader asks twice; beyond the limit it does not belong there."""
     path = tmp_path / "model.safetensors"
     path.write_bytes((saved / "single" / "model.safetensors").read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed(blueprint, path, progress=False)
-        embed(blueprint, path, reserve=90_000, progress=False)
     long = replace(blueprint, provenance={"note": "x" * 100_000})
     with pytest.warns(UserWarning, match="second request.*beside the model"):
         embed(long, path, progress=False)
@@ -235,12 +219,12 @@ def test_bad_places(tmp_path):
     """Folders without a model, files of another kind, an index that points elsewhere, a later layout."""
     with pytest.raises(BlueprintError, match="neither model.safetensors nor model.safetensors.index.json"):
         extract(tmp_path)
-    with pytest.raises(BlueprintError, match="no .safetensors file"):
+    with pytest.raises(BlueprintError, match="neither a .safetensors file"):
         embed(BLUEPRINT, tmp_path / "model.bin")
     index = tmp_path / "model.safetensors.index.json"
     for weights in ({}, {"a": "../../x.safetensors"}, {"a": 1}, {"a": "/x.safetensors"}):
         index.write_text(json.dumps({"weight_map": weights}))
-        with pytest.raises(FormatError, match="no index of a sharded model"):
+        with pytest.raises(FormatError, match="not the index of a sharded model"):
             extract(tmp_path)
     index.unlink()
     tensors, path = {"a": torch.ones(1)}, tmp_path / "model.safetensors"
@@ -261,9 +245,9 @@ def test_it_needs_no_tensor_library(blueprint, saved, tmp_path):
 import sys
 from pathlib import Path
 from peft_blueprint import Blueprint
-from peft_blueprint.embedding import embed, extract, remove
-from peft_blueprint.formats import read_blueprint
-embed(read_blueprint({str(tmp_path / "blueprint.json")!r}), {str(path)!r}, progress=False)
+from peft_blueprint.publish import embed, remove
+from peft_blueprint.blueprint import extract
+embed(Blueprint.from_pretrained({str(tmp_path / "blueprint.json")!r}), {str(path)!r}, progress=False)
 assert len(extract({str(path)!r})) == 84 and remove({str(path)!r}, progress=False)
 print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
 """
