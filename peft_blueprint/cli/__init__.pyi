@@ -1,1 +1,2 @@
-
+from .program import app as app
+from .program import main as main

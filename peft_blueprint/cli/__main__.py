@@ -1,6 +1,6 @@
 """`python -m peft_blueprint.cli`."""
 
-from .app import main
+from .program import main
 
 
 main()

@@ -1,7 +1,4 @@
-"""The verb `aggregate`: many blueprints into one table, merged where they can be, and how norms moved in training.
-
-A thin shell round `aggregate`, `merging` and `movement`; knows nothing of what they compute.
-"""
+"""Verbs that hold blueprints against each other: `compare`, `drift`, `aggregate`."""
 
 from __future__ import annotations
 
@@ -12,58 +9,125 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import compare as comparing
 from .._files import require_writable
-from ..blueprint import SUFFIXES, Blueprint, file_name
-from ..compare import aggregate as table_of
-from ..compare import joined, merge_all, parts_of, read_sources, reference_of, skipped_in_words, write_table, writer_of
+from ..blueprint import SUFFIXES, Blueprint, file_name, norm_of, require_same_names
 from ..errors import BlueprintError
-from .output import AsJson, Quiet, print_answer, say
+from .output import Output, say
+from .verbs import Source, verb
 
 
 _TOP = 20  # submodules of a movement that are shown
 
 
-def aggregate(
-    sources: Annotated[
-        list[str], typer.Argument(help="Blueprints: files, folders, or repository ids on the Hub; any number.")
+@verb(
+    "Compare",
+    examples=["peft-blueprint compare one.json other.json", "peft-blueprint compare one.json org/model --top 5"],
+)
+def compare(
+    first: Source,
+    second: Source,
+    output: Output,
+    top: Annotated[int, typer.Option(min=0, help="Entries to show, largest change of rank first; 0 for all.")] = 20,
+) -> None:
+    """Compare two blueprints of one model: norms, and ranks within each kind."""
+    a, b = Blueprint.from_pretrained(first), Blueprint.from_pretrained(second)
+    require_same_names(a, b, "compared")
+    ranks_a, ranks_b = a.ranks(), b.ranks()
+    rows = [
+        {
+            "id": entry.name,
+            "kind": entry.kind,
+            "first": norm_of(entry),
+            "second": norm_of(b[entry.name]),
+            "rank_first": ranks_a[entry.name],
+            "rank_second": ranks_b[entry.name],
+        }
+        for entry in a
+    ]
+    rows.sort(key=lambda row: -abs(row["rank_first"] - row["rank_second"]))  # type: ignore[operator]
+    shown = rows[: top or None]
+    output.answer(rows, shown, [str(row["id"]) for row in shown], f"{a.model_id} and {b.model_id}")
+
+
+@verb("Compare", examples=["peft-blueprint drift local.json org/model"])
+def drift(
+    local: Source,
+    published: Source,
+    output: Output,
+    threshold: Annotated[
+        float | None, typer.Option(help="Rank correlation below which the two have drifted apart; 0.85 by default.")
+    ] = None,
+) -> None:
+    """Check whether a local blueprint agrees with a published one. Exit status 1 if it does not."""
+    found = comparing.check_drift(
+        Blueprint.from_pretrained(local),
+        Blueprint.from_pretrained(published),
+        threshold=comparing.DRIFT_THRESHOLD if threshold is None else threshold,
+    )
+    result = {
+        "correlation": found.correlation,
+        "interval": list(found.interval),
+        "threshold": found.threshold,
+        "drifted": found.drifted,
+        "level": found.level,
+        "by_kind": found.by_kind,
+    }
+    rows = [{"kind": kind, "correlation": value} for kind, value in found.by_kind.items()]
+    title = (
+        f"rank correlation within kind {found.correlation:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}], "
+        f"{'below' if found.drifted else 'not below'} {found.threshold:g}"
+    )
+    output.answer(result, rows, [f"{found.correlation:.4f}"], title)
+    raise typer.Exit(1 if found.drifted else 0)
+
+
+@verb(
+    "Compare",
+    examples=[
+        "peft-blueprint aggregate one.json other.json --out table.parquet",
+        "peft-blueprint aggregate one.json other.json --merge merged.json",
+        "peft-blueprint aggregate run --movement",
     ],
+)
+def aggregate(
+    sources: Annotated[list[str], typer.Argument(help="Blueprints: files, folders, or repository ids on the Hub.")],
+    output: Output,
     out: Annotated[
-        Path | None, typer.Option(help="Write the table, a row per entry: .csv, .json, .jsonl or .parquet.")
+        Path | None, typer.Option(help="Write a table, one row per entry: .csv, .json, .jsonl or .parquet.")
     ] = None,
     merge: Annotated[
         Path | None,
-        typer.Option(help="Write what merges into one: a .json, .csv or .safetensors file, or a folder for several."),
+        typer.Option(help="Write the merged blueprint to a .json, .csv or .safetensors file, or several to a folder."),
     ] = None,
     movement: Annotated[
-        bool, typer.Option("--movement", help="Say how norms moved between checkpoints of the model's training.")
+        bool, typer.Option("--movement", help="Show how norms moved between checkpoints of the model's training.")
     ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without sources that cannot be read.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip sources that cannot be read.")] = False,
 ) -> None:
-    """Bring many blueprints into one table, by model, checkpoint, source and domain; merge them, compare them."""
+    """Collect many blueprints in one table, by model, checkpoint, source and domain; merge and compare them."""
     if out is not None:
-        writer_of(out)
+        comparing.writer_of(out)
         require_writable(out.parent)
     if merge is not None:
         require_writable(merge.parent)
-    blueprints, skipped = read_sources(
-        sources, on_error="skip" if skip_bad else "raise", progress=not (quiet or as_json)
+    blueprints, skipped = comparing.read_sources(
+        sources, on_error="skip" if skip_bad else "raise", progress=output.format == "table"
     )
     _require_none_is_a_source([] if out is None else [out], blueprints)
     if skipped:
-        say(f"warning: {skipped_in_words(skipped)}")
+        say(f"warning: {comparing.skipped_in_words(skipped)}")
     written: list[str] = []
     notes: tuple[str, ...] = ()
     moving: Mapping[str, Blueprint] = blueprints
     if merge is not None:
-        merged, notes = merge_all(blueprints)
+        merged, notes = comparing.merge_all(blueprints)
         files = _files_for(merge, merged, notes)
         _require_none_is_a_source(files, blueprints)
         moving = {str(path): one for path, one in zip(files, merged, strict=True)}
-    found = _movement(moving) if movement else None
+    found = comparing.checkpoint_movement(moving) if movement else None
     if out is not None:
-        written.append(str(write_table(table_of(blueprints), out)))
+        written.append(str(comparing.write_table(comparing.aggregate(blueprints), out)))
     if merge is not None:
         written += [str(one.save(path)) for path, one in moving.items()]
 
@@ -73,30 +137,21 @@ def aggregate(
         data["notes"] = list(notes)
     if found is not None:
         data["movement"] = found.to_dict()
-    if as_json and not (written or movement):
-        data["rows"] = table_of(blueprints)
+    if output.format == "json" and not (written or movement):
+        data["rows"] = comparing.aggregate(blueprints)
     moved = [] if found is None else found.rows()
     bare = written or [str(row["id"]) for row in moved] or list(blueprints)
     title = f"{len(blueprints)} blueprints, {sum(map(len, blueprints.values()))} entries"
-    print_answer(data, overview, as_json, quiet, bare, title)
-    if as_json or quiet:
+    output.answer(data, overview, bare, title)
+    if output.format != "table":
         return
     if found is not None:
         top = [{key: value for key, value in row.items() if key != "model_id"} for row in moved[:_TOP]]
         which = f"\n\nThe {_TOP} that moved most:" if len(moved) > _TOP else ""
-        print_answer(data, top, as_json, quiet, bare, f"\n{found}{which}")
+        output.answer(data, top, bare, f"\n{found}{which}")
     for note in notes:
         say(note)
-    if written:
-        say(f"Written to {', '.join(written)}.")
-    else:
-        say("Next: the table in a file, with --out table.csv")
-
-
-def _movement(blueprints: Mapping[str, Blueprint]) -> Any:
-    from ..compare import checkpoint_movement
-
-    return checkpoint_movement(blueprints)
+    output.hint(f"Written to {', '.join(written)}." if written else "Next: write the table with --out table.csv")
 
 
 def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
@@ -105,7 +160,9 @@ def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
         "source": source,
         "model_id": blueprint.model_id,
         "checkpoint": blueprint.training_checkpoint,
-        "domain": joined(reference_of(part)[0] for part in parts_of(blueprint.provenance)),
+        "domain": comparing.joined(
+            comparing.reference_of(part)[0] for part in comparing.parts_of(blueprint.provenance)
+        ),
         "entries": len(blueprint),
         "level": blueprint.level,
         "examples": examples.pop() if len(examples) == 1 else None,
@@ -113,19 +170,19 @@ def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
 
 
 def _files_for(path: Path, merged: Iterable[Blueprint], notes: Iterable[str]) -> list[Path]:
-    """A file for every merged blueprint: `path`, or in the folder that it is, by model and checkpoint."""
+    """Name a file for every merged blueprint: `path` itself, or in that folder one by model and checkpoint."""
     merged = list(merged)
     if path.suffix in SUFFIXES and not path.is_dir():
         if len(merged) > 1:
             raise BlueprintError(
-                f"{path} is one file, and {len(merged)} blueprints remain after merging. {' '.join(notes)} Give a folder "
-                "to have a file for each."
+                f"--merge {path} is one file, but {len(merged)} blueprints remain after merging. {' '.join(notes)} Give "
+                "a folder to write a file for each."
             )
         return [path]
     if path.suffix and not path.is_dir():
         raise BlueprintError(
-            f"{path}: no blueprint is written as {path.suffix}. Give a name that ends in {', '.join(SUFFIXES)}, or a "
-            "folder."
+            f"--merge {path}: a blueprint cannot be written as {path.suffix}. Give a name that ends in "
+            f"{', '.join(SUFFIXES)}, or a folder."
         )
     files: list[Path] = []
     for blueprint in merged:
@@ -137,12 +194,9 @@ def _files_for(path: Path, merged: Iterable[Blueprint], notes: Iterable[str]) ->
 
 
 def _require_none_is_a_source(files: Iterable[Path], sources: Iterable[str]) -> None:
-    """Raise BlueprintError if a file that is to be written is one of those that were read."""
+    """Raise BlueprintError if a file to be written is one of the sources."""
     there = [path for path in files if path.exists()]
     for source in map(Path, sources if there else ()):
         for path in there:
             if source.exists() and path.samefile(source):
-                raise BlueprintError(f"{path} is one of the sources, and would be overwritten. Choose another name.")
-
-
-VERBS = (aggregate,)
+                raise BlueprintError(f"{path} is one of the sources and would be overwritten. Choose another name.")

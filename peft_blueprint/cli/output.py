@@ -1,67 +1,109 @@
-"""How every verb answers: as JSON, as bare lines or as a table on stdout, with all else on stderr; and shared options.
-
-Knows no verb, no blueprint and no tensor library.
-"""
+"""What a verb prints: one answer on stdout as a table, JSON or bare lines, and everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import BlueprintError
+from ..blueprint import Blueprint, score_of, to_dict
 
 
-Source = Annotated[str, typer.Argument(help="A blueprint: file (JSON or CSV), folder, or repository id on the Hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the bare answer, and no progress.")]
+Format = Literal["table", "json", "quiet"]
 
 
-def print_answer(
-    data: Any, rows: Sequence[Mapping[str, Any]], as_json: bool, quiet: bool, bare: Sequence[str], title: str
-) -> None:
-    """The answer on stdout: as JSON, as bare lines, or as a table."""
-    if as_json:
-        print(json.dumps(data, indent=2, allow_nan=False))
-    elif quiet:
-        print("\n".join(bare))
-    else:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        print(title)
-        table = Table()
-        for column in columns:
-            is_number = any(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(escape(column), justify="right" if is_number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
-        # a file or a pipe has no width: names stay whole there
-        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr)
 
 
-def pairs_of(text: str) -> dict[str, str]:
-    """The option `--columns prompt=question,completion=answer` as a mapping.
+@dataclass(frozen=True)
+class Output:
+    """The form in which a verb answers.
 
-    Raises:
-        BlueprintError: for anything else.
+    Args:
+        format: `"table"` for people, `"json"` for programs, `"quiet"` for shell pipelines: bare lines and no progress.
     """
-    pairs = [item.split("=", 1) for item in text.split(",") if item]
-    if any(len(pair) != 2 for pair in pairs):
-        raise BlueprintError(f"--columns {text}: write prompt=question,completion=answer.")
-    return {key.strip(): value.strip() for key, value in pairs}
+
+    format: Format = "table"
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress bars are shown, on stderr."""
+        return self.format != "quiet"
+
+    def answer(self, data: Any, rows: Sequence[Mapping[str, Any]], bare: Sequence[str], title: str) -> None:
+        """Print the verb's answer on stdout.
+
+        Args:
+            data: what `--format json` prints, as one JSON value.
+            rows: of the table, by column.
+            bare: lines that `--format quiet` prints.
+            title: line above the table.
+        """
+        if self.format == "json":
+            print(json.dumps(data, indent=2, allow_nan=False))
+        elif self.format == "quiet":
+            print("\n".join(bare))
+        else:
+            print(title)
+            _print_table(rows)
+
+    def blueprint(self, blueprint: Blueprint, by: str, top: int, bare: Sequence[str]) -> None:
+        """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON."""
+        ranked = sorted(blueprint, key=lambda entry: -score_of(entry, by))[: top or None]
+        rows = [
+            {
+                "id": entry.name,
+                "kind": entry.kind,
+                "gradient_norm": entry.gradient_norm,
+                "95 %": "–".join(f"{x:.3g}" for x in entry.norm_interval) if entry.norm_interval else None,
+                "signal_norm": entry.signal_norm,
+                "adam_gain": entry.adam_gain,
+            }
+            for entry in ranked
+        ]
+        title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
+        if len(ranked) < len(blueprint):
+            title += f"; the {len(ranked)} largest by {by}"
+        self.answer(to_dict(blueprint) if self.format == "json" else None, rows, bare, title)
+
+    def hint(self, text: str) -> None:
+        """Tell a person what to do next; programs and pipelines are not told."""
+        if self.format == "table":
+            say(text)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table()
+    for column in columns:
+        is_number = any(isinstance(row.get(column), int | float) for row in rows)
+        table.add_column(escape(column), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    # A file or a pipe has no width: names stay whole there.
+    Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
-def say(text: str) -> None:
-    """A line on stderr, where all goes that is not the answer."""
-    print(text, file=sys.stderr)
+def _concentration(blueprint: Blueprint) -> str:
+    """Describe how concentrated the norms are within kinds, where the file has it."""
+    known = blueprint.concentration
+    gamma = f", gamma_fit {known['gamma_fit']:.3f}" if "gamma_fit" in known else ""
+    tail = known.get("tail_within_kinds") or known.get("tail")
+    if not isinstance(tail, Mapping) or "gini" not in tail:
+        return gamma
+    gini = tail["gini"]
+    return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,20 +108,15 @@ def plan(
     workload = place.Workload(
         batch_size=batch_size, length=length, dtype=dtype, optimizer=optimizer, device=device, rank=options.r or 16
     )
-    settings = place.what_fits(
+    settings = place.plan_settings(
         record,
         measure.empty_model(model),
-        limits or None,
-        workload,
+        replace(options, budget=limits or None),
+        workload=workload,
         quantizations=(None, "nf4") if quantization is None else (None if quantization == "none" else quantization,),
         checkpointings=(False, True) if checkpointing is None else (checkpointing,),
-        keep=options.keep,
-        r=options.r or 16,
-        ranks=options.ranks or "equal_parameters",
-        rank_by=options.rank_by,
-        coverage=options.coverage,
     )
-    placement = place.recommended(settings).placement
+    placement = place.recommend_setting(settings).placement
     assert placement is not None
     if picture is not None and record is not None:
         publish.save_plot(publish.plot_blueprint(record, placement), picture)
@@ -180,7 +176,7 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
         if placement is None
         else {
             "fits": f"{len(placement.lora)} adapters",
-            "memory": place.shown("memory", placement.cost["memory"]),
+            "memory": place.format_cost("memory", placement.cost["memory"]),
             "lowest layer": placement.cost.get("lowest"),
             "step time": round(setting.time or 0.0, 3),
             "gain retained": f"{placement.gain_retained:.0%}",
@@ -190,7 +186,7 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
         "": "recommended" if is_recommended else "",
         "weights": setting.quantization or dtype,
         "checkpointing": "yes" if setting.checkpointing else "no",
-        "all-linear": place.shown("memory", setting.all_linear),
+        "all-linear": place.format_cost("memory", setting.all_linear),
         **fitting,
     }
 

@@ -1,7 +1,4 @@
-"""The verbs by which blueprints travel: `publish`, `fetch`, `embed`, `extract`, `remove`.
-
-Thin shells round `publish`, `hub` and `embedding`; knows nothing of file layouts or HTTP.
-"""
+"""Verbs by which blueprints travel: `publish`, `fetch`, `embed`, `extract`, `remove`."""
 
 from __future__ import annotations
 
@@ -11,23 +8,32 @@ from typing import Annotated
 
 import typer
 
+from .. import publish as publishing
 from ..blueprint import Blueprint
-from ..errors import BlueprintError
-from ..place import Budget
-from .answers import show_blueprint
-from .output import AsJson, Quiet, Source, print_answer, say
+from ..blueprint import extract as extract_blueprint
+from .output import Output, say
+from .verbs import Source, verb
 
 
-Model = Annotated[
+ModelFiles = Annotated[
     Path, typer.Argument(help="A .safetensors file, or the folder of a model in one file or in shards with an index.")
 ]
 Domain = Annotated[str | None, typer.Option(help="One of several side by side: the kind of data, such as math.")]
 Checkpoint = Annotated[float | None, typer.Option(help="Likewise: share of the model's training done, (0, 1].")]
 
 
+@verb(
+    "Publish",
+    examples=[
+        "peft-blueprint publish blueprint.json org/model",
+        "peft-blueprint publish blueprint.json org/model --create-pr",
+        "peft-blueprint publish math.json org/model --domain math --dry-run",
+    ],
+)
 def publish(
     source: Source,
-    repository: Annotated[str, typer.Argument(help="Where to: the model's own, or one of blueprints alone.")],
+    repository: Annotated[str, typer.Argument(help="The model's repository, or one that holds blueprints alone.")],
+    output: Output,
     domain: Domain = None,
     checkpoint: Checkpoint = None,
     dataset: Annotated[
@@ -53,16 +59,12 @@ def publish(
     ] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Publish a blueprint on the Hub in one commit, with a section of the model card."""
-    from ..publish import Publication, publish
-
     blueprint = Blueprint.from_pretrained(source)
     if model_id is not None:
         blueprint = replace(blueprint, model_id=model_id)
-    result = publish(
+    result = publishing.publish(
         blueprint,
         repository,
         domain=domain,
@@ -78,92 +80,72 @@ def publish(
         message=message,
         dry_run=dry_run,
     )
-    if isinstance(result, Publication):
+    if isinstance(result, publishing.Publication):
         rows = [{"file": name, "bytes": len(content)} for name, content in result.files.items()]
-        if not (as_json or quiet):
+        if output.format == "table":
             print(result)
-            say("Nothing would be sent." if result.is_unchanged else "Nothing was sent. Without --dry-run it is.")
+            say(
+                "Nothing would change." if result.is_unchanged else "Nothing was sent. Leave out --dry-run to send it."
+            )
             return
-        answer = {"repository": repository, "files": rows}
-        print_answer(answer, rows, as_json, quiet, list(result.files), f"To {repository}")
+        output.answer({"repository": repository, "files": rows}, rows, list(result.files), f"To {repository}")
         return
-    print_answer({"url": result}, [{"url": result}], as_json, quiet, [result], f"Published to {repository}")
+    output.answer({"url": result}, [{"url": result}], [result], f"Published to {repository}")
 
 
+@verb("Publish", examples=["peft-blueprint fetch org/model --domain math --out math.json"])
 def fetch(
     source: Source,
+    output: Output,
     out: Annotated[Path, typer.Option(help="Where to write: .json, .csv, .safetensors or a folder.")] = Path(
         "blueprint.json"
     ),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
     domain: Domain = None,
     checkpoint: Checkpoint = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Get a published blueprint, from a model's header, its index or beside it, and write it to a file."""
     blueprint = Blueprint.from_pretrained(source, revision=revision, domain=domain, checkpoint=checkpoint)
     written = blueprint.save(out)
-    show_blueprint(blueprint, "gradient_norm", 10, as_json, quiet, bare=[str(written)])
-    if not (as_json or quiet):
-        say(f"Written to {written}. Next: peft-blueprint targets {written}")
+    output.blueprint(blueprint, "gradient_norm", 10, bare=[str(written)])
+    output.hint(f"Written to {written}. Next: peft-blueprint targets {written}")
 
 
+@verb("Publish", examples=["peft-blueprint embed model-folder blueprint.json"])
 def embed(
-    model: Model,
+    model: ModelFiles,
     source: Source,
-    reserve: Annotated[
-        str | None, typer.Option(help="Room for later, such as 64KiB: an update within it takes milliseconds.")
-    ] = None,
+    output: Output,
     check: Annotated[bool, typer.Option(help="Require that the model has what the blueprint speaks of.")] = True,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write a blueprint into the header of a model's safetensors, or its index; no tensor changes."""
-    from ..publish import embed
-
     blueprint = Blueprint.from_pretrained(source)
-    changed = embed(
-        blueprint, model, reserve=0 if reserve is None else _bytes(reserve), check=check, progress=not quiet
-    )
+    changed = publishing.embed(blueprint, model, check=check, progress=output.progress)
     rows = [{"file": str(path), "bytes": path.stat().st_size} for path in changed]
     title = f"The blueprint of {blueprint.model_id} with {len(blueprint)} {blueprint.level}s is now in"
-    print_answer({"files": rows}, rows, as_json, quiet, [str(path) for path in changed], title)
+    output.answer({"files": rows}, rows, [str(path) for path in changed], title)
 
 
+@verb("Publish", examples=["peft-blueprint extract model-folder --out blueprint.json"])
 def extract(
-    model: Model,
+    model: ModelFiles,
+    output: Output,
     out: Annotated[
         Path | None, typer.Option(help="Also write it there: .json, .csv, .safetensors or a folder.")
     ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Show the blueprint that a model's header or index holds, numbers to four digits."""
-    from ..blueprint import extract
-
-    blueprint = extract(model)
+    blueprint = extract_blueprint(model)
     bare = [str(blueprint.save(out))] if out is not None else list(blueprint.names)
-    show_blueprint(blueprint, "gradient_norm", 20, as_json, quiet, bare=bare)
-    if out is not None and not (as_json or quiet):
-        say(f"Written to {bare[0]}. Next: peft-blueprint targets {bare[0]}")
+    output.blueprint(blueprint, "gradient_norm", 20, bare=bare)
+    if out is not None:
+        output.hint(f"Written to {bare[0]}. Next: peft-blueprint targets {bare[0]}")
 
 
-def remove(model: Model, as_json: AsJson = False, quiet: Quiet = False) -> None:
+@verb("Publish", examples=["peft-blueprint remove model-folder"])
+def remove(model: ModelFiles, output: Output) -> None:
     """Take a blueprint out of a model's header and index again. Exit status 1 if there is none."""
-    from ..publish import remove
-
-    changed = [str(path) for path in remove(model, progress=not quiet)]
+    changed = [str(path) for path in publishing.remove(model, progress=output.progress)]
     rows = [{"file": path} for path in changed]
-    print_answer({"files": changed}, rows, as_json, quiet, changed, "Removed from" if changed else "There is none in")
+    output.answer({"files": changed}, rows, changed, "Removed from" if changed else "No blueprint in these files")
     raise typer.Exit(0 if changed else 1)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return int(Budget.of({"memory": text}).memory or 0)
-    except BlueprintError:
-        raise BlueprintError(f"--reserve {text} is no size: write 64KiB or 100kB.") from None
-
-
-VERBS = (publish, fetch, embed, extract, remove)

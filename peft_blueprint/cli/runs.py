@@ -1,34 +1,53 @@
-"""The verb `report`: what runs gained for what they spent, as a table, a page, JSON, Markdown or in a model card.
-
-Knows nothing of how runs are compared or drawn; torch is not waited for.
-"""
+"""Verbs about runs: `train` one recipe, `report` what runs gained for what they spent, `env` for a bug report."""
 
 from __future__ import annotations
 
 import json
+import platform
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from .. import publish as publishing
+from .. import runs as running
+from .. import train as training
 from .._files import require_writable, write_atomically
 from ..errors import BlueprintError
-from ..publish import ABSENT, NAMES, headline, number, per, quantity, score, stopping_words, times
-from ..runs import RESOURCES, WINDOW, Report, Row, RunRecord, make_report
-from .output import Quiet, print_answer, say
+from ..runs import RESOURCES, WINDOW, Report, Row, RunRecord
+from .output import Output, say
+from .verbs import verb
 
 
 STDOUT = "-"
 
 
+@verb("Runs", examples=["peft-blueprint train recipe.yaml"])
+def train(recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")], output: Output) -> None:
+    """Run a recipe: probe, check drift, place, train, evaluate, save the adapter."""
+    report = asdict(training.run_recipe(training.Recipe.from_yaml(recipe), progress=output.progress))
+    rows = [{"what": key.replace("_", " "), "value": value} for key, value in report.items()]
+    output.answer(report, rows, [report["output"]], f"The run of {recipe}")
+
+
+@verb(
+    "Runs",
+    examples=[
+        "peft-blueprint report all-linear blueprint --baseline all-linear",
+        "peft-blueprint report all-linear blueprint --html report.html",
+        "peft-blueprint report all-linear blueprint --results results/",
+        "peft-blueprint report blueprint --card blueprint",
+    ],
+)
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders with run.json, such files, or a Trainer's output folders.")
     ],
+    output: Output,
     baseline: Annotated[str | None, typer.Option(help="Run to compare with: its name, or its folder.")] = None,
     resource: Annotated[
         str | None, typer.Option(help=f"What counts as spent: {', '.join(RESOURCES)}; by default as the runs say.")
@@ -38,50 +57,66 @@ def report(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page there (needs matplotlib).")
     ] = None,
-    as_json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Write results in the form of PEFT's method_comparison: FILE, folder, or - to print."
-        ),
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Write results in the form of PEFT's method_comparison: a .json file, or a folder."),
     ] = None,
-    markdown: Annotated[str | None, typer.Option(help="Write Markdown: FILE, or - to print.")] = None,
+    markdown: Annotated[
+        str | None, typer.Option(help="Write a Markdown section to a file; - prints it instead of the table.")
+    ] = None,
     card: Annotated[
         Path | None, typer.Option(help="Folder of an adapter: put the cost into its README.md and its metadata.")
     ] = None,
-    quiet: Quiet = False,
 ) -> None:
     """Report what runs gained for what they spent, beside each other."""
-    if as_json == STDOUT and markdown == STDOUT:
-        raise BlueprintError("--json - and --markdown - both print to the same place. Give one of them a file.")
-    for path in (html, *(Path(text) for text in (as_json, markdown) if text not in (None, STDOUT))):
+    if markdown == STDOUT and output.format == "json":
+        raise BlueprintError("--markdown - and --format json both print to stdout: name a file for one of them.")
+    for path in (html, results, None if markdown in (None, STDOUT) else Path(str(markdown))):
         if path is not None:
             require_writable(path if path.is_dir() else path.parent)
     records, named = _read(runs, baseline)
-    found = make_report(records, baseline=named, resource=resource, metric=metric, window=window)
+    found = running.make_report(records, baseline=named, resource=resource, metric=metric, window=window)
     of_card = None if card is None else _row_of(card, runs, found, baseline)
     for note in found.notes:
         say(f"note: {note}")
 
     if html is not None:
-        from ..publish import save_page
-
-        save_page(found, html)
+        publishing.save_page(found, html)
         say(f"Written to {html}.")
-    if as_json is not None:
-        _give_json(found, as_json)
-    if markdown is not None:
-        from ..publish import cost_section
-
-        _give(cost_section(found), markdown)
+    if results is not None:
+        say(f"Written to {_write_results(found, results)}.")
+    if markdown is not None and markdown != STDOUT:
+        write_atomically(Path(markdown), publishing.cost_section(found))
+        say(f"Written to {markdown}.")
     if card is not None and of_card is not None:
-        from ..publish import update_card
-
-        path, notes = update_card(card, found, of_card)
+        written, notes = publishing.update_card(card, found, of_card)
         for note in notes:
             say(f"note: {note}")
-        say(f"Written to {path}.")
-    if STDOUT not in (as_json, markdown):
-        _show(found, quiet)
+        say(f"Written to {written}.")
+    if markdown == STDOUT:
+        print(publishing.cost_section(found), end="")
+    else:
+        _show(found, output)
+
+
+@verb("Runs", examples=["peft-blueprint env"])
+def env(output: Output) -> None:
+    """Print versions and hardware, for a bug report."""
+    import torch  # only this verb asks for it
+
+    packages = (
+        *("peft-blueprint", "peft", "transformers", "torch", "accelerate", "datasets", "huggingface_hub"),
+        *("safetensors", "scipy", "bitsandbytes", "matplotlib"),
+    )
+    found: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = [{"what": key, "value": value} for key, value in found.items()]
+    output.answer(found, rows, [f"{key} {value}" for key, value in found.items()], "Environment")
 
 
 def _read(paths: Sequence[Path], baseline: str | None) -> tuple[list[RunRecord], str | None]:
@@ -131,72 +166,66 @@ def _row_of(folder: Path, paths: Sequence[Path], report: Report, baseline: str |
     )
 
 
-def _give_json(report: Report, target: str) -> None:
-    """One result to a file or to print; of several a folder with a file each, as PEFT's tools read them, or a list."""
-    from ..publish import method_comparison_json
+def _results(report: Report) -> list[dict[str, Any]]:
+    return [publishing.method_comparison_json(row, report) for row in report.rows]
 
-    results = [method_comparison_json(row, report) for row in report.rows]
-    path = Path(target)
-    if target == STDOUT or (path.suffix == ".json" and not path.is_dir()):
-        _give(_dumped(results[0] if len(results) == 1 else results), target)
-        return
+
+def _write_results(report: Report, path: Path) -> str:
+    """Write one result to a `.json` file, several to it as a list, or each to a file of a folder, as PEFT's tools read."""
+    results = _results(report)
+    if path.suffix == ".json" and not path.is_dir():
+        write_atomically(path, _dumped(results[0] if len(results) == 1 else results))
+        return str(path)
     taken: set[str] = set()
     for result in results:
         stem = re.sub(r"[^\w.-]+", "--", str(result["run_info"]["experiment_name"])).strip("-.")[:120] or "run"
         name = next(n for i in range(len(results)) if (n := f"{stem}{f'-{i + 1}' if i else ''}.json") not in taken)
         taken.add(name)
         write_atomically(path / name, _dumped(result))
-    say(f"Written to {path}: {', '.join(sorted(taken))}.")
-
-
-def _give(text: str, target: str) -> None:
-    if target == STDOUT:
-        print(text, end="")
-        return
-    write_atomically(Path(target), text)
-    say(f"Written to {target}.")
+    return f"{path}: {', '.join(sorted(taken))}"
 
 
 def _dumped(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _show(report: Report, quiet: bool) -> None:
-    """The table, then the totals' labels and the decisions in words."""
-    has_base, several = report.baseline is not None, len(report.rows) > 1
+def _show(report: Report, output: Output) -> None:
+    """Print the table, then the totals with their labels and the stopping decisions."""
+    words = publishing
+    per = words.per_unit(report.resource)
     rows = []
     for row in report.rows:
         cells = {
-            "run": escape(row.name) + (" (baseline)" if row.is_baseline else ""),
-            report.metric: score(row.metric),
-            NAMES[report.resource]: quantity(row.spent.value, report.resource),
+            "run": row.name + (" (baseline)" if row.is_baseline else ""),
+            report.metric: words.format_score(row.metric),
+            words.RESOURCE_NAMES[report.resource]: running.format_quantity(row.spent.value, report.resource),
             "label": row.spent.how,
-            "gain": score(row.gain),
-            f"gain {per(report.resource)}": number(row.per_resource),
-            f"last window {per(report.resource)}": number(row.ratio),
+            "gain": words.format_score(row.gain),
+            f"gain {per}": running.format_number(row.per_resource),
+            f"last window {per}": running.format_number(row.ratio),
         }
-        if has_base:
-            cells["of the baseline's"] = times(row.relative)
-            cells["to the baseline's metric"] = quantity(row.to_baseline, report.resource)
-            cells[f"{report.metric} at its budget"] = score(row.at_budget)
-        if several:
-            cells["front"] = {True: "yes", False: "no", None: ABSENT}[row.on_front]
+        if report.baseline is not None:
+            cells["of the baseline's"] = words.format_multiple(row.relative)
+            cells["to the baseline's metric"] = running.format_quantity(row.to_baseline, report.resource)
+            cells[f"{report.metric} at its budget"] = words.format_score(row.at_budget)
+        if len(report.rows) > 1:
+            cells["front"] = {True: "yes", False: "no", None: words.ABSENT}[row.on_front]
         rows.append(cells)
     bare = [f"{row.name}\t{row.metric}\t{row.spent.value}" for row in report.rows]
-    print_answer(None, rows, False, quiet, bare, headline(report))
-    if quiet:
+    results = _results(report) if output.format == "json" else None
+    output.answer(results, rows, bare, words.headline(report))
+    if output.format != "table":
         return
-    totals = [{"spent": NAMES[name], **{row.name: _total(row, name) for row in report.rows}} for name in NAMES]
-    print_answer(None, totals, False, False, [], "\nWhat was spent, and how that is known")
+    totals = [
+        {"spent": name, **{row.name: _total(row, resource) for row in report.rows}}
+        for resource, name in words.RESOURCE_NAMES.items()
+    ]
+    output.answer(None, totals, [], "\nWhat was spent, and how that is known")
     for row in report.rows:
-        words = " ".join(stopping_words(row))
-        if words:
-            print(f"\n{row.name}: {words}")
+        if said := " ".join(words.describe_stop(row)):
+            print(f"\n{row.name}: {said}")
 
 
-def _total(row: Row, name: str) -> str:
-    figure = row.record.total(name)
-    return figure.how if figure.value is None else f"{quantity(figure.value, name)} ({figure.how})"
-
-
-VERBS: tuple[Callable[..., None], ...] = (report,)
+def _total(row: Row, resource: str) -> str:
+    total = row.record.total(resource)
+    return total.how if total.value is None else f"{running.format_quantity(total.value, resource)} ({total.how})"

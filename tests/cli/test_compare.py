@@ -5,11 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from peft_blueprint import Blueprint, BlueprintError
-from peft_blueprint.cli.compare import VERBS
+from peft_blueprint.cli.program import app
 from peft_blueprint.compare.table import aggregate, read_sources
 from peft_blueprint.errors import FormatError
 from tests.made_up import UP, measured
@@ -18,11 +17,9 @@ from tests.made_up import UP, measured
 @pytest.fixture
 def run():
     """Runs the verb with the words given."""
-    app = typer.Typer()
-    app.command()(VERBS[0])
 
     def call(*words):
-        result = CliRunner().invoke(app, list(map(str, words)))
+        result = CliRunner().invoke(app, ["aggregate", *map(str, words)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result
@@ -42,10 +39,10 @@ def test_the_verb_shows_the_sources_and_writes_the_table(run, labs, tmp_path):
     result = run(*labs, "--out", out)
     assert result.exit_code == 0 and "2 blueprints, 24 entries" in result.stdout and str(labs[0]) in result.stdout
     assert f"Written to {out}." in result.stderr and len(out.read_text().splitlines()) == 25
-    assert run(*labs, "--out", out, "-q").stdout == f"{out}\n"
-    answer = json.loads(run(*labs, "--json").stdout)
+    assert run(*labs, "--out", out, "--format", "quiet").stdout == f"{out}\n"
+    answer = json.loads(run(*labs, "--format", "json").stdout)
     assert answer["rows"] == aggregate(labs) and [s["examples"] for s in answer["sources"]] == [8, 8]
-    assert "rows" not in json.loads(run(*labs, "--json", "--out", out).stdout)
+    assert "rows" not in json.loads(run(*labs, "--format", "json", "--out", out).stdout)
 
 
 def test_the_verb_skips_what_is_bad_when_told(run, labs, tmp_path):
@@ -57,7 +54,7 @@ def test_the_verb_skips_what_is_bad_when_told(run, labs, tmp_path):
     assert not out.exists()
     result = run(*labs, bad, "--out", out, "--skip-bad")
     assert "warning: 1 of the sources skipped" in result.stderr and len(out.read_text().splitlines()) == 24
-    assert list(json.loads(run(*labs, bad, "--skip-bad", "--json").stdout)["skipped"]) == [str(bad)]
+    assert list(json.loads(run(*labs, bad, "--skip-bad", "--format", "json").stdout)["skipped"]) == [str(bad)]
 
 
 def test_the_verb_merges(run, labs, tmp_path):
@@ -72,10 +69,10 @@ def test_the_verb_merges(run, labs, tmp_path):
     ):
         run(*labs, other, "--merge", merged)
     folder = tmp_path / "folder"
-    names = run(*labs, other, "--merge", folder, "-q").stdout.split()
+    names = run(*labs, other, "--merge", folder, "--format", "quiet").stdout.split()
     assert names == [str(folder / "blueprint-of_org_m-80.json"), str(folder / "blueprint-of_org_m-50.json")]
     assert sorted(read_sources(folder)[0]) == sorted(names), "the folder is a source itself"
-    with pytest.raises(BlueprintError, match=r"no blueprint is written as \.yaml"):
+    with pytest.raises(BlueprintError, match=r"a blueprint cannot be written as \.yaml"):
         run(*labs, "--merge", tmp_path / "m.yaml")
 
 
@@ -83,7 +80,7 @@ def test_the_verb_overwrites_no_source(run, labs):
     """Neither with the table nor with the merged blueprint, under whatever spelling."""
     before = labs[0].read_bytes()
     for option in ("--out", "--merge"):
-        with pytest.raises(BlueprintError, match="is one of the sources, and would be overwritten"):
+        with pytest.raises(BlueprintError, match="is one of the sources and would be overwritten"):
             run(*labs, option, labs[0].parent / ".." / "labs" / labs[0].name)
     assert labs[0].read_bytes() == before
 
@@ -92,9 +89,9 @@ def test_the_verb_follows_a_training(run, run_folder, labs, tmp_path):
     """--movement tells of the folder of a training; with --merge of what is merged."""
     result = run(run_folder, "--movement")
     assert "at 50, 80 and 100 % of its training: 28 submodules" in result.stdout and "norm_100" in result.stdout
-    answer = json.loads(run(run_folder, "--movement", "--json").stdout)
+    answer = json.loads(run(run_folder, "--movement", "--format", "json").stdout)
     assert answer["movement"]["checkpoints"] == [0.5, 0.8, 1.0] and "rows" not in answer
-    assert len(run(run_folder, "--movement", "-q").stdout.split()) == 28
+    assert len(run(run_folder, "--movement", "--format", "quiet").stdout.split()) == 28
     early = measured(UP, checkpoint=0.5).save(tmp_path / "early.json")
     with pytest.raises(BlueprintError, match="both at 80 %"):
         run(*labs, early, "--movement")
@@ -105,8 +102,8 @@ def test_aggregating_waits_for_no_tensor_library(labs, tmp_path):
     """A table of JSON files as CSV: without torch, transformers, datasets or scipy."""
     script = f"""
 import sys
-from peft_blueprint.aggregate import aggregate, write_table
-from peft_blueprint import cli_aggregate
+from peft_blueprint.compare import aggregate, write_table
+import peft_blueprint.cli.compare
 write_table(aggregate({list(map(str, labs))!r}), {str(tmp_path / "t.csv")!r})
 print(sorted({{"torch", "transformers", "datasets", "scipy"}} & sys.modules.keys()))
 """

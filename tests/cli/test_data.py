@@ -3,28 +3,18 @@
 import json
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
-import typer
 from datasets import load_dataset
 from typer.testing import CliRunner
 
 from peft_blueprint import Blueprint, generate_blueprint
-from peft_blueprint.cli import data as cli_select
-from peft_blueprint.data import alignment as aligning
-from peft_blueprint.data import methods as selection_methods
-from peft_blueprint.data.scoring import METHODS
-from peft_blueprint.data.select import DEFAULT_METHOD
+from peft_blueprint.cli.program import app
+from peft_blueprint.data.options import DEFAULT_METHOD, METHODS
 from peft_blueprint.data.tables import read_table, write_table
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.testing import save_tiny_model, tiny_llama, toy_batches
 
-
-APP = typer.Typer()
-APP.callback()(lambda: None)
-for verb in cli_select.VERBS:
-    APP.command()(verb)
 
 ROWS = [
     {
@@ -38,7 +28,7 @@ ROWS = [
 
 def run(*arguments):
     """What the verb prints."""
-    done = CliRunner().invoke(APP, ["select-data", *map(str, arguments)])
+    done = CliRunner().invoke(app, ["select-data", *map(str, arguments)])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     assert done.exit_code == 0, done.output
@@ -63,7 +53,20 @@ def test_the_chosen_are_written_with_all_their_columns(asked, tmp_path, ending):
     """In the data's order, in each format, with scores when asked; the JSON says which, and how."""
     out = tmp_path / f"new/chosen.{ending}"
     said = json.loads(
-        run(*asked, "--fraction", 0.25, "--method", "loss", "--out", out, "--with-scores", "--json", "--batch-size", 4)
+        run(
+            *asked,
+            "--fraction",
+            0.25,
+            "--method",
+            "loss",
+            "--out",
+            out,
+            "--with-scores",
+            "--format",
+            "json",
+            "--batch-size",
+            4,
+        )
     )
     kind = "json" if ending == "jsonl" else ending
     found = load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
@@ -77,10 +80,10 @@ def test_the_chosen_are_written_with_all_their_columns(asked, tmp_path, ending):
 def test_quietly_it_prints_the_file_alone(asked, tmp_path):
     """And without a method that asks the model, loads no weights."""
     out = tmp_path / "chosen.jsonl"
-    assert run(*asked, "--count", 5, "--out", out, "--quiet") == f"{out}\n"
+    assert run(*asked, "--count", 5, "--out", out, "--format", "quiet") == f"{out}\n"
     first = out.read_text(encoding="utf-8")
     assert first.count("\n") == 5 and "é" in first and "selection_score" not in first
-    run(*asked, "--count", 5, "--out", out, "--quiet", "--stream")
+    run(*asked, "--count", 5, "--out", out, "--format", "quiet", "--stream")
     assert out.read_text(encoding="utf-8") == first
 
 
@@ -97,25 +100,25 @@ def test_a_target_and_a_blueprint_are_read(asked, folder, tmp_path):
     said = run(*asked, "--count", 5, "--out", out, *options, "--placement-fraction", 0.5)
     assert "5 of 24 examples by predicted_alignment" in said and "held-out rank correlation" in said
     state = tmp_path / "state"
-    asked_again = [*asked, "--count", 5, "--out", out, *options, "--keep-state", state, "--json"]
+    asked_again = [*asked, "--count", 5, "--out", out, *options, "--keep-state", state, "--format", "json"]
     first, second = (json.loads(run(*asked_again)) for _ in range(2))
     assert first["indices"] == second["indices"] and state.exists()
-    assert json.loads(run(*asked, "--count", 3, "--method", "bm25", "--target", target, "--out", out, "--json"))[
-        "scores"
-    ]
+    assert json.loads(
+        run(*asked, "--count", 3, "--method", "bm25", "--target", target, "--out", out, "--format", "json")
+    )["scores"]
 
 
 def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
     """Nothing is written, and the data itself cannot be written over."""
     out = tmp_path / "chosen.jsonl"
     for arguments, message in [
-        ([*asked, "--count", 3, "--out", tmp_path / "chosen.txt"], "none of the endings"),
+        ([*asked, "--count", 3, "--out", tmp_path / "chosen.txt"], "must end in one of"),
         ([*asked, "--count", 3, "--out", folder / "data.jsonl"], "is the file of --data .*, which would be lost"),
         ([*asked, "--out", out], "give one of the two"),
         ([*asked, "--count", 3, "--out", out, "--method", "best"], "no method 'best'"),
         ([*asked, "--count", 3, "--out", out, "--method", "bm25"], "give target"),
         ([*asked, "--count", 3, "--out", out, "--placement-fraction", 0.5], "give one with --blueprint"),
-        ([*asked[:-1], "prompt", "--count", 3, "--out", out], "write prompt=question"),
+        ([*asked[:-1], "prompt", "--count", 3, "--out", out], "NAME=COLUMN pairs"),
         ([folder, "--data", tmp_path / "none.jsonl", "--count", 3, "--out", out], "There is no file"),
     ]:
         with pytest.raises(BlueprintError, match=message):
@@ -124,17 +127,14 @@ def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
 
 
 def test_the_help_names_what_there_is():
-    """The options' words are those of the functions they go to."""
-    assert get_args(cli_select.Precondition) == get_args(aligning.Precondition)
-    assert get_args(cli_select.Similarity) == get_args(aligning.Similarity)
-    assert get_args(cli_select.FeatureKind) == get_args(selection_methods.FeatureKind)
-    text = CliRunner().invoke(APP, ["select-data", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).stdout
+    """Every method, and the default."""
+    text = CliRunner().invoke(app, ["select-data", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).stdout
     assert all(name in text for name in [*METHODS, "iterative"]) and DEFAULT_METHOD in text
 
 
 def test_the_verb_starts_without_torch():
     """Its help does not wait."""
-    script = "import sys, peft_blueprint.cli_select; print(sorted({'torch', 'datasets'} & sys.modules.keys()))"
+    script = "import sys, peft_blueprint.cli.program; print(sorted({'torch', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 

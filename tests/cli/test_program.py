@@ -11,22 +11,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import Blueprint, generate_blueprint, plan_placement
-from peft_blueprint.cli.app import main
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, recwarn):
-    """Runs a command in this process: (exit status, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["peft-blueprint", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -42,18 +27,20 @@ def test_show_prints_the_strongest_and_all_of_it_as_json(run, file, blueprint):
     assert status == 0 and out.index(strongest) and out.count("model.layers") == 3 and not err
     gini = blueprint.concentration["tail_within_kinds"]["gini"]
     assert f"Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: " in out
-    assert json.loads(run("show", file, "--json")[1])["layers"][0]["id"] == blueprint.names[0]
-    assert run("show", file, "-q", "--top", 2)[1].splitlines()[0] == strongest
+    assert json.loads(run("show", file, "--format", "json")[1])["layers"][0]["id"] == blueprint.names[0]
+    assert run("show", file, "--format", "quiet", "--top", 2)[1].splitlines()[0] == strongest
 
 
 def test_targets_prints_the_placement(run, file, blueprint):
     """Names are those of plan_placement; JSON gives lora and unfreeze."""
     expected = plan_placement(blueprint, fraction=0.1, rank_by="gradient_norm", coverage="kind")
     words = ("targets", file, "--fraction", 0.1, "--rank-by", "gradient_norm", "--coverage", "kind")
-    assert run(*words, "-q")[1].split() == list(expected.lora)
-    assert json.loads(run(*words, "--json")[1])["lora"] == list(expected.lora)
+    assert run(*words, "--format", "quiet")[1].split() == list(expected.lora)
+    assert json.loads(run(*words, "--format", "json")[1])["lora"] == list(expected.lora)
     assert "8 adapters" in run(*words)[1]
-    assert json.loads(run("targets", file, "--mode", "unfreeze", "--num-modules", 2, "--json")[1])["unfreeze"]
+    assert json.loads(run("targets", file, "--mode", "unfreeze", "--num-modules", 2, "--format", "json")[1])[
+        "unfreeze"
+    ]
 
 
 def test_targets_speaks_each_trainers_language(run, file, blueprint):
@@ -66,18 +53,20 @@ def test_targets_speaks_each_trainers_language(run, file, blueprint):
     words = ("targets", file, "--fraction", 0.1, "--for", "llamafactory")
     config = yaml.safe_load(run(*words, "--rank", 4)[1])
     assert (config["lora_rank"], config["lora_alpha"]) == (4, 8)
-    answer = json.loads(run(*words, "--json")[1])
-    assert answer["trainer"] == "llamafactory" and answer["config"] == run(*words, "-q")[1]
+    answer = json.loads(run(*words, "--format", "json")[1])
+    assert answer["trainer"] == "llamafactory" and answer["config"] == run(*words, "--format", "quiet")[1]
 
 
 def test_export_writes_an_adapter_of_one_rank(run, tmp_path):
     """From a folder to another; the rank can be given; a folder without an adapter is bad use."""
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 5})
     get_peft_model(tiny_llama(layers=2), config).save_pretrained(tmp_path / "many")
-    status, out, _ = run("export", tmp_path / "many", tmp_path / "one", "-q")
+    status, out, _ = run("export", tmp_path / "many", tmp_path / "one", "--format", "quiet")
     assert status == 0 and out.strip() == str(tmp_path / "one")
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 5
-    assert json.loads(run("export", tmp_path / "many", tmp_path / "one", "--rank", 8, "--json")[1])["written"]
+    assert json.loads(run("export", tmp_path / "many", tmp_path / "one", "--rank", 8, "--format", "json")[1])[
+        "written"
+    ]
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 8
     status, _, err = run("export", tmp_path, tmp_path / "two")
     assert status == 2 and "There is no adapter in" in err
@@ -89,7 +78,7 @@ def test_targets_says_which_names_are_parameters(run, tmp_path):
     blueprint = generate_blueprint(model, toy_batches(), bootstrap=10, progress=False)
     fused = [entry.name for entry in blueprint if entry.form == "experts"]
     file = blueprint.save(tmp_path / "mixture.json")
-    placement = json.loads(run("targets", file, "--fraction", 1, "--json")[1])
+    placement = json.loads(run("targets", file, "--fraction", 1, "--format", "json")[1])
     assert placement["target_parameters"] == fused
     assert run("targets", file, "--fraction", 1)[1].count("adapter on a parameter") == len(fused)
 
@@ -111,7 +100,7 @@ def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
     record["layers"][70]["gradient_norm"] = 1e6
     other = tmp_path / "other.json"
     other.write_text(json.dumps(record))
-    status, out, _ = run("compare", file, other, "--json")
+    status, out, _ = run("compare", file, other, "--format", "json")
     assert status == 0 and json.loads(out)[0]["rank_first"] - json.loads(out)[0]["rank_second"] >= 9
     del record["layers"][3]
     other.write_text(json.dumps(record))
@@ -123,7 +112,7 @@ def test_drift_answers_with_its_exit_status(run, file, tmp_path):
     """0 when the two agree, 1 when they do not, 2 when there is nothing to compare."""
     record = json.loads(file.read_text())
     del record["digest"]  # it is changed on purpose
-    status, out, _ = run("drift", file, file, "--json")
+    status, out, _ = run("drift", file, file, "--format", "json")
     assert status == 0 and json.loads(out)["correlation"] > 0.999
     for depth, entry in enumerate(record["layers"]):
         entry["gradient_norm"] = 1.0 + depth
@@ -140,16 +129,16 @@ def test_generate_measures_a_model_folder_on_a_file(run, tmp_path):
     data.write_text("".join(json.dumps({"question": "1 2 3", "answer": f"{i} 5 6"}) + "\n" for i in range(9)))
     out = tmp_path / "out.csv"
     words = ("generate", folder, "--out", out, "--columns", "prompt=question,completion=answer", "--max-examples", 6)
-    status, printed, _ = run(*words, "--data", data, "-q")
+    status, printed, _ = run(*words, "--data", data, "--format", "quiet")
     assert status == 0 and printed.strip() == str(out)
     record = Blueprint.from_pretrained(out)
     assert record.model_id == str(folder) and record.provenance["domains"]["data"]["examples"] == 6
     assert record.provenance["command"].startswith("peft-blueprint generate ")
-    run(*words, "--data", data, "--method", "sketch", "--sketch-size", 8, "--include", "all", "-q")
+    run(*words, "--data", data, "--method", "sketch", "--sketch-size", 8, "--include", "all", "--format", "quiet")
     record = Blueprint.from_pretrained(out)
     assert (record.provenance["method"], record.provenance["sketch_size"]) == ("sketch", 8)
     assert {"embedding", "norm", "linear"} <= {entry.form for entry in record}
-    run(*words, "--data", f"first={data}", "--data", f"second={data}", "-q")
+    run(*words, "--data", f"first={data}", "--data", f"second={data}", "--format", "quiet")
     assert Blueprint.from_pretrained(out).submodules[0].domain_tags == {"first": 1.0, "second": 1.0}
 
 
@@ -158,7 +147,7 @@ def test_generate_publishes_with_privacy_and_binds_to_weights(run, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     data, out = tmp_path / "data.jsonl", tmp_path / "out.json"
     data.write_text("".join(json.dumps({"prompt": "1 2 3", "completion": f"{i} 5 6"}) + "\n" for i in range(40)))
-    words = ("generate", folder, "--data", data, "--out", out, "-q")
+    words = ("generate", folder, "--data", data, "--out", out, "--format", "quiet")
     status, _, err = run(*words, "--dp-epsilon", 50, "--dp-delta", 1e-5, "--digest-weights")
     record = Blueprint.from_pretrained(out)
     assert status == 0, err
@@ -179,7 +168,7 @@ def test_generate_shares_the_work_among_processes(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": "1 2 3", "completion": f"{i} 5 6"}) + "\n" for i in range(9)))
-    words = ["generate", str(folder), "--data", str(data), "--max-examples", "5", "-q"]
+    words = ["generate", str(folder), "--data", str(data), "--max-examples", "5", "--format", "quiet"]
     torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
     printed = {}
     for name, launcher in (("one", []), ("two", torchrun)):
@@ -202,15 +191,15 @@ def test_generate_shares_the_work_among_processes(tmp_path):
     ("words", "message"),
     [
         (["show", "no/such-file.json"], "There is no blueprint at no/such-file.json"),
-        (["generate", "nowhere", "--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
+        (["generate", "nowhere", "--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
         (
             ["generate", "nowhere", "--data", "FILE", "--columns", "text=model_id"],
             "The model 'nowhere' cannot be loaded",
         ),
         (["generate", "m", "--data", "x.jsonl", "--out", "FILE/b.json"], "cannot be written: Not a directory"),
         (["generate", "m", "--data", "a.jsonl", "--data", "b.jsonl"], "name every domain"),
-        (["targets", "FILE", "--fraction", "2"], "fraction=2.0 is not a share"),
-        (["targets", "FILE", "--fraction", "0.1", "--top-p", "0.1"], "two selectors"),
+        (["targets", "FILE", "--fraction", "2"], "fraction must be in (0, 1], got 2"),
+        (["targets", "FILE", "--fraction", "0.1", "--top-p", "0.1"], "both say how many submodules"),
         (["show", "FILE", "--by", "luck"], "no statistic 'luck'"),
         (["train", "no.yaml"], "The recipe no.yaml cannot be read"),
         (["frobnicate"], "No such command"),
@@ -218,8 +207,8 @@ def test_generate_shares_the_work_among_processes(tmp_path):
         (["targets", "FILE", "--rank-by", "luck"], "luck"),
         (["targets", "FILE", "--mode", "prompt"], "prompt"),
         (["targets", "FILE", "--for", "fairseq"], "fairseq"),
-        (["targets", "FILE", "--rank", "8"], "say which one, as --for peft"),
-        (["targets", "FILE", "--mode", "unfreeze", "--for", "llamafactory"], "unfreezes blocks beside LoRA only"),
+        (["targets", "FILE", "--alpha", "8"], "choose one, for example --for peft"),
+        (["targets", "FILE", "--mode", "unfreeze", "--for", "llamafactory"], "unfreezes blocks only beside LoRA"),
     ],
 )
 def test_bad_use_is_one_line_and_status_2(run, file, words, message, monkeypatch):
@@ -243,5 +232,5 @@ def test_reading_verbs_do_not_wait_for_torch(file):
 
 def test_env_prints_versions(run):
     """For a bug report."""
-    found = json.loads(run("env", "--json")[1])
+    found = json.loads(run("env", "--format", "json")[1])
     assert found["peft-blueprint"] and found["torch"] and re.match(r"3\.\d+", found["python"])
