@@ -1,5 +1,5 @@
 from .budget import Budget as Budget
-from .budget import shown as shown
+from .budget import format_cost as format_cost
 from .config import BlueprintConfig as BlueprintConfig
 from .cost import FLOPS_PER_BYTE as FLOPS_PER_BYTE
 from .cost import Cost as Cost
@@ -11,8 +11,8 @@ from .coverage import by_kind as by_kind
 from .coverage import make_picker as make_picker
 from .gains import CoverGain as CoverGain
 from .gains import SetGain as SetGain
-from .hardware import recommended as recommended
-from .hardware import what_fits as what_fits
+from .hardware import plan_settings as plan_settings
+from .hardware import recommend_setting as recommend_setting
 from .options import DEFAULT_RANK as DEFAULT_RANK
 from .options import Coverage as Coverage
 from .options import Mode as Mode

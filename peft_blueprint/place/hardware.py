@@ -1,18 +1,17 @@
-"""What fits a card: a placement for every setting of quantisation and checkpointing, under one limit of memory.
-
-Asks the planner once a setting. Knows nothing of cards themselves, or of PEFT.
-"""
+"""Plan a placement for each combination of quantisation and gradient checkpointing, and recommend one for a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from .._options import from_keywords
 from ..blueprint import Blueprint
 from ..errors import PlacementError
 from .cost import CostModel, Structure, Workload
+from .options import PlacementOptions
 from .placement import Placement
 from .planner import as_module, plan_placement
 from .solver import DEFAULT_KEEP
@@ -20,14 +19,14 @@ from .solver import DEFAULT_KEEP
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to hold the base model, and what then fits.
+    """One way to hold the base model, and the placement that then fits.
 
     Args:
-        quantization: of the base weights, "nf4" say, or None.
-        checkpointing: whether activations are computed again in the backward pass.
+        quantization: of the base weights, such as "nf4", or None.
+        checkpointing: whether activations are recomputed in the backward pass.
         all_linear: bytes that LoRA on every linear layer takes.
-        placement: the best that fits; None where nothing does.
-        time: of its step, over that of LoRA on every linear layer of the first setting, whether that fits or not.
+        placement: the best that fits; None if nothing does.
+        time: of its step, over that of LoRA on every linear layer in the first setting, whether that fits or not.
         reason: why nothing fits.
     """
 
@@ -39,44 +38,49 @@ class Setting:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object; of the placement its costs alone."""
-        costs = (
-            {} if self.placement is None else {**self.placement.cost, "gain_retained": self.placement.gain_retained}
-        )
+        """Return a JSON object with the placement's costs."""
+        placement = self.placement
+        costs = {} if placement is None else {**placement.cost, "gain_retained": placement.gain_retained}
         return {
             "quantization": self.quantization or "none",
             "checkpointing": self.checkpointing,
             "all_linear_memory": self.all_linear,
-            "fits": self.placement is not None,
+            "fits": placement is not None,
             **costs,
             **({} if self.time is None else {"time": self.time}),
         }
 
 
-def what_fits(
+def plan_settings(
     blueprint: Blueprint | None,
     model: Any,
-    budget: Mapping[str, Any],
-    workload: Workload | None = None,
+    options: PlacementOptions | None = None,
     *,
+    workload: Workload | None = None,
     quantizations: Sequence[str | None] = (None, "nf4"),
     checkpointings: Sequence[bool] = (False, True),
-    **options: Any,
+    **keywords: Any,
 ) -> tuple[Setting, ...]:
-    """A placement for every setting, as far as one fits.
+    """Plan a placement for every setting in which one fits.
 
-    With checkpointing the backward pass is taken to stop below the lowest adapter, as without; it does with
-    `checkpointing.CheckpointAbove`.
+    With checkpointing the backward pass is assumed to stop below the lowest adapter, as `CheckpointAbove` makes it do.
 
     Args:
         blueprint: None to place evenly.
         model: a model, also on the meta device, or a config.
-        budget: see `Budget.of`; with a limit of memory, as a rule.
-        workload: what a step is; its quantisation and checkpointing are replaced by each setting's.
+        options: as for `plan_placement`, usually with a budget of memory.
+        workload: a training step; its quantisation and checkpointing are replaced by each setting's.
         quantizations: to try.
         checkpointings: to try.
-        **options: for `plan_placement`.
+        **keywords: fields of `PlacementOptions`, on top of `options`.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> settings = plan_settings(None, tiny_llama(), budget="1GiB")
+        >>> recommend_setting(settings).quantization is None
+        True
     """
+    options = from_keywords(PlacementOptions, options, keywords, PlacementError)
     model = as_module(model)
     structure = Structure.of(model)
     settings = []
@@ -89,7 +93,7 @@ def what_fits(
         whole = costs.all_linear()
         reference = reference or costs.step_time(whole)
         try:
-            placement = plan_placement(blueprint, model, budget=budget, workload=load, **options)
+            placement = plan_placement(blueprint, model, options, workload=load)
         except PlacementError as error:
             settings.append(Setting(quantization, checkpointing, whole.bytes, None, reason=str(error)))
             continue
@@ -98,19 +102,14 @@ def what_fits(
     return tuple(settings)
 
 
-def recommended(settings: Sequence[Setting]) -> Setting:
-    """Of those that keep enough of the gain the fastest; if none does, the one that keeps most.
+def recommend_setting(settings: Sequence[Setting]) -> Setting:
+    """Return the fastest setting that retains enough of the gain, or the one that retains most.
 
     Raises:
-        PlacementError: if nothing fits in any setting, with the last one's reason, which asks for least.
+        PlacementError: if nothing fits in any setting, with the reason of the last, which takes the least memory.
     """
-    fitting = [setting for setting in settings if setting.placement is not None]
+    fitting = {i: s.placement.gain_retained or 0.0 for i, s in enumerate(settings) if s.placement is not None}
     if not fitting:
         raise PlacementError(f"Nothing fits in any setting. In the last one: {settings[-1].reason}")
-
-    def gain_retained(setting: Setting) -> float:
-        assert setting.placement is not None and setting.placement.gain_retained is not None
-        return setting.placement.gain_retained
-
-    enough = [setting for setting in fitting if gain_retained(setting) >= DEFAULT_KEEP - 1e-9]
-    return min(enough, key=lambda setting: setting.time or 0.0) if enough else max(fitting, key=gain_retained)
+    enough = [settings[i] for i, gain in fitting.items() if gain >= DEFAULT_KEEP - 1e-9]
+    return min(enough, key=lambda s: s.time or 0.0) if enough else settings[max(fitting, key=fitting.__getitem__)]

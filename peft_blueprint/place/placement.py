@@ -1,7 +1,4 @@
-"""`Placement`, what is adapted and why: names, ranks, what they cost, and what else could have been.
-
-A record that prints as a table and reads back from JSON. Knows nothing of models, or of how it was decided.
-"""
+"""`Placement`: names, ranks, predicted costs and the reasons for them; prints as a table, reads back from JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rich.table import Table
 
 from .._text import format_names
 from ..errors import PlacementError
-from .budget import shown
+from ..runs import format_quantity
 
 
 _NAME_LISTS = ("lora", "unfreeze", "target_parameters")
@@ -25,29 +22,27 @@ _MAPPINGS = ("selector", "ranks", "details", "cost")
 
 @dataclass(frozen=True)
 class Placement:
-    """What is adapted, and why.
+    """Where adapters go and which modules are unfrozen, with the reasons.
 
     Args:
-        model_id: of the blueprint that it came from.
-        lora: full names of the submodules that get an adapter, in the model's order; of a linear layer the module's,
-            of fused experts the parameter's.
+        model_id: model of the blueprint.
+        lora: full names of the submodules that get an adapter, in the model's order: of linear layers the module's
+            name, of fused experts the parameter's.
         unfreeze: full names of the modules that are trained whole.
-        rank_by: the statistic that ranked them.
-        coverage: over what they were spread.
-        selector: the wish, such as `{"fraction": 0.2}` or `{"memory": 12884901888}`.
-        candidates: how many submodules, or blocks, there were to choose from.
-        target_parameters: those of `lora` that are parameters: experts that are fused into one.
-        left_out: how many entries of the blueprint were no candidates: on embeddings, norms, biases, convolutions and
-            heads no adapter is put.
-        rank: of every adapter that `ranks` does not name; None where the adapter's config is to say.
-        ranks: rank by full name, where they differ.
-        learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None where the
-            blueprint does not carry what predicts it.
-        gain_retained: predicted gain as a share of all-linear LoRA's, see `redundancy.CoverGain`: of Adam's first-order gain
-            where all entries carry it, else with every entry counted alike. None in placements made before there was one.
-        cost: what it costs as far as that was predicted: `time` as a share of all-linear LoRA's step, `parameters`,
-            `modules`, `lowest` (the depth at which the backward pass stops), `memory` and its parts in bytes.
-        details: of every name in `lora` its `kind`, `depth`, `score` and, where the blueprint says k*, `k_star_rank`: the
+        rank_by: score that ranked the submodules.
+        coverage: what the choice was spread over.
+        selector: size or limits, such as `{"fraction": 0.2}` or `{"memory": 12884901888}`.
+        candidates: number of submodules, or blocks, to choose from.
+        target_parameters: the names in `lora` that are parameters: experts fused into one.
+        left_out: number of the blueprint's entries that take no adapter: embeddings, norms, biases, convolutions, heads.
+        rank: rank of each adapter that is not in `ranks`; None to leave it to the adapter's config.
+        ranks: rank by full name, where ranks differ.
+        learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None without Adam's gain.
+        gain_retained: predicted gain as a share of all-linear LoRA's, see `CoverGain`: of Adam's first-order gain if all
+            entries carry it, otherwise with every entry counted alike.
+        cost: predicted costs, as far as known: `time` as a share of all-linear LoRA's step, `parameters`, `modules`,
+            `lowest` (depth at which the backward pass stops), `memory` in bytes.
+        details: for each name in `lora` its `kind`, `depth`, `score` and, if the blueprint has k*, `k_star_rank`: the
             rank at which an adapter has the share k* of the weight's parameters (eq. 15).
         alternatives: the next smaller and larger choices, each with `modules`, `time`, `gain_retained` and so on.
     """
@@ -71,27 +66,27 @@ class Placement:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Those of `lora` that are modules."""
+        """The names in `lora` that are modules."""
         return tuple(name for name in self.lora if name not in self.target_parameters)
 
     def quantization_skip_modules(self, head: str = "lm_head") -> list[str]:
-        """What to give `BitsAndBytesConfig(llm_int8_skip_modules=…)` so that the blocks to unfreeze are not quantised.
+        """Return what `BitsAndBytesConfig(llm_int8_skip_modules=…)` needs so that blocks to unfreeze stay unquantised.
 
-        The head is on the list because an explicit list replaces transformers' own, which has it.
+        The head is included because an explicit list replaces transformers' own, which has it.
         """
         return [head, *self.unfreeze]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Return a JSON object."""
         lists = {name: list(getattr(self, name)) for name in (*_NAME_LISTS, "alternatives")}
         return asdict(self) | lists | {name: dict(getattr(self, name)) for name in _MAPPINGS}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Placement:
-        """The placement of such an object.
+        """Read the object that `to_dict` returns.
 
         Raises:
-            PlacementError: if it is not one.
+            PlacementError: if it is not a placement.
         """
         try:
             values = {"target_parameters": (), "alternatives": (), **data}
@@ -102,77 +97,72 @@ class Placement:
             ) from error
 
     def summary(self) -> str:
-        """One line: how many of how many, by what, and what it costs."""
-        what = [f"{len(self.lora)} adapters"] if self.lora else []
-        what += [f"{len(self.unfreeze)} unfrozen modules"] if self.unfreeze else []
+        """Return one line: how many of how many, by which score, at which rank."""
         rank = f" of rank {self.rank}" if self.rank is not None and self.lora and not self.ranks else ""
-        line = f"{' and '.join(what)}{rank} of {self.candidates} candidates by {self.rank_by}, spread over {self.coverage}"
-        return line if self.coverage != "none" else line.replace("spread over none", "not spread")
+        adapted = [f"{len(self.lora)} adapters{rank}"] if self.lora else []
+        adapted += [f"{len(self.unfreeze)} unfrozen modules"] if self.unfreeze else []
+        spread = "not spread" if self.coverage == "none" else f"spread over {self.coverage}"
+        return f"{' and '.join(adapted)} of {self.candidates} candidates by {self.rank_by}, {spread}"
 
     def __str__(self) -> str:
-        """A table: where the adapters are by kind, what they cost, and the next smaller and larger choices."""
-        places = Table()
+        """Tables of the adapters by kind, and of the costs beside the next smaller and larger choices."""
+        console = Console(file=io.StringIO(), width=119, highlight=False)
+        console.print(f"{self.model_id}: {self.summary()}")
+        console.print(self._kind_table())
+        if self.cost:
+            console.print(self._cost_table())
+        if self.learning_rate_scale is not None:
+            console.print(f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer.")
+        if self.cost:
+            console.print("Costs are predicted. The step time is a share of all-linear LoRA's.")
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _kind_table(self) -> Table:
+        table = Table()
         for column, justify in (("kind", "left"), ("layers", "left"), ("rank", "right"), ("adapters", "right")):
-            places.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         by_kind: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.lora:
             by_kind[str(self.details.get(name, {}).get("kind") or name.rpartition(".")[2])].append(name)
         for kind, names in by_kind.items():
             depths = sorted(d for name in names if (d := self.details.get(name, {}).get("depth")) is not None)
             ranks = sorted({self.ranks.get(name, self.rank) for name in names} - {None})  # type: ignore[type-var]
-            held = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
-            places.add_row(kind, _runs(depths), held, str(len(names)))
+            rank = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
+            table.add_row(kind, _format_ranges(depths), rank, str(len(names)))
         for name in self.unfreeze:
-            places.add_row(name, "", "", "whole")
-        return _text(
-            f"{self.model_id}: {self.summary()}", places, *([self._cost_table()] if self.cost else []), *self._notes()
-        )
+            table.add_row(name, "", "", "whole")
+        return table
 
     def _cost_table(self) -> Table:
         table = Table()
-        for column in ("", "memory", "step time", "parameters", "modules", "lowest layer", "gain kept"):
-            table.add_column(column, justify="right" if column else "left")
-        smaller = [row for row in self.alternatives if row["modules"] < self.cost["modules"]]
-        larger = [row for row in self.alternatives if row["modules"] >= self.cost["modules"]]
-        own = {**self.cost, **({"gain_retained": self.gain_retained} if self.gain_retained is not None else {})}
-        for label, rows in (("next smaller", smaller), ("this one", [own]), ("next larger", larger)):
-            for row in rows:
-                table.add_row(
-                    label,
-                    shown("memory", row["memory"]) if "memory" in row else "",
-                    f"{row['time']:.2f}" if "time" in row else "",
-                    f"{row['parameters']:,.0f}" if "parameters" in row else "",
-                    f"{row['modules']:.0f}",
-                    f"{row['lowest']:.0f}" if row.get("lowest") is not None else "",
-                    f"{row['gain_retained']:.0%}" if row.get("gain_retained") is not None else "",
-                )
+        columns = {
+            "memory": ("memory", lambda value: format_quantity(value, "B")),
+            "time": ("step time", "{:.2f}".format),
+            "parameters": ("parameters", "{:,.0f}".format),
+            "modules": ("modules", "{:.0f}".format),
+            "lowest": ("lowest layer", "{:.0f}".format),
+            "gain_retained": ("gain retained", "{:.0%}".format),
+        }
+        for title in ("", *(title for title, _ in columns.values())):
+            table.add_column(title, justify="right" if title else "left")
+        rows = [("this one", {**self.cost, "gain_retained": self.gain_retained})]
+        smaller = [("next smaller", row) for row in self.alternatives if row["modules"] < self.cost["modules"]]
+        larger = [("next larger", row) for row in self.alternatives if row["modules"] >= self.cost["modules"]]
+        for label, row in (*smaller, *rows, *larger):
+            cells = ("" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items())
+            table.add_row(label, *cells)
         return table
 
-    def _notes(self) -> list[str]:
-        notes = []
-        if self.learning_rate_scale is not None:
-            notes.append(f"Learning rate: {self.learning_rate_scale:.2f} times what suits LoRA on every linear layer.")
-        if self.cost:
-            notes.append("Costs are predicted; step time is a share of the same step with LoRA on every linear layer.")
-        return notes
 
-
-def _runs(depths: list[int]) -> str:
-    """Depths with runs drawn together: 0-3 7 12."""
-    runs: list[list[int]] = []
+def _format_ranges(depths: list[int]) -> str:
+    """Shorten sorted depths to ranges: 0-3 7 12."""
+    ranges: list[list[int]] = []
     for depth in depths:
-        if runs and depth - runs[-1][-1] <= 1:
-            runs[-1].append(depth)
+        if ranges and depth - ranges[-1][-1] <= 1:
+            ranges[-1].append(depth)
         else:
-            runs.append([depth])
+            ranges.append([depth])
     return " ".join(
-        f"{run[0]}-{run[-1]}" if run[-1] - run[0] > 1 else " ".join(map(str, dict.fromkeys(run))) for run in runs
+        f"{part[0]}-{part[-1]}" if part[-1] - part[0] > 1 else " ".join(map(str, dict.fromkeys(part)))
+        for part in ranges
     )
-
-
-def _text(*parts: Table | str) -> str:
-    """Tables and lines as plain text."""
-    console = Console(file=io.StringIO(), width=119, highlight=False)
-    for part in parts:
-        console.print(part)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

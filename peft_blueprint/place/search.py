@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..blueprint import Submodule
 from ..errors import PlacementError
-from .budget import Budget, shown
+from .budget import Budget, format_cost
 from .coverage import Picker
 
 
@@ -153,10 +153,10 @@ class Search:
             fastest = min(singles, key=lambda choice: choice.costs["time"]).costs
             return (
                 f"No placement meets all limits of {budget} at once. The fastest single module takes "
-                f"{', '.join(shown(name, fastest[name]) for name in limits)}. Raise a limit."
+                f"{', '.join(format_cost(name, fastest[name]) for name in limits)}. Raise a limit."
             )
         compared = "; ".join(
-            f"the smallest placement takes {shown(name, least[name])}, the limit is {shown(name, limits[name])}"
+            f"the smallest placement takes {format_cost(name, least[name])}, the limit is {format_cost(name, limits[name])}"
             for name in impossible
         )
         written = {

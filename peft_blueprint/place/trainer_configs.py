@@ -1,10 +1,8 @@
-"""A placement in another trainer's own words: the configuration of PEFT, TRL, axolotl, LLaMA-Factory or Unsloth, as text.
+"""Write a placement as the configuration of PEFT, TRL, axolotl, LLaMA-Factory or Unsloth.
 
-Knows what each of them can say and how it matches names; loads none of them, and no model.
-
-All five end in PEFT's `LoraConfig`, which takes a name of a list exactly or as an ending after a dot, so that the full
-name of layer 1 does not reach layer 11. Read in the sources of TRL 1.16, axolotl 0.19, LLaMA-Factory 0.9.5 and Unsloth
-2026.10; where one of them cannot say what a placement holds, that is an error here.
+All five end in PEFT's `LoraConfig`, which matches a listed name exactly or as an ending after a dot, so the full name of
+layer 1 does not reach layer 11. Checked against the sources of TRL 1.16, axolotl 0.19, LLaMA-Factory 0.9.5 and Unsloth
+2026.10.
 """
 
 from __future__ import annotations
@@ -26,15 +24,13 @@ from .placement import Placement
 
 Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"]
 
-# PEFT's word for an adapter on no module at all, as when blocks are only unfrozen
-NO_TARGETS = "dummy-target-modules"
-# beyond so many patterns Python's cache of compiled ones is too small, and PEFT compiles each for every module
-_MAX_SINGLE_PATTERNS = 200
+NO_TARGETS = "dummy-target-modules"  # PEFT's target_modules where only blocks are unfrozen
+_MAX_SINGLE_PATTERNS = 200  # PEFT matches each against every module, and Python's cache of compiled patterns holds 512
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What PEFT's `LoraConfig` is given, under its names; every list sorted, every name full."""
+    """Arguments of PEFT's `LoraConfig`: lists are sorted, names are full."""
 
     r: int
     lora_alpha: float
@@ -46,7 +42,7 @@ class LoraSettings:
     alpha_pattern: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Keyword arguments of `LoraConfig`, without those that are empty."""
+        """Return the keyword arguments of `LoraConfig` that are not empty."""
         optional = ("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
         return {key: value for key, value in vars(self).items() if value or key not in optional}
 
@@ -60,10 +56,9 @@ def trainer_config(
     lora_dropout: float = 0.0,
     task_type: str = "CAUSAL_LM",
 ) -> str:
-    """A placement as that trainer's own configuration, to be pasted: Python for PEFT, TRL and Unsloth, else YAML.
+    """Write a placement as a trainer's own configuration: Python for PEFT, TRL and Unsloth, otherwise YAML.
 
-    Where the placement says ranks, they count instead of `r`, and every adapter keeps the scaling lora_alpha / r:
-    alpha_i = r_i · lora_alpha / r.
+    Ranks of the placement replace `r`, and every adapter keeps the scaling: alpha_i = r_i · lora_alpha / r.
 
     Args:
         placement: what to adapt.
@@ -71,11 +66,18 @@ def trainer_config(
         r: LoRA's rank; by default the placement's `rank`, or else 16.
         lora_alpha: LoRA's alpha; by default 2 · r.
         lora_dropout: LoRA's dropout.
-        task_type: PEFT's, for PEFT and TRL; the others find it out themselves.
+        task_type: PEFT's task type, for PEFT and TRL.
 
     Raises:
-        PlacementError: if that trainer has no word for what is placed (ranks, experts fused into one parameter, blocks
-            that are unfrozen), or a number cannot be used.
+        PlacementError: if the trainer cannot express the placement (ranks, fused experts, unfrozen blocks), or a number
+            is out of range.
+
+    Example:
+        >>> from peft_blueprint import plan_placement
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> placement = plan_placement(None, tiny_llama(), num_modules=2, r=8)
+        >>> print(trainer_config(placement, "llamafactory").splitlines()[-1])
+        lora_target: model.layers.1.self_attn.v_proj,model.layers.3.self_attn.q_proj
     """
     writers = {
         "peft": _peft,
@@ -94,13 +96,12 @@ def trainer_config(
 def lora_settings(
     placement: Placement, *, r: int | None = None, lora_alpha: float | None = None, lora_dropout: float = 0.0
 ) -> LoraSettings:
-    """What PEFT is to be given for a placement.
+    """Return the arguments of PEFT's `LoraConfig` for a placement.
 
-    With ranks, `r` is the largest of them, for servers that size their memory by it, and the others stand in patterns,
-    each the whole of a name.
+    Where ranks differ, `r` is the largest, because servers size their memory by it; patterns hold the others.
 
     Raises:
-        PlacementError: if nothing is placed, or a number cannot be used.
+        PlacementError: if the placement is empty, or a number is out of range.
     """
     if not (placement.lora or placement.unfreeze):
         raise PlacementError(f"The placement for {placement.model_id!r} is empty: there is nothing to train.")
@@ -108,8 +109,8 @@ def lora_settings(
     lora_alpha = 2 * r if lora_alpha is None else lora_alpha
     if r != int(r) or r < 1 or not (lora_alpha > 0 and math.isfinite(lora_alpha)) or not 0 <= lora_dropout < 1:
         raise PlacementError(
-            f"r={r}, lora_alpha={lora_alpha}, lora_dropout={lora_dropout}: give a whole rank of at least 1, an alpha "
-            "above 0 and a dropout of at least 0 and below 1."
+            f"r must be a positive integer, lora_alpha positive and lora_dropout in [0, 1), got r={r}, "
+            f"lora_alpha={lora_alpha}, lora_dropout={lora_dropout}."
         )
     if lora_dropout and placement.target_parameters:
         raise PlacementError(
@@ -137,9 +138,9 @@ def lora_settings(
 
 
 def _patterns(by_rank: Mapping[int, Sequence[str]]) -> dict[str, int]:
-    """Rank by regular expression: each name's own, or one alternation for all of a rank where there are many names.
+    """Return ranks by regular expression: one for each name, or one for each rank where there are many names.
 
-    PEFT matches a pattern to the end of a name, so `^` makes it the whole.
+    PEFT matches a pattern up to the end of a name; `^` makes it match the whole name.
     """
     if sum(map(len, by_rank.values())) <= _MAX_SINGLE_PATTERNS:
         return {"^" + re.escape(name): rank for rank, names in by_rank.items() for name in names}
@@ -147,7 +148,7 @@ def _patterns(by_rank: Mapping[int, Sequence[str]]) -> dict[str, int]:
 
 
 def whole_if_exact(number: float) -> float:
-    """A whole number as such; products of alpha and rank are exact to about 1e-12."""
+    """Return a whole number as an int; products of alpha and rank are exact to about 1e-12."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
@@ -155,7 +156,7 @@ def _notes(placement: Placement) -> list[str]:
     lines = [f"peft_blueprint for {placement.model_id!r}: {placement.summary()}"]
     if placement.learning_rate_scale is not None:
         scale = placement.learning_rate_scale
-        lines.append(f"learning rate: about {scale:.3g} times that of LoRA on every linear layer is a good first try")
+        lines.append(f"learning rate: start with about {scale:.3g} times that of LoRA on every linear layer")
     return lines
 
 
@@ -177,12 +178,15 @@ def _trl(placement: Placement, settings: LoraSettings, task_type: str) -> tuple[
         "    peft_config=peft_config,\n"
         ")\n"
     )
-    return body, ["train_dataset is yours; other trainers of TRL take the same peft_config", *_skip_note(placement)]
+    return body, [
+        "replace train_dataset by your data; TRL's other trainers take the same peft_config",
+        *_skip_note(placement),
+    ]
 
 
 def _unsloth(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
-    # a list, since FastLanguageModel of older versions takes a regular expression apart, letter by letter; an empty
-    # target_parameters, since without it Unsloth adds the experts of its own accord
+    # a list, because older versions of FastLanguageModel split a regular expression into letters; an empty
+    # target_parameters, because Unsloth adds the experts without it
     values = settings.to_dict() | {"target_parameters": settings.target_parameters}
     body = f"from unsloth import FastModel\n\nmodel = {_call('FastModel.get_peft_model', values, first='model')}\n"
     notes = [
@@ -190,12 +194,12 @@ def _unsloth(placement: Placement, settings: LoraSettings, _: str) -> tuple[str,
         "modules_to_save, and for some models only last parts of names in target_modules"
     ]
     if placement.unfreeze:
-        notes.append("FastModel.from_pretrained quantises unless it is told load_in_4bit=False")
+        notes.append("FastModel.from_pretrained quantises unless load_in_4bit=False")
     return body, notes + _skip_note(placement)
 
 
 def _axolotl(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
-    _require_whole("axolotl", settings)
+    _require_integer_alphas("axolotl", settings)
     values = settings.to_dict()
     names = {
         **{"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
@@ -213,25 +217,26 @@ def _axolotl(placement: Placement, settings: LoraSettings, _: str) -> tuple[str,
 
 
 def _llamafactory(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
-    _require_whole("LLaMA-Factory", settings)
+    _require_integer_alphas("LLaMA-Factory", settings)
     if settings.rank_pattern:
         found = sorted({settings.r, *settings.rank_pattern.values()})
         raise PlacementError(
-            f"LLaMA-Factory has one lora_rank for all, and this placement has {found}. Plan it with one rank, or train "
-            "with peft, trl, axolotl or unsloth."
+            f"LLaMA-Factory has a single lora_rank, and this placement has ranks {found}. Plan it with one rank, or use "
+            "peft, trl, axolotl or unsloth."
         )
     if settings.target_parameters:
         raise PlacementError(
-            f"LLaMA-Factory has no word for adapters on parameters, and {format_names(settings.target_parameters)} are experts "
-            "fused into one. Train with peft, trl, axolotl or unsloth, or place linear layers alone."
+            f"LLaMA-Factory has no adapters on parameters, and {format_names(settings.target_parameters)} are fused "
+            "experts. Use peft, trl, axolotl or unsloth, or place linear layers only."
         )
     if not placement.lora:
         raise PlacementError(
-            f"LLaMA-Factory unfreezes blocks beside LoRA only, and this placement is {format_names(placement.unfreeze)} without "
-            "an adapter. Plan it with mode='lora+unfreeze', or train with peft, trl, axolotl or unsloth."
+            f"LLaMA-Factory unfreezes blocks only beside LoRA, and this placement unfreezes "
+            f"{format_names(placement.unfreeze)} without an adapter. Plan it with mode='lora+unfreeze', or use peft, trl, "
+            "axolotl or unsloth."
         )
-    if spoiled := [name for name in (*placement.lora, *placement.unfreeze) if "," in name or name != name.strip()]:
-        raise PlacementError(f"LLaMA-Factory separates names by commas: {format_names(spoiled)} cannot be written.")
+    if unusable := [name for name in (*placement.lora, *placement.unfreeze) if "," in name or name != name.strip()]:
+        raise PlacementError(f"LLaMA-Factory separates names by commas and cannot read {format_names(unusable)}.")
     written = {
         "model_name_or_path": placement.model_id,
         "stage": "sft",
@@ -242,11 +247,13 @@ def _llamafactory(placement: Placement, settings: LoraSettings, _: str) -> tuple
         "lora_target": ",".join(settings.target_modules),
     }
     notes = [
-        "in models with images or sound LLaMA-Factory takes every name that contains one of these: look at its log"
+        "in models with images or sound LLaMA-Factory matches every name that contains one of these: check its log"
     ]
     if placement.unfreeze:
         written["additional_target"] = ",".join(settings.modules_to_save)
-        notes.append("additional_target is trained whole: leave quantization_bit out, since 4 bits cannot be trained")
+        notes.append(
+            "additional_target is trained whole: leave quantization_bit out, because 4-bit weights cannot be trained"
+        )
     return _yaml(written), notes
 
 
@@ -257,15 +264,15 @@ def _skip_note(placement: Placement) -> list[str]:
     return [f"on a 4-bit base, load it with BitsAndBytesConfig(..., llm_int8_skip_modules={skip})"]
 
 
-def _require_whole(trainer: str, settings: LoraSettings) -> None:
+def _require_integer_alphas(trainer: str, settings: LoraSettings) -> None:
     alphas = {settings.r: settings.lora_alpha} | {
         rank: settings.alpha_pattern[pattern] for pattern, rank in settings.rank_pattern.items()
     }
     for rank, alpha in alphas.items():
         if alpha != int(alpha):
             raise PlacementError(
-                f"Rank {rank} gets alpha {alpha:.6g} so that all adapters are scaled alike, and {trainer} takes whole "
-                "numbers. Choose lora_alpha as a multiple of r."
+                f"{trainer} needs an integer alpha, and rank {rank} gets {alpha:.6g} so that all adapters have one scaling. "
+                "Choose lora_alpha as a multiple of r."
             )
 
 
@@ -274,14 +281,14 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 def _call(function: str, values: Mapping[str, Any], first: str | None = None) -> str:
-    """A call as Python text, one argument a line."""
+    """Write a call in Python, one argument a line."""
     lines = [first] if first else []
     lines += [f"{key}={_python(value, 1)}" for key, value in values.items()]
     return f"{function}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
 
 
 def _python(value: Any, depth: int = 0) -> str:
-    """A string, number, list of strings or dict as Python text."""
+    """Write a string, number, list of strings or dict in Python."""
     inner, outer = "    " * (depth + 1), "    " * depth
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_blueprint.place.budget import Budget, shown
+from peft_blueprint.place.budget import Budget, format_cost
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,6 @@ def test_what_exceeds_a_budget_is_named():
     budget = Budget.of("1GiB, 0.7x")
     assert budget.exceeded({"memory": 2**30, "time": 0.7}) == []
     assert budget.exceeded({"memory": 2**30 + 1, "time": 0.6, "modules": 10**6}) == ["memory"]
-    assert shown("memory", 1.5 * 2**30) == "1.50 GiB" and shown("parameters", 4_880_000).startswith("4.88 M")
+    assert format_cost("memory", 1.5 * 2**30) == "1.5 GiB" and format_cost("parameters", 4_880_000).startswith(
+        "4.88 million"
+    )

@@ -11,37 +11,37 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from peft_blueprint import Blueprint
-from peft_blueprint.cli.app import app
+from peft_blueprint.cli.program import app
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.place.cost import Workload
-from peft_blueprint.place.hardware import recommended, what_fits
+from peft_blueprint.place.hardware import plan_settings, recommend_setting
 from peft_blueprint.testing import tiny_llama
 from tests.hub.loopback import loopback_hub
 
 
-def test_settings_are_tried_and_the_fastest_that_keeps_enough_is_recommended():
+def test_settings_are_tried_and_the_fastest_that_keeps_enough_is_recommend_setting():
     """Where memory is plenty without checkpointing and quantisation; where it is short with what makes it fit."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
     )
     load = Workload(batch_size=4, length=256)
-    plenty = what_fits(None, config, {"memory": "4GiB"}, load)
+    plenty = plan_settings(None, config, budget={"memory": "4GiB"}, workload=load)
     assert [(s.quantization, s.checkpointing) for s in plenty] == [
         (None, False),
         (None, True),
         ("nf4", False),
         ("nf4", True),
     ]
-    assert recommended(plenty) is plenty[0] and plenty[1].time > plenty[0].time
+    assert recommend_setting(plenty) is plenty[0] and plenty[1].time > plenty[0].time
     least = min(setting.all_linear for setting in plenty)
-    short = what_fits(None, config, {"memory": least}, load)
-    assert recommended(short).checkpointing
+    short = plan_settings(None, config, budget={"memory": least}, workload=load)
+    assert recommend_setting(short).checkpointing
     for setting in short:
         if setting.placement is not None:
             assert setting.placement.cost["memory"] <= least
     with pytest.raises(PlacementError, match="Nothing fits in any setting.*too small"):
-        recommended(what_fits(None, config, {"memory": 1000}, load))
+        recommend_setting(plan_settings(None, config, budget={"memory": 1000}, workload=load))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def plan(*words):
 def test_plan_reads_a_config_alone(folder):
     """All settings in a table, the one to take, and the placement; as JSON and as bare names too."""
     found = plan(folder / "model", "--vram", "40MiB", "--reserve", "20MiB", "--length", 64)
-    for part in ("take this", "nf4", "bfloat16", "within 20.0 MiB", "q_proj", "next smaller"):
+    for part in ("recommended", "nf4", "bfloat16", "within 20 MiB", "q_proj", "next smaller"):
         assert part in found.stdout, part
     answer = json.loads(plan(folder / "model", "--keep", 0.5, "--format", "json").stdout)
     assert len(answer["settings"]) == 4 and answer["placement"]["rank_by"] == "even"
@@ -112,7 +112,7 @@ def test_plan_reads_a_repository_on_the_hub(folder):
         (("--vram", "1KiB", "--reserve", "1B"), "Nothing fits in any setting"),
         (("--vram", "12GiB", "--reserve", "13GiB"), "leaves nothing of --vram 12GiB"),
         (("--vram", "12GiB", "--budget", "8GiB"), "both limit the memory"),
-        (("--vram", "a lot"), "'a lot' cannot be read"),
+        (("--vram", "a lot"), "Cannot read 'a lot'"),
         (("--picture", "x.png"), "give one with --blueprint"),
         (("--quantization", "gptq"), "quantization='gptq'"),
         (("--optimizer", "lion"), "optimizer='lion'"),

@@ -151,7 +151,7 @@ def test_blocks_alone_are_unfrozen_or_refused(trainer, monkeypatch):
     """Without any adapter; LLaMA-Factory cannot, and the error says who can."""
     placed = placement((), BLOCKS)
     if trainer == "llamafactory":
-        with pytest.raises(PlacementError, match="unfreezes blocks beside LoRA only.*lora.unfreeze.*with peft"):
+        with pytest.raises(PlacementError, match="unfreezes blocks only beside LoRA.*lora.unfreeze.*use peft"):
             trainer_config(placed, trainer)
     else:
         model = LOADERS[trainer](trainer_config(placed, trainer), tiny_llama(layers=12), monkeypatch)
@@ -167,7 +167,7 @@ def test_fused_experts_are_parameters_or_refused(trainer, lora, monkeypatch):
     """Where a trainer knows target_parameters they are in it; LLaMA-Factory does not, and dropout is an error."""
     placed = placement(lora, target_parameters=EXPERTS)
     if trainer == "llamafactory":
-        with pytest.raises(PlacementError, match="no word for adapters on parameters.*experts.down_proj"):
+        with pytest.raises(PlacementError, match="no adapters on parameters.*experts.down_proj"):
             trainer_config(placed, trainer)
     else:
         model = LOADERS[trainer](trainer_config(placed, trainer, r=2, lora_alpha=2), tiny_mixtral(), monkeypatch)
@@ -182,7 +182,7 @@ def test_ranks_that_differ_keep_one_scaling(trainer, monkeypatch):
     placed = placement(ranks=dict(zip(LORA, (2, 8, 4), strict=True)))
     if trainer == "llamafactory":
         with pytest.raises(
-            PlacementError, match=r"one lora_rank for all, and this placement has \[2, 4, 8\].*with peft"
+            PlacementError, match=r"a single lora_rank, and this placement has ranks \[2, 4, 8\].*use peft"
         ):
             trainer_config(placed, trainer)
     else:
@@ -224,7 +224,7 @@ def test_what_the_placement_says_is_the_default():
     """Its rank, twice that as alpha; its factor on the learning rate stands in a comment, and nothing where unknown."""
     text = trainer_config(placement(rank=8, learning_rate_scale=2.236), "llamafactory")
     assert yaml.safe_load(text)["lora_rank"] == 8 and yaml.safe_load(text)["lora_alpha"] == 16
-    assert "# learning rate: about 2.24 times that of LoRA on every linear layer" in text
+    assert "# learning rate: start with about 2.24 times that of LoRA on every linear layer" in text
     plain = trainer_config(placement(), "llamafactory")
     assert yaml.safe_load(plain)["lora_rank"] == 16 and "learning rate" not in plain
     assert yaml.safe_load(trainer_config(placement(rank=8), "axolotl", r=4))["lora_alpha"] == 8
@@ -248,11 +248,16 @@ def test_a_name_is_written_so_that_it_comes_back(trainer):
     [
         (placement(()), "peft", {}, "'org/model' is empty"),
         (placement(), "fairseq", {}, "trainer='fairseq': choose peft, trl, axolotl, llamafactory, unsloth"),
-        (placement(), "peft", {"r": 0}, "r=0, lora_alpha=0,"),
+        (placement(), "peft", {"r": 0}, "got r=0, lora_alpha=0,"),
         (placement(), "peft", {"lora_alpha": -1}, "lora_alpha=-1"),
         (placement(), "peft", {"lora_dropout": 1.0}, "lora_dropout=1.0"),
-        (placement(ranks={LORA[0]: 5}), "axolotl", {"r": 16, "lora_alpha": 24}, "Rank 5 gets alpha 7.5 .*axolotl"),
-        (placement(("a,b",)), "llamafactory", {}, "by commas: 'a,b'"),
+        (
+            placement(ranks={LORA[0]: 5}),
+            "axolotl",
+            {"r": 16, "lora_alpha": 24},
+            "axolotl needs an integer alpha, and rank 5 gets 7.5",
+        ),
+        (placement(("a,b",)), "llamafactory", {}, "by commas and cannot read 'a,b'"),
     ],
 )
 def test_what_cannot_be_said_is_an_error(placed, trainer, settings, message):
