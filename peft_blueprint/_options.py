@@ -53,7 +53,7 @@ def from_keywords(
         raise error(
             f"options must be {cls.__name__}, got {type(options).__name__}. Pass {cls.__name__}(…) or keywords."
         )
-    _refuse_unknown(cls, keywords, cls.__name__, error)
+    _require_mapping(keywords, cls.__name__, error, [f.name for f in fields(cls) if f.init])  # type: ignore[arg-type]
     return replace(cls() if options is None else options, **keywords)  # type: ignore[type-var]
 
 
@@ -85,23 +85,37 @@ def from_mapping(
         Traceback (most recent call last):
         peft_blueprint.errors.BlueprintError: recipe.yaml: fraction must be a number, got '0.5' (text).
     """
-    from pydantic import ValidationError
+    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
+    _require_mapping(data, where, error, None if ignore_unknown else known)
+    return _validated(_adapter(cls), data, where, error)  # type: ignore[arg-type]
 
-    if not isinstance(data, Mapping):
-        raise error(f"{where} must be a mapping, got {_shown(data)}.")
-    if not ignore_unknown:
-        _refuse_unknown(cls, data, where, error)
-    try:
-        return _adapter(cls).validate_json(json.dumps(data), strict=True)
-    except (TypeError, ValueError, RecursionError) as failed:
-        if not isinstance(failed, ValidationError):
-            raise error(f"{where} must hold text, numbers, lists and mappings alone: {failed}.") from failed
-        first = failed.errors(include_url=False)[0]
-        raised = first.get("ctx", {}).get("error")
-        if isinstance(raised, BlueprintError):
-            kind = type(raised) if isinstance(raised, error) else error
-            raise kind(": ".join(filter(None, (where, _key(first), str(raised))))) from None
-        raise error(f"{where}: {_sentence(first)}.") from None
+
+def check_fields(
+    types: Mapping[str, Any], data: Any, where: str, error: type[BlueprintError] = BlueprintError
+) -> None:
+    """Validate untrusted data that becomes another library's arguments later.
+
+    Args:
+        types: type of every known key, as from `typing.get_type_hints`.
+        data: a mapping with some of these keys.
+        where: file or key named in error messages.
+        error: class of the errors raised.
+
+    Raises:
+        BlueprintError: of class `error`, naming the first key that is unknown or of the wrong type.
+
+    Example:
+        >>> check_fields({"lr": float}, {"lr": "fast"}, "recipe.yaml: training")
+        Traceback (most recent call last):
+        peft_blueprint.errors.BlueprintError: recipe.yaml: training: lr must be a number, got 'fast' (text).
+    """
+    from pydantic import TypeAdapter
+    from typing_extensions import TypedDict
+
+    _require_mapping(data, where, error, list(types))
+    given = TypedDict("given", {key: types[key] for key in data}, total=False)  # type: ignore[misc]
+    given.__pydantic_config__ = {"arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+    _validated(TypeAdapter(given), data, where, error)
 
 
 def help_of(cls: type, name: str) -> str:
@@ -116,23 +130,47 @@ def _adapter(cls: type) -> Any:
     return TypeAdapter(cls)
 
 
-def _refuse_unknown(cls: type, data: Mapping[str, Any], where: str, error: type[BlueprintError]) -> None:
-    known = [f.name for f in fields(cls) if f.init]
-    unknown = [str(key) for key in data if key not in known]
-    if unknown:
+def _require_mapping(data: Any, where: str, error: type[BlueprintError], known: list[str] | None) -> None:
+    if not isinstance(data, Mapping):
+        raise error(f"{where} must be a mapping, got {_shown(data)}.")
+    unknown = [] if known is None else [str(key) for key in data if key not in known]
+    if known and unknown:
         close = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise error(f"{where} has no option {format_names(unknown)}. {hint}Options: {', '.join(known)}.")
 
 
-def _key(first: Mapping[str, Any]) -> str:
-    names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-or-strict"))]
-    return ".".join(name for name in names if name not in _KINDS)
+def _validated(adapter: Any, data: Any, where: str, error: type[BlueprintError]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return adapter.validate_json(json.dumps(data), strict=True)
+    except (TypeError, ValueError, RecursionError) as failed:
+        if not isinstance(failed, ValidationError):
+            raise error(f"{where} must hold text, numbers, lists and mappings alone: {failed}.") from failed
+        first = failed.errors(include_url=False)[0]
+        key = _key(first, data)
+        raised = first.get("ctx", {}).get("error")
+        if isinstance(raised, BlueprintError):
+            kind = type(raised) if isinstance(raised, error) else error
+            raise kind(": ".join(filter(None, (where, key, str(raised))))) from None
+        raise error(f"{where}: {_sentence(first, key or 'it')}.") from None
 
 
-def _sentence(first: Mapping[str, Any]) -> str:
+def _key(first: Mapping[str, Any], data: Any) -> str:
+    """Return the path of one pydantic error in the data, without the types that its location also names."""
+    names = []
+    for part in first["loc"]:
+        if isinstance(data, Mapping) and part in data or isinstance(data, list) and isinstance(part, int):
+            names.append(str(part))
+            data = data[part]
+    if first["type"] == "missing":
+        names.append(str(first["loc"][-1]))
+    return ".".join(names)
+
+
+def _sentence(first: Mapping[str, Any], key: str) -> str:
     """Word one pydantic error: the key, what was expected, what was got."""
-    key = _key(first) or "it"
     kind, context = first["type"], first.get("ctx", {})
     if kind == "missing":
         return f"{key} is missing"

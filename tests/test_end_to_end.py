@@ -1,4 +1,4 @@
-"""The main job on the real SmolLM2-135M, briefly. Run: pytest tests/test_end_to_end.py (leave out: -m 'not slow')"""
+"""The whole flow on the real SmolLM2-135M, briefly. Leave it out with -m 'not slow'."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
-import yaml
+from ruamel.yaml import YAML
 
 from tests import ROOT
 
@@ -71,23 +71,23 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
 
 
 def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_path):
-    """The demo's recipe for two steps: the loss falls, and a process without this package gets the same one."""
+    """The demo's recipe for two steps: the loss falls, and a process without this package computes the same loss."""
     import stdlib_docs
     from peft_blueprint.data.examples import encode, make_batches
     from peft_blueprint.measure import load_model
     from peft_blueprint.measure.submodules import find_submodules
-    from peft_blueprint.train.run import Recipe, run_recipe
+    from peft_blueprint.train import Recipe, run_recipe
 
-    settings = yaml.safe_load((ROOT / "recipes" / "stdlib_docs.yaml").read_text())
+    settings = YAML(typ="safe").load(ROOT / "recipes" / "stdlib_docs.yaml")
     for split, count in (("train", 24), ("held_out", 4)):
         examples = stdlib_docs.examples(split)[:count]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
         settings[split] = str(tmp_path / f"{split}.jsonl")
     settings |= {"model": str(weights), "output": str(tmp_path / "out"), "blueprint": None, "probe_examples": 4}
     settings["training"] |= {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML 1.2
     report = run_recipe(Recipe.from_yaml(tmp_path / "recipe.yaml"), progress=False)
-    assert report.placed == 30 and 0.8 < report.kept < 1 and report.predicted_time < 0.9
+    assert report.placed == 30 and 0.8 < report.gain_retained < 1 and report.predicted_time < 0.9
     all_linear = 16 * sum(sum(s.shape) for s in find_submodules(load_model(str(weights), "float32")[0]))
     assert 0.9 * all_linear < report.trainable_parameters <= all_linear and report.loss_after < report.loss_before
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from peft_blueprint import BlueprintError, _options
-from peft_blueprint._options import from_keywords, from_mapping, help_of
+from peft_blueprint._options import check_fields, from_keywords, from_mapping, help_of
 from peft_blueprint.errors import PlacementError
 
 
@@ -61,6 +61,22 @@ def test_a_sound_mapping_becomes_the_record():
 def test_unsound_data_is_refused_with_its_key(data, message):
     with pytest.raises(BlueprintError, match=message):
         from_mapping(Options, data, "f")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"lr": "fast"}, r"f: lr must be a number, got 'fast' \(text\)"),
+        ({"names": [1]}, "f: names.*got"),
+        ({"ls": 1}, "f has no option 'ls'. Did you mean 'lr'?"),
+        (3, "f must be a mapping, got 3"),
+    ],
+)
+def test_other_libraries_arguments_are_checked_by_their_types(data, message):
+    types = {"lr": float, "names": list[str] | str | None}
+    check_fields(types, {"lr": 1, "names": ["a"]}, "f")
+    with pytest.raises(BlueprintError, match=message):
+        check_fields(types, data, "f")
 
 
 def test_the_error_class_is_the_callers():

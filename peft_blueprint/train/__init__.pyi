@@ -2,11 +2,12 @@ from .blueprint_callback import BlueprintCallback as BlueprintCallback
 from .checkpointing import CheckpointAbove as CheckpointAbove
 from .initialization import initialize_along_gradient as initialize_along_gradient
 from .ledger_callback import LedgerCallback as LedgerCallback
-from .recipe_plan import training_settings as training_settings
-from .recipe_training import start as start
-from .run import Recipe as Recipe
+from .recipe import Recipe as Recipe
+from .recipe import training_settings as training_settings
 from .run import Report as Report
 from .run import held_out_loss as held_out_loss
+from .run import initialize_adapters as initialize_adapters
+from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
 from .token_counter import Passes as Passes

@@ -18,12 +18,12 @@ from ..measure import (
     LossFunction,
     UnknownObjective,
     count_examples,
-    device_of,
-    examples_of,
+    input_device,
     is_sharded,
-    own_loss,
+    measurement_mode,
+    model_loss,
     per_example_losses,
-    prepared,
+    split_examples,
     take_examples,
 )
 
@@ -162,7 +162,7 @@ def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
 def _only_trainable(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
     """Let only these parameters take a gradient; restore gradients and flags afterwards."""
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
-    with prepared(model):
+    with measurement_mode(model):
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -184,7 +184,7 @@ def _accumulate_gradients(
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     found = 0
     with tqdm(total=max_examples, unit="example", desc="Initializing adapters", disable=not progress) as bar:
-        for batch in take_examples(batches, max_examples, device_of(model)):
+        for batch in take_examples(batches, max_examples, input_device(model)):
             for loss in _summed_losses(model, batch, loss_fn):
                 (scale * loss).backward()
             found += (seen := count_examples(batch))
@@ -198,8 +198,8 @@ def _summed_losses(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunc
     try:
         yield per_example_losses(model, batch, loss_fn)[0].sum()
     except UnknownObjective:
-        for example in examples_of(batch):
-            yield own_loss(model, example)[0].sum()
+        for example in split_examples(batch):
+            yield model_loss(model, example)[0].sum()
 
 
 @torch.no_grad()

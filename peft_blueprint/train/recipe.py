@@ -1,216 +1,352 @@
-"""`Recipe`, a run as a YAML file says it, with every key checked that can be before a model is there.
-
-Knows the names of settings, and nothing of models or of how a run goes.
-"""
+"""Read a run from a YAML file and check every key before anything is loaded."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
-import yaml
+import torch
+from peft import LoraConfig
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from torch import nn
+from transformers import BitsAndBytesConfig, TrainingArguments
 
+from .._options import check_fields, from_mapping
 from ..errors import BlueprintError
+from ..measure import dtype_of
+from ..place import Budget, PlacementOptions, Workload
 from ..runs import MarginalReturn, carbon_factor
 
 
 ALL_LINEAR = "all-linear"
-# what `placement:` may say and plan_placement is asked
-WISHES = (
-    *("mode", "fraction", "num_modules", "top_p", "threshold", "budget", "keep", "rank_by", "per_cost", "coverage"),
-    *("unfreeze_blocks", "ranks"),
-)
+
+DriftPolicy = Literal["warn", "error", "refresh", "coarsen"]
+
+_LOG = logging.getLogger(__name__)
+
+_TRAINING = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "remove_unused_columns": False,
+    "logging_steps": 5,
+    "dataloader_pin_memory": torch.cuda.is_available(),  # without a device to copy to, torch warns
+}
+OPTIMIZERS = {  # transformers' names → the cost model's
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw_32bit"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "sgd": "sgd",
+}
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers 5's name and the one before
+
+
+@dataclass
+class RecipePlacement(PlacementOptions):
+    """`PlacementOptions`, with the memory limit as a key of its own.
+
+    Raises:
+        PlacementError: as `PlacementOptions`, or for a memory limit beside another option that it contradicts.
+    """
+
+    memory: str | int | float | None = field(
+        default=None,
+        metadata={"help": "Memory limit of the budget, such as 12GiB, or auto for the device's memory less 1 GiB."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is not None or self.seed:
+            raise BlueprintError("r belongs to lora, and seed to the recipe itself: move them there.")
+        if self.memory is None:
+            return
+        if self.memory != "auto":
+            Budget.of({"memory": self.memory})
+        if self.selector:
+            raise BlueprintError(
+                f"memory and {' and '.join(self.selector)} both say how much to place: give one of them, or memory with "
+                "budget or keep."
+            )
+        if self.budget is not None and Budget.of(self.budget).memory is not None:
+            raise BlueprintError(f"memory={self.memory} and budget={self.budget} both limit the memory: give one.")
+
+
+def _key(default: Any, help: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, as a YAML file says it.
+    """A run of `run_recipe`: model, data, placement and training. Every field explains itself in its metadata.
 
-    Args:
-        model: folder or Hub id.
-        train: training examples, see `data.read_examples`.
-        output: folder for the adapter and `report.json`.
-        held_out: examples to evaluate on, before and after.
-        columns: what the data calls `prompt` and `completion`.
-        max_length: of an example, in tokens.
-        held_out_examples: how many of them.
-        blueprint: a published one, by file, folder or Hub id; without one, the probe is the blueprint.
-        probe_examples: training examples of the local probe; 0 to do without, given a blueprint.
-        start_examples: training examples along whose gradient the adapters begin, see `initialize_along_gradient`; 0 for
-            LoRA's own start, at random, which suits all-linear.
-        blend_weight: of the published blueprint.
-        drift_policy: "warn", "error", "refresh" or "coarsen".
-        placement: `plan_placement`'s wishes: a selector (`fraction`, `num_modules`, `top_p`, `threshold`), or `budget`
-            and `keep`, with `mode`, `rank_by`, `per_cost`, `coverage`, `ranks` and `unfreeze_blocks`; and `memory`, a
-            limit such as "12GiB" for the budget, or "auto" for what the card has. Or "all-linear" for LoRA on every
-            linear layer.
-        workload: `Workload`'s fields, where a step is another than the other keys say.
-        lora: `LoraConfig`'s fields.
-        training: `TrainingArguments`' fields.
-        stop: the rule that may end the training early: `MarginalReturn`'s settings, with `metric` and `resource` as for
-            `LedgerCallback`; `{}` for its defaults. The held-out examples are then evaluated twenty times, unless
-            `training` says how often.
-        carbon: grams of CO2e per kWh, or a country's three letters, for the books in `run.json`.
-        base_learning_rate: what suits LoRA on every linear layer; a placement's learning rate is predicted from it.
-        share_base: whether the originals of unfrozen blocks are released, see `share_base`.
-        dtype: of base weights that are not quantised, such as "float32" or "bfloat16". "auto" is what the checkpoint
-            says; on a quantised base, and for its computations, bfloat16 on a card and float32 on a CPU.
-        quantization: `BitsAndBytesConfig`'s fields.
-        seed: of everything that is random.
+    Raises:
+        BlueprintError: for a `placement` that `RecipePlacement` refuses.
+
+    Example:
+        >>> recipe = Recipe("org/model", "train.jsonl", "adapter", placement={"fraction": 0.2})
+        >>> recipe.placement.fraction
+        0.2
     """
 
-    model: str
-    train: str
-    output: str
-    held_out: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    max_length: int = 512
-    held_out_examples: int = 64
-    blueprint: str | None = None
-    probe_examples: int = 32
-    start_examples: int = 0
-    blend_weight: float = 0.5
-    drift_policy: str = "warn"
-    placement: Mapping[str, Any] | str = field(default_factory=dict)
-    workload: Mapping[str, Any] = field(default_factory=dict)
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    stop: Mapping[str, Any] | None = None
-    carbon: str | float | None = None
-    base_learning_rate: float | None = None
-    share_base: bool = False
-    dtype: str = "auto"
-    quantization: Mapping[str, Any] | None = None
-    seed: int = 0
+    model: str = field(metadata={"help": "Folder or Hub id of the base model."})
+    train: str = field(metadata={"help": "Training examples: a file or a Hub data set, see read_examples."})
+    output: str = field(metadata={"help": "Folder for the adapter, report.json and run.json."})
+    held_out: str | None = _key(None, "Examples for the loss before and after training.")
+    columns: Mapping[str, str] = _key({}, "The data's names for prompt and completion.")
+    max_length: int = _key(512, "Tokens at which an example is cut.")
+    held_out_examples: int = _key(64, "Number of held-out examples.")
+    blueprint: str | None = _key(
+        None, "File, folder or Hub id of a published blueprint; by default the probe is the blueprint."
+    )
+    probe_examples: int = _key(32, "Training examples of the local probe; 0 for none, given a blueprint.")
+    start_examples: int = _key(
+        0, "Training examples whose gradient initializes the adapters; 0 for LoRA's random initialization."
+    )
+    blend_weight: float = _key(0.5, "Weight of the published blueprint in the blend, in [0, 1].")
+    drift_policy: DriftPolicy = _key(
+        "warn", "What to do if the probe disagrees with the blueprint: warn, error, refresh or coarsen."
+    )
+    placement: RecipePlacement | str = field(
+        default_factory=RecipePlacement,
+        metadata={"help": "PlacementOptions and memory; or all-linear for LoRA on every linear layer."},
+    )
+    workload: Mapping[str, Any] = _key({}, "Fields of Workload that differ from what the other keys say.")
+    lora: Mapping[str, Any] = _key({}, "Fields of LoraConfig.")
+    training: Mapping[str, Any] = _key({}, "Fields of TrainingArguments.")
+    stop: Mapping[str, Any] | None = _key(
+        None,
+        "Settings of MarginalReturn, with LedgerCallback's metric and resource, to stop early; {} for the defaults. The "
+        "held-out examples are then evaluated twenty times, unless training says otherwise.",
+    )
+    carbon: str | float | None = _key(None, "Grams of CO2e per kWh, or a country's three-letter code.")
+    base_learning_rate: float | None = _key(
+        None, "Learning rate that suits LoRA on every linear layer; the placement's is predicted from it."
+    )
+    share_base: bool = _key(False, "Release the originals of unfrozen blocks, see share_base.")
+    dtype: str = _key(
+        "auto",
+        "Dtype of weights that are not quantized. auto is the checkpoint's; for a quantized model bfloat16 on a GPU and "
+        "float32 on a CPU.",
+    )
+    quantization: Mapping[str, Any] | None = _key(None, "Fields of BitsAndBytesConfig.")
+    seed: int = _key(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.placement, Mapping):
+            object.__setattr__(self, "placement", from_mapping(RecipePlacement, self.placement, "placement"))
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
+    def from_yaml(cls, path: str | Path, arguments: type[TrainingArguments] = TrainingArguments) -> Recipe:
         """Read and check a recipe.
 
+        Args:
+            path: YAML 1.2 file whose keys are the fields of this class.
+            arguments: class that `training` belongs to, such as TRL's `SFTConfig`.
+
         Raises:
-            BlueprintError: if it cannot be read, is not YAML, or has keys that are missing or unknown.
+            BlueprintError: naming the file and the key, for a file that cannot be read, a key that is missing, unknown
+                or of the wrong type, or keys that contradict each other.
         """
+        data = _read_yaml(path)
+        placement = data.pop("placement", {}) if isinstance(data, dict) else {}
+        nested = isinstance(placement, Mapping)
+        recipe = from_mapping(cls, data if nested else {**data, "placement": placement}, str(path))
+        if nested:
+            object.__setattr__(recipe, "placement", from_mapping(RecipePlacement, placement, f"{path}: placement"))
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BlueprintError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BlueprintError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
-        known = [f.name for f in fields(cls)]
-        if not isinstance(data, dict) or not {"model", "train", "output"} <= data.keys():
-            raise BlueprintError(f"The recipe {path} needs the keys model, train and output.")
-        if unknown := [key for key in data if key not in known]:
-            raise BlueprintError(f"The recipe {path} has unknown keys {unknown}; a recipe's keys are {known}.")
-        return cls(**data)
+            recipe.check(arguments)
+        except BlueprintError as error:
+            raise type(error)(f"{path}: {error}") from error
+        return recipe
 
     @property
     def mode(self) -> str:
-        """The placement's: "lora", "unfreeze" or "lora+unfreeze"."""
-        return "lora" if isinstance(self.placement, str) else self.placement.get("mode", "lora")
+        """Mode of the placement: "lora", "unfreeze" or "lora+unfreeze"."""
+        return "lora" if isinstance(self.placement, str) else self.placement.mode
 
     @property
-    def is_planned_on_the_empty_model(self) -> bool:
-        """Whether what is unfrozen must be known before the model is loaded, so as not to be quantised."""
+    def rank(self) -> int:
+        """Rank of LoRA, or of the all-linear LoRA that the placement is compared with."""
+        return int(self.lora.get("r", LoraConfig.__dataclass_fields__["r"].default))
+
+    @property
+    def is_planned_before_loading(self) -> bool:
+        """Whether the blocks to unfreeze must be known before the model is loaded, to leave them unquantized."""
         return bool(self.quantization) and "unfreeze" in self.mode
 
-    def check(self) -> None:
-        """Find what contradicts itself.
+    def check(self, arguments: type[TrainingArguments] = TrainingArguments) -> None:
+        """Check types within the sections, and whether keys contradict each other.
+
+        Args:
+            arguments: class that `training` belongs to.
 
         Raises:
-            BlueprintError: for keys that are unknown inside of `placement`, or that do not go together.
+            BlueprintError: naming the key.
         """
-        placement = self.placement
-        if isinstance(placement, str) and placement != ALL_LINEAR:
-            raise BlueprintError(f"placement: {placement} is not known; give {ALL_LINEAR} or a mapping of selectors.")
-        if not isinstance(placement, str):
-            if unknown := [key for key in placement if key not in (*WISHES, "memory")]:
-                raise BlueprintError(
-                    f"placement: has unknown keys {unknown}; it may have {', '.join((*WISHES, 'memory'))}."
-                )
-            sizes = [
-                key for key in ("fraction", "num_modules", "top_p", "threshold") if placement.get(key) is not None
-            ]
-            if placement.get("memory") is not None and sizes:
-                raise BlueprintError(
-                    f"placement: memory and {' and '.join(sizes)} both say how much: give one, or a budget or keep "
-                    "beside memory."
-                )
+        self._check_sections(arguments)
+        self._check_ranges()
         if self.stop is not None and self.held_out is None and self.stop.get("metric") != "loss":
             raise BlueprintError(
-                "stop: wants held_out, examples on which the return is measured; or metric: loss, the training loss."
+                "stop needs held_out, whose loss it watches; or metric: loss, to watch the training loss."
             )
-        if (
-            isinstance(self.start_examples, bool)
-            or not isinstance(self.start_examples, int)
-            or self.start_examples < 0
-        ):
-            raise BlueprintError(
-                f"start_examples: {self.start_examples!r} is no number of examples: give 32, or 0 for none."
-            )
-        if self.start_examples and (self.mode == "unfreeze" or "init_lora_weights" in self.lora):
-            other = (
-                "mode: unfreeze has no adapters"
-                if self.mode == "unfreeze"
-                else "lora's init_lora_weights says another"
-            )
-            raise BlueprintError(
-                f"start_examples: {self.start_examples} is for adapters that begin along the gradient, and {other}. Give "
-                "one of them, or start_examples: 0."
-            )
-        rule_of(self.stop)
+        stopping_rule(self.stop)
         carbon_factor(self.carbon)
+        if self.start_examples and (self.mode == "unfreeze" or "init_lora_weights" in self.lora):
+            other = "lora: init_lora_weights" if "init_lora_weights" in self.lora else "mode: unfreeze"
+            raise BlueprintError(
+                f"start_examples: {self.start_examples} initializes adapters along the gradient, which {other} rules out. "
+                "Give one of them, or start_examples: 0."
+            )
         if self.base_learning_rate is not None:
-            self._check_learning_rate()
+            self._check_learning_rate(self.base_learning_rate)
         if self.share_base and "unfreeze" not in self.mode:
             raise BlueprintError(
                 f"share_base: true releases the originals of unfrozen blocks, and placement's mode is {self.mode!r}. "
                 "Choose mode: lora+unfreeze or unfreeze, or leave share_base out."
             )
-        if not self.is_planned_on_the_empty_model:
+        if not self.is_planned_before_loading:
             return
         if self.blueprint is None:
             raise BlueprintError(
-                f"mode: {self.mode} on a quantised model: the blocks to unfreeze must be known before it is loaded, and a "
-                "probe comes after. Give a blueprint, such as one made with peft-blueprint generate, or leave "
-                "quantization out."
+                f"mode: {self.mode} with quantization needs a blueprint, because the blocks to unfreeze are chosen before "
+                "the model is loaded. Make one with peft-blueprint generate, or leave quantization out."
             )
         if self.probe_examples and self.drift_policy not in ("warn", "error"):
             raise BlueprintError(
-                f"drift_policy: {self.drift_policy} with mode: {self.mode} on a quantised model: the placement is made "
-                "before the probe and cannot follow it. Choose warn or error, or probe_examples: 0."
+                f"drift_policy: {self.drift_policy} cannot change a placement that is made before the probe, as with "
+                f"mode: {self.mode} and quantization. Choose warn or error, or probe_examples: 0."
             )
 
-    def _check_learning_rate(self) -> None:
-        rate = self.base_learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-            raise BlueprintError(
-                f"base_learning_rate: {rate!r} is no positive number. In YAML write 1.0e-4, with the point: 1e-4 is a text."
-            )
+    def _check_sections(self, arguments: type[TrainingArguments]) -> None:
+        lora = get_type_hints(LoraConfig)
+        if str(self.lora.get("init_lora_weights", "")).startswith("pissa_niter_"):
+            lora["init_lora_weights"] = str  # its annotation does not list these
+        training = get_type_hints(arguments)
+        for ending in ("", "_kwargs"):
+            hints = [training[name + ending] for name in _CHECKPOINTING if name + ending in training]
+            training |= dict.fromkeys((name + ending for name in _CHECKPOINTING), hints[0])
+        check_fields(lora, self.lora, "lora")
+        check_fields(training, self.training, "training")
+        if "rank" in self.workload:
+            raise BlueprintError(f"workload: rank is that of lora: r, {self.rank} here. Leave it out.")
+        from_mapping(Workload, self.workload, "workload")
+        dtype_of(self.dtype, False)
+        if self.quantization is not None:
+            defaults = {p.name: p.default for p in inspect.signature(BitsAndBytesConfig).parameters.values()}
+            kinds = {name: Any if default is None else type(default) for name, default in defaults.items()}
+            del kinds["kwargs"]
+            check_fields(kinds, self.quantization, "quantization")
+            for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+                dtype_of(str(self.quantization.get(name) or "auto"), False)
+
+    def _check_ranges(self) -> None:
+        for name, least in (("max_length", 1), ("held_out_examples", 1), ("probe_examples", 0), ("start_examples", 0)):
+            if getattr(self, name) < least:
+                raise BlueprintError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.blend_weight <= 1:
+            raise BlueprintError(f"blend_weight must be in [0, 1], got {self.blend_weight}.")
+        if isinstance(self.placement, str) and self.placement != ALL_LINEAR:
+            raise BlueprintError(f"placement must be {ALL_LINEAR} or a mapping of options, got {self.placement!r}.")
+
+    def _check_learning_rate(self, rate: float) -> None:
+        if not (rate > 0 and math.isfinite(rate)):
+            raise BlueprintError(f"base_learning_rate must be a positive number, got {rate}.")
         if "learning_rate" in self.training:
             raise BlueprintError(
-                f"base_learning_rate: {rate} and training's learning_rate: {self.training['learning_rate']} both say how "
-                "fast: give one of them."
+                f"base_learning_rate: {rate} and training: learning_rate: {self.training['learning_rate']} both set the "
+                "learning rate: give one."
             )
         if "unfreeze" in self.mode:
             raise BlueprintError(
-                f"base_learning_rate: {rate} with mode: {self.mode}: nothing predicts what unfrozen blocks want. Give "
-                "training's learning_rate."
+                f"base_learning_rate: {rate} cannot be scaled to unfrozen blocks (mode: {self.mode}). Give training: "
+                "learning_rate."
             )
 
 
-def rule_of(stop: Mapping[str, Any] | None) -> tuple[MarginalReturn | None, dict[str, Any]]:
-    """The rule that `stop:` asks for, and `LedgerCallback`'s settings among what it says.
+def stopping_rule(stop: Mapping[str, Any] | None) -> tuple[MarginalReturn | None, dict[str, Any]]:
+    """Make the rule of a recipe's `stop`, and the arguments for `LedgerCallback` among its keys.
 
     Raises:
-        BlueprintError: for settings that there are not, or that are out of range.
+        BlueprintError: for a key that is unknown, of the wrong type or out of range.
     """
     if stop is None:
         return None, {}
+    check_fields({**get_type_hints(MarginalReturn.__init__), "metric": str, "resource": str}, stop, "stop")
     options = {key: stop[key] for key in ("metric", "resource") if key in stop}
-    settings = {key: value for key, value in stop.items() if key not in options}
-    known = MarginalReturn().settings()
-    if unknown := sorted(settings.keys() - known.keys()):
-        raise BlueprintError(f"stop: has unknown keys {unknown}; it may have metric, resource, {', '.join(known)}.")
-    return MarginalReturn(**settings), options
+    try:
+        return MarginalReturn(**{key: value for key, value in stop.items() if key not in options}), options
+    except BlueprintError as error:
+        raise BlueprintError(f"stop: {error}") from error
+
+
+def training_settings(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Return the fields of `TrainingArguments`: the recipe's and defaults, for the installed transformers and device.
+
+    Raises:
+        BlueprintError: for reentrant checkpointing, which cannot stop below the lowest adapter.
+
+    Example:
+        >>> training_settings(Recipe("org/model", "train.jsonl", "adapter"))["save_strategy"]
+        'no'
+    """
+    settings: dict[str, Any] = {"output_dir": recipe.output, "seed": recipe.seed, "disable_tqdm": not progress}
+    settings |= {**_TRAINING, **recipe.training}
+    if recipe.stop is not None and recipe.stop.get("metric") != "loss" and "eval_strategy" not in settings:
+        settings |= {"eval_strategy": "steps", "eval_steps": 0.05}
+    if settings.get("eval_strategy", "no") != "no":
+        settings.setdefault("eval_on_start", True)  # gains are counted from there
+    known = {f.name for f in fields(TrainingArguments)}
+    name = next(name for name in _CHECKPOINTING if name in known)
+    for ending, default in (("", False), ("_kwargs", {})):
+        given = [settings.pop(other + ending) for other in _CHECKPOINTING if other + ending in settings]
+        settings[name + ending] = given[0] if given else default
+    if isinstance(options := settings[f"{name}_kwargs"], dict) and options.get("use_reentrant"):
+        raise BlueprintError(
+            "training: use_reentrant: true sends the backward pass to the bottom wherever the adapters are. Leave it out."
+        )
+    if "optim" in settings and not torch.cuda.is_available():
+        settings["optim"] = _on_cpu(str(settings["optim"]))
+    return settings
+
+
+def _on_cpu(optimizer: str) -> str:
+    """Replace an optimizer that needs a GPU: bitsandbytes cannot page on a CPU, and older releases lack 8-bit AdamW."""
+    kind = OPTIMIZERS.get(optimizer, "")
+    if kind not in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"):
+        return optimizer
+    taken = "adamw_bnb_8bit" if kind.endswith("8bit") and _has_8bit_adamw_on_cpu() else "adamw_torch"
+    if taken != optimizer and kind != "adamw_8bit" or taken == "adamw_torch":
+        _LOG.warning("optim: %s is not available on a CPU; using %s", optimizer, taken)
+    return taken
+
+
+@cache
+def _has_8bit_adamw_on_cpu() -> bool:
+    """Take a step to see whether bitsandbytes supports it: releases differ, and do not tell."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+
+        weight = nn.Parameter(torch.ones(4096))
+        weight.grad = torch.ones(4096)
+        AdamW8bit([weight], lr=0.5).step()
+        return math.isclose(weight.detach()[0].item(), 0.5, abs_tol=0.1)
+    except Exception:  # a release without it raises any error of its loader or kernels
+        return False
+
+
+def _read_yaml(path: str | Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BlueprintError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise BlueprintError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error

@@ -1,29 +1,37 @@
-"""One YAML, one run: measure a probe, settle a blueprint, plan, place, train, and report what was gained for what was
-spent.
-
-Every step is a function of its own, for those who want to take them singly. Knows everything below it.
-"""
+"""Run a recipe: measure a probe, plan, train, and report what was gained and spent."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .._files import require_writable, write_atomically
-from ..blueprint import Blueprint, fetch
+from ..blueprint import Blueprint
 from ..compare import check_drift, reconcile
-from ..data import Row, encode, make_batches, pad_token_of, read_examples
+from ..data import Row, collate, encode, get_pad_token_id, make_batches, read_examples
 from ..errors import BlueprintError
 from ..measure import (
     dtype_of,
@@ -32,38 +40,71 @@ from ..measure import (
     generate_blueprint,
     load_model,
     load_tokenizer,
+    parameters_per_token,
     per_example_losses,
 )
-from ..place import BlueprintConfig, Workload
-from ..runs import Figure, Ledger, carbon_factor
-from .recipe import ALL_LINEAR, WISHES, Recipe
-from .recipe_plan import (
-    Plan,
-    budget_of,
-    learning_rate_of,
-    plan,
-    step_of,
-    training_settings,
-    unquantized,
+from ..place import (
+    BlueprintConfig,
+    Budget,
+    CostModel,
+    Placement,
+    PlacementOptions,
+    Structure,
+    Workload,
+    plan_placement,
 )
-from .recipe_training import start, train, with_ends, with_probe
+from ..runs import RESOURCES, Ledger, Point, Quantity, RunRecord, carbon_factor, largest, modelled, total
+from .checkpointing import CheckpointAbove
+from .initialization import initialize_along_gradient
+from .ledger_callback import LedgerCallback
+from .recipe import ALL_LINEAR, OPTIMIZERS, Recipe, stopping_rule, training_settings
 from .unfreezing import share_base
+
+
+HELD_OUT = "held_out_loss"
+RESERVE = 2**30  # bytes of a GPU for the CUDA context and the allocator's fragmentation
+BATCH_SIZE = 8  # examples of the probe and of the initialization
+
+Spent = Mapping[str, Quantity]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where adapters go, with predicted costs.
+
+    Args:
+        placement: None for LoRA on every linear layer.
+        time: step time relative to LoRA on every linear layer; None if unknown.
+        memory: bytes at the peak of a step; None if unknown.
+        gain_retained: share of all-linear LoRA's predicted gain; None if unknown.
+        lowest: depth at which the backward pass stops; None if unknown.
+        learning_rate_scale: learning rate relative to all-linear LoRA's; None if unknown.
+    """
+
+    placement: Placement | None
+    time: float | None
+    memory: int | None
+    gain_retained: float | None
+    lowest: int | None
+    learning_rate_scale: float | None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run up to its training: what every trainer needs.
+    """A run just before training, for any trainer.
 
     Args:
-        model: the base, without an adapter.
-        tokenizer: its own.
-        examples: of the training data.
-        rows: the same as tokens and labels.
-        config: of the adapter.
-        plan: what is adapted, with what that is predicted to cost.
-        learning_rate: None where the training's own counts.
-        drift: rank correlation of probe and published blueprint, None without both.
-        probe: what the probe spent; empty without one.
+        model: base model without an adapter.
+        tokenizer: its tokenizer.
+        examples: training data as it was read.
+        rows: the same examples as tokens and labels.
+        config: config of the adapter.
+        plan: where adapters go, with predicted costs.
+        learning_rate: predicted learning rate; None for that of the training arguments.
+        drift: rank correlation of probe and published blueprint; None without both.
+        probe: resources that the probe spent; empty without one.
     """
 
     model: PreTrainedModel
@@ -74,32 +115,31 @@ class Prepared:
     plan: Plan
     learning_rate: float | None
     drift: float | None
-    probe: Mapping[str, Figure]
+    probe: Spent
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run gained and spent. Losses are nats per target token on the held-out examples.
+    """What a run gained and spent.
 
     Args:
-        placed: how many submodules got an adapter.
-        unfrozen: how many blocks are trained whole.
-        trainable_parameters: of adapters and unfrozen blocks.
+        placed: number of submodules with an adapter.
+        unfrozen: number of blocks trained whole.
+        trainable_parameters: parameters of adapters and unfrozen blocks.
         steps: optimizer steps.
-        loss_before: None without held-out examples.
-        loss_after: the same, after training.
-        measure_seconds: of the probe, and of beginning along the gradient.
-        train_seconds: of training alone.
-        peak_bytes: while training, None where it cannot be measured.
-        drift: rank correlation of probe and published blueprint, None without both.
-        output: where the adapter is.
-        learning_rate: of the run, at its highest.
-        learning_rate_scale: what the plan says of it, over what suits LoRA on every linear layer; None where nothing
-            predicts it.
-        predicted_time: of a step, over that of LoRA on every linear layer.
-        predicted_bytes: at a step's peak, without what the process or CUDA's context take; None where not known.
-        kept: predicted share of all-linear LoRA's gain, None where nothing predicts it.
-        lowest: depth at which the backward pass stops.
+        loss_before: held-out loss before training, in nats per target token; None without held-out examples.
+        loss_after: held-out loss after training.
+        measure_seconds: time of the probe and of the initialization along the gradient.
+        train_seconds: time of training.
+        peak_bytes: peak memory of training; None if it cannot be measured.
+        drift: rank correlation of probe and published blueprint; None without both.
+        output: folder of the adapter.
+        learning_rate: peak learning rate.
+        learning_rate_scale: predicted learning rate relative to all-linear LoRA's; None if unknown.
+        predicted_time: predicted step time relative to all-linear LoRA's; None if unknown.
+        predicted_bytes: predicted peak memory of a step, without the process and the CUDA context; None if unknown.
+        gain_retained: predicted share of all-linear LoRA's gain; None if unknown.
+        lowest: depth at which the backward pass stops; None if unknown.
     """
 
     placed: int
@@ -117,115 +157,115 @@ class Report:
     learning_rate_scale: float | None
     predicted_time: float | None
     predicted_bytes: int | None
-    kept: float | None
+    gain_retained: float | None
     lowest: int | None
 
 
 def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
-    """Carry out a recipe: the adapter goes to `recipe.output`, with `report.json` and the books, `run.json`, beside it.
+    """Run a recipe, and write the adapter, `report.json` and `run.json` to its `output`.
+
+    Args:
+        recipe: the run.
+        progress: show progress bars and a line a logging step, on stderr.
 
     Raises:
-        BlueprintError: for data, blueprint or wishes that cannot be used; nothing is written then.
+        BlueprintError: for data, a blueprint or options that cannot be used. Nothing is written then.
     """
-    recipe.check()  # what is wrong should not wait for the model
-    arguments = _training_arguments(recipe, progress)
+    recipe.check()  # before anything is loaded
+    try:
+        arguments = TrainingArguments(**training_settings(recipe, progress=progress))
+    except (TypeError, ValueError) as error:
+        raise BlueprintError(f"training: TrainingArguments refuses these settings: {error}.") from error
     require_writable(Path(recipe.output))
-    kept_out = (
+    examples = (
         read_examples(recipe.held_out, recipe.columns, split="test", limit=recipe.held_out_examples)
         if recipe.held_out
         else []
     )
     prepared = prepare(recipe, arguments, progress=progress)
-    pad = pad_token_of(prepared.tokenizer)
-    evaluation = encode(kept_out, prepared.tokenizer, recipe.max_length) if kept_out else []
-    held_out = make_batches(evaluation, arguments.per_device_eval_batch_size, pad)
-    loss_before = held_out_loss(prepared.model, held_out, progress=progress) if held_out else None
+    pad = get_pad_token_id(prepared.tokenizer)
+    held_out = encode(examples, prepared.tokenizer, recipe.max_length) if examples else []
+    batches = make_batches(held_out, arguments.per_device_eval_batch_size, pad)
+    loss_before = held_out_loss(prepared.model, batches, progress=progress) if held_out else None
 
-    adapted = get_peft_model(prepared.model, prepared.config)
+    model = get_peft_model(prepared.model, prepared.config)
     if recipe.share_base:
-        share_base(adapted)
+        share_base(model)
     if prepared.learning_rate is not None:
         arguments.learning_rate = prepared.learning_rate
-    started = start(adapted, recipe, prepared.rows, pad, progress=progress)
+    initialization = initialize_adapters(model, recipe, prepared.rows, pad, progress=progress)
     with Ledger() as spent:
-        trained = train(
-            adapted,
-            prepared.rows,
-            arguments,
-            pad,
-            held_out=evaluation,
-            stop=recipe.stop,
-            carbon=recipe.carbon,
-        )
-    loss_after = held_out_loss(adapted, held_out, progress=progress) if held_out else None
-    adapted.save_pretrained(recipe.output)
+        steps, record = _train(model, recipe, arguments, prepared.rows, held_out, pad)
+    loss_after = held_out_loss(model, batches, progress=progress) if held_out else None
+    model.save_pretrained(recipe.output)
     prepared.tokenizer.save_pretrained(recipe.output)
-    planned = prepared.plan
-    unfrozen = len(planned.placement.unfreeze) if planned.placement is not None else 0
-    placed = sum(name.endswith("lora_A") for name, _ in adapted.named_modules())
-    before = [figures["seconds"].value or 0.0 for figures in (prepared.probe, started) if figures]
+
+    plan = prepared.plan
     report = Report(
-        placed=placed,
-        unfrozen=unfrozen,
-        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        steps=trained.steps,
+        placed=sum(name.endswith("lora_A") for name, _ in model.named_modules()),
+        unfrozen=len(plan.placement.unfreeze) if plan.placement is not None else 0,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        steps=steps,
         loss_before=loss_before,
         loss_after=loss_after,
-        measure_seconds=sum(before),
+        measure_seconds=sum(part["seconds"].value or 0.0 for part in (prepared.probe, initialization) if part),
         train_seconds=spent.seconds,
         peak_bytes=spent.peak_bytes,
         drift=prepared.drift,
         output=recipe.output,
         learning_rate=arguments.learning_rate,
-        learning_rate_scale=planned.learning_rate_scale,
-        predicted_time=planned.time,
-        predicted_bytes=planned.memory,
-        kept=planned.kept,
-        lowest=planned.lowest,
+        learning_rate_scale=plan.learning_rate_scale,
+        predicted_time=plan.time,
+        predicted_bytes=plan.memory,
+        gain_retained=plan.gain_retained,
+        lowest=plan.lowest,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
-    books = with_ends(trained, loss_before, loss_after)
-    books = with_probe(books, started, {}, "start")
-    with_probe(books, prepared.probe, {"train": recipe.train, "held_out": recipe.held_out}).save(recipe.output)
+    if loss_before is not None and loss_after is not None:
+        record = _with_evaluations(record, steps, loss_before, loss_after)
+    record = _charged(_charged(record, initialization, "start"), prepared.probe, "probe")
+    data = {"train": recipe.train, "held_out": recipe.held_out}
+    replace(record, about={**record.about, **data}).save(recipe.output)
     return report
 
 
 def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = True) -> Prepared:
-    """Everything before the training: data, model, probe, drift check, blend, plan.
+    """Do everything that comes before training: data, model, probe, drift check, blend, plan.
 
-    Blocks that are to be unfrozen in a quantised model are chosen before it is loaded, by the published blueprint; a
-    probe then only checks that it fits the data.
+    Blocks to unfreeze in a quantized model are chosen from the published blueprint before the model is loaded. A probe
+    then only checks drift.
 
     Args:
         recipe: the run.
-        arguments: transformers' or TRL's, made from `training_settings(recipe)`.
-        progress: show bars.
+        arguments: `TrainingArguments`, or TRL's `SFTConfig`, made from `training_settings(recipe)`.
+        progress: show progress bars.
 
     Raises:
-        BlueprintError: for data, blueprint or wishes that cannot be used.
+        BlueprintError: for data, a blueprint or options that cannot be used.
     """
-    recipe.check()
+    recipe.check(type(arguments))
     examples = read_examples(recipe.train, recipe.columns)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model)
     rows = encode(examples, tokenizer, recipe.max_length)
-    published = fetch(recipe.blueprint) if recipe.blueprint and recipe.placement != ALL_LINEAR else None
-    step = partial(step_of, recipe, arguments, max(len(row["input_ids"]) for row in rows))
-
-    planned, quantization = None, recipe.quantization
-    if recipe.is_planned_on_the_empty_model:
-        empty = empty_model(recipe.model)
-        load = step(dtype=dtype_of(recipe.dtype, True) or torch.float32)
-        planned = plan(recipe, published, empty, load)
-        assert planned.placement is not None and quantization is not None
-        quantization = unquantized(quantization, planned.placement)
-    model, _ = load_model(recipe.model, recipe.dtype, quantization)
-    load = step(dtype=model.dtype, attention=model.config._attn_implementation)
-    blueprint, drift, spent = settle(
-        recipe, model, make_batches(rows, 8, pad_token_of(tokenizer)), published, progress=progress
+    published = (
+        Blueprint.from_pretrained(recipe.blueprint) if recipe.blueprint and recipe.placement != ALL_LINEAR else None
     )
-    if planned is None:
-        planned = plan(recipe, blueprint, model, load)
+    workload_of_step = partial(_workload, recipe, arguments, max(len(row["input_ids"]) for row in rows))
+
+    plan, quantization = None, recipe.quantization
+    if recipe.is_planned_before_loading:
+        workload = workload_of_step(dtype_of(recipe.dtype, True) or torch.float32)
+        plan = _plan(recipe, published, empty_model(recipe.model), workload)
+        assert plan.placement is not None and quantization is not None
+        skip = [*plan.placement.quantization_skip_modules(), *(quantization.get("llm_int8_skip_modules") or [])]
+        quantization = {**quantization, "llm_int8_skip_modules": list(dict.fromkeys(skip))}
+    model, _ = load_model(recipe.model, recipe.dtype, quantization)
+    workload = workload_of_step(model.dtype, model.config._attn_implementation)
+    batches = make_batches(rows, BATCH_SIZE, get_pad_token_id(tokenizer))
+    blueprint, drift, spent = _measure(recipe, model, batches, published, progress)
+    if plan is None:
+        plan = _plan(recipe, blueprint, model, workload)
     else:
         blueprint = published
     return Prepared(
@@ -233,72 +273,44 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         tokenizer=tokenizer,
         examples=examples,
         rows=rows,
-        config=adapter_config(recipe, planned, blueprint, load),
-        plan=planned,
-        learning_rate=learning_rate_of(recipe, planned),
+        config=_adapter_config(recipe, plan, blueprint, workload),
+        plan=plan,
+        learning_rate=_learning_rate(recipe, plan),
         drift=drift,
         probe=spent,
     )
 
 
-def settle(
-    recipe: Recipe,
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    published: Blueprint | None,
-    *,
-    progress: bool = True,
-) -> tuple[Blueprint | None, float | None, Mapping[str, Figure]]:
-    """The blueprint to plan by: probe, drift check, blend.
+def initialize_adapters(
+    model: PeftModel, recipe: Recipe, rows: Sequence[Row], pad_token_id: int, *, progress: bool = True
+) -> Spent:
+    """Initialize the adapters along the gradient of the first `start_examples` rows, if the recipe asks for it.
 
     Returns:
-        The blueprint (None to place everywhere, or evenly), the rank correlation of probe and published blueprint (None
-        without both), and what the probe spent, if there was one.
+        Resources spent; empty if there was nothing to do.
     """
-    if isinstance(recipe.placement, str):
-        return None, None, {}
-    published = published.expand(find_submodules(model)) if published is not None else None
-    drift, probe = None, None
-    with Ledger(carbon=carbon_factor(recipe.carbon)) as ledger:
-        if recipe.probe_examples:
-            probe = generate_blueprint(
-                model,
-                batches,
-                max_examples=recipe.probe_examples,
-                seed=recipe.seed,
-                data=recipe.train,
-                reduce=False,  # every process of a distributed run measures the same few examples
-                progress=progress,
-            )
-    if probe is not None:
-        measured = {name: Figure.from_dict(figure) for name, figure in probe.provenance["spent"].items()}
-        ledger.add(int(measured["tokens"].value or 0), measured["flops"])
-    spent = ledger.figures() if probe is not None else {}
-    if published is None and probe is None and recipe.placement.get("rank_by") != "even":
-        raise BlueprintError(
-            "The recipe gives no blueprint and probe_examples is 0: give one of them, or rank_by: even in placement."
-        )
-    if published is None or probe is None:
-        return published or probe, None, spent
-    blueprint = reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)  # type: ignore[arg-type]
-    drift = check_drift(probe, published).correlation
-    return blueprint, drift, spent
-
-
-def adapter_config(recipe: Recipe, planned: Plan, blueprint: Blueprint | None, workload: Workload) -> LoraConfig:
-    """PEFT's config of a plan; what was wished for goes with it into the adapter's folder."""
-    lora = {"task_type": "CAUSAL_LM", **recipe.lora}
-    if planned.placement is None or isinstance(recipe.placement, str):
-        return LoraConfig(target_modules=ALL_LINEAR, **lora)
-    budget = budget_of(recipe.placement)
-    wishes: dict[str, Any] = {name: recipe.placement[name] for name in WISHES if name in recipe.placement}
-    if budget is not None:
-        wishes["budget"] = budget.limits
-    return BlueprintConfig(blueprint=blueprint, placement=planned.placement, workload=workload, **wishes, **lora)
+    chosen = rows[: recipe.start_examples]
+    if not chosen:
+        return {}
+    flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
+    batches = make_batches(chosen, BATCH_SIZE, pad_token_id)
+    with Ledger(flops_per_token=flops, carbon=carbon_factor(recipe.carbon)) as ledger:
+        initialize_along_gradient(model, batches, max_examples=len(chosen), seed=recipe.seed, progress=progress)
+        ledger.add(sum(batch["input_ids"].numel() for batch in batches))
+    return ledger.quantities()
 
 
 def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, progress: bool = True) -> float:
-    """Mean negative log-likelihood per target token, in nats."""
+    """Compute the mean negative log-likelihood per target token, in nats.
+
+    Raises:
+        BlueprintError: if it is not finite.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> 4 < held_out_loss(tiny_llama(), toy_batches(), progress=False) < 6
+        True
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -315,9 +327,201 @@ def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
     return mean
 
 
-def _training_arguments(recipe: Recipe, progress: bool) -> TrainingArguments:
-    settings = training_settings(recipe, progress=progress)
-    try:
-        return TrainingArguments(**settings)
-    except (TypeError, ValueError) as error:
-        raise BlueprintError(f"The recipe's training settings are not TrainingArguments': {error}.") from error
+def available_memory() -> int:
+    """Return the bytes a run may use: the GPU's less `RESERVE`, or without a GPU the machine's free memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) - RESERVE
+    return int(psutil.virtual_memory().available)
+
+
+class StderrProgress(ProgressCallback):
+    """The Trainer's progress bar, with a short line a logging step on stderr instead of dictionaries on stdout."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the losses and the learning rate."""
+        names = ("loss", "eval_loss", "learning_rate")
+        shown = [f"{name} {float(logs[name]):.4g}" for name in names if logs and name in logs]
+        if shown and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step}: {', '.join(shown)}", file=sys.stderr)
+
+
+def keep_stdout_clean(trainer: Trainer) -> None:
+    """Let a Trainer log to stderr, so that stdout holds the result alone."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(StderrProgress)
+
+
+def _train(
+    model: PeftModel,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    pad_token_id: int,
+) -> tuple[int, RunRecord]:
+    """Train with transformers' Trainer; return the number of steps and the run's record."""
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        eval_dataset=list(held_out) or None,
+        data_collator=partial(collate, pad_token_id=pad_token_id),
+        callbacks=[CheckpointAbove()],
+    )
+    keep_stdout_clean(trainer)
+    rule, options = stopping_rule(recipe.stop)
+    callback = LedgerCallback(trainer, stop=rule, carbon=recipe.carbon, **options)
+    trainer.add_callback(callback)
+    trainer.train()
+    return trainer.state.global_step, callback.log.record()
+
+
+def _measure(
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    published: Blueprint | None,
+    progress: bool,
+) -> tuple[Blueprint | None, float | None, Spent]:
+    """Measure the probe, check drift, and blend.
+
+    Returns:
+        The blueprint to plan by (None to place everywhere, or evenly), the rank correlation of probe and published
+        blueprint (None without both), and the resources that the probe spent.
+    """
+    if isinstance(recipe.placement, str):
+        return None, None, {}
+    published = published.expand(find_submodules(model)) if published is not None else None
+    probe, spent = None, {}
+    if recipe.probe_examples:
+        with Ledger(carbon=carbon_factor(recipe.carbon)) as ledger:
+            probe = generate_blueprint(
+                model,
+                batches,
+                max_examples=recipe.probe_examples,
+                seed=recipe.seed,
+                data=recipe.train,
+                reduce=False,  # every process of a distributed run measures the same few examples
+                progress=progress,
+            )
+        measured = {name: Quantity.from_dict(content) for name, content in probe.provenance["spent"].items()}
+        ledger.add(int(measured["tokens"].value or 0), measured["flops"])
+        spent = ledger.quantities()
+    if published is None and probe is None and recipe.placement.rank_by != "even":
+        raise BlueprintError("probe_examples: 0 needs a blueprint, or placement: rank_by: even.")
+    if published is None or probe is None:
+        return published or probe, None, spent
+    blueprint = reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)
+    return blueprint, check_drift(probe, published).correlation, spent
+
+
+def _plan(recipe: Recipe, blueprint: Blueprint | None, model: nn.Module, workload: Workload) -> Plan:
+    if isinstance(recipe.placement, str):
+        whole = CostModel(Structure.of(model), workload).all_linear()
+        return Plan(None, 1.0, whole.bytes, 1.0, whole.lowest, 1.0)
+    placement = plan_placement(blueprint, model, _placement_options(recipe), workload=workload)
+    cost = placement.cost
+    return Plan(
+        placement,
+        cost.get("time"),
+        None if cost.get("memory") is None else int(cost["memory"]),
+        placement.gain_retained,
+        None if cost.get("lowest") is None else int(cost["lowest"]),
+        placement.learning_rate_scale,
+    )
+
+
+def _placement_options(recipe: Recipe) -> PlacementOptions:
+    wanted = recipe.placement
+    assert not isinstance(wanted, str)
+    limits = {} if wanted.budget is None else Budget.of(wanted.budget).limits
+    if wanted.memory is not None:
+        memory = available_memory() if wanted.memory == "auto" else wanted.memory
+        limits |= Budget.of({"memory": memory}).limits
+    options = {f.name: getattr(wanted, f.name) for f in fields(PlacementOptions)}
+    return PlacementOptions(**options | {"budget": limits or None, "r": recipe.lora.get("r"), "seed": recipe.seed})
+
+
+def _adapter_config(recipe: Recipe, plan: Plan, blueprint: Blueprint | None, workload: Workload) -> LoraConfig:
+    lora = {"task_type": "CAUSAL_LM", **recipe.lora}
+    if plan.placement is None:
+        return LoraConfig(target_modules=ALL_LINEAR, **lora)
+    options = vars(_placement_options(recipe))  # they are saved with the adapter
+    return BlueprintConfig(blueprint=blueprint, placement=plan.placement, workload=workload, **options | lora)
+
+
+def _workload(
+    recipe: Recipe, arguments: TrainingArguments, length: int, dtype: torch.dtype, attention: str | None = None
+) -> Workload:
+    """Describe a training step to the cost model: `length` is that of the longest example, in tokens."""
+    quantization = recipe.quantization or {}
+    kind = "int8" if quantization.get("load_in_8bit") else None
+    if quantization.get("load_in_4bit"):
+        kind = quantization.get("bnb_4bit_quant_type", "fp4")
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if optimizer not in OPTIMIZERS and "optimizer" not in recipe.workload:
+        _LOG.warning("The cost model counts optim: %s as AdamW; set workload: optimizer to correct it", optimizer)
+    derived: dict[str, Any] = {
+        "batch_size": arguments.per_device_train_batch_size,
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": kind,
+        "double_quant": bool(quantization.get("bnb_4bit_use_double_quant", False)),
+        "checkpointing": bool(arguments.gradient_checkpointing),
+        "optimizer": OPTIMIZERS.get(optimizer, "adamw"),
+        "rank": recipe.rank,
+        "attention": "eager" if attention == "eager" else "sdpa",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "padded": arguments.per_device_train_batch_size > 1,
+        "input_gradients": False,
+    }
+    return Workload(**{**derived, **recipe.workload})
+
+
+def _learning_rate(recipe: Recipe, plan: Plan) -> float | None:
+    if recipe.base_learning_rate is None:
+        return None
+    if plan.learning_rate_scale is None:
+        raise BlueprintError(
+            f"base_learning_rate: {recipe.base_learning_rate} cannot be scaled to this placement, because the blueprint "
+            "lacks adam_gain. Measure one with peft-blueprint generate, or give training: learning_rate."
+        )
+    return recipe.base_learning_rate * plan.learning_rate_scale
+
+
+def _with_evaluations(record: RunRecord, steps: int, before: float, after: float) -> RunRecord:
+    """Add the held-out losses before and after training as evaluations, if the Trainer made none."""
+    if record.metric != "loss" or record.stopping is not None:
+        return record
+    spent = {name: quantity.value for name, quantity in record.totals.items() if quantity.value is not None}
+    points = (Point(0, {}, {HELD_OUT: before}), Point(steps, spent, {HELD_OUT: after}))
+    return replace(record, metric=HELD_OUT, direction="minimize", points=points)
+
+
+def _charged(record: RunRecord, spent: Spent, name: str) -> RunRecord:
+    """Charge resources spent before training to the run: to its totals and to every point after step 0."""
+    if not spent:
+        return record
+    added = set(RESOURCES) & spent.keys()
+
+    def charged(point: Point) -> Point:
+        more = {key: value + (spent[key].value or 0.0) for key, value in point.spent.items() if key in added}
+        return replace(point, spent={**point.spent, **more}) if point.step > 0 else point
+
+    totals = {key: total((own, spent[key])) if key in added else own for key, own in record.totals.items()}
+    totals["peak_bytes"] = largest((record.totals["peak_bytes"], spent["peak_bytes"]))
+    return replace(
+        record,
+        totals=totals,
+        points=tuple(map(charged, record.points)),
+        losses=tuple(map(charged, record.losses)),
+        about={**record.about, name: {key: quantity.to_dict() for key, quantity in spent.items()}},
+    )

@@ -1,7 +1,4 @@
-"""What a run's record says of its model and its arguments, and the FLOPs per token that its model is reckoned to take.
-
-Reads a live model, with or without PEFT's adapters, and TrainingArguments. Knows nothing of what was spent.
-"""
+"""Describe a run's model and training arguments for its record, and model its FLOPs per token."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ from .._text import format_names
 from ..blueprint import Blueprint, to_dict
 from ..errors import BlueprintError
 from ..measure import unwrap, versions
-from ..place import BlueprintConfig, Cost, CostModel, Structure, Workload, workload_of
-from ..runs import Figure, absent, modelled
+from ..place import BlueprintConfig, Cost, CostModel, Structure, workload_of
+from ..runs import Quantity, absent, modelled
 from .blueprint_callback import trained_parameters
 
 
-# Of transformers' and TRL's arguments, those that say what a run was.
+# Arguments of transformers and TRL that are recorded.
 _ARGUMENTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps"),
     *("num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -41,15 +38,20 @@ _ARGUMENTS = (
 
 
 def facts_of(model: nn.Module, arguments: TrainingArguments | None = None) -> dict[str, Any]:
-    """What is known of a run before it begins, as JSON can hold it.
+    """Describe a run before it begins, as a JSON object.
 
     Args:
-        model: as it is trained, without wrappers such as DDP.
-        arguments: how it is trained, if by a Trainer.
+        model: the model to train, without wrappers such as DDP.
+        arguments: training arguments, if a Trainer trains it.
 
     Returns:
         `model_id`, `created`, `train_config`, `peft_config`, `placement`, `blueprint`, `versions`, `system`, `seed`,
-        `trainable_parameters`, `total_parameters` and `adapter_bytes`; what does not apply is left out.
+        `trainable_parameters`, `total_parameters` and `adapter_bytes`, as far as they apply.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> facts_of(tiny_llama())["trainable_parameters"] > 0
+        True
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
@@ -78,12 +80,12 @@ def facts_of(model: nn.Module, arguments: TrainingArguments | None = None) -> di
             if given is not None:
                 facts["blueprint"] = to_dict(given) if isinstance(given, Blueprint) else given
             adapter = adapter.to_lora_config()
-        facts["peft_config"] = _sorted_sets(adapter.to_dict())
+        facts["peft_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     return facts
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The ranks of a model's active LoRA adapters, by their submodules' names in the unwrapped model."""
+    """Return the ranks of the active LoRA adapters, by their submodules' names in the unwrapped model."""
     inner = unwrap(model)
     found: dict[str, int] = {}
     for path, module in inner.named_modules():
@@ -97,25 +99,25 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def modelled_flops(model: nn.Module, batch_size: int, length: int, **workload: Any) -> Figure:
-    """FLOPs per token of a training step, from the cost model.
+def modelled_flops(model: nn.Module, batch_size: int, length: int) -> Quantity:
+    """Model the FLOPs per token of a training step.
 
-    Of LoRA adapters and of what is trained whole; where something else is trained, of a pass through the whole model
-    that leaves the adapters' own operations out.
+    Covers LoRA adapters and submodules that are trained whole. If anything else is trained, the result is that of a
+    pass through the whole model, without the adapters' own operations.
 
     Args:
-        model: as it is trained, without wrappers.
+        model: the model to train, without wrappers.
         batch_size: examples of a micro-batch.
-        length: its tokens per example, padding included.
-        **workload: `Workload`'s other fields, where they are not what the model says.
+        length: tokens of an example, padding included.
 
     Returns:
-        The figure, absent if the structure cannot be read.
+        The quantity; absent if the cost model cannot read the model.
     """
-    step = workload_of(model, batch_size=max(1, batch_size), length=max(1, length), padded=batch_size > 1, **workload)
-    ranks = ranks_of(model)
+    step = workload_of(model, batch_size=max(1, batch_size), length=max(1, length), padded=batch_size > 1)
+    if ranks := ranks_of(model):
+        step = replace(step, rank=max(ranks.values()))
     try:
-        cost, note = _cost(CostModel(Structure.of(unwrap(model)), _with_rank(step, ranks)), model, ranks)
+        cost, note = _cost(CostModel(Structure.of(unwrap(model)), step), model, ranks)
     except BlueprintError as error:
         return absent(f"the cost model cannot read this {type(unwrap(model)).__name__}: {error}")
     return modelled(cost.flops, f"CostModel for {batch_size} × {length} tokens{note}")
@@ -134,22 +136,18 @@ def _cost(costs: CostModel, model: nn.Module, ranks: Mapping[str, int]) -> tuple
     if not other:
         adapters = {name: rank for name, rank in ranks.items() if name not in whole}
         return costs.cost(adapters, whole), ""
-    return costs.floor(), f", without what is trained at {format_names(sorted(other))}"
-
-
-def _with_rank(step: Workload, ranks: Mapping[str, int]) -> Workload:
-    return replace(step, rank=max(ranks.values())) if ranks else step
+    return costs.floor(), f", leaving out the training of {format_names(sorted(other))}"
 
 
 def _unfrozen(model: nn.Module) -> list[str]:
-    """Modules trained whole: as PEFT's config names them, and none where all of a model is trained."""
+    """Return the modules that PEFT trains whole; none for a model without PEFT."""
     if not isinstance(model, PeftModel):
         return []
     return sorted({name for name, part, _ in trained_parameters(model) if part == "weight"})
 
 
 def _total_parameters(model: nn.Module) -> int:
-    """Weights of the base model and of adapters; those held in 4 bits count one by one."""
+    """Count the weights of base model and adapters, unpacking those held in 4 bits."""
     if isinstance(model, PeftModel):
         return int(model.get_nb_trainable_parameters()[1])
     return sum(p.numel() for p in model.parameters())
@@ -165,7 +163,3 @@ def _system() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found
-
-
-def _sorted_sets(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}

@@ -11,8 +11,8 @@ from peft_blueprint.data.examples import make_batches
 from peft_blueprint.errors import MeasurementError, PlacementError
 from peft_blueprint.measure.losses import per_example_losses
 from peft_blueprint.testing import (
-    quantise,
-    randomise_adapters,
+    quantize,
+    randomize_adapters,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
@@ -125,7 +125,7 @@ def test_it_learns_faster_than_from_a_random_start():
 def test_on_a_quantised_base_that_stays_as_it_is(kind):
     """QLoRA: A follows the quantised model's gradient, and the weights stay equal bit by bit."""
     pytest.importorskip("bitsandbytes")
-    base = quantise(tiny_llama(), kind)
+    base = quantize(tiny_llama(), kind)
     found = measure_influence(base, toy_batches(), sketch_size=None, projection_size=0, progress=False)
     model = adapted(base)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
@@ -225,4 +225,4 @@ def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
     assert all(torch.equal(rows, before[name]) for name, rows in rows_of(model).items())
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(PlacementError, match="B must be zero, and is not in .* was trained"):
-        begin(randomise_adapters(model))
+        begin(randomize_adapters(model))

@@ -12,7 +12,7 @@ from peft_blueprint import BlueprintConfig, generate_blueprint, plan_placement
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure.submodules import is_quantized
 from peft_blueprint.place.placement import Placement
-from peft_blueprint.testing import randomise_adapters, tiny_llama, toy_batches
+from peft_blueprint.testing import randomize_adapters, tiny_llama, toy_batches
 from peft_blueprint.train.unfreezing import share_base
 
 
@@ -100,7 +100,7 @@ def test_it_is_saved_as_before_and_loads_with_plain_peft(tmp_path):
         model, *_ = unfrozen()
         if is_shared:
             share_base(model)
-        randomise_adapters(model)
+        randomize_adapters(model)
         expected = logits(model)
         model.save_pretrained(tmp_path / name)
     plain, shared = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "shared"))
@@ -120,7 +120,7 @@ def test_it_is_saved_as_before_and_loads_with_plain_peft(tmp_path):
 def test_disable_adapter_gives_the_base_model_back_unless_shared():
     """Plain: the base model's logits, bit by bit. Shared: the trained blocks' without LoRA; and training goes on after."""
     model, *_ = unfrozen()
-    randomise_adapters(model)
+    randomize_adapters(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny_llama()))
     share_base(model)
@@ -139,7 +139,7 @@ def test_a_reference_adapter_added_later_is_a_copy_of_its_own():
     """TRL's `ref`: it starts from the blocks as they are, does not move with training, and `default` stays trainable."""
     model, *_ = unfrozen()
     share_base(model)
-    randomise_adapters(model)
+    randomize_adapters(model)
     before = trainable(model)
     model.add_adapter("ref", model.peft_config["default"])
     assert before <= trainable(model)  # from PEFT 0.21 on `ref` is trained too, until it is told not to be
