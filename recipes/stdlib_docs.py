@@ -1,7 +1,7 @@
-"""The documentation of Python's standard library as a small data set: module and signature in, docstring out.
+"""Make a small dataset from Python's standard library: module and signature in, docstring out.
 
-Real text that every Python has, read from the interpreter at hand: nothing is downloaded, and nothing is run beyond
-the imports. Training and held-out modules do not overlap, and modules that resemble each other are on one side.
+The docstrings are those of the running interpreter, so nothing is downloaded. Training and held-out modules do not
+overlap, and similar modules are in the same split.
 """
 
 from __future__ import annotations
@@ -44,23 +44,18 @@ SHORTEST, LONGEST = 25, 280  # characters of a docstring; 280 are about 65 token
 LONGEST_SIGNATURE = 160
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s(?=[A-Z'\"`])|\n\n")
-SIGNATURE_LINE = re.compile(r"[\w.]+\(.*\)( -+> ?\S+( or \S+)?)?$")  # where old functions in C have it
+SIGNATURE_LINE = re.compile(r"[\w.]+\(.*\)( -+> ?\S+( or \S+)?)?$")  # first line of old C functions
 NOT_PROSE = re.compile(r"^(\s|>>>|[-*+.=|]|\d+[.)]|:\w)", re.MULTILINE)
-SAYS_NOTHING = re.compile(r"^[^A-Z]|Alias for field number|Initialize self|See help\(|Return self[=<>!+-]")
+UNINFORMATIVE = re.compile(r"^[^A-Z]|Alias for field number|Initialize self|See help\(|Return self[=<>!+-]")
 
 
 def examples(split: Literal["train", "held_out"]) -> list[dict[str, str]]:
-    """
-    One side of the data set, in an order that is the same on every run.
+    """Return one split, in an order that is the same on every run.
 
-    The order is by a digest of the prompt, so that the first n examples are a fair sample of all modules and that
-    a name which another version of Python lacks moves nothing else.
-
-    Args:
-        split (`"train"` or `"held_out"`): `TRAIN_MODULES` or `HELD_OUT_MODULES`.
+    Examples are sorted by a digest of the prompt, so the first n are a fair sample of all modules.
 
     Returns:
-        `list[dict[str, str]]`: `prompt`, `completion` (the docstring's first sentences), `module` and `name`.
+        Mappings with `prompt`, `completion` (the docstring's first sentences), `module` and `name`.
     """
     modules = {"train": TRAIN_MODULES, "held_out": HELD_OUT_MODULES}[split]
     chosen = [dict(example) for example in everything() if example["module"] in modules]
@@ -69,20 +64,20 @@ def examples(split: Literal["train", "held_out"]) -> list[dict[str, str]]:
 
 @cache
 def everything() -> list[dict[str, str]]:
-    """Both sides, read by a fresh interpreter: some libraries patch `logging` or `inspect` when they are imported."""
+    """Read both splits in a fresh interpreter, because some libraries patch `logging` or `inspect` on import."""
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-W", "ignore", __file__, "--json"]
     found: list[dict[str, str]] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
 
 
 def read() -> Iterator[dict[str, str]]:
-    """Every example of both sides, module by module; a docstring met twice counts where it is met first."""
+    """Yield every example of both splits, module by module, without repeated docstrings."""
     seen: set[str] = set()
     for module in TRAIN_MODULES + HELD_OUT_MODULES:
         for name, definition, docstring in documented(module):
             completion = opening(docstring)
             key = " ".join(completion.casefold().split())
-            if len(completion) < SHORTEST or SAYS_NOTHING.search(completion) or key in seen:
+            if len(completion) < SHORTEST or UNINFORMATIVE.search(completion) or key in seen:
                 continue
             seen.add(key)
             prompt = f"{INSTRUCTION}\n\nmodule: {module}\n{definition}\n"
@@ -90,10 +85,10 @@ def read() -> Iterator[dict[str, str]]:
 
 
 def documented(module: str) -> Iterator[tuple[str, str, str]]:
-    """Qualified name, definition and docstring of a module's public functions, classes and methods, by name."""
+    """Yield name, definition and docstring of a module's public functions, classes and methods."""
     try:
-        namespace = vars(importlib.import_module(module))  # `vars`, because `getattr` may warn of deprecated names
-    except ImportError:  # this Python was built without it, or no longer has it
+        namespace = vars(importlib.import_module(module))  # `getattr` may warn of deprecated names
+    except ImportError:  # this Python lacks it
         return
     public = namespace.get("__all__") or [n for n, v in namespace.items() if getattr(v, "__module__", "") == module]
     for name in sorted(set(public)):
@@ -113,7 +108,7 @@ def documented(module: str) -> Iterator[tuple[str, str, str]]:
 
 
 def definition_of(name: str, value: Any) -> str:
-    """The `def` line of a function, method or property, as its author would write it."""
+    """Return the `def` line of a function, method or property."""
     if isinstance(value, property):
         return f"@property\ndef {name}(self):"
     function, decorator = value, ""
@@ -121,21 +116,21 @@ def definition_of(name: str, value: Any) -> str:
         function, decorator = value.__func__, f"@{type(value).__name__}\n"
     try:
         signature = str(inspect.signature(function))
-    except (NameError, TypeError, ValueError):  # written in C without a signature, or annotated with unknown names
+    except (NameError, TypeError, ValueError):  # written in C, or annotated with unknown names
         signature = "(...)"
-    signature = re.sub(r"(?<!')<[^,()]*>", "...", signature)  # objects without a literal, perhaps with an address
+    signature = re.sub(r"(?<!')<[^,()]*>", "...", signature)  # reprs, which may contain an address
     if len(signature) > LONGEST_SIGNATURE:
         signature = "(...)"
     return f"{decorator}{'async ' * inspect.iscoroutinefunction(function)}def {name}{signature}:"
 
 
 def docstring_of(value: Any) -> str:
-    """The object's own docstring without its indentation, or nothing."""
+    """Return the object's own docstring without its indentation, or an empty string."""
     return inspect.cleandoc(value.__doc__) if isinstance(value.__doc__, str) else ""
 
 
 def opening(docstring: str) -> str:
-    """The docstring's first sentences, as many as `LONGEST` allows, up to the first list, example or table."""
+    """Return the docstring's first sentences, up to `LONGEST` characters and the first list, example or table."""
     first, _, rest = docstring.partition("\n")
     if SIGNATURE_LINE.match(first):
         docstring = rest.strip()
@@ -146,12 +141,14 @@ def opening(docstring: str) -> str:
         paragraphs.append(" ".join(paragraph.split()))
     text = "\n\n".join(paragraphs)
     ends = [end.start() for end in SENTENCE_END.finditer(text)] + [len(text)]
-    whole = [end for end in ends if end <= LONGEST and not text[:end].endswith((":", "e.g."))]  # announce what was cut
+    whole = [
+        end for end in ends if end <= LONGEST and not text[:end].endswith((":", "e.g."))
+    ]  # these announce a part that was cut
     return text[: whole[-1]] if whole else ""
 
 
 def main() -> None:
-    """Print how much there is and one example of each side."""
+    """Print the size and an example of each split."""
     for split in ("train", "held_out"):
         chosen = examples(split)
         counts = Counter(example["module"] for example in chosen)
