@@ -28,14 +28,14 @@ import numpy as np
 
 from peft_blueprint.data import (
     Candidate,
+    ExampleScorer,
     Pool,
-    Work,
     alignment_scores,
+    find_rows,
     fit_predictor,
-    pad_token_of,
-    rows_of,
+    get_pad_token_id,
+    make_target,
     spearman,
-    target_of,
     token_features,
 )
 from peft_blueprint.measure import parameters_per_token
@@ -142,17 +142,17 @@ def measured(contest: Contest) -> dict[str, np.ndarray]:
     path = CACHE / f"predictor-{digest([draw.pool, draw.target, names, BATCH])}.npz"
     if not path.exists():
         pool, target = candidates(contest, draw.pool), candidates(contest, draw.target)
-        work = Work(contest.model, names, BATCH, pad_token_of(contest.bench.tokenizer), 0, None)
-        aim = target_of(work.influence([one.row for one in target], projections=True), names)
+        work = ExampleScorer(contest.model, names, BATCH, get_pad_token_id(contest.bench.tokenizer), 0, None)
+        aim = make_target(work.influence(target, projections=True), names)
         of_target = work.cost.measured_tokens
 
         def both(part: Sequence[Candidate]) -> np.ndarray:
-            influence = work.influence([one.row for one in part], projections=True)
-            norms = influence.norms[rows_of(influence, names)].double().square().sum(dim=0).sqrt().numpy()
+            influence = work.influence(part, projections=True)
+            norms = influence.norms[find_rows(influence, names)].double().square().sum(dim=0).sqrt().numpy()
             return np.stack([norms, alignment_scores(influence, aim)], axis=1)
 
         scores, of_scores = in_parts(work, both, pool, "measured")
-        features, of_features = in_parts(work, lambda part: work.features([c.row for c in part]).values, pool, "read")
+        features, of_features = in_parts(work, lambda part: work.features(part).values, pool, "read")
         start = time.perf_counter()
         tokens = token_features([one.row for one in pool]).values
         found = {
@@ -176,16 +176,16 @@ def measured(contest: Contest) -> dict[str, np.ndarray]:
 def candidates(contest: Contest, examples: Sequence[dict[str, str]]) -> list[Candidate]:
     """As `select_examples` sees them."""
     pool = Pool(examples, contest.bench.tokenizer)
-    return [one for i, example in pool if (one := pool.candidate(i, example)) is not None]
+    return [one for i, example in pool if (one := pool.encode(i, example)) is not None]
 
 
 def in_parts(
-    work: Work, score: Callable[[Sequence[Candidate]], np.ndarray], pool: Sequence[Candidate], what: str
+    work: ExampleScorer, score: Callable[[Sequence[Candidate]], np.ndarray], pool: Sequence[Candidate], what: str
 ) -> tuple[np.ndarray, float]:
     """Scores of a pool, some batches at a time as in `select_examples`, and the seconds."""
     start, found = time.perf_counter(), []
     for i in range(0, len(pool), 8 * BATCH):
-        found.append(work.together(score, pool[i : i + 8 * BATCH]))
+        found.append(work.distribute(score, pool[i : i + 8 * BATCH]))
         spent = time.perf_counter() - start
         print(f"{what} {min(i + 8 * BATCH, len(pool))} of {len(pool)}, {spent:.0f} s", file=sys.stderr, flush=True)
     return np.concatenate(found), time.perf_counter() - start

@@ -6,7 +6,7 @@ from peft_blueprint.data.select import select_examples
 from peft_blueprint.testing import tiny_llama
 
 
-def made(n, seed=0, low=1, high=97, longest=24):
+def make_rows(n, seed=0, low=1, high=97, longest=24):
     """Encoded examples of varied lengths, with a prompt of three tokens."""
     generator = np.random.default_rng(seed)
     rows = []

@@ -1,4 +1,4 @@
-"""Decide which examples to train on: score, scan, select, and cross-influence."""
+"""Choose which examples to train on: read, score, scan and select them, with cross-influence."""
 
 import lazy_loader
 

@@ -1,15 +1,13 @@
-"""How far examples' gradients point where a target's mean gradient points, from one measurement of each; and examples'
-gradients as short vectors.
+"""Compare examples' gradients with a target's mean gradient, and turn gradients into short vectors.
 
-After LESS (Xia et al. 2024, arXiv:2402.04333), without its warm-up and its store of projected gradients: a batch is
-measured, compared and forgotten. Knows nothing of what is chosen.
+After LESS (Xia et al. 2024, arXiv:2402.04333), without its warm-up and its store of projected gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,23 +16,20 @@ from torch import Tensor
 from .._text import format_names
 from ..errors import MeasurementError, MismatchError
 from ..measure import Influence
-
-
-Precondition = Literal["none", "adam", "blocks"]
-Similarity = Literal["cosine", "dot"]
+from .options import Precondition, Similarity, require_choice
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Where examples are wanted to point: the mean gradient of a small set, submodule by submodule.
+    """Mean gradient of a small set of examples, submodule by submodule.
 
     Args:
-        submodules: names of those that count.
-        directions: (submodules, m) float32, the mean projection.
-        weights: (submodules,) float32, what each submodule's inner product counts.
+        submodules: names of those compared.
+        directions: (submodules, m) float32, mean projections.
+        weights: (submodules,) float32, weights of the submodules' inner products.
         norm: of the whole direction under these weights; the noise of few examples makes it too large.
-        seed: of the sketches and projections, which only compare under the same.
-        examples: of the set.
+        seed: of the projections, which compare only under the same seed.
+        examples: size of the set.
     """
 
     submodules: tuple[str, ...]
@@ -45,73 +40,75 @@ class Target:
     examples: int
 
 
-def target_of(
+def make_target(
     influence: Influence, submodules: Sequence[str] | None = None, precondition: Precondition = "none"
 ) -> Target:
-    """The target that a measured set gives.
+    """Average the gradients of a measured set into a target.
 
-    Preconditioning is by submodule, not by entry, with the root mean square over the set's examples of the gradient's
-    norm, v_i, in the place of Adam's second moment. "adam" divides a submodule's inner product by v_i/√n_i, for n_i
-    entries: the change of the target's loss in an Adam step on the example, to first order. "blocks" divides it by v_i²,
-    so that each submodule counts alike, whatever its gradient's size.
+    Preconditioning is by submodule, not by entry; the root mean square v_i over examples of the gradient's norm stands
+    in for Adam's second moment. "adam" divides a submodule's inner product by v_i/√n_i, for n_i entries: to first order
+    the change of the target's loss in an Adam step on the example. "blocks" divides it by v_i², so that each submodule
+    counts alike.
 
     Args:
-        influence: with projections.
-        submodules: names of those to compare; all that were measured by default.
+        influence: a measurement with projections.
+        submodules: names of those to compare; all by default.
         precondition: "none", "adam" or "blocks".
 
     Raises:
-        MeasurementError: if no projections were kept, or the gradient is zero everywhere.
+        MeasurementError: if the measurement has no projections, or the mean gradient is zero.
         MismatchError: for a name that was not measured.
+
+    Example:
+        >>> from peft_blueprint import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> influence = measure_influence(tiny_llama(), toy_batches(), progress=False)
+        >>> alignment_scores(influence, make_target(influence)).shape
+        (8,)
     """
-    if precondition not in get_args(Precondition):
-        raise MeasurementError(f"precondition={precondition!r}: choose from {', '.join(get_args(Precondition))}.")
+    require_choice("precondition", precondition, get_args(Precondition))
     _require_projections(influence)
-    rows = rows_of(influence, submodules)
+    rows = find_rows(influence, submodules)
     directions = influence.projections[rows].mean(dim=1)
     sizes = influence.norms[rows].square().mean(dim=1).sqrt()
     weights = torch.ones_like(sizes)
     if precondition != "none":
-        counts = torch.tensor([_entries(influence, row) for row in rows])
-        floor = 1e-6 * float(sizes.max()) or 1.0  # where no gradient arrives, nothing is to be magnified
-        weights = counts.sqrt() / sizes.clamp_min(floor) if precondition == "adam" else sizes.clamp_min(floor) ** -2
+        entries = torch.tensor([float(np.prod(influence.submodules[row].shape or (1,))) for row in rows])
+        floor = 1e-6 * float(sizes.max()) or 1.0  # do not magnify submodules that no gradient reaches
+        weights = entries.sqrt() / sizes.clamp_min(floor) if precondition == "adam" else sizes.clamp_min(floor) ** -2
         weights = weights / weights.mean()
     norm = float((weights * directions.square().sum(dim=1)).sum().sqrt())
     if not norm > 0:
-        raise MeasurementError(
-            "The target's mean gradient is zero: nothing can be aligned with it. Give other target examples."
-        )
+        raise MeasurementError("The target's mean gradient is zero, so nothing aligns with it. Give other examples.")
     names = tuple(influence.submodules[row].name for row in rows)
     return Target(names, directions, weights, norm, influence.seed, influence.examples)
 
 
 def alignment_scores(influence: Influence, target: Target, similarity: Similarity = "cosine") -> np.ndarray:
-    """How much each example's gradient agrees with a target's.
+    """Estimate how much each example's gradient agrees with a target's.
 
-    ⟨g_b, t⟩ = Σ_i w_i·⟨g_ib, t_i⟩, estimated from projections; divided by the norms of both for "cosine". Gradients are
-    those of mean losses, so that a long example counts no more than a short one; a dot product still grows with how large
-    an example's gradient is.
+    ⟨g_b, t⟩ = Σ_i w_i·⟨g_ib, t_i⟩, estimated from projections; "cosine" divides it by both norms. Gradients are of mean
+    losses, so a long example counts no more than a short one. A dot product still grows with the gradient's norm.
 
     Args:
-        influence: of the examples, measured with the target's seed and sizes.
-        target: see `target_of`.
+        influence: of the examples, measured with the target's seed and projection size.
+        target: see `make_target`.
         similarity: "cosine" or "dot".
 
     Returns:
-        (examples,) float64; 0 for an example without a gradient. The noise of a small target makes cosines smaller than
-        with what it stands for, by one factor for all.
+        (examples,) float64; 0 for an example without a gradient. The noise of a small target shrinks all cosines by one
+        common factor.
 
     Raises:
         MismatchError: if the two were not measured alike.
     """
-    if similarity not in get_args(Similarity):
-        raise MeasurementError(f"similarity={similarity!r}: choose from {', '.join(get_args(Similarity))}.")
-    rows = rows_of(influence, target.submodules)
+    require_choice("similarity", similarity, get_args(Similarity))
+    rows = find_rows(influence, target.submodules)
     projections = influence.projections[rows]
     if influence.seed != target.seed or projections.shape[2] != target.directions.shape[1]:
         raise MismatchError(
-            f"The target was measured with seed {target.seed} and {target.directions.shape[1]} numbers an example, these "
-            f"examples with seed {influence.seed} and {projections.shape[2]}: measure both alike."
+            f"The target was measured with seed {target.seed} and projection size {target.directions.shape[1]}, the "
+            f"examples with seed {influence.seed} and projection size {projections.shape[2]}. Measure both alike."
         )
     products = torch.einsum("i,ibm,im->b", target.weights, projections, target.directions).double()
     if similarity == "cosine":
@@ -121,34 +118,32 @@ def alignment_scores(influence: Influence, target: Target, similarity: Similarit
 
 
 def gradient_points(influence: Influence, submodules: Sequence[str] | None = None) -> np.ndarray:
-    """Every example's gradient over all these submodules as one vector of m numbers and unit length.
+    """Project each example's gradient over all these submodules onto one unit vector.
 
-    Projections of the submodules are added up under random signs of their own, so that inner products are, in
-    expectation, those of whole gradients: what is between submodules cancels (as in Weinberger et al. 2009,
-    arXiv:0902.2206, there of hashed features).
+    The submodules' projections are summed under random signs, so that inner products are in expectation those of whole
+    gradients: cross terms between submodules cancel (for hashed features, Weinberger et al. 2009, arXiv:0902.2206).
 
     Args:
-        influence: with projections.
-        submodules: names; all that were measured by default.
+        influence: a measurement with projections.
+        submodules: names; all by default.
 
     Returns:
         (examples, m) float32; zeros for an example without a gradient.
 
     Raises:
-        MeasurementError: if no projections were kept.
+        MeasurementError: if the measurement has no projections.
         MismatchError: for a name that was not measured.
     """
     _require_projections(influence)
-    rows = rows_of(influence, submodules)
+    rows = find_rows(influence, submodules)
     shape = (len(rows), influence.projections.shape[2])
     signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(influence.seed)) * 2.0 - 1.0
     points = torch.einsum("im,ibm->bm", signs, influence.projections[rows])
-    sizes = torch.linalg.vector_norm(points, dim=1, keepdim=True)
-    return torch.where(sizes > 0, points / sizes.clamp_min(1e-30), 0.0).numpy()
+    return torch.nn.functional.normalize(points, dim=1, eps=1e-30).numpy()
 
 
-def rows_of(influence: Influence, submodules: Sequence[str] | None) -> list[int]:
-    """The rows of a measurement that these names are, in the measurement's order; all for None.
+def find_rows(influence: Influence, submodules: Sequence[str] | None) -> list[int]:
+    """Return the rows of these submodules in the measurement's order; all rows for None.
 
     Raises:
         MismatchError: for a name that was not measured.
@@ -160,17 +155,12 @@ def rows_of(influence: Influence, submodules: Sequence[str] | None) -> list[int]
     if len(rows) < len(wanted) or not rows:
         missing = sorted(wanted - {influence.submodules[row].name for row in rows})
         raise MismatchError(
-            f"{len(missing)} of {len(wanted)} submodules were not measured ({format_names(missing) or 'none was named'}); "
-            f"measured were {len(influence.submodules)} ({format_names([s.name for s in influence.submodules])}). Give names of "
-            "this model's submodules, on which a gradient arrives."
+            f"{len(missing)} of {len(wanted)} submodules were not measured ({format_names(missing) or 'no names given'}). "
+            f"Give names of submodules that a gradient reaches: {format_names([s.name for s in influence.submodules])}."
         )
     return rows
 
 
-def _entries(influence: Influence, row: int) -> float:
-    return float(np.prod(influence.submodules[row].shape or (1,)))
-
-
 def _require_projections(influence: Influence) -> None:
     if not influence.projections.shape[2]:
-        raise MeasurementError("There are no projections to align. Measure with projection_size=251.")
+        raise MeasurementError("The measurement has no projections. Measure with projection_size=251.")

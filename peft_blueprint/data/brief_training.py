@@ -1,19 +1,17 @@
-"""A model trained for a few steps and given back as it was: what its gradients would be a little later.
-
-Knows nothing of scores.
-"""
+"""Train a model for a few steps and restore it afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..errors import BlueprintError, MeasurementError
-from ..measure import LossFunction, device_of, find_submodules, linear_modules, per_example_losses
+from ..measure import LossFunction, find_submodules, input_device, linear_modules, per_example_losses
 from .examples import Row, collate
 
 
@@ -23,18 +21,17 @@ RANK = 8
 
 
 @contextmanager
-def given_back(model: nn.Module) -> Iterator[None]:
-    """Whatever is done to a model's weights, buffers, flags and gradients inside the `with` is undone, and torch's random
-    numbers go on as if nothing had been drawn. Takes a second copy of the weights, on the CPU.
+def restore_afterwards(model: nn.Module) -> Iterator[None]:
+    """Restore a model's weights, buffers, flags and gradients, and torch's random state, when the `with` ends.
+
+    Takes a second copy of the weights, on the CPU.
 
     Raises:
-        BlueprintError: if weights were added or taken away, which is not undone; or if some are offloaded, so that they
-            cannot be copied.
+        BlueprintError: if weights were added or removed, which is not undone; or if some are offloaded, which cannot be
+            copied.
     """
     if any(value.is_meta for _, value in _tensors(model)):
-        raise BlueprintError(
-            "Some of the model's weights are offloaded, and cannot be kept for giving them back. Load the model whole."
-        )
+        raise BlueprintError("Some of the model's weights are offloaded and cannot be restored. Load the model whole.")
     state = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(model)}
     flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
@@ -47,39 +44,42 @@ def given_back(model: nn.Module) -> Iterator[None]:
                 if name in state:
                     value.copy_(state[name])
         for name, parameter in model.named_parameters():
-            flag, gradient = flags.get(name, (parameter.requires_grad, parameter.grad))
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+            if name in flags:
+                parameter.requires_grad_(flags[name][0])
+                parameter.grad = flags[name][1]
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
     if dict(_tensors(model)).keys() != state.keys():
         raise BlueprintError(
-            "The training between two choices left other weights in the model than it found. Let it train those that "
-            "are there, or remove what it adds."
+            "The training added or removed weights, which cannot be undone. Train existing weights, or remove what you add."
         )
 
 
 @contextmanager
-def with_adapters(model: nn.Module, submodules: Sequence[str] | None, seed: int) -> Iterator[nn.Module]:
-    """A model that can be trained: itself if it has adapters already, else with new LoRA adapters, gone afterwards.
+def temporary_adapters(model: nn.Module, submodules: Sequence[str] | None, seed: int) -> Iterator[nn.Module]:
+    """Yield a trainable model: itself if it has adapters, otherwise with new LoRA adapters. Restore it afterwards.
 
     Args:
         model: with or without adapters.
-        submodules: names of linear layers to put them on; all that an adapter can be put on by default.
-        seed: of the adapters' first weights.
+        submodules: names of linear layers to adapt; all by default.
+        seed: of the adapters' initial weights.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> with temporary_adapters(tiny_llama(), None, seed=0) as adapted:
+        ...     tokens = train_briefly(adapted, [{"input_ids": [5, 6], "labels": [5, 6]}], 2, batch_size=1, pad_token_id=0)
+        >>> tokens
+        4
     """
     if isinstance(model, PeftModel) and any(parameter.requires_grad for parameter in model.parameters()):
-        with given_back(model):
+        with restore_afterwards(model):
             yield model
         return
     linear = {name for name, _ in linear_modules(model)}
     names = [s.name for s in find_submodules(model) if submodules is None or s.name in submodules]
     targets = [name for name in names if name in linear]
     if not targets:
-        raise MeasurementError(
-            "None of the submodules is a linear layer to train an adapter on. Give train(model, rows), which trains "
-            "the model in another way."
-        )
+        raise MeasurementError("None of the submodules is a linear layer to adapt. Pass your own train(model, rows).")
     training = {module: module.training for module in model.modules()}
     flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     before = set(vars(model))
@@ -101,29 +101,29 @@ def with_adapters(model: nn.Module, submodules: Sequence[str] | None, seed: int)
 def train_briefly(
     model: nn.Module,
     rows: Sequence[Row],
-    *,
     steps: int,
+    *,
     batch_size: int,
     pad_token_id: int,
     learning_rate: float = 1e-3,
     loss_fn: LossFunction | None = None,
     seed: int = 0,
 ) -> int:
-    """Some steps of AdamW on what takes a gradient, over the rows in random order, again and again. Dropout is off.
+    """Train the trainable parameters with AdamW, without dropout, on rows in random order, repeatedly.
 
     Returns:
-        How many input positions were trained on.
+        The number of input positions trained on.
 
     Raises:
-        MeasurementError: if nothing takes a gradient.
+        MeasurementError: if no parameter requires a gradient.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise MeasurementError("Nothing in the model takes a gradient, so it cannot be trained briefly.")
+        raise MeasurementError("No parameter of the model requires a gradient, so it cannot be trained.")
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    device, tokens = device_of(model), 0
+    device, tokens = input_device(model), 0
     model.eval()
     for _ in range(steps):
         while len(order) < min(batch_size, len(rows)):
@@ -142,5 +142,4 @@ def train_briefly(
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    return chain(model.named_parameters(), model.named_buffers())

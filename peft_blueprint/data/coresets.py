@@ -1,53 +1,49 @@
-"""A few points that stand for many: k-centre, and facility location.
-
-Pure numpy on arrays of points, such as the sketches of examples' gradients. Knows nothing of what they are of.
-"""
+"""Choose a few points that represent many: k-centre and facility location."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import BlueprintError
+from .options import MAX_FACILITY_POINTS
 
 
-MOST_POINTS = 50_000  # of facility location, which looks at every pair
-HELD_POINTS = 10_000  # of which all similarities are held
-
-Metric = Literal["euclidean", "cosine", "precomputed"]
-
-_ELEMENTS = 2**19  # similarities in memory at once
-_AT_ONCE = 32  # candidates that are looked at again together
+_HELD_POINTS = 10_000  # up to which all similarities stay in memory
+_ELEMENTS = 2**19  # similarities computed at once
+_AT_ONCE = 32  # candidates re-evaluated at once
 
 
 def k_centre(points: ArrayLike, count: int, seed: int = 0, start: int | None = None) -> np.ndarray:
-    """Points so chosen that every other is near to one of them: always the one farthest from those taken so far.
+    """Choose points so that every other is near one of them: always the one farthest from those chosen so far.
 
-    The largest distance of a point to the nearest chosen one is at most twice the smallest possible for as many
-    (Gonzalez 1985, doi:10.1016/0304-3975(85)90224-5); as a choice of data, Sener and Savarese 2018 (arXiv:1708.00489).
-    Distances are Euclidean: for directions alone, bring the points to one length. The first choices are the outliers,
-    noise and wrong labels among them. Ties go to the earlier point. Takes n·d operations a choice, and memory for the
-    points twice.
+    The largest distance of a point to the nearest chosen one is at most twice the smallest possible (Gonzalez 1985,
+    doi:10.1016/0304-3975(85)90224-5); for choosing data, Sener and Savarese 2018 (arXiv:1708.00489). Distances are
+    Euclidean. The first choices are outliers, among them noise and wrong labels. Ties go to the earlier point. Takes n·d
+    operations a choice, and memory for the points twice.
 
     Args:
         points: (n, d).
         count: how many to choose, 1 to n.
         seed: of the first choice.
-        start: the first choice, instead of a random one.
+        start: first choice, instead of a random one.
 
     Returns:
-        (count,) different positions, in the order of choice; the first few of them are what a smaller count gives.
+        (count,) distinct positions in the order of choice; a smaller count gives the first few of them.
 
     Raises:
-        BlueprintError: if the points are no such matrix of finite numbers, or for a count or start out of range.
+        BlueprintError: if the points are not a finite matrix, or a count or start is out of range.
+
+    Example:
+        >>> k_centre([[0.0], [1.0], [10.0], [4.0]], 3, start=0).tolist()
+        [0, 2, 3]
     """
-    matrix = _centred(_checked(points, count))
+    matrix = _check_points(points, count)
+    matrix = matrix - matrix.mean(axis=0)  # distances far smaller than the points stay distinct
     n = len(matrix)
     first = int(np.random.default_rng(seed).integers(n)) if start is None else int(start)
     if not 0 <= first < n:
-        raise BlueprintError(f"start={start}: there are {n} points. Give a position from 0 to {n - 1}.")
+        raise BlueprintError(f"start must be a position from 0 to {n - 1}, got {start}.")
     squares = np.square(matrix).sum(axis=1)
     rounding = 1e-13 * float(squares.max(initial=0.0))
     nearest = np.full(n, np.inf)
@@ -62,61 +58,40 @@ def k_centre(points: ArrayLike, count: int, seed: int = 0, start: int | None = N
     return chosen
 
 
-def cover_radius(points: ArrayLike, chosen: ArrayLike) -> float:
-    """The largest Euclidean distance of a point to the nearest chosen one: what k-centre keeps small.
+def facility_location(points: ArrayLike, count: int) -> np.ndarray:
+    """Choose points so that all are near one of them on average: always the one that adds most coverage.
+
+    Maximises F(S) = Σ_i max_{j∈S} (1 + cos(x_i, x_j)), greedily. F is submodular and monotone, so the greedy choice
+    reaches at least 1 − 1/e of the maximum (Nemhauser, Wolsey and Fisher 1978, doi:10.1007/BF01588971). On gradients it
+    is a coreset as in CRAIG (Mirzasoleiman et al. 2020, arXiv:1906.01827), with cosines instead of distances. Unlike
+    k-centre it prefers dense regions. Points are re-evaluated lazily (Minoux 1978, doi:10.1007/BFb0006528); up to
+    rounding in single precision the choice is that of plain greedy.
+
+    Up to 10,000 points all similarities are held (4·n² bytes, at most 400 MB), which takes seconds. Beyond, they are
+    recomputed as needed: minutes for 2,000 of 20,000 points of 251 numbers, growing faster than n²·d.
 
     Args:
-        points: (n, d).
-        chosen: positions, at least one.
-
-    Raises:
-        BlueprintError: as `k_centre`.
-    """
-    positions = np.unique(np.asarray(chosen, dtype=np.int64))
-    matrix = _checked(points, len(positions))
-    if positions[0] < 0 or positions[-1] >= len(matrix):
-        raise BlueprintError(f"Positions {positions[0]} to {positions[-1]} are not all among {len(matrix)} points.")
-    nearest = np.full(len(matrix), np.inf)
-    for position in positions:
-        np.minimum(nearest, np.linalg.norm(matrix - matrix[position], axis=1), out=nearest)
-    return float(nearest.max())
-
-
-def facility_location(points: ArrayLike, count: int, *, metric: Metric = "euclidean") -> np.ndarray:
-    """Points so chosen that all together are near to them: always the one that adds most to what is covered.
-
-    Maximises F(S) = Σ_i max_{j∈S} s(i, j) over sets of `count` points. F is submodular and never falls, so that the
-    greedy choice has at least 1 − 1/e of the most possible (Nemhauser, Wolsey and Fisher 1978,
-    doi:10.1007/BF01588971). With s a constant less the distance of gradients it is the coreset of CRAIG (Mirzasoleiman
-    et al. 2020, arXiv:1906.01827). Unlike k-centre it goes for where points are dense. A point is looked at again only
-    if what it added before would still make it the best (Minoux 1978, doi:10.1007/BFb0006528); but for
-    rounding in single precision, which decides among what adds alike, the choice is that of plain greedy.
-
-    Of up to 10,000 points all similarities are held, 4·n² bytes and 400 MB at most: seconds. Of more they are computed
-    again when they are needed, a few MB at a time: some minutes for 2,000 of 20,000 points of 251 numbers, as n²·d and
-    more. Over 50,000 are refused: choose candidates first, by chance or by score.
-
-    Args:
-        points: (n, d); or similarities (n, n), not negative, column j those of every point to candidate j.
+        points: (n, d), at most 50,000.
         count: how many to choose, 1 to n.
-        metric: "euclidean" for s = D − ‖x − y‖, whose constant D does not bear on the choice; "cosine" for
-            s = 1 + cos(x, y), 1 where a point is zero; "precomputed" for similarities.
 
     Returns:
-        (count,) different positions, in the order of choice; the first few of them are what a smaller count gives.
+        (count,) distinct positions in the order of choice; a smaller count gives the first few of them.
 
     Raises:
-        BlueprintError: if the points are no such matrix of finite numbers, there are too many, similarities are not
-            square or negative, or for a count out of range or an unknown metric.
+        BlueprintError: if the points are not a finite matrix or too many, or the count is out of range.
+
+    Example:
+        >>> facility_location([[1.0, 0.0], [0.9, 0.1], [1.0, 0.1], [-1.0, 0.0]], 2).tolist()
+        [2, 3]
     """
-    matrix = _checked(points, count)
+    matrix = _check_points(points, count)
     n = len(matrix)
-    if n > MOST_POINTS:
+    if n > MAX_FACILITY_POINTS:
         raise BlueprintError(
-            f"Facility location looks at every pair, and takes at most {MOST_POINTS:,} points, not {n:,}. Choose "
-            "candidates first, by chance or by score, or use k_centre."
+            f"Facility location takes at most {MAX_FACILITY_POINTS:,} points, got {n:,}. Sample candidates first, or use "
+            "k_centre."
         )
-    similarities = _Similarities(matrix, metric)
+    similarities = _Similarities(matrix)
     covered = np.zeros(n, dtype=np.float32)
     bounds = similarities.gains(covered, np.arange(n))
     is_stale = np.zeros(n, dtype=bool)
@@ -135,77 +110,37 @@ def facility_location(points: ArrayLike, count: int, *, metric: Metric = "euclid
 
 
 class _Similarities:
-    """Rows of the matrix of similarities, computed when asked for; in single precision."""
+    """Rows of the matrix 1 + cos(x_i, x_j) in single precision, held or computed when needed; 1 for a zero point."""
 
-    def __init__(self, matrix: np.ndarray, metric: str):
-        self._is_euclidean = metric == "euclidean"
-        self._squares = np.zeros(0, dtype=np.float32)
-        self._most = np.float32(0)
-        self._points: np.ndarray | None = None
-        if metric == "precomputed":
-            if matrix.shape[0] != matrix.shape[1] or (matrix < 0).any():
-                raise BlueprintError(
-                    f"Similarities of shape {matrix.shape}, the lowest {matrix.min():.3g}: give a square matrix of numbers "
-                    "that are not negative, or points with metric='euclidean' or 'cosine'."
-                )
-            self._similarities = matrix
-        elif metric == "euclidean":
-            self._points = _centred(matrix).astype(np.float32)
-            self._squares = np.square(self._points).sum(axis=1)
-            self._most = 2 * np.sqrt(self._squares.max(initial=0))
-        elif metric == "cosine":
-            sizes = np.linalg.norm(matrix, axis=1, keepdims=True)
-            self._points = (matrix / np.where(sizes > 0, sizes, 1.0)).astype(np.float32)
-        else:
-            raise BlueprintError(f"There is no metric {metric!r}: choose euclidean, cosine or precomputed.")
-        if self._points is not None and len(matrix) <= HELD_POINTS:
-            held = np.empty((len(matrix), len(matrix)), dtype=np.float32)
-            for i in range(0, len(matrix), _AT_ONCE):
-                held[i : i + _AT_ONCE] = self.rows(np.arange(i, min(i + _AT_ONCE, len(matrix))))
-            self._points, self._similarities = None, held.T
+    def __init__(self, matrix: np.ndarray):
+        sizes = np.linalg.norm(matrix, axis=1, keepdims=True)
+        self._points = (matrix / np.where(sizes > 0, sizes, 1.0)).astype(np.float32)
+        self._held: np.ndarray | None = None
+        if len(matrix) <= _HELD_POINTS:
+            self._held = self.rows(np.arange(len(matrix)))
 
     def rows(self, candidates: np.ndarray) -> np.ndarray:
-        """(candidates, n) similarities of every point to each of some candidates; a new array."""
-        if self._points is None:
-            return self._similarities.T[candidates]
+        """Return similarities of every point to each candidate, (candidates, n), in a new array."""
+        if self._held is not None:
+            return self._held[candidates]
         found = self._points[candidates] @ self._points.T
-        if self._is_euclidean:
-            found *= -2
-            found += self._squares
-            found += self._squares[candidates, None]
-            np.maximum(found, 0, out=found)
-            np.sqrt(found, out=found)
-            np.subtract(self._most, found, out=found)
-        else:
-            found += 1
+        found += 1
         return np.maximum(found, 0, out=found)
 
     def gains(self, covered: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """(candidates,) what each would add to what is covered."""
+        """Return how much coverage each candidate would add, (candidates,)."""
         size = max(8, _ELEMENTS // len(covered))
-        return np.concatenate(
-            [self._gains(covered, candidates[i : i + size]) for i in range(0, len(candidates), size)]
-        )
-
-    def _gains(self, covered: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        rows = self.rows(candidates)
-        rows -= covered
-        np.maximum(rows, 0, out=rows)
-        return rows.sum(axis=1, dtype=float)
+        parts = (self.rows(candidates[i : i + size]) - covered for i in range(0, len(candidates), size))
+        return np.concatenate([np.maximum(part, 0, out=part).sum(axis=1, dtype=float) for part in parts])
 
 
-def _checked(points: ArrayLike, count: int) -> np.ndarray:
+def _check_points(points: ArrayLike, count: int) -> np.ndarray:
     matrix = np.asarray(points, dtype=float)
     if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
         raise BlueprintError(
-            f"Points are a matrix (points, numbers) of finite numbers, not of shape {matrix.shape} with "
-            f"{int((~np.isfinite(matrix)).sum())} that are not finite. Leave out what was not measured."
+            f"Points must be finite numbers of shape (points, numbers), got shape {matrix.shape} with "
+            f"{int((~np.isfinite(matrix)).sum())} not finite."
         )
     if not 1 <= count <= len(matrix):
-        raise BlueprintError(f"count={count}: there are {len(matrix)} points. Give a number from 1 to {len(matrix)}.")
+        raise BlueprintError(f"count must be from 1 to {len(matrix)}, the number of points, got {count}.")
     return matrix
-
-
-def _centred(matrix: np.ndarray) -> np.ndarray:
-    """As differences from their mean, so that distances far smaller than the points are still told apart."""
-    return matrix - matrix.mean(axis=0)

@@ -1,60 +1,208 @@
-"""`CrossInfluence`: how strongly each example moves each submodule, as a matrix that can be kept, looked into and chosen
-from, parameters together with data.
+"""Choose submodules and examples together, from the matrix of how strongly each example moves each submodule.
 
-The arithmetic is in `joint` and `lowrank`. Knows nothing of models, or of how a choice is trained. Equation numbers are the paper's
-(`theory`).
+Equation numbers are the paper's.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._files import write_atomically
+from .._options import from_mapping
 from .._text import format_names
+from ..blueprint import loads
 from ..errors import BlueprintError, FormatError, MeasurementError, MismatchError
-from ..measure import normalise_within
-from .cross_file import By, Of, read_matrix, write_matrix
-from .joint import JointSelection, Side, best_pairs, exponent, require_share, separately, upper_bound
-from .lowrank import LowRank, low_rank
+from ..measure import FRACTIONS, fit_gamma, joined_digest, normalize_within
+from .options import require_choice
 
 
 if TYPE_CHECKING:
     from ..measure import Influence
 
 
+Statistic = Literal["norms", "alignments"]
+Axis = Literal["kind", "example"]
+
+_VERSION = "1"
+_VERSION_KEY = "cross_influence.version"
+_JSON_KEY = "cross_influence.json"
+_DTYPES = {"values": "F32", "examples": "I64", "losses": "F32", "target_tokens": "I64", "parameters": "I64"}
+_LEADING = 4  # singular vectors that a search starts from, with either sign
+_ROUNDING = 1 + 1e-12  # tolerance of comparisons
+_BLOCK = 256  # rows sorted at once
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Low-rank structure of a matrix (eq. 33), from its singular values.
+
+    Args:
+        singular_values: in descending order.
+        effective_rank: exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007, "The
+            effective rank: a measure of effective dimensionality"), from 1 to their number.
+        participation_ratio: (Σσ²)²/Σσ⁴, the same idea with squares, which small values hardly enter.
+        independent_error: relative Frobenius error of the outer product of row and column sums over the total, which the
+            matrix equals if rows and columns are independent. At least `error(1)`.
+        interactions: number of leading singular values of that product's residual above the 95th percentile of those
+            with every row shuffled (parallel analysis: Horn 1965, doi:10.1007/BF02289447): patterns of rows with columns
+            beyond chance. None if not computed.
+    """
+
+    singular_values: tuple[float, ...]
+    effective_rank: float
+    participation_ratio: float
+    independent_error: float
+    interactions: int | None = None
+
+    def captured(self, components: int) -> float:
+        """Return the share of the sum of squares that the first components hold.
+
+        Raises:
+            BlueprintError: for a number of components out of range.
+        """
+        if not 0 <= components <= len(self.singular_values):
+            raise BlueprintError(f"components must be from 0 to {len(self.singular_values)}, got {components}.")
+        squares = np.square(self.singular_values)
+        return float(squares[:components].sum() / squares.sum())
+
+    def error(self, components: int) -> float:
+        """Return the relative Frobenius error of the first components, the least of any matrix of that rank."""
+        squares = np.square(self.singular_values)
+        self.captured(components)  # checks the number
+        return float(np.sqrt(squares[components:].sum() / squares.sum()))
+
+    def components_for(self, share: float) -> int:
+        """Return the fewest components that hold a share of the sum of squares.
+
+        Raises:
+            BlueprintError: for a share outside (0, 1].
+        """
+        _require_share("share", share)
+        squares = np.square(self.singular_values)
+        reached = np.cumsum(squares) >= share * squares.sum() / _ROUNDING
+        return int(reached.argmax()) + 1 if reached.any() else len(squares)
+
+    def summary(self) -> str:
+        """Return three lines of text."""
+        n = len(self.singular_values)
+        held = ", ".join(f"{self.components_for(share)} for {share:.0%}" for share in (0.9, 0.95, 0.99))
+        beyond = "" if self.interactions is None else f"; {self.interactions} interactions beyond chance"
+        return (
+            f"effective rank {self.effective_rank:.1f} of {n}, participation ratio {self.participation_ratio:.2f}\n"
+            f"components that hold the squares: {held}\n"
+            f"relative error {self.error(1):.3f} with one component, {self.independent_error:.3f} if independent{beyond}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-compatible data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class JointSelection:
+    """Submodules and examples chosen for each other, compared with other choices of the same size.
+
+    Args:
+        submodules: names, in the order of the matrix.
+        examples: ids, in the order of the matrix.
+        share: captured of the whole matrix (eq. 34).
+        separate: captured if submodules and examples are each chosen by their own sums.
+        product: share of the separately chosen submodules over all examples, times that of the examples over all
+            submodules: `separate` if the two were independent (the 80 % × 90 % of §4.4).
+        independent: k^γ·q^δ (eq. 35) with exponents fitted to the two curves of retained mass.
+        bound: no choice within these shares captures more.
+        gamma: γ.
+        delta: δ.
+        k: share of submodules asked for, of their number or cost.
+        q: share of examples asked for.
+        iterations: steps that raised the share from the best start, its first pair included.
+        starts: share reached from each start, by its name.
+    """
+
+    submodules: tuple[str, ...]
+    examples: tuple[int, ...]
+    share: float
+    separate: float
+    product: float
+    independent: float
+    bound: float
+    gamma: float
+    delta: float
+    k: float
+    q: float
+    iterations: int
+    starts: tuple[tuple[str, float], ...]
+
+    def summary(self) -> str:
+        """Return three lines of text."""
+        reached = sum(share >= self.share * (1 - 1e-9) for _, share in self.starts)
+        return (
+            f"{len(self.submodules)} submodules and {len(self.examples)} examples (k = {self.k:g}, q = {self.q:g}) capture "
+            f"{self.share:.2%} of at most {self.bound:.2%}\n"
+            f"chosen separately {self.separate:.2%}, product of the two shares {self.product:.2%}, k^{self.gamma:.3f} · "
+            f"q^{self.delta:.3f} = {self.independent:.2%}\n"
+            f"converged after {self.iterations} steps, from {reached} of {len(self.starts)} starts"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-compatible data, with the ids of the chosen examples."""
+        return asdict(self) | {"starts": dict(self.starts)}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Fields of a `CrossInfluence` beside its arrays, as its file's header holds them."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str | None, ...]
+    depths: tuple[int | None, ...]
+    statistic: Statistic
+    normalized: tuple[Axis, ...]
+    data_digest: str
+
+
 @dataclass(frozen=True, eq=False)
 class CrossInfluence:
-    """The cross-influence matrix T (eq. 32) at the level of submodules.
+    """The cross-influence matrix T (eq. 32) by submodule and example.
 
-    The entries are norms of gradients, as in the paper, unless asked otherwise. Sums of norms say how much is moved, not
-    where to: two examples that pull apart count twice, and a wrong label counts much. The alignments say the latter: to
-    first order the loss falls in proportion to their sum over S and D when submodules S step along examples D's gradient.
-    Those of examples that harm are negative and count against, and shares may pass 1. They are noisier: of few examples
-    what is captured of them is partly chance. Norms are the default since they are the paper's, positive, of one example
-    each, and mergeable; neither is shown to choose better.
+    Its entries are gradient norms as in the paper, or alignments with the mean gradient. Sums of norms say how much is
+    moved, not where to: two examples that pull apart count twice, and a wrong label counts much. To first order the loss
+    falls in proportion to the sum of alignments over S and D when submodules S step along the gradient of examples D. Those
+    of harmful examples are negative, and shares may exceed 1. They are noisier, partly chance for few examples. Norms are
+    the default because they are the paper's, positive and mergeable; neither is shown to choose better.
 
     Args:
         values: (submodules, examples) float32, read-only.
         names: of the submodules.
         kinds: of the submodules, where known.
         depths: of the submodules, where known.
-        examples: (examples,) int64; what each is called, such as its position in the data set.
-        of: "norms", or "alignments" for `Influence.alignments`.
+        examples: (examples,) int64 ids, such as positions in the dataset.
+        statistic: "norms", or "alignments" for `Influence.alignments`.
         losses: (examples,) float32 in nats, where known.
         target_tokens: (examples,) int64, where known; a cost of examples.
         parameters: (submodules,) int64, where known; a cost of submodules.
-        normalised: by what the values were divided, in order.
-        data_digest: of the data, as the measurement has it.
+        normalized: axes the values were normalized along, in order.
+        data_digest: of the data, from the measurement.
 
     Raises:
-        MeasurementError: for no submodule, no example, or values that are not finite, or negative norms.
-        MismatchError: if lengths differ, or a name or id is there twice.
+        MeasurementError: without submodules or examples, or for values that are not finite or negative norms.
+        MismatchError: if lengths differ, or a name or id is repeated.
+
+    Example:
+        >>> from peft_blueprint import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> matrix = CrossInfluence.from_influence(measure_influence(tiny_llama(), toy_batches(), progress=False))
+        >>> chosen = matrix.select_jointly(k=0.3, q=0.5)
+        >>> len(chosen.submodules), len(chosen.examples)
+        (8, 4)
     """
 
     values: np.ndarray
@@ -62,73 +210,71 @@ class CrossInfluence:
     kinds: tuple[str | None, ...]
     depths: tuple[int | None, ...]
     examples: np.ndarray
-    of: Of = "norms"
+    statistic: Statistic = "norms"
     losses: np.ndarray | None = None
     target_tokens: np.ndarray | None = None
     parameters: np.ndarray | None = None
-    normalised: tuple[By, ...] = ()
+    normalized: tuple[Axis, ...] = ()
     data_digest: str = ""
 
     def __post_init__(self) -> None:
         if not np.issubdtype(np.asarray(self.examples).dtype, np.integer):
-            raise MismatchError("Examples are called by whole numbers, such as positions in the data set.")
-        for name, given in self._arrays.items():
-            if given is not None:
-                array = np.array(given, dtype=np.float32 if name in ("values", "losses") else np.int64)
+            raise MismatchError("Ids of examples must be integers, such as positions in the dataset.")
+        for name, dtype in _DTYPES.items():
+            if getattr(self, name) is not None:
+                array = np.array(getattr(self, name), dtype=np.float32 if dtype == "F32" else np.int64)
                 array.setflags(write=False)
                 object.__setattr__(self, name, array)
         if self.values.ndim != 2 or not self.values.size:
-            raise MeasurementError(
-                f"Values of shape {self.values.shape} are no matrix of submodules and examples. Measure at least one."
-            )
+            raise MeasurementError(f"values must be a matrix (submodules, examples), got shape {self.values.shape}.")
         rows, columns = self.values.shape
-        wrong = ~np.isfinite(self.values) | (self.values < 0 if self.of == "norms" else False)
+        wrong = ~np.isfinite(self.values) | (self.values < 0 if self.statistic == "norms" else False)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             raise MeasurementError(
-                f"{self.names[row] if row < len(self.names) else row!r} has {self.values[row, column]} of example "
-                f"{column}, and {int(wrong.sum())} of {self.values.size} values are not finite or negative norms. Measure "
-                "again, without the examples that overflow."
+                f"{int(wrong.sum())} of {self.values.size} values are not finite or negative norms, the first "
+                f"{self.values[row, column]} in row {row}, column {column}. Measure again without examples that overflow."
             )
-        by_columns = ("examples", "losses", "target_tokens")
-        lengths = {"names": len(self.names), "kinds": len(self.kinds), "depths": len(self.depths)}
-        lengths |= {name: array.size for name, array in self._arrays.items() if array is not None and name != "values"}
-        for name, length in lengths.items():
-            if length != (columns if name in by_columns else rows):
-                raise MismatchError(f"{length} {name} and {rows} × {columns} values do not pair: give one each.")
+        expected = dict.fromkeys(("names", "kinds", "depths", "parameters"), rows)
+        expected |= dict.fromkeys(("examples", "losses", "target_tokens"), columns)
+        for name, length in expected.items():
+            given = getattr(self, name)
+            if given is not None and len(given) != length:
+                raise MismatchError(
+                    f"{name} must have length {length} for {rows} × {columns} values, got {len(given)}."
+                )
         if len(set(self.names)) < rows or len(np.unique(self.examples)) < columns:
             raise MismatchError(
-                f"{rows} submodules have {len(set(self.names))} names, and {columns} examples "
-                f"{len(np.unique(self.examples))} ids. Give each its own, such as positions in the whole data set."
+                f"Names and ids must be unique; {rows} submodules have {len(set(self.names))} names, {columns} examples "
+                f"{len(np.unique(self.examples))} ids."
             )
 
     @classmethod
     def from_influence(
-        cls, influence: Influence, of: Of = "norms", examples: Sequence[int] | None = None
+        cls, influence: Influence, statistic: Statistic = "norms", examples: Sequence[int] | None = None
     ) -> CrossInfluence:
-        """The matrix of one measurement.
+        """Take the matrix from one measurement.
 
         Args:
-            influence: what `measure_influence` gives.
-            of: "norms" or "alignments".
-            examples: what each example is called; by default its position in the measurement.
+            influence: result of `measure_influence`.
+            statistic: "norms" or "alignments".
+            examples: ids; positions in the measurement by default.
 
         Raises:
-            MeasurementError: if the values are not finite; for alignments of one example, or without projections.
-            MismatchError: if the ids do not pair with the examples.
+            MeasurementError: if values are not finite, or for alignments of one example or without projections.
+            MismatchError: if the ids do not match the examples.
         """
-        if of not in get_args(Of):
-            raise BlueprintError(f"There is no {of!r} to choose by: norms or alignments.")
-        if of == "alignments" and influence.examples < 2:
-            raise MeasurementError("One example agrees with no other. Measure at least two for alignments.")
+        require_choice("statistic", statistic, get_args(Statistic))
+        if statistic == "alignments" and influence.examples < 2:
+            raise MeasurementError("Alignments need at least two examples, got one.")
         shapes = [submodule.shape for submodule in influence.submodules]
         return cls(
-            values=(influence.norms if of == "norms" else influence.alignments).numpy(),
+            values=(influence.norms if statistic == "norms" else influence.alignments).numpy(),
             names=tuple(submodule.name for submodule in influence.submodules),
             kinds=tuple(submodule.kind for submodule in influence.submodules),
             depths=tuple(submodule.depth for submodule in influence.submodules),
             examples=np.arange(influence.examples) if examples is None else np.asarray(examples),
-            of=of,
+            statistic=statistic,
             losses=influence.losses.numpy(),
             target_tokens=influence.target_tokens.numpy(),
             parameters=np.array([math.prod(s) for s in shapes if s is not None]) if None not in shapes else None,
@@ -137,88 +283,104 @@ class CrossInfluence:
 
     @staticmethod
     def merge(parts: Sequence[CrossInfluence]) -> CrossInfluence:
-        """Join norms of different examples on the same submodules, in this order. Normalise after, not before.
+        """Join norms of different examples on the same submodules, in this order. Normalize afterwards.
 
         Raises:
-            MismatchError: if the submodules differ, ids are there twice, or the parts are alignments, which are against
-                the mean of their own part: merge the `Influence`s then.
+            MismatchError: if the submodules differ, ids repeat, or the parts are alignments, which depend on the mean of
+                their own part: merge the `Influence`s instead.
         """
         if not parts:
-            raise MeasurementError("There are no parts to merge: give at least one.")
+            raise MeasurementError("merge needs at least one part.")
         first = parts[0]
         if len(parts) == 1:
             return first
         for part in parts:
-            if part.of != "norms" or part.normalised:
+            if part.statistic != "norms" or part.normalized:
                 raise MismatchError(
-                    f"Values of {part.of}, normalised by {', '.join(part.normalised) or 'nothing'}, do not merge. Merge "
-                    "the measurements with Influence.merge, or normalise after merging."
+                    f"Only norms that are not normalized merge, got {part.statistic} normalized by "
+                    f"{', '.join(part.normalized) or 'nothing'}. Use Influence.merge, or normalize after merging."
                 )
             if part.names != first.names:
                 raise MismatchError(
-                    f"These matrices do not merge: {len(first.names)} submodules ({format_names(first.names, 2)}) and "
+                    f"Parts must have the same submodules, got {len(first.names)} ({format_names(first.names, 2)}) and "
                     f"{len(part.names)} ({format_names(part.names, 2)}). Measure with the same model and settings."
                 )
-        from ..measure import joined_digest
-
         return replace(
             first,
             values=np.concatenate([part.values for part in parts], axis=1),
             examples=np.concatenate([part.examples for part in parts]),
-            losses=_joined([part.losses for part in parts]),
-            target_tokens=_joined([part.target_tokens for part in parts]),
+            losses=_concatenate([part.losses for part in parts]),
+            target_tokens=_concatenate([part.target_tokens for part in parts]),
             data_digest=joined_digest([part.data_digest for part in parts]),
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, whole or not at all. It holds values of single examples: it is not for publishing.
+        """Write a safetensors file atomically. It holds values of single examples, so do not publish it.
 
         Raises:
-            BlueprintError: if it cannot be written; what was there before is untouched.
+            BlueprintError: if it cannot be written; an existing file stays as it was.
         """
-        record = {
-            "names": self.names,
-            "kinds": self.kinds,
-            "depths": self.depths,
-            "of": self.of,
-            "normalised": self.normalised,
-            "data_digest": self.data_digest,
-        }
-        write_matrix(Path(path), {k: array for k, array in self._arrays.items() if array is not None}, record)
+        from safetensors.numpy import save
+
+        arrays = {name: np.ascontiguousarray(array) for name in _DTYPES if (array := getattr(self, name)) is not None}
+        header = {name: getattr(self, name) for name in _Header.__dataclass_fields__}
+        metadata = {_VERSION_KEY: _VERSION, _JSON_KEY: json.dumps(header, separators=(",", ":"))}
+        write_atomically(Path(path), save(arrays, metadata))
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> CrossInfluence:
-        """Read what `save` wrote; its shapes are looked at before its numbers.
+        """Read a file written by `save`; shapes are checked before data is read.
 
         Raises:
-            BlueprintError: if there is no such file, or it cannot be read.
-            FormatError: if it is no such file, of another version, cut short, or holds what cannot be.
+            BlueprintError: if the file does not exist or cannot be read.
+            FormatError: if it is not a valid file of this version.
         """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise BlueprintError(f"The file {path} does not exist. Write one with CrossInfluence.save.")
         try:
-            return cls(**read_matrix(Path(path)))
+            with safe_open(path, framework="numpy") as file:
+                header = _read_header(file.metadata() or {}, str(path))
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                for name, tensor in slices.items():
+                    if tensor.get_dtype() != _DTYPES.get(name):
+                        raise FormatError(f"{path} has an unexpected tensor {name[:80]!r} of {tensor.get_dtype()}.")
+                shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
+                rows, columns = shapes["values"] if len(shapes.get("values", ())) == 2 else (0, 0)
+                expected = {"values": [rows, columns], "parameters": [rows]}
+                is_sound = rows and "examples" in shapes
+                if not is_sound or any(shape != expected.get(name, [columns]) for name, shape in shapes.items()):
+                    raise FormatError(
+                        f"{path} has no matrix with ids of its examples, or shapes that differ: {shapes}."
+                    )
+                return cls(**vars(header), **{name: file.get_tensor(name) for name in slices})
         except (MeasurementError, MismatchError) as error:
             raise FormatError(f"{path}: {error}") from error
+        except OSError as error:
+            raise BlueprintError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except SafetensorError as error:
+            raise FormatError(f"{path} is not a valid safetensors file: {error}.") from error
 
-    def normalised_by(self, by: By) -> CrossInfluence:
-        """The values over the mean absolute value of their kind, or of their example; several in turn.
+    def normalize(self, by: Axis) -> CrossInfluence:
+        """Divide the values by the mean absolute value of their kind, or of their example; call repeatedly for both.
 
-        By kind, since norms of different kinds do not compare as they stand. By example, so that each counts alike,
-        whatever its length and loss: what is left is which submodules it moves.
+        By kind, because norms of different kinds do not compare. By example, so that each counts alike whatever its length
+        and loss, and what remains is which submodules it moves.
 
         Raises:
-            BlueprintError: for anything else to normalise by.
+            BlueprintError: for another axis.
         """
+        require_choice("by", by, get_args(Axis))
         values = self.values.astype(float)
+        means = np.abs(values).mean(axis=1 if by == "kind" else 0)
+        divisors = np.where(means > 0, means, 1.0)
         if by == "kind":
-            means = np.abs(values).mean(axis=1)
-            scales = (normalise_within(means, self.kinds) / np.where(means > 0, means, 1.0))[:, None]
-        elif by == "example":
-            means = np.abs(values).mean(axis=0)
-            scales = 1 / np.where(means > 0, means, 1.0)
+            scales = (normalize_within(means, self.kinds) / divisors)[:, None]
         else:
-            raise BlueprintError(f"There is nothing called {by!r} to normalise by: kind or example.")
-        return replace(self, values=values * scales, normalised=(*self.normalised, by))
+            scales = 1 / divisors
+        return replace(self, values=values * scales, normalized=(*self.normalized, by))
 
     @property
     def submodule_totals(self) -> np.ndarray:
@@ -231,58 +393,45 @@ class CrossInfluence:
         return self.values.sum(axis=0, dtype=float)
 
     def low_rank(self, shuffles: int = 20, seed: int = 0) -> LowRank:
-        """Singular values and what follows from them (eq. 33), see `joint.low_rank`.
+        """Analyse the low-rank structure (eq. 33), see `analyse_low_rank`.
 
         Raises:
             MeasurementError: for a single example.
             BlueprintError: for a matrix of zeros.
         """
-        return low_rank(self._matrix(), shuffles, seed)
+        return analyse_low_rank(self._matrix(), shuffles, seed)
 
     def captured_share(self, submodules: Sequence[str], examples: Sequence[int]) -> float:
-        """Share of the whole matrix in which some submodules and some examples meet (eq. 34).
+        """Return the share of the whole matrix where some submodules and examples meet (eq. 34).
 
         Args:
             submodules: names.
             examples: ids.
 
         Raises:
-            BlueprintError: for a name or id that is not there, or if the whole does not have a positive sum.
+            BlueprintError: for an unknown name or id, or if the whole does not have a positive sum.
         """
         rows = _positions(submodules, self.names, "submodules")
         columns = _positions(examples, self.examples.tolist(), "examples")
-        return float(self.values[np.ix_(rows, columns)].sum(dtype=float)) / self._total()
-
-    def separate(
-        self, k: float, q: float, *, submodule_costs: ArrayLike | None = None, example_costs: ArrayLike | None = None
-    ) -> float:
-        """Captured by the submodules of the largest sums with the examples of the largest sums; arguments as `joint`."""
-        rows, columns, matrix = *self._sides(k, q, submodule_costs, example_costs), self._matrix()
-        return float(matrix[np.ix_(*separately(matrix, rows, columns))].sum()) / self._total()
+        return _sum(self.values.astype(float), rows, columns) / self._total()
 
     def exponents(
         self, *, submodule_costs: ArrayLike | None = None, example_costs: ArrayLike | None = None
     ) -> tuple[float, float]:
-        """γ and δ of eq. 35, fitted to the curves of retained mass of submodules and of examples.
+        """Fit γ and δ of eq. 35 to the curves of retained mass of submodules and of examples.
 
         Raises:
             MeasurementError: for a single example.
             BlueprintError: if the whole does not have a positive sum.
         """
-        self._sides(1.0, 1.0, submodule_costs, example_costs)
         self._matrix()
-        return exponent(self.submodule_totals, submodule_costs), exponent(self.example_totals, example_costs)
+        self._budgets(1.0, 1.0, submodule_costs, example_costs)
+        return (
+            fit_exponent(self.submodule_totals, submodule_costs),
+            fit_exponent(self.example_totals, example_costs),
+        )
 
-    def independent(
-        self, k: float, q: float, *, submodule_costs: ArrayLike | None = None, example_costs: ArrayLike | None = None
-    ) -> float:
-        """k^γ·q^δ (eq. 35), what would be captured if parameters and data were independent; arguments as `joint`."""
-        require_share("k", k)
-        require_share("q", q)
-        gamma, delta = self.exponents(submodule_costs=submodule_costs, example_costs=example_costs)
-        return k**gamma * q**delta
-
-    def joint(
+    def select_jointly(
         self,
         k: float,
         q: float,
@@ -292,36 +441,37 @@ class CrossInfluence:
         starts: int = 8,
         seed: int = 0,
     ) -> JointSelection:
-        """Submodules and examples chosen for each other, by alternation from several starts (`joint.settle`).
+        """Choose submodules and examples for each other, by alternation from several starts.
 
-        Each step takes the best of one side for what is chosen of the other, until nothing changes. The result captures
-        at least what the separate choice does, and is no worse than any one step can make it; that it is the best is not
-        guaranteed, and `bound` says how far from it it may be.
+        Each step takes the best of one side for the current choice of the other, until nothing changes (`alternate`). The
+        result captures at least as much as the separate choice. It may not be the best there is; `bound` says how far from
+        it at most.
 
         Args:
             k: share of submodules, of their number or of their summed cost.
             q: share of examples, likewise.
-            submodule_costs: (submodules,) positive, such as `parameters` or times of a step.
+            submodule_costs: (submodules,) positive, such as `parameters` or step times.
             example_costs: (examples,) positive, such as `target_tokens`.
-            starts: random ones, beside the separate choice and the leading singular vectors.
+            starts: number of random starts, beside the separate choice and the leading singular vectors.
             seed: of the random starts.
 
         Raises:
-            BlueprintError: for shares outside (0, 1], costs that do not pair or are not positive, or if the whole does
-                not have a positive sum.
+            BlueprintError: for shares outside (0, 1], costs that are not positive or of another length, or if the whole
+                does not have a positive sum.
             MeasurementError: for a single example.
         """
-        rows, columns, matrix = *self._sides(k, q, submodule_costs, example_costs), self._matrix()
+        matrix = self._matrix()
+        rows, columns = self._budgets(k, q, submodule_costs, example_costs)
         total = self._total()
         gamma, delta = self.exponents(submodule_costs=submodule_costs, example_costs=example_costs)
-        found = best_pairs(matrix, rows, columns, starts, seed)
+        found = search_pairs(matrix, rows, columns, starts, seed)
         best = max(found.values(), key=lambda pair: pair.total)
-        alone = separately(matrix, rows, columns)
+        alone = rows.choose(matrix.sum(axis=1)), columns.choose(matrix.sum(axis=0))
         return JointSelection(
             submodules=tuple(self.names[i] for i in best.rows),
             examples=tuple(self.examples[best.columns].tolist()),
             share=best.total / total,
-            separate=float(matrix[np.ix_(*alone)].sum()) / total,
+            separate=_sum(matrix, *alone) / total,
             product=float(matrix[alone[0]].sum() * matrix[:, alone[1]].sum()) / total**2,
             independent=k**gamma * q**delta,
             bound=upper_bound(matrix, rows, columns) / total,
@@ -334,16 +484,16 @@ class CrossInfluence:
         )
 
     def summary(self) -> str:
-        """Some lines for people: what is in it, and its low-rank structure."""
-        by = f", by {' and '.join(self.normalised)}" if self.normalised else ""
+        """Return a few lines of text: the matrix and its low-rank structure."""
+        by = f", normalized by {' and '.join(self.normalized)}" if self.normalized else ""
         rows, columns = self.values.shape
-        return f"{self.of} of {rows} submodules × {columns} examples{by}\n{self.low_rank().summary()}"
+        return f"{self.statistic} of {rows} submodules × {columns} examples{by}\n{self.low_rank().summary()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What `summary` says and the sums by submodule, for a file; nothing of a single example."""
+        """Return the summary and the shares of submodules as JSON-compatible data, without single examples."""
         return {
-            "of": self.of,
-            "normalised": list(self.normalised),
+            "statistic": self.statistic,
+            "normalized": list(self.normalized),
             "submodules": len(self.names),
             "examples": len(self.examples),
             "data_digest": self.data_digest,
@@ -351,50 +501,265 @@ class CrossInfluence:
             "low_rank": self.low_rank().to_dict(),
         }
 
-    @property
-    def _arrays(self) -> dict[str, np.ndarray | None]:
-        return {
-            "values": self.values,
-            "examples": self.examples,
-            "losses": self.losses,
-            "target_tokens": self.target_tokens,
-            "parameters": self.parameters,
-        }
-
     def _matrix(self) -> np.ndarray:
-        """The values in double precision, of examples among which there is something to choose."""
+        """Return the values in double precision; raise MeasurementError for a single example."""
         if self.values.shape[1] < 2:
-            raise MeasurementError("There is one example, and nothing to choose among. Measure two or more.")
+            raise MeasurementError("There is only one example to choose from. Measure at least two.")
         return self.values.astype(float)
 
     def _total(self) -> float:
         total = float(self.values.sum(dtype=float))
         if not total > 0:
             raise BlueprintError(
-                f"The {self.of} of {self.values.shape[1]} examples sum to {total:.3g}, so that there is nothing to capture "
-                "a share of. Check the data; of alignments, measure more examples."
+                f"The {self.statistic} of {self.values.shape[1]} examples must have a positive sum, got {total:.3g}. Check "
+                "the data; for alignments, measure more examples."
             )
         return total
 
-    def _sides(
+    def _budgets(
         self, k: float, q: float, submodule_costs: ArrayLike | None, example_costs: ArrayLike | None
-    ) -> tuple[Side, Side]:
+    ) -> tuple[Budget, Budget]:
         rows, columns = self.values.shape
-        return Side(rows, k, submodule_costs, "submodules"), Side(columns, q, example_costs, "examples")
+        return Budget(rows, k, submodule_costs, "submodules"), Budget(columns, q, example_costs, "examples")
 
 
-def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+class Budget:
+    """How many rows or columns may be chosen: a share of their number, or of their summed cost.
+
+    Args:
+        n: number of rows or columns.
+        share: in (0, 1]. Of the number it is rounded, to at least one; of the cost it is not exceeded.
+        costs: (n,) positive; None for the number.
+        what: for error messages, such as "submodules".
+
+    Raises:
+        BlueprintError: for a share outside (0, 1], costs that are not positive or of another length, or if nothing is
+            cheap enough.
+    """
+
+    def __init__(self, n: int, share: float, costs: ArrayLike | None = None, what: str = "elements"):
+        _require_share(f"the share of {what}", share)
+        self.count = None if costs is not None else max(1, round(share * n))
+        self.costs = np.ones(n) if costs is None else np.asarray(costs, dtype=float)
+        if self.costs.shape != (n,) or not (np.isfinite(self.costs).all() and (self.costs > 0).all()):
+            raise BlueprintError(f"Costs must be {n} positive numbers, one for each of the {what}.")
+        self.limit = float(self.count if self.count is not None else share * self.costs.sum()) * _ROUNDING
+        if self.costs.min() > self.limit:
+            raise BlueprintError(
+                f"A share of {share} of the cost of {n} {what} is {self.limit:.4g}, but the cheapest costs "
+                f"{self.costs.min():.4g}. Give a larger share."
+            )
+
+    def choose(self, scores: np.ndarray) -> np.ndarray:
+        """Return sorted positions of the largest scores; exactly `count` of them, whatever their sign.
+
+        Under a budget of cost: the largest scores per cost that fit, or the single largest if that is more; at least half of
+        the maximum. Scores that are not positive are left out, unless there are no others. Ties go to the earlier position.
+        """
+        if self.count is not None:
+            return np.sort(np.argsort(-scores, kind="stable")[: self.count])
+        fits = np.flatnonzero(self.costs <= self.limit)
+        alone = fits[scores[fits].argmax()]
+        taken, left = [], self.limit
+        for one in np.argsort(-scores / self.costs, kind="stable"):
+            if scores[one] > 0 and self.costs[one] <= left:
+                taken.append(one)
+                left -= self.costs[one]
+        if not taken or scores[taken].sum() < scores[alone]:
+            return np.array([alone])
+        return np.sort(np.array(taken))
+
+    def bound(self, scores: np.ndarray) -> np.ndarray:
+        """Return an upper bound of the sum that can be chosen from each row of (rows, n) scores, fractions allowed."""
+        return np.concatenate([self._bound(scores[i : i + _BLOCK]) for i in range(0, len(scores), _BLOCK)])
+
+    def _bound(self, scores: np.ndarray) -> np.ndarray:
+        if self.count is not None:
+            return -np.partition(-scores, self.count - 1, axis=1)[:, : self.count].sum(axis=1)
+        order = np.argsort(-scores / self.costs, axis=1)
+        costs = self.costs[order]
+        parts = (self.limit - (np.cumsum(costs, axis=1) - costs)).clip(0, costs) / costs
+        return (np.take_along_axis(scores, order, axis=1).clip(min=0) * parts).sum(axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Rows and columns chosen for each other.
+
+    Args:
+        rows: sorted positions.
+        columns: sorted positions.
+        total: sum of the entries where they meet.
+        history: total after the first step and after each step that raised it.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    total: float
+    history: tuple[float, ...]
+
+
+def alternate(
+    matrix: np.ndarray,
+    rows: Budget,
+    columns: Budget,
+    chosen_columns: np.ndarray,
+    chosen_rows: np.ndarray | None = None,
+) -> Pair:
+    """Alternate between the best rows for the chosen columns and the best columns for the chosen rows.
+
+    With f(S, D) = Σ_{i∈S, j∈D} T_ij, the rows' sums over a fixed D are their scores, and the rows of the largest scores
+    maximise f. Under a budget of cost the greedy choice may be worse than the present one, which then stays. A step is
+    taken only if it raises f by more than rounding, so the alternation ends, at a local maximum: start from several.
+
+    Args:
+        matrix: T, (n, m).
+        rows: budget of n.
+        columns: budget of m.
+        chosen_columns: positions to start from.
+        chosen_rows: positions to start from; the best for these columns if they are better, or by default.
+    """
+    pick = rows.choose(matrix[:, chosen_columns].sum(axis=1))
+    if chosen_rows is None or _sum(matrix, pick, chosen_columns) > _sum(matrix, chosen_rows, chosen_columns):
+        chosen_rows = pick
+    total = _sum(matrix, chosen_rows, chosen_columns)
+    history = [total]
+    least = 1e-12 * float(np.abs(matrix).sum())
+    while True:
+        before = total
+        pick = columns.choose(matrix[chosen_rows].sum(axis=0))
+        if _sum(matrix, chosen_rows, pick) > total + least:
+            chosen_columns, total = pick, _sum(matrix, chosen_rows, pick)
+            history.append(total)
+        pick = rows.choose(matrix[:, chosen_columns].sum(axis=1))
+        if _sum(matrix, pick, chosen_columns) > total + least:
+            chosen_rows, total = pick, _sum(matrix, pick, chosen_columns)
+            history.append(total)
+        if total == before:
+            return Pair(np.sort(chosen_rows), np.sort(chosen_columns), total, tuple(history))
+
+
+def search_pairs(matrix: np.ndarray, rows: Budget, columns: Budget, starts: int = 8, seed: int = 0) -> dict[str, Pair]:
+    """Alternate from several starts and return the pair that each reaches, by the start's name.
+
+    Starts are the separate choice of the rows and columns with the largest sums (so that no result is worse), the columns
+    where the leading singular vectors are largest or smallest, and random columns.
+
+    Raises:
+        BlueprintError: for a negative number of random starts.
+    """
+    if starts < 0:
+        raise BlueprintError(f"starts must be at least 0, got {starts}.")
+    by_sums = columns.choose(matrix.sum(axis=0)), rows.choose(matrix.sum(axis=1))
+    found = {"separate": alternate(matrix, rows, columns, *by_sums)}
+    for number, vector in enumerate(_leading_columns(matrix), start=1):
+        for sign, values in (("+", vector), ("-", -vector)):
+            found[f"component {sign}{number}"] = alternate(matrix, rows, columns, columns.choose(values))
+    rng = np.random.default_rng(seed)
+    for number in range(1, starts + 1):
+        keys = rng.permutation(matrix.shape[1]).astype(float)
+        found[f"random {number}"] = alternate(matrix, rows, columns, columns.choose(keys))
+    return found
+
+
+def upper_bound(matrix: np.ndarray, rows: Budget, columns: Budget) -> float:
+    """Return a total that no pair exceeds: the best rows if each could have its own columns, or the other way round."""
+    by_rows = rows.bound(columns.bound(matrix)[None])
+    by_columns = columns.bound(rows.bound(matrix.T)[None])
+    return min(float(by_rows[0]), float(by_columns[0]))
+
+
+def fit_exponent(scores: np.ndarray, costs: ArrayLike | None = None) -> float:
+    """Fit the exponent γ of the share that the top k of some scores hold, ≈ k^γ (eq. 35).
+
+    The top are the largest per cost, and k is the share of the cost; without costs this is `retained_mass_curve`. Fractions
+    below one element are left out. With negative scores the curve exceeds 1, and the exponent says less.
+
+    Raises:
+        BlueprintError: if the scores do not have a positive sum.
+    """
+    prices = np.ones(len(scores)) if costs is None else np.asarray(costs, dtype=float)
+    total = scores.sum()
+    if not total > 0:
+        raise BlueprintError(f"Scores must have a positive sum, got {total:.3g}. Check the data.")
+    order = np.argsort(-scores / prices, kind="stable")
+    mass = np.concatenate([[0.0], np.cumsum(scores[order])]) / total
+    spent = np.concatenate([[0.0], np.cumsum(prices[order])]) / prices.sum()
+    fractions = [k for k in FRACTIONS if k * len(scores) >= 1]
+    return fit_gamma(fractions, np.interp(fractions, spent, mass))[0]
+
+
+def analyse_low_rank(matrix: np.ndarray, shuffles: int = 20, seed: int = 0) -> LowRank:
+    """Analyse the low-rank structure of a matrix (n, m) by its singular values; n·m·min(n, m) operations a shuffle.
+
+    Raises:
+        BlueprintError: for a negative number of shuffles, or a matrix of zeros.
+    """
+    if shuffles < 0:
+        raise BlueprintError(f"shuffles must be at least 0, got {shuffles}.")
+    matrix = np.asarray(matrix, dtype=float)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    squares, shares = np.square(values), values / (values.sum() or 1.0)
+    if not squares.sum():
+        raise BlueprintError("A matrix of zeros has no structure. Check the data.")
+    total = matrix.sum()
+    residual = matrix - np.outer(matrix.sum(axis=1), matrix.sum(axis=0)) / total if total else matrix
+    return LowRank(
+        singular_values=tuple(values.tolist()),
+        effective_rank=float(np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())),
+        participation_ratio=float(squares.sum() ** 2 / np.square(squares).sum()),
+        independent_error=float(np.sqrt(np.square(residual).sum() / squares.sum())),
+        interactions=_count_beyond_chance(residual, 1e-9 * values[0], shuffles, seed) if shuffles else None,
+    )
+
+
+def _count_beyond_chance(matrix: np.ndarray, least: float, shuffles: int, seed: int) -> int:
+    """Count leading singular values above `least` and the 95th percentile of those with shuffled rows."""
+    rng = np.random.default_rng(seed)
+    drawn = [np.linalg.svd(rng.permuted(matrix, axis=1), compute_uv=False) for _ in range(shuffles)]
+    values = np.linalg.svd(matrix, compute_uv=False)
+    is_above = (values > np.percentile(drawn, 95, axis=0)) & (values > least)
+    return int(np.logical_and.accumulate(is_above).sum())
+
+
+def _leading_columns(matrix: np.ndarray) -> list[np.ndarray]:
+    """Return the leading right singular vectors (m,), from the smaller of the two Gram matrices."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        vectors = matrix.T @ np.linalg.eigh(matrix @ matrix.T).eigenvectors[:, ::-1][:, :_LEADING]
+    else:
+        vectors = np.linalg.eigh(matrix.T @ matrix).eigenvectors[:, ::-1][:, :_LEADING]
+    return list(vectors.T)
+
+
+def _read_header(metadata: Mapping[str, str], source: str) -> _Header:
+    version = metadata.get(_VERSION_KEY)
+    if version != _VERSION or _JSON_KEY not in metadata:
+        found = "no version" if version is None else f"version {version[:20]!r}"
+        raise FormatError(f"{source} must be a cross-influence file of version {_VERSION}, got {found}.")
+    return from_mapping(_Header, loads(metadata[_JSON_KEY], source), source, FormatError)
+
+
+def _sum(matrix: np.ndarray, rows: ArrayLike, columns: ArrayLike) -> float:
+    return float(matrix[np.ix_(rows, columns)].sum())  # type: ignore[arg-type]
+
+
+def _concatenate(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
     known = [array for array in arrays if array is not None]
     return np.concatenate(known) if len(known) == len(arrays) else None
 
 
 def _positions(chosen: Sequence[Any], known: Sequence[Any], what: str) -> list[int]:
-    """Sorted positions of names or ids, each once."""
+    """Return the sorted distinct positions of names or ids."""
     index = {one: i for i, one in enumerate(known)}
     missing = [one for one in chosen if one not in index]
     if missing:
         raise BlueprintError(
-            f"{len(missing)} of {len(chosen)} {what} ({format_names([str(one) for one in missing])}) are not among the {len(known)} "
-            f"here ({format_names([str(one) for one in known])})."
+            f"{len(missing)} of {len(chosen)} {what} are unknown: {format_names(list(map(str, missing)))}. The matrix has "
+            f"{len(known)}: {format_names(list(map(str, known)))}."
         )
     return sorted({index[one] for one in chosen})
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise BlueprintError(f"{name} must be in (0, 1], got {value}.")

@@ -1,7 +1,4 @@
-"""Cheap numbers that say something of an example before it is measured: from one forward pass, or from its tokens alone.
-
-Knows nothing of scores, or of what is predicted from these.
-"""
+"""Compute cheap features of examples: from one forward pass of a model, or from token ids alone."""
 
 from __future__ import annotations
 
@@ -21,35 +18,36 @@ from ..measure import (
     LossFunction,
     UnknownObjective,
     count_examples,
-    device_of,
-    examples_of,
     find_submodules,
     find_weights,
-    is_models_own,
-    own_loss,
+    input_device,
+    matches_model_loss,
+    measurement_mode,
+    model_loss,
     per_example_losses,
-    prepared,
+    split_examples,
     unwrap,
 )
 
 
-SIZE = 32  # numbers kept of a hidden state, and of a text's n-grams
+SIZE = 32  # projected numbers of a hidden state, and of a text's n-grams
 DEPTHS = (0.25, 0.5, 0.75, 1.0)
+
+MODEL_SCALARS = ("log tokens", "log targets", "log loss", "log error", "loss", "entropy")
+TOKEN_SCALARS = ("log tokens", "log targets", "log others", "different")
 _BUCKETS = 4096
 _ROWS = 64  # of logits at a time
-
-Row = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Numbers of some examples.
+    """Features of examples.
 
     Args:
         values: (examples, features) float64.
         names: (features,)
-        scalars: how many of the first columns stand for something by themselves; the others are of projections.
-        losses: (examples,) mean loss over an example's own target tokens, in nats; NaN where no model was asked.
+        scalars: number of leading columns with a meaning of their own; the others are random projections.
+        losses: (examples,) mean loss over an example's target tokens, in nats; NaN without a model.
         tokens: input positions that the model read, padding included.
     """
 
@@ -69,149 +67,134 @@ def model_features(
     loss_fn: LossFunction | None = None,
     seed: int = 0,
 ) -> Features:
-    """What one forward pass without gradients says of every example.
+    """Compute features of examples in one forward pass without gradients.
 
-    The logarithms of its length, number of targets, mean loss and mean error ‖p − y‖ of the predicted distribution (the
-    EL2N score of Paul et al. 2021, arXiv:2107.07075, here the root mean square over target tokens); the loss; the mean
-    entropy of the predictions; and of the hidden states at some depths the mean over positions, projected on a few random
-    directions. Entropy and error are 0 where a model's logits cannot be matched with targets.
+    Scalars are the logarithms of the number of tokens, of targets, of the mean loss and of the error ‖p − y‖ of the
+    predicted distribution (the EL2N score of Paul et al. 2021, arXiv:2107.07075, here the root mean square over targets);
+    the loss; and the mean entropy of the predictions. The hidden states at some depths, averaged over positions, are
+    projected on random directions. Entropy and error are 0 if the model's logits cannot be matched with targets.
 
     Args:
         model: as for `measure_influence`; weights and flags stay as they are.
         batches: mappings with `labels`.
-        depths: shares of the model's blocks, whose first linear layer's input is read.
-        size: numbers kept of each depth.
+        depths: fractions of the model's blocks; the input of each block's first linear layer is read.
+        size: projected numbers of each depth.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
-        seed: of the projection; the same for features that are to be compared.
+        seed: of the projection; the same for features that are compared.
 
     Raises:
-        MeasurementError: for an example without targets or with a loss that is not finite.
+        MeasurementError: for an example without targets, or a loss or hidden state that is not finite.
     """
     reader = _Reader(model, depths, size, seed)
     rows: list[np.ndarray] = []
     losses: list[np.ndarray] = []
     tokens, is_own = 0, None
-    device = device_of(model)
-    with prepared(model), torch.no_grad(), reader.reading():
+    device = input_device(model)
+    with measurement_mode(model), torch.no_grad(), reader.hooked():
         for given in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) and device else v for k, v in given.items()}
             if is_own is None:
-                is_own = loss_fn is None and not is_models_own(model, batch)
-            found, of_batch = reader.read(batch, loss_fn, is_own)
-            rows.append(of_batch)
-            losses.append(found)
+                is_own = loss_fn is None and not matches_model_loss(model, batch)
+            batch_losses, batch_rows = reader.read(batch, loss_fn, is_own)
+            rows.append(batch_rows)
+            losses.append(batch_losses)
             tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
-    names = (*_SCALARS, *(f"depth {depth:g}, {i}" for depth in depths for i in range(size)))
+    names = (*MODEL_SCALARS, *(f"depth {depth:g}, {i}" for depth in depths for i in range(size)))
     values = np.concatenate(rows) if rows else np.empty((0, len(names)))
     every = np.concatenate(losses) if losses else np.empty(0)
-    if not np.isfinite(every).all() or not np.isfinite(values).all():
-        bad = np.flatnonzero(~np.isfinite(every) | ~np.isfinite(values).all(axis=1)).tolist()
+    bad = np.flatnonzero(~np.isfinite(every) | ~np.isfinite(values).all(axis=1)).tolist()
+    if bad:
         raise MeasurementError(
-            f"The loss or a hidden state of examples {bad[:5]} of {len(every)} is infinite or NaN. Look for NaN in the "
-            "weights or the data; with float16 weights, load the model in bfloat16 or float32 instead."
+            f"The loss or a hidden state is not finite for examples {bad[:5]} of {len(every)}. Look for NaN in the "
+            "weights or the data; load float16 weights in bfloat16 or float32 instead."
         )
-    return Features(values, names, len(_SCALARS), every, tokens)
+    return Features(values, names, len(MODEL_SCALARS), every, tokens)
 
 
-def token_features(rows: Sequence[Row], *, size: int = SIZE, seed: int = 0) -> Features:
-    """What token ids alone say of every example, without a model.
+def token_features(rows: Sequence[Mapping[str, Sequence[int]]], *, size: int = SIZE, seed: int = 0) -> Features:
+    """Compute features of examples from their token ids, without a model.
 
-    The logarithms of its numbers of tokens, targets and other tokens, the share of different tokens among all, and its
-    single tokens and pairs, hashed and projected on a few random directions.
+    Scalars are the logarithms of the number of tokens, of targets and of other tokens, and the share of distinct tokens.
+    Single tokens and pairs are hashed and projected on random directions.
 
     Args:
         rows: with `input_ids` and `labels`.
-        size: numbers kept of the n-grams.
+        size: projected numbers of the n-grams.
         seed: of the projection.
+
+    Example:
+        >>> token_features([{"input_ids": [5, 6, 5], "labels": [-100, 6, 5]}], size=2).values.shape
+        (1, 6)
     """
     table = np.random.default_rng(seed).normal(size=(_BUCKETS, size)) / np.sqrt(size)
-    values = np.empty((len(rows), 4 + size))
+    values = np.empty((len(rows), len(TOKEN_SCALARS) + size))
     for i, row in enumerate(rows):
         ids = np.asarray(row["input_ids"], dtype=np.int64)
         targets = int((np.asarray(row["labels"]) != IGNORED).sum())
         grams = np.concatenate([ids, (ids[:-1] * 1_000_003 + ids[1:]) * 2_654_435_761 >> 7]) % _BUCKETS
-        values[i, :4] = (
-            np.log(max(len(ids), 1)),
-            np.log(max(targets, 1)),
-            np.log(max(len(ids) - targets, 1)),
-            len(np.unique(ids)) / max(len(ids), 1),
-        )
-        values[i, 4:] = table[grams].mean(axis=0) if len(grams) else 0.0
-    names = ("log tokens", "log targets", "log others", "different", *(f"n-grams, {i}" for i in range(size)))
-    return Features(values, names, 4, np.full(len(rows), np.nan), 0)
-
-
-_SCALARS = ("log tokens", "log targets", "log loss", "log error", "loss", "entropy")
+        counts = np.log(np.maximum([len(ids), targets, len(ids) - targets], 1))
+        n_grams = table[grams].mean(axis=0) if len(grams) else np.zeros(size)
+        values[i] = [*counts, len(np.unique(ids)) / max(len(ids), 1), *n_grams]
+    names = (*TOKEN_SCALARS, *(f"n-grams, {i}" for i in range(size)))
+    return Features(values, names, len(TOKEN_SCALARS), np.full(len(rows), np.nan), 0)
 
 
 class _Reader:
-    """Reads what passes through a model: hidden states at some depths, and the head's logits."""
+    """Read hidden states at some depths and the head's logits as they pass through a model."""
 
     def __init__(self, model: nn.Module, depths: Sequence[float], size: int, seed: int):
         self.model = model
         self.size = size
         self.seed = seed
-        self.places = _modules_at(model, depths)
+        self.modules = _modules_at(model, depths)
         self.states: dict[int, Tensor] = {}
         self.logits: Tensor | None = None
-        self._matrices: dict[int, Tensor] = {}
+        self._projections: dict[int, Tensor] = {}  # by width
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """With hooks on the model."""
+    def hooked(self) -> Iterator[None]:
+        """Keep hooks on the model."""
         with ExitStack() as stack:
-            for place, module in enumerate(self.places):
+            for place, module in enumerate(self.modules):
                 stack.callback(module.register_forward_pre_hook(self._state_hook(place)).remove)
             base = cast(Any, unwrap(self.model))
             head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
             if head is not None:
-                stack.callback(head.register_forward_hook(self._take_logits).remove)
+                stack.callback(head.register_forward_hook(self._logits_hook).remove)
             yield
 
     def read(self, batch: Batch, loss_fn: LossFunction | None, is_own: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Losses (B,) and features (B, f) of a batch."""
-        self.states, self.logits = {}, None
+        """Return losses (B,) and features (B, f) of a batch."""
         if not is_own:
             try:
-                losses, targets = per_example_losses(self.model, batch, loss_fn)
-                return self._features(batch, losses, targets)
+                self.states, self.logits = {}, None
+                return self._features(batch, *per_example_losses(self.model, batch, loss_fn))
             except UnknownObjective:
                 pass
-        parts = [self._alone(example) for example in examples_of(batch)]
+        parts = []
+        for example in split_examples(batch):
+            self.states, self.logits = {}, None
+            parts.append(self._features(example, *model_loss(self.model, example)))
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
-
-    def _alone(self, example: Batch) -> tuple[np.ndarray, np.ndarray]:
-        self.states, self.logits = {}, None
-        return self._features(example, *own_loss(self.model, example))
 
     def _features(self, batch: Batch, losses: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
         examples = count_examples(batch)
         mask = batch.get("attention_mask")
-        tokens = (
-            mask.sum(dim=1).double().cpu()
-            if isinstance(mask, Tensor) and mask.dim() == 2
-            else torch.full((examples,), float(batch["input_ids"].shape[1] if "input_ids" in batch else 1)).double()
-        )
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            tokens = mask.sum(dim=1).double().cpu()
+        else:
+            tokens = torch.full((examples,), batch["input_ids"].shape[1] if "input_ids" in batch else 1).double()
         loss, count = losses.double().cpu(), targets.double().cpu()
         entropy, error = self._predictions(batch, loss)
-        scalars = torch.stack(
-            [
-                tokens.clamp_min(1).log(),
-                count.clamp_min(1).log(),
-                loss.clamp_min(1e-6).log(),
-                error.clamp_min(1e-6).log(),
-                loss,
-                entropy,
-            ],
-            dim=1,
-        )
-        states = [self._projected(self.states.get(place), mask, examples) for place in range(len(self.places))]
+        logs = [v.clamp_min(least).log() for v, least in ((tokens, 1), (count, 1), (loss, 1e-6), (error, 1e-6))]
+        scalars = torch.stack([*logs, loss, entropy], dim=1)
+        states = [self._project(self.states.get(place), mask, examples) for place in range(len(self.modules))]
         return loss.numpy(), torch.cat([scalars, *states], dim=1).numpy()
 
     def _predictions(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean entropy and root mean square error (B,) of the predictions at target tokens.
+        """Mean entropy and root mean square error (B,) of the predictions at targets.
 
-        Labels belong to the next position or to their own, whichever gives the known losses; zeros where neither does.
+        Labels belong to the next position or to their own, whichever gives the known losses; zeros if neither does.
         """
         logits, labels = self.logits, batch.get("labels")
         self.logits = None
@@ -224,13 +207,13 @@ class _Reader:
             if not is_cut and logits.shape[1] != labels.shape[1] or len(logits) != len(labels) or not columns.any():
                 continue
             targets = (targets[:, columns] if is_cut else targets).to(logits.device)
-            loss, entropy, error = _of_predictions(logits, targets)
+            loss, entropy, error = _prediction_means(logits, targets)
             if torch.allclose(loss, losses, rtol=0.02, atol=1e-3):
                 return entropy, error.clamp_min(0).sqrt()
         return zeros, zeros
 
-    def _projected(self, state: Tensor | None, mask: Any, examples: int) -> Tensor:
-        """(B, size) of a hidden state's mean over positions; zeros where rows do not say whose they are."""
+    def _project(self, state: Tensor | None, mask: Any, examples: int) -> Tensor:
+        """Project a hidden state's mean over positions, (B, size); zeros if its rows cannot be told apart by example."""
         if state is not None and state.dim() == 2 and len(state) != examples and len(state) % examples == 0:
             state = state.view(examples, -1, state.shape[1])
         if state is None or len(state) != examples:
@@ -241,10 +224,10 @@ class _Reader:
         else:
             mean = state.float().flatten(1, -2).mean(dim=1) if state.dim() > 2 else state.float()
         width = mean.shape[1]
-        if width not in self._matrices:
+        if width not in self._projections:
             generator = torch.Generator().manual_seed(self.seed)
-            self._matrices[width] = torch.randn(width, self.size, generator=generator) / width**0.5
-        return (mean.cpu() @ self._matrices[width]).double()
+            self._projections[width] = torch.randn(width, self.size, generator=generator) / width**0.5
+        return (mean.cpu() @ self._projections[width]).double()
 
     def _state_hook(self, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -253,11 +236,11 @@ class _Reader:
 
         return take
 
-    def _take_logits(self, _: nn.Module, args: Any, output: Any) -> None:
+    def _logits_hook(self, _: nn.Module, args: Any, output: Any) -> None:
         self.logits = output.detach() if isinstance(output, Tensor) else None
 
 
-def _of_predictions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prediction_means(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means over an example's targets of the loss, the entropy and ‖p − y‖². (B, C, V), (B, ≤ C) → (B,) each."""
     place, column = (targets != IGNORED).nonzero(as_tuple=True)
     found = []
@@ -266,22 +249,19 @@ def _of_predictions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Te
         shares = logs.exp()
         at_target = logs.gather(1, targets[rows, columns][:, None])[:, 0]
         entropies = -(shares * logs.clamp_min(-1e4)).sum(dim=1)
-        found.append(
-            torch.stack([-at_target, entropies, shares.square().sum(dim=1) - 2 * at_target.exp() + 1]).double().cpu()
-        )
+        errors = shares.square().sum(dim=1) - 2 * at_target.exp() + 1
+        found.append(torch.stack([-at_target, entropies, errors]).double().cpu())
     sums = torch.zeros(3, len(targets), dtype=torch.double).index_add_(1, place.cpu(), torch.cat(found, dim=1))
     loss, entropy, error = sums / torch.bincount(place.cpu(), minlength=len(targets)).clamp_min(1)
     return loss, entropy, error
 
 
 def _modules_at(model: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
-    """At each share of the model's blocks the first linear layer of the block."""
+    """Return the first linear layer of the block at each fraction of the model's depth."""
     modules = {weight.name: weight.module for weight in find_weights(model)}
     first: dict[int, str] = {}
     for submodule in find_submodules(model):
         if submodule.depth is not None and submodule.form == "linear":
             first.setdefault(submodule.depth, submodule.name)
-    places = sorted(first)
-    if not places:
-        return []
-    return [modules[first[places[round(depth * (len(places) - 1))]]] for depth in depths]
+    blocks = sorted(first)
+    return [modules[first[blocks[round(depth * (len(blocks) - 1))]]] for depth in depths] if blocks else []

@@ -1,13 +1,13 @@
-"""Work on a long stream that may be killed: what is known so far, in one file that is replaced whole.
-
-Knows neither what is counted nor what is kept; numbers are read without running anything that the file could hold.
-"""
+"""Resume work on a long stream: progress in one file, a check that the data are the same, and the k best scores."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
+import math
+import operator
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,27 +21,27 @@ from ..errors import BlueprintError, FormatError, MismatchError
 
 
 class Progress:
-    """What is known so far, in memory and, if there is a path, in a file.
+    """Progress of a scan, in memory and optionally in a file that is replaced as a whole.
 
-    Under several processes the first one reads and writes, and all know the same.
+    Under several processes the first one reads and writes, and all see the same content.
 
     Args:
-        path: of the file; what is there is continued. None keeps nothing.
-        settings: what must be the same for the work to be continued, as JSON can hold it.
+        path: file to continue from and to write; None keeps nothing.
+        settings: JSON-compatible settings that a continued run must share.
         writes: whether this process writes.
 
     Raises:
-        BlueprintError: if nothing could be written there.
-        FormatError: if there is a file that is not of this kind.
-        MismatchError: if it is of work with other settings.
+        BlueprintError: if the file cannot be written.
+        FormatError: if it is not a state file.
+        MismatchError: if it was written under other settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], writes: bool = True):
         self._path = path
         self._settings = json.loads(json.dumps(settings))
         self._writes = writes
-        self.position = 0  # elements that are done
-        self.digest = ""  # of these
+        self.position = 0  # number of examples done
+        self.digest = ""  # of these examples
         self.notes: dict[str, Any] = {}
         self.arrays: dict[str, np.ndarray] = {}
         if path is None:
@@ -55,8 +55,8 @@ class Progress:
         theirs = header["settings"]
         if theirs != self._settings:
             keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
-            said = "; ".join(f"{key} was {theirs.get(key)!r} and is {self._settings.get(key)!r}" for key in keys)
-            raise MismatchError(f"{path} holds the state of other work: {said}. Give another path, or delete it.")
+            changes = "; ".join(f"{key} was {theirs.get(key)!r} and is {self._settings.get(key)!r}" for key in keys)
+            raise MismatchError(f"{path} holds the state of other work: {changes}. Give another path, or delete it.")
         self.position, self.digest, self.notes = header["position"], header["digest"], header["notes"]
 
     @property
@@ -64,16 +64,16 @@ class Progress:
         """Whether there is a file."""
         return self._path is not None
 
-    def add(self, element: Any) -> None:
-        """One more element is done."""
-        self.digest = next_digest(self.digest, element) if self.is_kept else ""
+    def add(self, example: Any) -> None:
+        """Count one more example as done."""
+        self.digest = extend_digest(self.digest, example) if self.is_kept else ""
         self.position += 1
 
     def save(self) -> None:
-        """Replace the file, whole.
+        """Replace the file.
 
         Raises:
-            BlueprintError: if it cannot be written, or an element holds what JSON cannot.
+            BlueprintError: if it cannot be written, or an example holds values that JSON cannot.
         """
         if self._path is None or not self._writes:
             return
@@ -87,7 +87,7 @@ class Progress:
             text = json.dumps(header).encode()
         except TypeError as error:
             raise BlueprintError(
-                f"The state cannot be kept: {error}. Give examples of texts, numbers and lists, or no keep_state."
+                f"keep_state cannot store these examples: {error}. Use text, numbers and lists, or no keep_state."
             ) from error
         content = io.BytesIO()
         arrays: dict[str, Any] = {f"array_{key}": value for key, value in self.arrays.items()}
@@ -96,52 +96,156 @@ class Progress:
             file.write(content.getbuffer())
 
 
-class Seen:
-    """Whether some elements of a stream are those that were there before.
+class StreamCheck:
+    """Check that the examples at some positions of a stream are those of an earlier run.
 
     Args:
-        positions: of them.
-        expected: their digest; None where it is to be found.
+        positions: of the examples to check.
+        expected: their digest; None to compute it.
     """
 
     def __init__(self, positions: Sequence[int], expected: str | None = None):
         self._awaited = sorted(positions, reverse=True)
         self._expected = expected
         self._total = len(self._awaited)
-        self.digest = ""  # of those that came by
+        self.digest = ""  # of the examples seen so far
 
     @property
     def is_waiting(self) -> bool:
-        """Whether some have not come by."""
+        """Whether some of the examples were not seen yet."""
         return bool(self._awaited)
 
-    def see(self, position: int, element: Any) -> None:
-        """One more element of the stream, whether it counts or not.
-
-        Raises:
-            MismatchError: if it is the last of those that count, and they are others.
-        """
+    def see(self, position: int, example: Any) -> None:
+        """Take the next example of the stream; raise MismatchError after the last awaited one if they differ."""
         if not self._awaited or position != self._awaited[-1]:
             return
         self._awaited.pop()
-        self.digest = next_digest(self.digest, element)
+        self.digest = extend_digest(self.digest, example)
         if not self._awaited:
-            self.check()
+            self.finish()
 
-    def check(self) -> None:
-        """Raise MismatchError if those that count were not all there, or are others."""
+    def finish(self) -> None:
+        """Raise MismatchError if an awaited example is missing or has changed."""
         if self._awaited or self._expected not in (None, self.digest):
-            missing = f"{len(self._awaited)} of them are missing" if self._awaited else "they have changed"
+            reason = f"{len(self._awaited)} of them are missing" if self._awaited else "they have changed"
             raise MismatchError(
-                f"The {self._total} examples that were measured are not those of the kept state: {missing}. Give the same "
-                "data in the same order, or start anew with another keep_state."
+                f"The {self._total} examples that were measured are not those of the kept state: {reason}. Give the "
+                "same data in the same order, or start anew with another keep_state."
             )
 
 
-def next_digest(before: str, element: Any) -> str:
-    """The digest of a stream with one more element."""
-    said = json.dumps(element, default=repr, sort_keys=True)
-    return hashlib.sha256(f"{before}{said}".encode("utf-8", "surrogatepass")).hexdigest()
+class TopK:
+    """Keep the `count` highest scores of a stream, each with its position.
+
+    Ties go to the earlier position. A position that is offered twice counts once, with its higher score. The result
+    depends only on the scores offered, not on their order or on how often the stream was resumed. Memory is
+    O(count), an offer takes O(log count); raising the score of a kept position takes O(count).
+
+    Args:
+        count: how many to keep, at least 1.
+    """
+
+    def __init__(self, count: int):
+        if count < 1:
+            raise BlueprintError(f"count must be at least 1, got {count}.")
+        self.count = operator.index(count)
+        self._heap: list[tuple[float, int]] = []  # (score, −position), the worst first
+        self._kept: dict[int, tuple[float, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def next_out(self) -> int | None:
+        """Position that the next better one replaces; None while there is room."""
+        return -self._heap[0][1] if len(self._heap) == self.count else None
+
+    def would_keep(self, score: float, index: int) -> bool:
+        """Whether `offer` would change what is kept.
+
+        Raises:
+            BlueprintError: as `offer`.
+        """
+        score, index = _check_offer(score, index)
+        if index in self._kept:
+            return score > self._kept[index][0]
+        return len(self._heap) < self.count or (score, -index) > self._heap[0]
+
+    def offer(self, score: float, index: int, payload: Any = None) -> bool:
+        """Keep an element if it is among the best so far, and return whether it is.
+
+        Args:
+            score: higher is better.
+            index: position in the stream, from 0.
+            payload: kept with it; JSON-compatible if the state is stored.
+
+        Raises:
+            BlueprintError: if the score is not finite or the position negative.
+        """
+        if not self.would_keep(score, index):
+            return False
+        score, index = _check_offer(score, index)
+        if index in self._kept:
+            self.remove(index)
+        if len(self._heap) < self.count:
+            heapq.heappush(self._heap, (score, -index))
+        else:
+            _, worst = heapq.heapreplace(self._heap, (score, -index))
+            del self._kept[-worst]
+        self._kept[index] = (score, payload)
+        return True
+
+    def score_of(self, index: int) -> float:
+        """Return the score of a kept position."""
+        return self._kept[index][0]
+
+    def remove(self, index: int) -> None:
+        """Forget a kept position and free its place."""
+        score, _ = self._kept.pop(index)
+        self._heap.remove((score, -index))
+        heapq.heapify(self._heap)
+
+    def ranked(self) -> list[tuple[int, float, Any]]:
+        """Return (position, score, payload) of all that is kept, best first."""
+        return [(-index, score, self._kept[-index][1]) for score, index in sorted(self._heap, reverse=True)]
+
+    def state(self) -> dict[str, Any]:
+        """Return the content as JSON-compatible data."""
+        return {"count": self.count, "kept": [list(one) for one in self.ranked()]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TopK:
+        """Continue from the result of `state`.
+
+        Raises:
+            FormatError: if it is not a valid state.
+        """
+        try:
+            best = cls(state["count"])
+            for index, score, payload in state["kept"]:
+                best.offer(score, index, payload)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"The kept top-k is not valid: {error}. Start anew.") from error
+        if len(best) != len(state["kept"]):
+            raise FormatError(
+                f"The kept top-k is not valid: {len(state['kept'])} elements at {len(best)} positions. Start anew."
+            )
+        return best
+
+
+def extend_digest(before: str, example: Any) -> str:
+    """Return the digest of a stream with one more example."""
+    text = json.dumps(example, default=repr, sort_keys=True)
+    return hashlib.sha256(f"{before}{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_offer(score: float, index: int) -> tuple[float, int]:
+    value, position = float(score), operator.index(index)
+    if not math.isfinite(value):
+        raise BlueprintError(f"The score of element {position} must be finite, got {value}.")
+    if position < 0:
+        raise BlueprintError(f"A position must be at least 0, got {position}.")
+    return value, position
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | BlueprintError | None:
@@ -158,5 +262,5 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | Blueprin
         if {"settings", "position", "digest", "notes"} - set(header):
             raise ValueError(f"its header has {sorted(header)}")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        return FormatError(f"{path} holds no state to resume from: {error}. Give another path, or delete it.")
+        return FormatError(f"{path} is not a state file to resume from: {error}. Give another path, or delete it.")
     return header, arrays

@@ -1,7 +1,4 @@
-"""From a pool of examples to the chosen few: everything is scored once, in order, and can be resumed.
-
-Knows nothing of how a score is made, nor of what a selection is called.
-"""
+"""Score a pool of examples in order, resumable, and choose the best."""
 
 from __future__ import annotations
 
@@ -16,27 +13,25 @@ from tqdm.auto import tqdm
 
 from .._processes import process_count
 from ..errors import BlueprintError, MismatchError
-from .best import Best
 from .coresets import facility_location, k_centre
-from .pool import Candidate, Example, Pool
+from .examples import Candidate, Example, Pool
+from .options import Method, SelectionOptions
 from .predictor import Predictor, fit_predictor
-from .resume import Progress, Seen, next_digest
-from .scoring import Method, Scorer, Work
+from .resume import Progress, StreamCheck, TopK, extend_digest
+from .scoring import ExampleScorer, ScoreFunction
 from .text_similarity import NearDuplicates
 
 
-BUFFER = 1000  # examples of a stream of which the measured ones are drawn, at least
+READ_AHEAD = 1000  # examples of a stream, at least, that the measured ones are drawn from
 _BATCHES = 8  # in a chunk
-
-Featurize = Callable[[Sequence[Candidate]], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """What is known of the examples of a pool.
+class Scores:
+    """Scores of all examples of a pool.
 
     Args:
-        indices: (n,) positions of those with a target.
+        indices: (n,) positions of the examples with a target.
         values: (n,) scores, or (n, m) points.
     """
 
@@ -45,13 +40,13 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
-    """What was chosen.
+class Choice:
+    """Chosen examples.
 
     Args:
-        indices: positions, the best first.
+        indices: positions, best first.
         scores: of these.
-        duplicates: how many were passed over for being much like a chosen one.
+        duplicates: number of near-duplicates skipped.
     """
 
     indices: list[int]
@@ -61,97 +56,96 @@ class Picked:
 
 @dataclass
 class Scan:
-    """Scoring all examples of a pool, with what must be known for that and what was learnt on the way.
+    """A pass over a pool that scores its examples.
 
     Args:
-        pool: the examples.
-        work: the model at work.
-        progress: what is known so far.
-        every: examples after which progress is saved.
-        shows_bar: whether to show a progress bar.
-        started: when this run began, by `time.perf_counter`.
+        pool: examples to score.
+        scorer: runs the model.
+        progress: state to continue from.
+        options: of the selection.
+        shows_bar: show a progress bar.
+        started: start of this run, by `time.perf_counter`.
+        fallbacks: deviations from the request, in words.
+        predictor: fitted by `learn`.
+        known: scores of examples that need not be scored again, by position.
     """
 
     pool: Pool
-    work: Work
+    scorer: ExampleScorer
     progress: Progress
-    every: int = 1024
+    options: SelectionOptions
     shows_bar: bool = True
     started: float = field(default_factory=time.perf_counter)
     fallbacks: list[str] = field(default_factory=list)
     predictor: Predictor | None = None
     known: dict[int, float] = field(default_factory=dict)
-    _ahead: Iterator[tuple[int, Example]] | None = None  # a stream of which the first examples were read before
-    _skipped: dict[int, str] = field(default_factory=dict)  # digests before examples that follow some left out of it
-    _measured: Seen | None = None  # those that were measured by another run, of a stream
+    _ahead: Iterator[tuple[int, Example]] | None = None  # a stream whose first examples were read ahead
+    _skipped: dict[int, str] = field(default_factory=dict)  # digest before each example that follows dropped ones
+    _check: StreamCheck | None = None  # of the examples that an earlier run measured, in a stream
 
-    def note(self, said: str) -> None:
-        """Something is done otherwise than asked; said once."""
-        if said not in self.fallbacks:
-            self.fallbacks.append(said)
+    def note(self, text: str) -> None:
+        """Record a deviation from the request, once."""
+        if text not in self.fallbacks:
+            self.fallbacks.append(text)
 
-    def predicting(
-        self, score: Scorer, featurize: Featurize, scalars: int, small: int, logarithmic: bool, seed: int
-    ) -> Scorer:
-        """A scorer that learns from a small random subset what `score` would say (Algorithm 2, lines 1 to 3).
+    def learn(self, score: ScoreFunction, featurize: ScoreFunction, scalars: int, logarithmic: bool) -> ScoreFunction:
+        """Score a small random subset and learn to predict the others (Algorithm 2, lines 1 to 3).
 
-        Of a stream, the subset is drawn from its first 1000 examples, or ten times as many as are measured, or so many
-        that there are more with a target than are measured. Where there are no more examples than are to be measured,
-        all are measured and nothing is predicted.
+        The subset of a stream is drawn from its first 1000 examples, or ten times the number to measure, or until more
+        have a target than are to be measured. If there are no more examples than that, all are scored.
 
         Args:
-            score: the dear one.
+            score: the expensive score.
             featurize: candidates → features (n, f).
-            scalars: how many of the first features stand for something by themselves.
-            small: how many to measure.
-            logarithmic: whether to fit the logarithm.
-            seed: of the subset and the predictor.
+            scalars: number of leading features with a meaning of their own.
+            logarithmic: fit the logarithm of the score.
+
+        Returns:
+            A function that predicts scores; `score` itself if there are too few examples.
 
         Raises:
             MismatchError: if another run measured other examples.
         """
-        arrays, notes = self.progress.arrays, self.progress.notes
-        if "small" not in arrays and self.progress.position:  # another run found too few, and measured all so far
-            return score
+        arrays, notes, small = self.progress.arrays, self.progress.notes, self.options.small
         if "small" in arrays:
-            self._expect(arrays["small"].tolist())
+            self._expect_measured(arrays["small"].tolist())
+        elif self.progress.position:  # an earlier run found too few examples
+            return score
         else:
-            found = self._subset(small, seed)
+            found = self._draw_subset()
             if len(found) <= small:
                 self.note(
-                    f"there are only {len(found)} examples to learn from, no more than were to be measured: all were "
-                    "measured and nothing was predicted"
+                    f"only {len(found)} examples have a target, of small={small}: all were measured, none predicted"
                 )
                 return score
             chosen = sorted(found[:small], key=lambda one: one.index)
             if self.progress.is_kept:
-                seen = Seen([one.index for one in chosen])
+                check = StreamCheck([one.index for one in chosen])
                 for one in chosen:
-                    seen.see(one.index, one.example)
-                notes["measured"] = seen.digest
+                    check.see(one.index, one.example)
+                notes["measured"] = check.digest
             arrays["small"] = np.array([one.index for one in chosen])
-            arrays["small_values"] = self._chunked(score, chosen)
-            arrays["small_features"] = self._chunked(featurize, chosen)
+            arrays["small_values"] = self._score_chunks(score, chosen)
+            arrays["small_features"] = self._score_chunks(featurize, chosen)
             self._save(lambda: None)
-        values = arrays["small_values"]
+        values, features = arrays["small_values"], arrays["small_features"]
         if logarithmic:
             values = values.clip(min=1e-6 * (float(np.median(values)) or 1.0))
         predictor = fit_predictor(
-            arrays["small_features"], values, scalars=range(scalars), logarithmic=logarithmic, seed=seed
+            features, values, scalars=range(scalars), logarithmic=logarithmic, seed=self.options.seed
         )
         self.predictor = predictor
-        if predictor.interval[0] <= 0:
-            low, high = predictor.interval
+        low, high = predictor.interval
+        if low <= 0:
             self.note(
-                f"what was predicted may be no better than chance: on examples held out the rank correlation is "
+                f"predictions may be no better than chance: the rank correlation on held-out examples is "
                 f"{predictor.rank_correlation:.2f} [{low:.2f}, {high:.2f}]"
             )
-        predicted = predictor.predict(arrays["small_features"])
-        self.known = dict(zip(arrays["small"].tolist(), predicted.tolist(), strict=True))
+        self.known = dict(zip(arrays["small"].tolist(), predictor.predict(features).tolist(), strict=True))
         return lambda candidates: predictor.predict(featurize(candidates))
 
-    def every_score(self, score: Scorer) -> Scored:
-        """Scores of all examples of what is no stream.
+    def score_all(self, score: ScoreFunction) -> Scores:
+        """Score all examples of a pool that is not a stream.
 
         Raises:
             BlueprintError: if none has a target.
@@ -169,164 +163,90 @@ class Scan:
                 indices[:], values[:] = [np.concatenate(indices)], [np.concatenate(values)]
                 arrays["indices"], arrays["values"] = indices[0], values[0]
 
-        self._scan(score, take, keep)
-        self.require(bool(indices))
-        return Scored(np.concatenate(indices), np.concatenate(values))
+        self.run(score, take, keep)
+        return Scores(np.concatenate(indices), np.concatenate(values))
 
-    def best_of_stream(self, score: Scorer, sign: int, count: int, deduplicate: bool) -> tuple[Picked, Best]:
-        """The best of a stream, in memory that grows with how many are wanted alone.
+    def choose_from_stream(self, score: ScoreFunction, sign: int, count: int) -> tuple[Choice, list[Example]]:
+        """Choose the best of a stream, in memory that grows with `count` alone; return their examples too.
 
-        Of near-duplicates the one with the highest score is kept, of equal ones the first. They are told from what is
-        kept at the time: an example that gave way to a better one is forgotten. So a list and a stream differ only where
-        one example is much like two that are not like each other.
+        Of near-duplicates the one with the highest score is kept, of equal ones the first. They are compared with what is
+        kept at the time: an example replaced by a better one is forgotten. So a list and a stream differ only if one
+        example is similar to two that are not similar to each other.
 
         Raises:
             BlueprintError: if none has a target.
         """
         notes = self.progress.notes
-        best = Best.from_state(notes["best"]) if "best" in notes else Best(count)
+        best = TopK.from_state(notes["best"]) if "best" in notes else TopK(count)
         guard = NearDuplicates.from_state(notes["guard"]) if "guard" in notes else None
-        guard = NearDuplicates() if guard is None and deduplicate else guard
+        guard = NearDuplicates() if guard is None and self.options.deduplicate else guard
         notes.setdefault("duplicates", 0)
 
         def take(candidates: Sequence[Candidate], found: np.ndarray) -> None:
-            for one, value in zip(candidates, found.tolist(), strict=True):
-                if not best.takes(sign * value, one.index):
+            for one, value in zip(candidates, (sign * found).tolist(), strict=True):
+                if not best.would_keep(value, one.index):
                     continue
                 if guard is not None:
-                    mark = guard.mark(one.text)
-                    like = guard.like(mark)
-                    notes["duplicates"] += len(like)
-                    if any(best.score_of(other) >= sign * value for other in like):
+                    fingerprint = guard.fingerprint(one.text)
+                    similar = guard.find_similar(fingerprint)
+                    notes["duplicates"] += len(similar)
+                    if any(best.score_of(other) >= value for other in similar):
                         continue
-                    for other in like:
+                    for other in similar:
                         best.remove(other)
-                        guard.forget(other)
-                    if best.last is not None:
-                        guard.forget(best.last)
-                    guard.remember(mark, one.index)
-                best.offer(sign * value, one.index, dict(one.example))
+                        guard.remove(other)
+                    if best.next_out is not None:
+                        guard.remove(best.next_out)
+                    guard.add(fingerprint, one.index)
+                best.offer(value, one.index, dict(one.example))
 
         def keep() -> None:
             notes["best"] = best.state()
             if guard is not None:
                 notes["guard"] = guard.state()
 
-        self._scan(score, take, keep)
-        self.require(len(best) > 0)
+        self.run(score, take, keep)
         ranked = best.ranked()
-        picked = Picked([index for index, _, _ in ranked], [sign * s for _, s, _ in ranked], notes["duplicates"])
-        return picked, best
+        choice = Choice([index for index, _, _ in ranked], [sign * s for _, s, _ in ranked], notes["duplicates"])
+        return choice, [example for _, _, example in sorted(ranked, key=lambda one: one[0])]
 
-    def pick(self, scored: Scored, method: Method, count: int, deduplicate: bool, seed: int) -> Picked:
-        """The best of all that were scored; ties go to the earlier. Near-duplicates of what is taken are passed over."""
-        guard = NearDuplicates() if deduplicate else None
+    def choose(self, scores: Scores, method: Method, count: int) -> Choice:
+        """Choose the best of all that were scored, without near-duplicates of better ones; ties go to the earlier."""
+        guard = NearDuplicates() if self.options.deduplicate else None
         if method.coreset is not None:
-            return self._coreset(scored, method.coreset, count, guard, seed)
-        indices: list[int] = []
-        scores: list[float] = []
-        duplicates = 0
-        for i in np.lexsort((scored.indices, -method.sign * scored.values)).tolist():
-            if len(indices) == count:
+            return self._choose_coreset(scores, method.coreset, count, guard)
+        choice, duplicates = Choice([], []), 0
+        for i in np.lexsort((scores.indices, -method.sign * scores.values)).tolist():
+            if len(choice.indices) == count:
                 break
-            index = int(scored.indices[i])
+            index = int(scores.indices[i])
             if guard is not None and not guard.is_new(self.candidate(index).text):
                 duplicates += 1
                 continue
-            indices.append(index)
-            scores.append(float(scored.values[i]))
-        return Picked(indices, scores, duplicates)
-
-    def require(self, any_found: bool) -> None:
-        """Raise BlueprintError if no example has a target."""
-        if not any_found:
-            notes = self.progress.notes
-            raise BlueprintError(
-                f"None of {self.progress.position} examples has a target within the maximum length "
-                f"({notes.get('without_targets', 0)} have none): there is nothing to choose from. Raise max_length, or "
-                "look at the columns."
-            )
-
-    def _coreset(self, scored: Scored, kind: str, count: int, guard: NearDuplicates | None, seed: int) -> Picked:
-        """A coreset of those that are not near-duplicates of an earlier one; scores are minus the order of choice."""
-        is_kept = [guard is None or guard.is_new(self.candidate(index).text) for index in scored.indices.tolist()]
-        kept = np.flatnonzero(is_kept)
-        points, most = scored.values[kept], min(count, len(kept))
-        order = (
-            k_centre(points, most, seed) if kind == "k_centre" else facility_location(points, most, metric="cosine")
-        )
-        return Picked(scored.indices[kept[order]].tolist(), [-float(i) for i in range(most)], len(is_kept) - len(kept))
+            choice.indices.append(index)
+            choice.scores.append(float(scores.values[i]))
+        return Choice(choice.indices, choice.scores, duplicates)
 
     def candidate(self, index: int) -> Candidate:
-        """One of those that were scored."""
-        found = self.pool.candidate(index, self.pool.at(index))
+        """Return one of the examples that were scored."""
+        found = self.pool.encode(index, self.pool[index])
         assert found is not None
         return found
 
-    def _subset(self, small: int, seed: int) -> list[Candidate]:
-        """Random examples with targets: more than `small`, or all that there are."""
-        generator = np.random.default_rng([seed, 1])
-        if self.pool.length is not None:
-            order = generator.permutation(self.pool.length).tolist()
-            found: list[Candidate] = []
-            for index in order:
-                one = self.pool.candidate(index, self.pool.at(index))
-                if one is not None:
-                    found.append(one)
-                if len(found) > small:
-                    break
-            return found
-        usable, read = self._read_ahead(small)
-        if len(usable) > small:
-            self.note(f"the measured examples were drawn from the stream's first {read}")
-        return [usable[i] for i in generator.permutation(len(usable)).tolist()]
-
-    def _read_ahead(self, small: int) -> tuple[list[Candidate], int]:
-        """A stream's first examples that have a target, more than `small` if there are, and how many were read.
-
-        What was read stays in the stream, but for examples without a target: only the digest of these is kept.
-        """
-        stream = iter(self.pool)
-        kept: list[tuple[int, Example]] = []
-        usable: list[Candidate] = []
-        one, digest, read = None, "", 0
-        for index, example in stream:
-            if kept and one is None:
-                self._skipped.pop(kept.pop()[0], None)
-                self._skipped[index] = digest
-            one, read = self.pool.candidate(index, example), index + 1
-            kept.append((index, example))
-            if one is not None:
-                usable.append(one)
-            if self.progress.is_kept:
-                digest = next_digest(digest, example)
-            if len(usable) > small and read >= max(BUFFER, 10 * small):
-                break
-        self._ahead = chain(kept, stream)
-        return usable, read
-
-    def _expect(self, measured: Sequence[int]) -> None:
-        """These were measured by another run: raise MismatchError if the data have others in their places."""
-        seen = Seen(measured, self.progress.notes.get("measured"))
-        if self.pool.is_stream:
-            self._measured = seen
-            return
-        for index in measured:
-            seen.see(index, self.pool.at(index))
-
-    def _chunked(self, score: Scorer, candidates: Sequence[Candidate]) -> np.ndarray:
-        size = self._chunk
-        parts = [candidates[i : i + size] for i in range(0, len(candidates), size)]
-        return np.concatenate([self.work.together(score, part) for part in parts])
-
-    @property
-    def _chunk(self) -> int:
-        return _BATCHES * self.work.batch_size * process_count()
-
-    def _scan(
-        self, score: Scorer, take: Callable[[Sequence[Candidate], np.ndarray], None], keep: Callable[[], None]
+    def run(
+        self, score: ScoreFunction, take: Callable[[Sequence[Candidate], np.ndarray], None], keep: Callable[[], None]
     ) -> None:
-        """Hand all examples from where the progress stands to `take`, a chunk at a time, with their scores."""
+        """Score all examples from where the progress stands.
+
+        Args:
+            score: see `ExampleScorer.distribute`.
+            take: called with each chunk of candidates and its scores.
+            keep: called before the progress is saved, to put the results so far into it.
+
+        Raises:
+            BlueprintError: if no example has a target.
+            MismatchError: if the examples before the progress's position have changed.
+        """
         progress, notes = self.progress, self.progress.notes
         notes.setdefault("without_targets", 0)
         notes.setdefault("tokens", 0)
@@ -335,32 +255,23 @@ class Scan:
         chunk: list[Candidate] = []
         seen = 0
         with tqdm(total=self.pool.length, initial=start, unit="example", desc="Scoring", disable=is_quiet) as bar:
-
-            def flush() -> None:
-                unknown = [one for one in chunk if one.index not in self.known]
-                found = iter(self.work.together(score, unknown)) if unknown else iter(())
-                if chunk:
-                    values = [self.known[one.index] if one.index in self.known else next(found) for one in chunk]
-                    take(chunk, np.array(values))
-                chunk.clear()
-
             for index, example in self.pool if self._ahead is None else self._ahead:
                 seen = index + 1
-                if self._measured is not None:
-                    self._measured.see(index, example)
+                if self._check is not None:
+                    self._check.see(index, example)
                 if index in self._skipped:
                     notes["without_targets"] += index - progress.position
                     bar.update(index - progress.position)
                     progress.position, progress.digest = index, self._skipped[index]
                 if index < start:
-                    digest = next_digest(digest, example)
+                    digest = extend_digest(digest, example)
                     if seen == start and digest != before:
                         raise MismatchError(
-                            f"The first {start} examples are not those of the kept state: the data have changed. Give "
-                            "the same data in the same order, or start anew with another keep_state."
+                            f"The first {start} examples differ from those of the kept state. Give the same data in the "
+                            "same order, or start anew with another keep_state."
                         )
                     continue
-                one = self.pool.candidate(index, example)
+                one = self.pool.encode(index, example)
                 progress.add(example)
                 if one is None:
                     notes["without_targets"] += 1
@@ -368,26 +279,105 @@ class Scan:
                     chunk.append(one)
                     notes["tokens"] += len(one.row["input_ids"])
                 bar.update()
-                if len(chunk) >= self._chunk:
-                    flush()
-                    is_sure = self._measured is None or not self._measured.is_waiting
-                    if is_sure and progress.position - saved >= self.every:
+                if len(chunk) >= self._chunk_size:
+                    take(chunk, self._score_unknown(score, chunk))
+                    chunk = []
+                    is_checked = self._check is None or not self._check.is_waiting
+                    if is_checked and progress.position - saved >= self.options.state_every:
                         saved = self._save(keep)
-            flush()
+            if chunk:
+                take(chunk, self._score_unknown(score, chunk))
         if seen < start:
             raise MismatchError(
-                f"The kept state is of {start} examples and more, and there are {seen}: the data have changed. Give the "
-                "same data in the same order, or start anew with another keep_state."
+                f"The kept state covers {start} examples, and the data has only {seen}. Give the same data in the same "
+                "order, or start anew with another keep_state."
             )
-        if self._measured is not None:
-            self._measured.check()
+        if self._check is not None:
+            self._check.finish()
         self._save(keep)
+        if progress.position == notes["without_targets"]:
+            raise BlueprintError(
+                f"None of {progress.position} examples has a target within the maximum length. Increase max_length, or "
+                "check the columns."
+            )
+
+    def _choose_coreset(self, scores: Scores, kind: str, count: int, guard: NearDuplicates | None) -> Choice:
+        """Choose a coreset of the examples without near-duplicates; a score is minus the place in the order of choice."""
+        is_kept = [guard is None or guard.is_new(self.candidate(index).text) for index in scores.indices.tolist()]
+        kept = np.flatnonzero(is_kept)
+        points, most = scores.values[kept], min(count, len(kept))
+        order = k_centre(points, most, self.options.seed) if kind == "k_centre" else facility_location(points, most)
+        return Choice(scores.indices[kept[order]].tolist(), [-float(i) for i in range(most)], len(is_kept) - len(kept))
+
+    def _draw_subset(self) -> list[Candidate]:
+        """Draw random examples with targets: more than `small`, or all there are."""
+        generator, small = np.random.default_rng([self.options.seed, 1]), self.options.small
+        if self.pool.length is not None:
+            found: list[Candidate] = []
+            for index in generator.permutation(self.pool.length).tolist():
+                one = self.pool.encode(index, self.pool[index])
+                if one is not None:
+                    found.append(one)
+                if len(found) > small:
+                    break
+            return found
+        usable, read = self._read_ahead()
+        if len(usable) > small:
+            self.note(f"the measured examples were drawn from the stream's first {read}")
+        return [usable[i] for i in generator.permutation(len(usable)).tolist()]
+
+    def _read_ahead(self) -> tuple[list[Candidate], int]:
+        """Return a stream's first examples with a target, more than `small` if there are, and how many were read.
+
+        The examples stay in the stream, except that of those without a target only the digest is kept.
+        """
+        stream, small = iter(self.pool), self.options.small
+        kept: list[tuple[int, Example]] = []
+        usable: list[Candidate] = []
+        one, digest, read = None, "", 0
+        for index, example in stream:
+            if kept and one is None:
+                self._skipped.pop(kept.pop()[0], None)
+                self._skipped[index] = digest
+            one, read = self.pool.encode(index, example), index + 1
+            kept.append((index, example))
+            if one is not None:
+                usable.append(one)
+            if self.progress.is_kept:
+                digest = extend_digest(digest, example)
+            if len(usable) > small and read >= max(READ_AHEAD, 10 * small):
+                break
+        self._ahead = chain(kept, stream)
+        return usable, read
+
+    def _expect_measured(self, positions: Sequence[int]) -> None:
+        """Check that the data has the examples that an earlier run measured; in a stream while it is read."""
+        check = StreamCheck(positions, self.progress.notes.get("measured"))
+        if self.pool.is_stream:
+            self._check = check
+            return
+        for index in positions:
+            check.see(index, self.pool[index])
+
+    @property
+    def _chunk_size(self) -> int:
+        return _BATCHES * self.scorer.batch_size * process_count()
+
+    def _score_chunks(self, score: ScoreFunction, candidates: Sequence[Candidate]) -> np.ndarray:
+        size = self._chunk_size
+        parts = [candidates[i : i + size] for i in range(0, len(candidates), size)]
+        return np.concatenate([self.scorer.distribute(score, part) for part in parts])
+
+    def _score_unknown(self, score: ScoreFunction, chunk: Sequence[Candidate]) -> np.ndarray:
+        unknown = [one for one in chunk if one.index not in self.known]
+        found = iter(self.scorer.distribute(score, unknown)) if unknown else iter(())
+        return np.array([self.known[one.index] if one.index in self.known else next(found) for one in chunk])
 
     def _save(self, keep: Callable[[], None]) -> int:
         if self.progress.is_kept:
             keep()
             self.progress.notes["fallbacks"] = self.fallbacks
-            cost = self.work.total_cost()
+            cost = self.scorer.total_cost()
             seconds = cost.seconds + time.perf_counter() - self.started
             self.progress.notes["cost"] = [cost.forward_tokens, cost.measured_tokens, seconds]
             self.progress.save()

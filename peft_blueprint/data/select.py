@@ -1,10 +1,8 @@
-"""Which examples to train on: `select_examples` scores a data set in one of several ways and keeps the best.
-
-The face of choosing data. Knows nothing of files but the one that lets it resume.
-"""
+"""Choose which examples to train on: `select_examples` scores a dataset and keeps the best."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -14,57 +12,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._options import from_keywords
 from .._processes import process_count
 from .._text import format_names
 from ..errors import BlueprintError, MismatchError
-from ..measure import LossFunction, parameters_per_token
+from ..measure import LossFunction, find_submodules, is_sharded, parameters_per_token, unwrap
 from ..place import Placement
-from .alignment import Precondition, Similarity
-from .brief_training import Train
-from .methods import ITERATIVE, FeatureKind, Maker, iterate, lexical_scores
-from .pool import Candidate, Example, Pool
-from .resume import Progress, next_digest
-from .scan import Picked, Scan
-from .scoring import Work
-from .selection_checks import (
-    EMPTY_TARGET,
-    check_wish,
-    digest_of_model,
-    encoded,
-    method_of,
-    names_of,
-    padding_of,
-    wanted_of,
-)
+from .alignment import Target, make_target
+from .brief_training import Train, restore_afterwards, temporary_adapters, train_briefly
+from .examples import Candidate, Example, Pool, get_pad_token_id
+from .features import MODEL_SCALARS, TOKEN_SCALARS, token_features
+from .options import ITERATIVE, MAX_FACILITY_POINTS, MIN_MEASURED, SCORE_COLUMNS, Method, SelectionOptions
+from .resume import Progress, extend_digest
+from .scan import Choice, Scan, Scores
+from .scoring import ExampleScorer, ScoreFunction, count_targets, random_scores
+from .text_similarity import bm25
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_METHOD = "random"  # none was found to win at the same total cost
-
+_EMPTY_TARGET = "The target set is empty. Give target=…, a few dozen examples of the kind wanted."
 _LOG = logging.getLogger(__name__)
-_SCORE, _INDEX = "selection_score", "selection_index"
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which examples were chosen, how, and what that cost.
+    """Chosen examples, how they were chosen, and the cost of choosing.
 
     Args:
         indices: positions in the data, in its order.
-        scores: of these, as they were measured or predicted; for a coreset minus the order of choice, for "random" keys.
+        scores: of these, measured or predicted; for a coreset minus the place in the order of choice, for "random" keys.
         method: its name.
-        settings: what else was asked for.
+        settings: other options that mattered.
         report: `examples`, `usable`, `without_targets`, `duplicates`, `chosen`; `cost`, see `scoring.Cost`, summed over
-            processes, with `share_of_measuring_all`: its FLOPs over those of measuring every example; and where scores
-            were predicted `predictor`, with its held-out rank correlation.
-        fallbacks: what was done otherwise than asked, in words.
-        all_scores: (examples,) of all of what is no stream, NaN where there is none; None of a stream or coreset.
-        rows: the chosen examples of a stream; None of what can be read again.
+            processes, with `share_of_measuring_all`: its FLOPs over those of measuring every example; and for predicted
+            scores `predictor`, with its held-out rank correlation.
+        fallbacks: deviations from the request, in words.
+        all_scores: (examples,) of all examples, NaN where there is none; None for a stream or coreset.
+        rows: the chosen examples of a stream; None for data that can be read again.
     """
 
     indices: tuple[int, ...]
@@ -80,51 +70,41 @@ class Selection:
         return len(self.indices)
 
     def apply(self, dataset: Any = None, with_scores: bool = False) -> Any:
-        """The chosen examples, in their order.
+        """Return the chosen examples in their order.
 
         Args:
-            dataset: what was chosen from; not needed for a stream.
+            dataset: the data chosen from; not needed for a stream.
             with_scores: add the columns `selection_score` and `selection_index`, the position in the data.
 
         Returns:
-            Of a `datasets.Dataset` another, made by its `select`; otherwise a list.
+            A `datasets.Dataset` if `dataset` is one, otherwise a list.
 
         Raises:
-            BlueprintError: without a data set where one is needed, or if it has these columns already.
-            MismatchError: for a data set of another length.
+            BlueprintError: without a dataset where one is needed, or if it has these columns already.
+            MismatchError: for a dataset of another length.
         """
-        columns: dict[str, list[Any]] = {}
-        if with_scores:
-            columns = {_SCORE: list(self.scores), _INDEX: list(self.indices)}
+        columns = dict(zip(SCORE_COLUMNS, (self.scores, self.indices), strict=True)) if with_scores else {}
         if dataset is None and self.rows is None:
-            raise BlueprintError("Give the data set that was chosen from: selection.apply(dataset).")
-        if dataset is not None and isinstance(dataset, Sized):
-            expected = self.report["examples"]
-            if len(dataset) != expected:
-                raise MismatchError(
-                    f"The selection is of {expected} examples and this data set has {len(dataset)}. Apply it to the data "
-                    "that was chosen from."
-                )
-        if dataset is not None and _is_dataset(dataset):
-            taken = set(columns) & set(dataset.column_names)
-            if taken:
-                raise BlueprintError(
-                    f"The data set has {format_names(sorted(taken))} already. Remove it, or add no scores."
-                )
+            raise BlueprintError("apply needs the dataset that was chosen from: selection.apply(dataset).")
+        if isinstance(dataset, Sized) and len(dataset) != self.report["examples"]:
+            raise MismatchError(
+                f"The selection is of {self.report['examples']} examples, the dataset has {len(dataset)}. Apply it to the "
+                "data that was chosen from."
+            )
+        if _is_dataset(dataset):
+            _refuse_columns(set(columns) & set(dataset.column_names))
             chosen = dataset.select(list(self.indices))
             for name, values in columns.items():
-                chosen = chosen.add_column(name, values)
+                chosen = chosen.add_column(name, list(values))
             return chosen
         rows = [dict(row) for row in self._rows_of(dataset)]
-        for name, values in columns.items():
-            for row, value in zip(rows, values, strict=True):
-                if name in row:
-                    raise BlueprintError(f"The examples have {name!r} already. Remove it, or add no scores.")
-                row[name] = value
+        for i, row in enumerate(rows):
+            _refuse_columns(columns.keys() & row.keys())
+            row.update({name: values[i] for name, values in columns.items()})
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object; scores of examples that were not chosen, and the examples themselves, are left out."""
+        """Return JSON-compatible data, without the examples and the scores of those not chosen."""
         return {
             "method": self.method,
             "indices": list(self.indices),
@@ -136,8 +116,7 @@ class Selection:
 
     def _rows_of(self, dataset: Any) -> Iterator[Example]:
         if dataset is None:
-            assert self.rows is not None
-            yield from self.rows
+            yield from self.rows or ()
         elif isinstance(dataset, Sized):
             yield from (dataset[index] for index in self.indices)  # type: ignore[index]
         else:
@@ -153,225 +132,394 @@ class Selection:
 def select_examples(
     model: nn.Module | None,
     dataset: Iterable[Example],
+    options: SelectionOptions | None = None,
     *,
-    fraction: float | None = None,
-    count: int | None = None,
-    method: str = DEFAULT_METHOD,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    columns: Mapping[str, str] | None = None,
     target: Iterable[Example] | None = None,
     placement: Placement | None = None,
-    submodules: Sequence[str] | None = None,
-    small: int = 64,
-    features: FeatureKind = "model",
-    similarity: Similarity = "cosine",
-    precondition: Precondition = "none",
-    iterations: int = 2,
     train: Train | None = None,
-    train_steps: int = 16,
     loss_fn: LossFunction | None = None,
-    deduplicate: bool = True,
-    keep_state: str | Path | None = None,
-    state_every: int = 1024,
-    batch_size: int = 8,
-    max_length: int = 512,
-    seed: int = 0,
     progress: bool = True,
+    **keywords: Any,
 ) -> Selection:
     """Choose examples to train on.
 
-    Methods, each of which keeps the highest scores:
+    Each method keeps the highest scores:
 
     - "random".
     - "predicted_norm", the paper's Algorithm 2: measure J(z) = ‖∇L(z)‖ of a small random subset, learn to predict it from
-      cheap features, predict it of all. "norm" measures all, and "norm_low" keeps the lowest. What is unusual
-      has large gradients, noise among it.
+      cheap features, and predict it for all. "norm" measures all, "norm_low" keeps the lowest. Unusual examples have large
+      gradients, and so has noise.
     - "alignment": the cosine of an example's gradient with the mean gradient of `target`, as in LESS (Xia et al. 2024,
-      arXiv:2402.04333) but without its warm-up, from sketches that are forgotten batch by batch. "predicted_alignment"
+      arXiv:2402.04333) without its warm-up, from sketches that are discarded batch by batch. "predicted_alignment"
       measures a few and predicts the others.
-    - "loss", "loss_low", "length" (most target tokens) and "length_short", "bm25" (words in common with `target`):
-      controls.
-    - "coreset_k_centre" and "coreset_facility": examples whose gradients' directions stand for all; the latter of at most
+    - "loss", "loss_low", "length" (most target tokens), "length_short" and "bm25" (words shared with `target`): controls.
+    - "coreset_k_centre" and "coreset_facility": examples whose gradient directions represent all; the latter takes at most
       50,000.
-    - "iterative": choose, train briefly, measure again in the state so reached, and so on; by predicted alignment where
-      there is a target, else by predicted norm. The model is given back as it was.
+    - "iterative": choose, train briefly, measure again, and so on; by predicted alignment with a target, otherwise by
+      predicted norm. The model is restored afterwards.
 
     A list or `datasets.Dataset` is scored whole; a stream in memory that grows with `count` alone, and with `small` where
-    scores are predicted. Both give the same, but for two things: examples to learn from are drawn from a stream's first
-    1000 or so; and its near-duplicates are told from what is kept at the time, so that where one example is much like two
-    that are not like each other, another may be chosen. Under `torchrun` or `accelerate launch` call it on every process,
-    each with all the data: the work is divided, and all choose the same.
+    scores are predicted. Both give the same selection, with two exceptions: a predictor learns from about the first 1000
+    examples of a stream; and a stream's near-duplicates are compared with what is kept at the time. Under `torchrun` or
+    `accelerate launch` call it on every process with all the data: the work is divided, and all choose the same.
 
     Args:
-        model: as for `measure_influence`; None for methods that ask no model ("random", "length", "bm25") on examples
-            that are encoded, or with a tokenizer.
-        dataset: examples, see `candidates.Pool`.
-        fraction: q, the share to keep, (0, 1]; of what is no stream.
-        count: or how many.
-        method: see above.
+        model: as for `measure_influence`; None for methods that run no model ("random", "length", "bm25").
+        dataset: examples, see `Pool`.
+        options: see `SelectionOptions`, which also lists the keywords: fraction or count, method, and more.
         tokenizer: the model's; not needed for encoded examples.
-        columns: what the data calls `prompt`, `completion`, `messages` or `text`.
-        target: a few examples of what is wanted, in any of the data's forms; a few dozen. None of them should be in the
-            data, where it would match itself.
-        placement: of adapters; gradients are then those of the submodules that it trains.
-        submodules: or their names.
-        small: how many examples to measure for a prediction.
-        features: what predictions are made from: "model", one forward pass over all, which alone costs about half of what
-            measuring all does and ranks better; or "tokens", the text alone.
-        similarity: "cosine" or "dot".
-        precondition: of alignment, by submodule: "none", "adam" or "blocks", see `aligning.target_of`.
-        iterations: rounds of choosing of "iterative".
-        train: its `train(model, rows)`, which trains the model on encoded rows, in place; by default `train_steps` steps
-            of LoRA on these submodules, or of the adapters that the model has.
-        train_steps: of those, of `batch_size` examples each.
+        target: a few dozen examples of the kind wanted, in any of the data's forms. They should not be in the data.
+        placement: of adapters; only gradients of the submodules it trains count. Or name them in `submodules`.
+        train: `train(model, rows)` for "iterative", which trains the model on encoded rows in place; by default
+            `train_steps` steps of LoRA on these submodules, or of the adapters that the model has.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
-        deduplicate: pass over near-duplicates of what is chosen, see `lexical.NearDuplicates`.
-        keep_state: a file from which a run that was killed is resumed, to exactly the same selection; it stays when all
-            is done, and answers the same question again at once.
-        state_every: examples after which it is written.
-        batch_size: rows of a batch.
-        max_length: tokens of an example; what is beyond is cut off.
-        seed: of all that is drawn.
         progress: show a progress bar.
+        **keywords: fields of `SelectionOptions`, on top of `options`.
 
     Raises:
-        BlueprintError: for an unknown method, both or neither of fraction and count, a fraction outside (0, 1], a missing
-            target, submodules for a method that asks no model, no data or none with targets, too many for
-            "coreset_facility", a stream where all must be known at once, or state that cannot be kept.
+        BlueprintError: for options out of range, a method that lacks a model or target or cannot take a stream, data
+            without targets, or state that cannot be kept.
         MismatchError: for submodules that the model lacks, or kept state of other work or data.
         MeasurementError: for scores that are not finite, or if another process failed.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> rows = [{"input_ids": [5 + i, 6, 7], "labels": [5 + i, 6, 7]} for i in range(20)]
+        >>> selection = select_examples(tiny_llama(), rows, fraction=0.2, method="loss", progress=False)
+        >>> len(selection.apply(rows))
+        4
     """
     start = time.perf_counter()
-    chosen = method_of(method, target is not None)
-    pool = Pool(dataset, tokenizer, columns, max_length, requires_columns=True)
-    check_wish(
-        chosen,
-        method,
-        has_model=model is not None,
-        has_target=target is not None,
-        has_submodules=placement is not None or submodules is not None,
-        length=pool.length,
-        is_kept=keep_state is not None,
-        numbers={
-            "small": small,
-            "iterations": iterations,
-            "train_steps": train_steps,
-            "batch_size": batch_size,
-            "state_every": state_every,
-        },
-        seed=seed,
-        features=features,
-    )
-    if chosen.uses_target and isinstance(target, Sized) and not len(target):
-        raise BlueprintError(EMPTY_TARGET)
-    wanted = wanted_of(pool.length, fraction, count)
-    names = names_of(model, placement, submodules)
-    aims = encoded(Pool(target, tokenizer, columns, max_length)) if chosen.uses_target and target is not None else []
-    settings = {
-        "count": None if count is None else wanted,
-        "fraction": None if fraction is None else float(fraction),
-        "submodules": None if names is None else len(names),
-        "small": small if chosen.is_predicted else None,
-        "features": features if chosen.is_predicted else None,
-        "similarity": similarity if chosen.measure == "alignment" else None,
-        "precondition": precondition if chosen.measure == "alignment" else None,
-        "targets": len(aims) or None,
-        "iterations": iterations if method == ITERATIVE else None,
-        "deduplicate": deduplicate,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "seed": seed,
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
+    options = from_keywords(SelectionOptions, options, keywords)
+    method = options.resolve_method(target is not None)
+    pool = Pool(dataset, tokenizer, options.columns, options.max_length, requires_columns=True)
+    _check_request(options, method, model, target, placement, pool.length)
+    count = options.resolve_count(pool.length)
+    names = _trained_submodules(model, placement, options.submodules)
+    targets = []
+    if method.uses_target and target is not None:
+        targets = _encode_target(Pool(target, tokenizer, options.columns, options.max_length))
+    settings = _settings(options, method, names, targets)
     rank = dist.get_rank() if process_count() > 1 else 0
-    identity = {
-        **settings,
-        "method": method,
-        "examples": pool.length,
-        "columns": dict(columns or {}),
-        "submodule_names": list(names or ()),
-        "target": _digest_of(aims),
-        "model": digest_of_model(model) if keep_state is not None and model is not None else None,
-    }
-    state = Progress(None if keep_state is None else Path(keep_state), identity, writes=rank == 0)
-    work = Work(
-        nn.Module() if model is None else model, names, batch_size, padding_of(model, tokenizer), seed, loss_fn
+    state = _open_state(options, settings, pool, names, targets, model, writes=rank == 0)
+    scorer = ExampleScorer(
+        model=nn.Module() if model is None else model,
+        submodules=names,
+        batch_size=options.batch_size,
+        pad_token_id=_pad_token_id(model, tokenizer),
+        seed=options.seed,
+        loss_fn=loss_fn,
     )
-    scan = Scan(pool, work, state, state_every, progress, start)
+    scan = Scan(pool, scorer, state, options, progress, start)
     scan.fallbacks += state.notes.get("fallbacks", [])
     if "cost" in state.notes:
-        *tokens, work.cost.seconds = state.notes["cost"]
-        if rank == 0:  # of all processes, counted once
-            work.cost.forward_tokens, work.cost.measured_tokens = tokens
+        *tokens, scorer.cost.seconds = state.notes["cost"]
+        if rank == 0:  # the tokens of all processes, counted once
+            scorer.cost.forward_tokens, scorer.cost.measured_tokens = tokens
     if model is not None:
-        work.cost.parameters, work.cost.backward = parameters_per_token(model, names)
-    before = work.cost.seconds
-    maker = Maker(scan, chosen, aims, similarity, precondition, features, small)
-    all_scores, rows = None, None
+        scorer.cost.parameters, scorer.cost.backward = parameters_per_token(model, names)
+    before = scorer.cost.seconds
+    scores, rows = None, None
     if pool.is_stream:
-        picked, best = scan.best_of_stream(maker.scorer(), chosen.sign, wanted, deduplicate)
-        payloads = {index: payload for index, _, payload in best.ranked()}
-        rows = tuple(payloads[index] for index in sorted(payloads))
+        choice, examples = scan.choose_from_stream(_build_score(scan, method, targets), method.sign, count)
+        rows = tuple(examples)
+    elif options.method == ITERATIVE:
+        scores, choice = _choose_iteratively(scan, method, targets, count, train)
+    elif method.measure == "bm25":
+        scores = _score_by_words(scan, targets)
+        choice = scan.choose(scores, method, count)
     else:
-        if method == ITERATIVE:
-            assert model is not None
-            scored, picked = iterate(maker, model, wanted, deduplicate, iterations, train, train_steps)
-        elif chosen.measure == "bm25":
-            scored = lexical_scores(scan, aims)
-            picked = scan.pick(scored, chosen, wanted, deduplicate, seed)
-        else:
-            scored = scan.every_score(maker.scorer())
-            picked = scan.pick(scored, chosen, wanted, deduplicate, seed)
-        if scored.values.ndim == 1:
-            assert pool.length is not None
-            all_scores = np.full(pool.length, np.nan)
-            all_scores[scored.indices] = scored.values
-    work.cost.seconds = before + time.perf_counter() - start
-    if len(picked.indices) < wanted:
-        scan.note(_shortfall(wanted, picked, scan))
-    for said in scan.fallbacks:
-        _LOG.warning("%s", said)
-    scores = dict(zip(picked.indices, picked.scores, strict=True))
+        scores = scan.score_all(_build_score(scan, method, targets))
+        choice = scan.choose(scores, method, count)
+    scorer.cost.seconds = before + time.perf_counter() - start
+    if len(choice.indices) < count:
+        scan.note(_shortfall(count, choice, scan))
+    for text in scan.fallbacks:
+        _LOG.warning("%s", text)
+    by_index = dict(sorted(zip(choice.indices, choice.scores, strict=True)))
     return Selection(
-        indices=tuple(sorted(scores)),
-        scores=tuple(scores[index] for index in sorted(scores)),
-        method=method,
+        indices=tuple(by_index),
+        scores=tuple(by_index.values()),
+        method=options.method,
         settings=settings,
-        report=_report(scan, picked),
+        report=_report(scan, choice),
         fallbacks=tuple(scan.fallbacks),
-        all_scores=all_scores,
+        all_scores=None if scores is None else _scores_of_all(scores, pool.length),
         rows=rows,
     )
 
 
-def _report(scan: Scan, picked: Picked) -> dict[str, Any]:
+def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> ScoreFunction:
+    """Build the function that scores candidates by a method, with the scorer's model as it is now."""
+    scorer, options = scan.scorer, scan.options
+    if method.measure == "alignment":
+        score = scorer.alignment_with(_measure_target(scan, targets), options.similarity)
+    else:
+        score = {
+            "random": lambda candidates: random_scores(candidates, options.seed),
+            "length": count_targets,
+            "loss": scorer.losses,
+            "norm": scorer.norms,
+            "points": scorer.points,
+        }[method.measure]
+    if not method.is_predicted:
+        return score
+    if options.features == "tokens":
+        names, featurize = TOKEN_SCALARS, lambda cs: token_features([one.row for one in cs], seed=options.seed)
+    else:
+        names, featurize = MODEL_SCALARS, scorer.features
+    is_positive = method.measure == "norm"
+    return scan.learn(score, lambda candidates: featurize(candidates).values, len(names), logarithmic=is_positive)
+
+
+def _measure_target(scan: Scan, targets: Sequence[Candidate]) -> Target:
+    """Measure the target, or take its measurement from an earlier run."""
+    arrays, scorer = scan.progress.arrays, scan.scorer
+    if "target" not in arrays:
+        influence = scorer.influence(targets, projections=True)
+        found = make_target(influence, scorer.submodules, scan.options.precondition)
+        arrays["target"], arrays["target_weights"] = found.directions.numpy(), found.weights.numpy()
+        arrays["target_norm"] = np.array(found.norm)
+        arrays["target_rows"] = np.array(found.submodules)
+    return Target(
+        submodules=tuple(arrays["target_rows"].tolist()),
+        directions=torch.from_numpy(arrays["target"]),
+        weights=torch.from_numpy(arrays["target_weights"]),
+        norm=float(arrays["target_norm"]),
+        seed=scorer.seed,
+        examples=len(targets),
+    )
+
+
+def _choose_iteratively(
+    scan: Scan, method: Method, targets: Sequence[Candidate], count: int, train: Train | None
+) -> tuple[Scores, Choice]:
+    """Choose, train on the choice, choose again with the trained model, and so on; restore the model.
+
+    Returns:
+        The last round's scores and choice.
+    """
+    scorer, options = scan.scorer, scan.options
+    model = scorer.model
+    if train is None:
+        context: Any = temporary_adapters(model, scorer.submodules, options.seed)
+    else:
+        context = restore_afterwards(model)
+    with context as trained:
+        scorer.model = model if trained is None else trained
+        try:
+            for step in range(options.iterations):
+                scan.progress, scan.known = Progress(None, {}), {}
+                scores = scan.score_all(_build_score(scan, method, targets))
+                choice = scan.choose(scores, method, count)
+                if step == options.iterations - 1:
+                    break
+                rows = [scan.candidate(index).row for index in sorted(choice.indices)]
+                if train is not None:
+                    train(scorer.model, rows)
+                    scan.note("the cost of train(model, rows) is not counted")
+                    continue
+                scorer.cost.trained_tokens += train_briefly(
+                    scorer.model,
+                    rows,
+                    options.train_steps,
+                    batch_size=options.batch_size,
+                    pad_token_id=scorer.pad_token_id,
+                    loss_fn=scorer.loss_fn,
+                    seed=options.seed + step,
+                )
+        finally:
+            scorer.model = model
+    return scores, choice
+
+
+def _score_by_words(scan: Scan, targets: Sequence[Candidate]) -> Scores:
+    """Score every example by BM25 against the target's texts, or token ids where either came encoded."""
+    found: list[Candidate] = []
+    scan.run(count_targets, lambda candidates, _: found.extend(candidates), lambda: None)
+    are_texts = all(isinstance(one.text, str) for one in (*found, *targets))
+    queries, documents = ([c.text if are_texts else c.row["input_ids"] for c in part] for part in (targets, found))
+    scores = bm25(queries, documents)
+    if not scores.any():
+        scan.note("no example shares a word with the target, so bm25 cannot rank them: the first were chosen")
+    return Scores(np.array([one.index for one in found]), scores)
+
+
+def _check_request(
+    options: SelectionOptions,
+    method: Method,
+    model: nn.Module | None,
+    target: Iterable[Example] | None,
+    placement: Placement | None,
+    length: int | None,
+) -> None:
+    """Raise BlueprintError if a method lacks something it needs, or is given something it cannot use."""
+    name = f"method={options.method!r}"
+    if method.uses_target and target is None:
+        raise BlueprintError(f"{name} needs a target. Give target=…, a few dozen examples of the kind wanted.")
+    if method.uses_target and isinstance(target, Sized) and not len(target):
+        raise BlueprintError(_EMPTY_TARGET)
+    if method.uses_model and model is None:
+        raise BlueprintError(f"{name} runs the model. Give one, not None.")
+    if placement is not None and options.submodules is not None:
+        raise BlueprintError("Give either a placement or submodules, not both.")
+    if (placement is not None or options.submodules is not None) and not method.uses_model:
+        raise BlueprintError(f"{name} measures no gradients. Give no placement and no submodules, or another method.")
+    if length is None and (method.needs_all or options.method == ITERATIVE):
+        raise BlueprintError(f"{name} cannot take a stream. Give a list or a datasets.Dataset, or another method.")
+    if method.coreset == "facility" and length is not None and length > MAX_FACILITY_POINTS:
+        raise BlueprintError(
+            f"{name} compares every pair and takes at most {MAX_FACILITY_POINTS:,} examples, got {length:,}. Sample some "
+            "first, or use coreset_k_centre."
+        )
+    if options.keep_state is not None and options.method in (ITERATIVE, "bm25"):
+        raise BlueprintError(f"{name} cannot be resumed. Leave out keep_state.")
+    if method.is_predicted and options.small < MIN_MEASURED:
+        raise BlueprintError(f"small must be at least {MIN_MEASURED} for a prediction, got {options.small}.")
+
+
+def _trained_submodules(
+    model: nn.Module | None, placement: Placement | None, submodules: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """Return the submodules whose gradients count, in the model's order; None for all.
+
+    Raises:
+        MismatchError: for a name that the model lacks, or no name at all.
+    """
+    if model is None or (placement is None and submodules is None):
+        return None
+    every = [submodule.name for submodule in find_submodules(model)]
+    wanted = set(submodules or ()) if placement is None else set(placement.lora)
+    blocks = () if placement is None else placement.unfreeze
+    empty = [block for block in blocks if not any(_is_in(name, block) for name in every)]
+    missing = sorted(wanted - set(every)) + empty
+    names = tuple(name for name in every if name in wanted or any(_is_in(name, block) for block in blocks))
+    if missing or not names:
+        raise MismatchError(
+            f"{len(missing)} of {len(wanted) + len(blocks)} submodules are not in this model "
+            f"({format_names(missing) or 'no names given'}). Its submodules are {format_names(every)}."
+        )
+    return names
+
+
+def _is_in(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
+
+
+def _encode_target(pool: Pool) -> list[Candidate]:
+    """Encode all examples of a target set.
+
+    Raises:
+        BlueprintError: if it is empty, or no example has a target token.
+    """
+    encoded = [pool.encode(index, example) for index, example in pool]
+    found = [one for one in encoded if one is not None]
+    if not encoded:
+        raise BlueprintError(_EMPTY_TARGET)
+    if not found:
+        raise BlueprintError(
+            "No example of the target set has a target token within max_length. Give others, or increase it."
+        )
+    return found
+
+
+def _settings(
+    options: SelectionOptions, method: Method, names: Sequence[str] | None, targets: Sequence[Candidate]
+) -> dict[str, Any]:
+    """Return the options that mattered."""
+    used = ["count", "fraction", "deduplicate", "batch_size", "max_length", "seed"]
+    used += ["small", "features"] if method.is_predicted else []
+    used += ["similarity", "precondition"] if method.measure == "alignment" else []
+    used += ["iterations"] if options.method == ITERATIVE else []
+    settings = {name: getattr(options, name) for name in used if getattr(options, name) is not None}
+    if names is not None:
+        settings["submodules"] = len(names)
+    return settings | ({"targets": len(targets)} if targets else {})
+
+
+def _open_state(
+    options: SelectionOptions,
+    settings: Mapping[str, Any],
+    pool: Pool,
+    names: Sequence[str] | None,
+    targets: Sequence[Candidate],
+    model: nn.Module | None,
+    writes: bool,
+) -> Progress:
+    """Open the kept state, whose settings say what must be the same for the work to be continued."""
+    if options.keep_state is None:
+        return Progress(None, {})
+    digest = ""
+    for one in targets:
+        digest = extend_digest(digest, one.row)
+    identity = {
+        **settings,
+        "method": options.method,
+        "examples": pool.length,
+        "columns": dict(options.columns or {}),
+        "submodule_names": list(names or ()),
+        "target": digest,
+        "model": None if model is None else _digest_model(model),
+    }
+    return Progress(Path(options.keep_state), identity, writes)
+
+
+def _digest_model(model: nn.Module) -> str:
+    """Return a digest of names, shapes and the first numbers of each weight, which differs after further training."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not (parameter.is_meta or is_sharded(parameter)):
+            digest.update(parameter.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pad_token_id(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    if tokenizer is not None:
+        return get_pad_token_id(tokenizer)
+    config = None if model is None else getattr(unwrap(model), "config", None)
+    return getattr(config, "pad_token_id", None) or 0
+
+
+def _scores_of_all(scores: Scores, length: int | None) -> np.ndarray | None:
+    """Return a score for each position, NaN without a target; None for a coreset's points."""
+    if scores.values.ndim != 1:
+        return None
+    found = np.full(length or 0, np.nan)
+    found[scores.indices] = scores.values
+    return found
+
+
+def _report(scan: Scan, choice: Choice) -> dict[str, Any]:
     notes, examples = scan.progress.notes, scan.progress.position
-    cost = scan.work.total_cost()
-    whole = cost.passes_of(notes["tokens"])
+    cost = scan.scorer.total_cost()
+    whole = cost.backward_flops(notes["tokens"])
     return {
         "examples": examples,
         "usable": examples - notes["without_targets"],
         "without_targets": notes["without_targets"],
-        "duplicates": picked.duplicates,
-        "chosen": len(picked.indices),
+        "duplicates": choice.duplicates,
+        "chosen": len(choice.indices),
         "tokens": notes["tokens"],
         "cost": cost.to_dict() | {"share_of_measuring_all": cost.flops / whole if whole else 0.0},
         **({"predictor": scan.predictor.to_dict()} if scan.predictor is not None else {}),
     }
 
 
-def _shortfall(wanted: int, picked: Picked, scan: Scan) -> str:
-    left = f"{scan.progress.notes['without_targets']} of {scan.progress.position} examples have no target"
-    if picked.duplicates:
-        left += f" and {picked.duplicates} are near-duplicates of others"
-    return f"{wanted} examples were asked for and {len(picked.indices)} chosen, all that there are: {left}"
+def _shortfall(count: int, choice: Choice, scan: Scan) -> str:
+    text = (
+        f"{len(choice.indices)} examples were chosen instead of {count}: {scan.progress.notes['without_targets']} of "
+    )
+    text += f"{scan.progress.position} have no target"
+    return text + (f" and {choice.duplicates} are near-duplicates of others" if choice.duplicates else "")
 
 
-def _digest_of(candidates: Sequence[Candidate]) -> str:
-    digest = ""
-    for one in candidates:
-        digest = next_digest(digest, one.row)
-    return digest
+def _refuse_columns(taken: Iterable[str]) -> None:
+    if taken:
+        raise BlueprintError(
+            f"The examples have {format_names(sorted(taken))} already. Remove them, or add no scores."
+        )
 
 
 def _is_dataset(dataset: Any) -> bool:

@@ -1,32 +1,31 @@
-"""Tables of examples: read from a file or the Hub, whole or as a stream, and written to a file.
-
-Knows nothing of what their columns mean.
-"""
+"""Read tables of examples from files or the Hub, whole or as a stream, and write them to files; no torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .._files import replacing
+from .._text import format_names
 from ..errors import BlueprintError
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-WRITTEN = (".jsonl", ".csv", ".parquet")
+COLUMN_SETS = (("prompt", "completion"), ("messages",), ("text",))  # an example has one of these
+READABLE = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+WRITABLE = (".jsonl", ".csv", ".parquet")
 
 
-class Stream:
-    """A table that is read as it is gone through, anew each time.
+class TableStream:
+    """A table that is read anew, row by row, on each iteration.
 
     Args:
         table: a `datasets.IterableDataset`.
-        source: what it is read from, for messages.
+        source: for error messages.
     """
 
     def __init__(self, table: Iterable[Mapping[str, Any]], source: str):
@@ -34,89 +33,116 @@ class Stream:
         self._source = source
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        """The rows.
+        """Iterate over the rows.
 
         Raises:
-            BlueprintError: at what cannot be read, or if there is none.
+            BlueprintError: at the first row that cannot be read, or if there is none.
         """
-        at = 0
+        count = 0
         try:
             for row in self._table:
                 yield row
-                at += 1
-        except Exception as error:  # datasets raises a dozen kinds, of its own and of others
-            raise _unreadable(self._source, error, f" after {at} examples" if at else "") from error
-        if not at:
+                count += 1
+        except Exception as error:  # datasets raises a dozen types
+            raise _unreadable(self._source, error, f" after {count} examples" if count else "") from error
+        if not count:
             raise _empty(self._source)
 
     @property
     def column_names(self) -> list[str]:
-        """Those of the first row."""
+        """Column names of the first row."""
         return list(next(iter(self)))
 
 
 def read_table(source: str, *, split: str = "train", stream: bool = False) -> Any:
-    """A local JSON-lines, CSV or Parquet file, or a data set on the Hub.
+    """Read a local JSON-lines, CSV or Parquet file, or a dataset on the Hub.
 
     Args:
-        source: path or data set id.
-        split: of a data set on the Hub.
-        stream: read it as it is gone through, in constant memory.
+        source: path or dataset id.
+        split: of a dataset on the Hub.
+        stream: read row by row in constant memory.
 
     Returns:
-        A `datasets.Dataset`, or a `Stream`.
+        A `datasets.Dataset`, or a `TableStream`.
 
     Raises:
-        BlueprintError: if there is no such file, it cannot be read, or holds no examples.
+        BlueprintError: if the file does not exist, cannot be read, or is empty.
     """
     from datasets import load_dataset
 
     path = Path(source)
-    if path.suffix in FORMATS and not path.is_file():
-        raise BlueprintError(f"There is no file {path} with examples. Check the path.")
-    if path.suffix in FORMATS and not path.stat().st_size:
+    kind = READABLE.get(path.suffix)
+    if kind and not path.is_file():
+        raise BlueprintError(f"The file {path} does not exist.")
+    if kind and not path.stat().st_size:
         raise _empty(source)
     try:
-        if path.suffix in FORMATS:
-            table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=stream)
+        if kind:
+            table = load_dataset(kind, data_files=str(path), split="train", streaming=stream)
         else:
             table = load_dataset(source, split=split, streaming=stream)
-    except Exception as error:  # datasets raises a dozen kinds, of its own and of others
+    except Exception as error:  # datasets raises a dozen types
         if "corresponds to no data" in str(error):
             raise _empty(source) from error
         raise _unreadable(source, error) from error
     if stream:
-        return Stream(table, source)
+        return TableStream(table, source)
     if not len(table):
         raise _empty(source)
     return table
 
 
-def require_format(path: Path) -> None:
-    """Raise BlueprintError for a file of no format that `write_table` writes."""
-    if path.suffix not in WRITTEN:
-        raise BlueprintError(f"{path} has none of the endings {', '.join(WRITTEN)}: choose one of these formats.")
-
-
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, CSV or Parquet, by the ending; the file appears when it is whole.
+    """Write rows as JSON lines, CSV or Parquet by the file's ending, atomically.
 
     Args:
-        path: of the file.
+        path: file to write.
         rows: a list of mappings, or a `datasets.Dataset`.
 
     Raises:
-        BlueprintError: for another ending, if it cannot be written, or for values that the format cannot hold.
+        BlueprintError: for another ending, a path that cannot be written, or values that the format cannot hold.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+        >>> write_table(path, [{"text": "one"}])
+        >>> path.read_text()
+        '{"text": "one"}\\n'
     """
     require_format(path)
     with replacing(path) as file:
         _write(file, path, rows)
 
 
-def require_holds(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Raise BlueprintError for rows that `write_table` could not write there, without writing them."""
+def require_format(path: Path) -> None:
+    """Raise BlueprintError if `write_table` does not know the file's ending."""
+    if path.suffix not in WRITABLE:
+        raise BlueprintError(f"{path} must end in one of {', '.join(WRITABLE)}.")
+
+
+def require_storable(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise BlueprintError if `write_table` could not write these rows there; writes nothing."""
     require_format(path)
     _write(BytesIO(), path, rows)
+
+
+def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = None) -> None:
+    """Raise BlueprintError if `columns` has an unknown key, or names a column that is not there.
+
+    Args:
+        columns: the data's own names, as `{"prompt": "question"}`.
+        there: the data's columns, where they are known.
+    """
+    known = [name for names in COLUMN_SETS for name in names]
+    unknown = [str(key) for key in columns if key not in known]
+    if unknown:
+        raise BlueprintError(
+            f"columns has unknown keys {format_names(unknown)}. Keys are {format_names(known)}, as in prompt=question."
+        )
+    if there is not None and (missing := [column for column in columns.values() if column not in there]):
+        raise BlueprintError(
+            f"The data has no column {format_names(missing)}; it has {format_names(list(map(str, there)))}."
+        )
 
 
 def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -124,9 +150,9 @@ def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> Non
     from pyarrow import ArrowException  # type: ignore[import-untyped]
 
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl":  # Dataset.to_json would write dates as milliseconds and fill in missing keys
             for row in rows:
-                file.write((json.dumps(_plain(row), ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(_to_json(row), ensure_ascii=False) + "\n").encode())
             return
         table = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
         if path.suffix == ".csv":
@@ -142,25 +168,25 @@ def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> Non
         raise BlueprintError(f"{path} cannot hold these examples: {reason}. Choose another format.") from error
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: dates and times by `isoformat`, numbers that are not finite as None."""
+def _to_json(value: Any) -> Any:
+    """Convert dates and times to ISO text, and numbers that are not finite to None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     return value
 
 
 def _unreadable(source: str, error: Exception, where: str = "") -> BlueprintError:
-    """The reason is that of the cause, where there is one: datasets says only that something went wrong."""
-    told = error.__cause__ or error
-    reason = str(told).strip().splitlines()[0].rstrip(".") if str(told).strip() else type(told).__name__
-    return BlueprintError(f"The data {source!r} cannot be read{where}: {reason}. Mend it, or give another.")
+    """Word the cause of an error: datasets itself says only that something went wrong."""
+    cause = error.__cause__ or error
+    reason = str(cause).strip().splitlines()[0].rstrip(".") if str(cause).strip() else type(cause).__name__
+    return BlueprintError(f"The data {source!r} cannot be read{where}: {reason}.")
 
 
 def _empty(source: str) -> BlueprintError:
-    return BlueprintError(f"The data {source!r} holds no examples. Give one with at least one.")
+    return BlueprintError(f"The data {source!r} has no examples.")

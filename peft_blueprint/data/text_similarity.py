@@ -1,7 +1,6 @@
-"""Texts compared by the words in them: BM25 against queries, and near-duplicates in a stream.
+"""Compare texts by their words: BM25 against queries, and near-duplicates in a stream.
 
-Words or token ids, no model. bm25s and datasketch are an extra: `pip install peft-blueprint[data]`. Knows nothing of
-what is chosen in the end.
+Works on text or token ids. Needs bm25s and datasketch, an extra.
 """
 
 from __future__ import annotations
@@ -21,45 +20,43 @@ from ..errors import BlueprintError, FormatError
 
 Text = str | Sequence[int]
 
-SHINGLE = 5
-PERMUTATIONS = 128
-
 _WORD = re.compile(r"\w+")
 _MISSING = "Comparing texts needs bm25s and datasketch: pip install 'peft-blueprint[data]'."
 _SCHEME = "affine32"  # of datasketch's permutations
 
 
-def words(text: str) -> list[str]:
-    """The words and numbers of a text, in order, without regard to case."""
-    return _WORD.findall(text.casefold())
-
-
 def bm25(queries: Sequence[Text], documents: Sequence[Text]) -> np.ndarray:
-    """How well each document matches the queries word by word; a lexical baseline for choosing data.
+    """Score documents by the words they share with queries; a lexical baseline for choosing data.
 
     BM25 as in Lucene, with k₁ = 1.5 and b = 0.75 (Kamphuis et al. 2020, doi:10.1007/978-3-030-45442-5_4; computed by
-    bm25s, Lù 2024, arXiv:2407.03618). Each query's scores are divided by the largest that a document has for it, so
-    that long queries and rare words count no more than others, and averaged over queries. How rare a word is follows
-    from the documents, which are therefore needed all at once: about 12 bytes for every different word of each.
+    bm25s, Lù 2024, arXiv:2407.03618). Each query's scores are divided by its largest, so that long queries and rare words
+    count no more than others, and averaged over queries. Word frequencies come from the documents, so all of them are
+    needed at once: about 12 bytes for each distinct word of each.
 
     Args:
-        queries: texts, or their token ids; what is looked for, such as a small target set.
-        documents: texts where the queries are texts, else token ids.
+        queries: texts or token ids, such as a small target set.
+        documents: texts if the queries are texts, otherwise token ids.
 
     Returns:
         (documents,) in [0, 1]; 0 for a document without a word of a query.
 
     Raises:
         BlueprintError: without queries or documents, if texts and token ids are mixed, or without bm25s.
+
+    Example:
+        >>> bm25(["red apples"], ["green apples", "blue sky"]).tolist()
+        [1.0, 0.0]
     """
     if not len(queries) or not len(documents):
-        raise BlueprintError(f"{len(queries)} queries and {len(documents)} documents: give at least one of both.")
-    asked, given = [_tokens(text) for text in queries], [_tokens(text) for text in documents]
-    kinds = {isinstance(token, str) for tokens in (*asked, *given) for token in tokens[:1]}
+        raise BlueprintError(
+            f"bm25 needs at least one query and one document, got {len(queries)} and {len(documents)}."
+        )
+    query_tokens, document_tokens = [_tokens(text) for text in queries], [_tokens(text) for text in documents]
+    kinds = {isinstance(token, str) for tokens in (*query_tokens, *document_tokens) for token in tokens[:1]}
     if len(kinds) > 1:
-        raise BlueprintError("Texts and token ids are mixed: give queries and documents both as texts or both as ids.")
+        raise BlueprintError("Texts and token ids are mixed. Give queries and documents both as texts or both as ids.")
     vocabulary: dict[str | int, int] = {}
-    corpus = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokens] for tokens in given]
+    corpus = [[vocabulary.setdefault(token, len(vocabulary)) for token in tokens] for tokens in document_tokens]
     scores = np.zeros(len(documents))
     if not vocabulary:
         return scores
@@ -69,42 +66,44 @@ def bm25(queries: Sequence[Text], documents: Sequence[Text]) -> np.ndarray:
         raise BlueprintError(_MISSING) from error
     index = BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
     index.index((corpus, vocabulary), create_empty_token=False, show_progress=False)
-    for tokens in asked:
-        of_query = index.get_scores_from_ids([vocabulary[token] for token in tokens if token in vocabulary])
-        scores += of_query / (of_query.max() or 1.0)
+    for tokens in query_tokens:
+        found = index.get_scores_from_ids([vocabulary[token] for token in tokens if token in vocabulary])
+        scores += found / (found.max() or 1.0)
     return scores / len(queries)
 
 
 class NearDuplicates:
-    """Tells of each text in a stream whether one much like it came before.
+    """Tell of each text in a stream whether a similar one came before.
 
-    Texts are compared as sets of shingles, every five words in a row, by the share that both have of all that either
-    has (Broder 1997, doi:10.1109/SEQUEN.1997.666900). The share is estimated from 128 minimal hashes, with a standard
-    error of at most 0.045, and 0.035 at a share of 0.8; candidates are found by locality-sensitive hashing (datasketch),
-    which is set to overlook few. At a threshold of 0.8, of pairs that share 0.75, 0.8, 0.85 and 0.9 of their shingles
-    about 7, 44, 91 and 100 % are found. Texts of fewer words than a shingle are compared as a whole, and exactly.
+    Texts are compared as sets of shingles, every five words in a row, by their Jaccard similarity (Broder 1997,
+    doi:10.1109/SEQUEN.1997.666900). It is estimated from 128 minimal hashes, with a standard error of at most 0.045 (0.035
+    at 0.8); datasketch finds candidates by locality-sensitive hashing. At a threshold of 0.8, about 7, 44, 91 and 100 % of
+    pairs with a similarity of 0.75, 0.8, 0.85 and 0.9 are found. Texts shorter than a shingle are compared exactly.
 
-    The first of several like texts is the new one, so that the order matters; for the same order, threshold and seed the
-    answers are the same. Memory grows with the texts that are remembered, by about 5.6 kB each, and a state by 0.7 kB; a text
-    shorter than a shingle takes 0.1 kB. A text of 100 words takes 1 to 3 ms.
+    The first of several similar texts is the new one; for the same order, threshold and seed the answers are the same. A
+    remembered text takes about 5.6 kB, 0.7 kB in a state, and a text shorter than a shingle 0.1 kB. A text of 100 words
+    takes 1 to 3 ms.
 
     Args:
-        threshold: the share from which on two texts are near-duplicates, in (0, 1].
-        shingle: words, or token ids, in a shingle.
-        permutations: minimal hashes, at least 16: the standard error is √(share·(1 − share)/permutations).
+        threshold: Jaccard similarity from which two texts are near-duplicates, in (0, 1].
+        shingle: words or token ids in a shingle.
+        permutations: minimal hashes, at least 16; the standard error is √(J·(1 − J)/permutations).
         seed: of the hashes.
 
     Raises:
         BlueprintError: for an option out of range, or without datasketch.
+
+    Example:
+        >>> guard = NearDuplicates()
+        >>> [guard.is_new(text) for text in ("One, two, three!", "one two three", "four")]
+        [True, False, True]
     """
 
-    def __init__(
-        self, threshold: float = 0.8, shingle: int = SHINGLE, permutations: int = PERMUTATIONS, seed: int = 0
-    ):
+    def __init__(self, threshold: float = 0.8, shingle: int = 5, permutations: int = 128, seed: int = 0):
         if not 0 < threshold <= 1 or shingle < 1 or permutations < 16 or not 0 <= seed < 2**32:
             raise BlueprintError(
-                f"threshold={threshold}, shingle={shingle}, permutations={permutations}, seed={seed}: give a share in "
-                "(0, 1], a number from 1, one from 16, and a seed from 0 to 2³² − 1."
+                "threshold must be in (0, 1], shingle at least 1, permutations at least 16, and seed in [0, 2³²); got "
+                f"threshold={threshold}, shingle={shingle}, permutations={permutations}, seed={seed}."
             )
         try:
             from datasketch import MinHash, MinHashLSH
@@ -113,33 +112,33 @@ class NearDuplicates:
         self.threshold, self.shingle = float(threshold), operator.index(shingle)
         self.permutations, self.seed = operator.index(permutations), operator.index(seed)
         self._empty = MinHash(num_perm=permutations, seed=seed, scheme=_SCHEME)
-        # candidates are looked at again, so that one too many costs less than one overlooked
+        # weights that favour recall: candidates are checked again, so a false one costs less than a missed one
         self._index = MinHashLSH(threshold=min(threshold, 0.99), num_perm=permutations, weights=(0.1, 0.9))
         self._signatures: dict[int, np.ndarray] = {}
         self._short: dict[bytes, int] = {}
-        self._digests: dict[int, bytes] = {}  # by key, what `_short` is the other way round
-        self._next = 0
+        self._short_by_key: dict[int, bytes] = {}
+        self._next_key = 0
 
     def __len__(self) -> int:
         return len(self._signatures) + len(self._short)
 
     def is_new(self, text: Text) -> bool:
-        """Whether no text like this one came before; it is remembered if so.
+        """Return whether no similar text came before, and remember it if so.
 
         Args:
-            text: a text, or its token ids. The two are never alike.
+            text: a text, or its token ids. The two are never similar.
 
         Raises:
             BlueprintError: if it is neither.
         """
-        mark = self.mark(text)
-        is_new = not self.like(mark)
+        fingerprint = self.fingerprint(text)
+        is_new = not self.find_similar(fingerprint)
         if is_new:
-            self.remember(mark, self._next)
+            self.add(fingerprint, self._next_key)
         return is_new
 
-    def mark(self, text: Text) -> Any:
-        """What a text is compared by: the digest of a short one, else its minimal hashes.
+    def fingerprint(self, text: Text) -> Any:
+        """Return the digest of a short text, otherwise its minimal hashes.
 
         Raises:
             BlueprintError: if it is neither a text nor a list of token ids.
@@ -147,93 +146,90 @@ class NearDuplicates:
         tokens = _tokens(text)
         if len(tokens) < self.shingle:
             return hashlib.blake2b(_joined(tokens), digest_size=16).digest()
-        rows = range(len(tokens) - self.shingle + 1)
+        starts = range(len(tokens) - self.shingle + 1)
         hashes = self._empty.copy()
-        hashes.update_batch({_joined(tokens[i : i + self.shingle]): None for i in rows})
+        hashes.update_batch({_joined(tokens[i : i + self.shingle]): None for i in starts})
         return hashes
 
-    def like(self, mark: Any) -> list[int]:
-        """The keys of all that is remembered and much like the text of this mark."""
-        if isinstance(mark, bytes):
-            return [self._short[mark]] if mark in self._short else []
-        near = self._index.query(mark)
-        return sorted(key for key in near if (self._signatures[key] == mark.hashvalues).mean() >= self.threshold)
+    def find_similar(self, fingerprint: Any) -> list[int]:
+        """Return the keys of all remembered texts that are similar to this one."""
+        if isinstance(fingerprint, bytes):
+            return [self._short[fingerprint]] if fingerprint in self._short else []
+        near = self._index.query(fingerprint)
+        hashes = fingerprint.hashvalues
+        return sorted(key for key in near if (self._signatures[key] == hashes).mean() >= self.threshold)
 
-    def remember(self, mark: Any, key: int) -> None:
-        """Remember the text of this mark under a number that none has yet."""
-        if isinstance(mark, bytes):
-            self._short[mark], self._digests[key] = key, mark
+    def add(self, fingerprint: Any, key: int) -> None:
+        """Remember a text under an unused key."""
+        if isinstance(fingerprint, bytes):
+            self._short[fingerprint], self._short_by_key[key] = key, fingerprint
         else:
-            self._index.insert(key, mark, check_duplication=False)
-            self._signatures[key] = mark.hashvalues
-        self._next = max(self._next, key + 1)
+            self._index.insert(key, fingerprint, check_duplication=False)
+            self._signatures[key] = fingerprint.hashvalues
+        self._next_key = max(self._next_key, key + 1)
 
-    def forget(self, key: int) -> None:
-        """Remember the text of this number no longer."""
+    def remove(self, key: int) -> None:
+        """Forget the text of a key."""
         if key in self._signatures:
             del self._signatures[key]
             self._index.remove(key)
         else:
-            del self._short[self._digests.pop(key)]
+            del self._short[self._short_by_key.pop(key)]
 
     def state(self) -> dict[str, Any]:
-        """All that is remembered, as JSON can hold it."""
+        """Return all that is remembered as JSON-compatible data."""
+        signatures = b"".join(row.astype("<u4").tobytes() for row in self._signatures.values())
         return {
             "threshold": self.threshold,
             "shingle": self.shingle,
             "permutations": self.permutations,
             "seed": self.seed,
-            "signatures": base64.b64encode(b"".join(self._bytes_of_signatures())).decode(),
+            "signatures": base64.b64encode(signatures).decode(),
             "short": base64.b64encode(b"".join(self._short)).decode(),
             "keys": [*self._signatures, *self._short.values()],
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> NearDuplicates:
-        """The guard that said `state`, to be continued.
+        """Continue from the result of `state`.
 
         Raises:
-            FormatError: if it is no such state.
+            FormatError: if it is not a valid state.
             BlueprintError: without datasketch.
         """
         try:
-            known = cls(state["threshold"], state["shingle"], state["permutations"], state["seed"])
+            guard = cls(state["threshold"], state["shingle"], state["permutations"], state["seed"])
             signatures = base64.b64decode(state["signatures"], validate=True)
             short = base64.b64decode(state["short"], validate=True)
-            rows = np.frombuffer(signatures, dtype="<u4").reshape(-1, known.permutations)
+            rows = np.frombuffer(signatures, dtype="<u4").reshape(-1, guard.permutations)
             digests = np.frombuffer(short, dtype="V16").tolist()
             keys = [operator.index(key) for key in state["keys"]]
             if len(set(keys)) != len(rows) + len(digests):
                 raise ValueError(f"{len(set(keys))} keys of {len(rows) + len(digests)} texts")
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            if isinstance(error, BlueprintError) and error.__cause__ is not None:
+            if isinstance(error, BlueprintError) and error.__cause__ is not None:  # datasketch is missing
                 raise
-            raise FormatError(f"This is no state of a search for near-duplicates: {error}. Start it anew.") from error
+            raise FormatError(f"The kept near-duplicates are not valid: {error}. Start anew.") from error
         for key, row in zip(keys, rows, strict=False):
-            hashes = known._empty.copy()
+            hashes = guard._empty.copy()
             hashes.hashvalues = row.astype(np.uint32)
-            known.remember(hashes, key)
+            guard.add(hashes, key)
         for key, digest in zip(keys[len(rows) :], digests, strict=True):
-            known.remember(digest, key)
-        return known
-
-    def _bytes_of_signatures(self) -> list[bytes]:
-        return [row.astype("<u4").tobytes() for row in self._signatures.values()]
+            guard.add(digest, key)
+        return guard
 
 
 def _tokens(text: Text) -> list[str] | list[int]:
-    """A text's words, or token ids as they are."""
+    """Return a text's words and numbers in lower case, or token ids as they are."""
     if isinstance(text, str):
-        return words(text)
+        return _WORD.findall(text.casefold())
     try:
         return [operator.index(token) for token in text]
     except TypeError as error:
-        raise BlueprintError(
-            f"{text!r:.80} is neither a text nor a list of token ids. Give either, one for every example."
-        ) from error
+        raise BlueprintError(f"Expected a text or a list of token ids, got {text!r:.80}.") from error
 
 
 def _joined(tokens: list[str] | list[int]) -> bytes:
-    """One text for some tokens; that of words differs from that of ids."""
+    """Return one byte string for some tokens; that of words differs from that of ids."""
     is_words = bool(tokens) and isinstance(tokens[0], str)
     return ("w" + "\n".join(map(str, tokens)) if is_words else f"i{tokens}").encode("utf-8", "surrogatepass")

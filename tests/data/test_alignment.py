@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from peft_blueprint import Influence, measure_influence
-from peft_blueprint.data.alignment import alignment_scores, gradient_points, rows_of, target_of
-from peft_blueprint.errors import MeasurementError, MismatchError
+from peft_blueprint.data.alignment import alignment_scores, find_rows, gradient_points, make_target
+from peft_blueprint.errors import BlueprintError, MeasurementError, MismatchError
 from peft_blueprint.testing import tiny_llama, toy_batches
 
 
@@ -16,7 +16,7 @@ def measured(batches, **options):
     return measure_influence(tiny_llama(layers=2), batches, progress=False, **options)
 
 
-def made(gradients, seed=0):
+def make_influence(gradients, seed=0):
     """An Influence whose projections are whole gradients, (submodules, examples, m)."""
     model = measured(toy_batches(examples=2))
     projections = torch.as_tensor(gradients, dtype=torch.float32)
@@ -50,7 +50,7 @@ def test_scores_estimate_the_cosines_of_whole_gradients():
     model = tiny_llama(layers=2)
     whole, aim = gradients_of(model, pool), gradients_of(model, aims).mean(dim=0)
     truth = (whole @ aim / whole.norm(dim=1) / aim.norm()).numpy()
-    target = target_of(measured(aims, method="exact"))
+    target = make_target(measured(aims, method="exact"))
     found = alignment_scores(measured(pool, method="exact"), target)
     assert np.corrcoef(found, truth)[0, 1] > 0.7 and abs(np.abs(found).mean() / np.abs(truth).mean() - 1) < 0.5
     dots = alignment_scores(measured(pool, method="exact"), target, "dot")
@@ -60,18 +60,18 @@ def test_scores_estimate_the_cosines_of_whole_gradients():
 def test_an_example_aligns_with_a_target_of_itself():
     """A single example's target is met by its own cosine of 1, and by its opposite's of −1; nothing meets a zero."""
     one = np.random.default_rng(0).normal(size=(3, 1, 5))
-    target = target_of(made(one))
-    found = alignment_scores(made(np.concatenate([one, 7 * one, -one, 0 * one], axis=1)), target)
+    target = make_target(make_influence(one))
+    found = alignment_scores(make_influence(np.concatenate([one, 7 * one, -one, 0 * one], axis=1)), target)
     assert found == pytest.approx([1, 1, -1, 0], abs=1e-6)
 
 
 def test_only_the_placements_submodules_count():
     """What happens in the others does not move the score."""
     pool = np.random.default_rng(0).normal(size=(3, 4, 5))
-    influence = made(pool)
+    influence = make_influence(pool)
     names = [influence.submodules[2].name]
-    target = target_of(made(pool[:, :1]), names)
-    other = made(np.concatenate([9 * pool[:2, ::-1], pool[2:]]))
+    target = make_target(make_influence(pool[:, :1]), names)
+    other = make_influence(np.concatenate([9 * pool[:2, ::-1], pool[2:]]))
     assert np.array_equal(alignment_scores(influence, target), alignment_scores(other, target))
     assert target.submodules == tuple(names)
 
@@ -85,13 +85,15 @@ def test_preconditioning_counts_submodules_by_their_size():
     scale = np.array([1.0, 100.0])[:, None, None]
 
     def scores(precondition, factor):
-        return alignment_scores(made(pool * factor), target_of(made(aims * factor), None, precondition), "dot")
+        return alignment_scores(
+            make_influence(pool * factor), make_target(make_influence(aims * factor), None, precondition), "dot"
+        )
 
     plain, large = scores("blocks", 1.0), scores("blocks", scale)
     assert np.corrcoef(plain, large)[0, 1] == pytest.approx(1, abs=1e-5)
     first, second = (np.einsum("bm,m->b", pool[i], aims[i].mean(axis=0)) for i in range(2))
     sizes = np.sqrt(np.square(aims).sum(axis=2).mean(axis=1))
-    entries = [np.prod(s.shape) for s in made(pool).submodules]
+    entries = [np.prod(s.shape) for s in make_influence(pool).submodules]
     expected = first * np.sqrt(entries[0]) / sizes[0] + 100 * second * np.sqrt(entries[1]) / sizes[1]
     assert np.corrcoef(scores("adam", scale), expected)[0, 1] == pytest.approx(1, abs=1e-5)
 
@@ -99,7 +101,7 @@ def test_preconditioning_counts_submodules_by_their_size():
 def test_a_long_example_counts_no_more_than_a_short_one():
     """The same text twice over has about the same cosine: gradients are of mean losses."""
     pool = toy_batches(examples=16, length=10, padding="none")
-    target = target_of(measured(toy_batches(examples=4, seed=2)))
+    target = make_target(measured(toy_batches(examples=4, seed=2)))
     lengths = np.array([int((b["labels"][i] != -100).sum()) for b in pool for i in range(4)])
     found = alignment_scores(measured(pool), target)
     assert len(set(lengths)) == 1 and np.isfinite(found).all() and np.abs(found).max() <= 1.5
@@ -117,22 +119,22 @@ def test_points_keep_angles():
 
 def test_what_does_not_compare_is_refused():
     """Another seed, other sizes, no projections, unknown names and options, no gradient."""
-    influence = made(np.ones((2, 3, 5)))
-    target = target_of(influence)
-    with pytest.raises(MismatchError, match="seed 0 and 5 numbers an example, these examples with seed 1"):
-        alignment_scores(made(np.ones((2, 3, 5)), seed=1), target)
-    with pytest.raises(MismatchError, match="and 4: measure both alike"):
-        alignment_scores(made(np.ones((2, 3, 4))), target)
+    influence = make_influence(np.ones((2, 3, 5)))
+    target = make_target(influence)
+    with pytest.raises(MismatchError, match="seed 0 and projection size 5, the examples with seed 1"):
+        alignment_scores(make_influence(np.ones((2, 3, 5)), seed=1), target)
+    with pytest.raises(MismatchError, match="projection size 4. Measure both alike"):
+        alignment_scores(make_influence(np.ones((2, 3, 4))), target)
     with pytest.raises(MeasurementError, match="no projections"):
-        target_of(measured(toy_batches(), projection_size=0))
+        make_target(measured(toy_batches(), projection_size=0))
     with pytest.raises(MismatchError, match=r"1 of 1 submodules were not measured \('elsewhere'\)"):
-        rows_of(influence, ["elsewhere"])
-    with pytest.raises(MismatchError, match="none was named"):
-        rows_of(influence, [])
+        find_rows(influence, ["elsewhere"])
+    with pytest.raises(MismatchError, match="no names given"):
+        find_rows(influence, [])
     with pytest.raises(MeasurementError, match="mean gradient is zero"):
-        target_of(made(np.zeros((2, 3, 5))))
-    with pytest.raises(MeasurementError, match="choose from none, adam, blocks"):
-        target_of(influence, None, "sgd")
-    with pytest.raises(MeasurementError, match="choose from cosine, dot"):
+        make_target(make_influence(np.zeros((2, 3, 5))))
+    with pytest.raises(BlueprintError, match="must be one of none, adam, blocks"):
+        make_target(influence, None, "sgd")
+    with pytest.raises(BlueprintError, match="must be one of cosine, dot"):
         alignment_scores(influence, target, "angle")
     assert isinstance(influence, Influence)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_blueprint.data.brief_training import given_back, train_briefly, with_adapters
+from peft_blueprint.data.brief_training import restore_afterwards, temporary_adapters, train_briefly
 from peft_blueprint.errors import BlueprintError, MeasurementError
 from peft_blueprint.testing import tiny_llama
 
@@ -23,7 +23,7 @@ def test_new_adapters_learn_and_are_gone_afterwards():
     """Only on the submodules that were named; the loss falls inside, and is what it was after."""
     model = tiny_llama(layers=2)
     before = loss_of(model)
-    with with_adapters(model, ["model.layers.1.mlp.up_proj"], seed=0) as wrapped:
+    with temporary_adapters(model, ["model.layers.1.mlp.up_proj"], seed=0) as wrapped:
         assert {n.split(".lora_")[0][-23:] for n, p in wrapped.named_parameters() if p.requires_grad} == {
             "model.layers.1.mlp.up_proj"[-23:]
         }
@@ -37,7 +37,7 @@ def test_adapters_of_ones_own_are_trained_and_put_back():
     """A PeftModel keeps its adapters, with the weights they had."""
     model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=2, target_modules=["up_proj"]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with with_adapters(model, None, seed=0) as same:
+    with temporary_adapters(model, None, seed=0) as same:
         train_briefly(same, ROWS, steps=2, **OPTIONS)
         assert same is model and any(not torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -48,7 +48,7 @@ def test_the_same_seed_trains_alike():
     losses = []
     for _ in range(2):
         torch.rand(3)
-        with with_adapters(tiny_llama(layers=2), None, seed=4) as wrapped:
+        with temporary_adapters(tiny_llama(layers=2), None, seed=4) as wrapped:
             train_briefly(wrapped, ROWS, steps=2, seed=4, **OPTIONS)
             losses.append(loss_of(wrapped))
     assert losses[0] == losses[1]
@@ -57,12 +57,15 @@ def test_the_same_seed_trains_alike():
 def test_what_cannot_be_given_back_or_trained_is_refused():
     """Modules that stay behind, frozen models, and submodules that are no linear layers."""
     model = tiny_llama(layers=2)
-    with pytest.raises(BlueprintError, match="left other weights in the model"), given_back(model):
+    with pytest.raises(BlueprintError, match="added or removed weights"), restore_afterwards(model):
         model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(BlueprintError, match="are offloaded"), given_back(torch.nn.Linear(2, 2, device="meta")):
+    with (
+        pytest.raises(BlueprintError, match="are offloaded"),
+        restore_afterwards(torch.nn.Linear(2, 2, device="meta")),
+    ):
         pass
-    with pytest.raises(MeasurementError, match="Nothing in the model takes a gradient"):
+    with pytest.raises(MeasurementError, match="requires a gradient"):
         train_briefly(tiny_llama().requires_grad_(False), ROWS, steps=1, **OPTIONS)
     with pytest.raises(MeasurementError, match="None of the submodules is a linear layer"):
-        with with_adapters(tiny_llama(), ["nowhere"], seed=0):
+        with temporary_adapters(tiny_llama(), ["nowhere"], seed=0):
             pass

@@ -122,5 +122,5 @@ def test_a_loss_that_is_not_finite_is_refused():
     """The examples are named."""
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
-    with pytest.raises(MeasurementError, match=r"examples \[0, 1, 2, 3, 4\] of 8"):
+    with pytest.raises(MeasurementError, match=r"not finite for examples \[0, 1, 2, 3, 4\] of 8"):
         model_features(model, toy_batches())

@@ -8,7 +8,7 @@ from peft_blueprint.data.predictor import fit_predictor, spearman
 from peft_blueprint.errors import BlueprintError
 
 
-def made(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
+def make_data(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
     """Features, and positive scores that depend on the first of them."""
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(n, width)) * 10 ** np.arange(width)  # of very different scales
@@ -18,8 +18,8 @@ def made(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
 @pytest.mark.parametrize("n", [16, 64, 256])
 def test_a_simple_relation_is_found_and_holds_on_others(n):
     """From 16 examples on, whatever the features' scales; predictions are positive as the scores are."""
-    predictor = fit_predictor(*made(n), bootstrap=50)
-    others, truth = made(300, seed=1)
+    predictor = fit_predictor(*make_data(n), bootstrap=50)
+    others, truth = make_data(300, seed=1)
     predicted = predictor.predict(others)
     assert (predicted > 0).all()
     assert spearman(predicted, truth) > (0.7 if n == 16 else 0.9)
@@ -28,14 +28,14 @@ def test_a_simple_relation_is_found_and_holds_on_others(n):
 
 def test_what_is_not_linear_goes_to_another_candidate():
     """A bump is nothing to a ridge regression; trees find it."""
-    predictor = fit_predictor(*made(200, shape=lambda x: 3 * np.cos(2 * x)), bootstrap=20)
+    predictor = fit_predictor(*make_data(200, shape=lambda x: 3 * np.cos(2 * x)), bootstrap=20)
     assert "ridge" not in predictor.name
     assert predictor.candidates[predictor.name] > predictor.candidates["ridge on all features"] + 0.3
 
 
 def test_scalars_alone_are_tried_where_projections_are_noise():
     """With 300 columns of noise beside one that matters, 24 examples support the few."""
-    features, scores = made(24, width=1)
+    features, scores = make_data(24, width=1)
     wide = np.concatenate([features, np.random.default_rng(5).normal(size=(24, 300))], axis=1)
     predictor = fit_predictor(wide, scores, scalars=[0], bootstrap=20)
     assert predictor.name.endswith("on scalars")
@@ -55,14 +55,14 @@ def test_the_held_out_correlation_is_none_for_noise():
 
 def test_signed_scores_are_fitted_as_they_are():
     """As alignments, which have no logarithm."""
-    features, scores = made(64)
+    features, scores = make_data(64)
     predictor = fit_predictor(features, np.log(scores), logarithmic=False, bootstrap=20)
     assert (predictor.predict(features) < 0).any() and predictor.rank_correlation > 0.9
 
 
 def test_the_same_seed_gives_the_same_predictor():
     """Folds, trees and network are drawn from it."""
-    features, scores = made(32, noise=1.0)
+    features, scores = make_data(32, noise=1.0)
     one, other = (fit_predictor(features, scores, bootstrap=20, seed=3) for _ in range(2))
     assert one.to_dict() == other.to_dict()
     assert np.array_equal(one.predict(features), other.predict(features))
@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_predictor():
 
 def test_constant_scores_say_nothing():
     """The correlation is 0 and no NaN."""
-    predictor = fit_predictor(made(16)[0], np.ones(16), bootstrap=5)
+    predictor = fit_predictor(make_data(16)[0], np.ones(16), bootstrap=5)
     assert predictor.rank_correlation == 0 and predictor.interval == (0, 0)
 
 
@@ -83,12 +83,12 @@ def test_the_rank_correlation_is_spearmans():
 @pytest.mark.parametrize(
     ("features", "scores", "message"),
     [
-        (np.ones((8, 2)), np.ones(8), "8 measured examples are too few"),
-        (np.ones((20, 2)), np.ones(19), "do not pair"),
-        (np.ones((20, 2)), np.zeros(20), "20 not positive"),
-        (np.ones((20, 2)), np.full(20, np.nan), "20 are not finite"),
-        (np.full((20, 2), np.inf), np.ones(20), "finite numbers"),
-        (np.ones(20), np.ones(20), "Features are a matrix"),
+        (np.ones((8, 2)), np.ones(8), "needs at least 16 measured examples, got 8"),
+        (np.ones((20, 2)), np.ones(19), r"must have shape \(20,\)"),
+        (np.ones((20, 2)), np.zeros(20), "must be positive, 20 of 20 are not"),
+        (np.ones((20, 2)), np.full(20, np.nan), "must be finite; 20 of 20 are not"),
+        (np.full((20, 2), np.inf), np.ones(20), "Features must be finite"),
+        (np.ones(20), np.ones(20), "Features must be finite numbers of shape"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(features, scores, message):
@@ -99,8 +99,8 @@ def test_what_cannot_be_learnt_from_is_refused(features, scores, message):
 
 def test_features_of_another_width_are_refused():
     """Both widths are named."""
-    predictor = fit_predictor(*made(16), bootstrap=2)
-    with pytest.raises(BlueprintError, match="6 features and is given 2"):
+    predictor = fit_predictor(*make_data(16), bootstrap=2)
+    with pytest.raises(BlueprintError, match="6 features, got 2"):
         predictor.predict(np.ones((3, 2)))
-    with pytest.raises(BlueprintError, match="folds=1"):
-        fit_predictor(*made(16), folds=1)
+    with pytest.raises(BlueprintError, match="folds must be from 2"):
+        fit_predictor(*make_data(16), folds=1)

@@ -10,14 +10,13 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from peft_blueprint import measure_influence, plan_placement
-from peft_blueprint.data.examples import collate
-from peft_blueprint.data.pool import Pool
-from peft_blueprint.data.scoring import Work
+from peft_blueprint.data.examples import Pool, collate
+from peft_blueprint.data.scoring import ExampleScorer
 from peft_blueprint.data.select import select_examples
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import save_tiny_model, tiny_llama
-from tests.choosing import choose, made, model
+from tests.choosing import choose, make_rows, model
 
 
 def norms_of(rows, submodules=None):
@@ -30,7 +29,7 @@ def top(scores, count):
     return tuple(sorted(np.argsort(-np.asarray(scores), kind="stable")[:count].tolist()))
 
 
-POOL = made(40)
+POOL = make_rows(40)
 NAMES = [submodule.name for submodule in find_submodules(model())]
 
 
@@ -50,7 +49,7 @@ def test_only_a_placements_submodules_count(blueprint):
     found = choose(POOL, count=10, method="norm", submodules=[name])
     assert found.all_scores == pytest.approx(norms_of(POOL, [name]), rel=1e-3)
     placement = plan_placement(blueprint, num_modules=6)
-    rows = made(12)
+    rows = make_rows(12)
     deep = select_examples(tiny_llama(layers=12), rows, count=3, method="norm", placement=placement, progress=False)
     assert deep.settings["submodules"] == 6
     with pytest.raises(MismatchError, match=r"of 6 submodules are not in this model"):
@@ -62,7 +61,7 @@ def test_algorithm_2_measures_a_few_and_predicts_all(features):
     """The cost is a fraction of measuring all, the report says how well the order held, and the choice agrees with that
     by true norms far better than chance; what was measured is not measured again.
     """
-    rows = made(120, longest=60)
+    rows = make_rows(120, longest=60)
     norms = norms_of(rows)
     found = choose(rows, count=30, method="predicted_norm", small=40, features=features)
     assert len(set(found.indices) & set(top(norms, 30))) >= 14  # 7.5 by chance
@@ -90,8 +89,8 @@ def test_the_last_submodules_alone_cost_less():
 
 def test_alignment_chooses_what_is_like_the_target():
     """Of a pool of two kinds of text, that of which the target is; by measuring and by predicting."""
-    rows = [row for pair in zip(made(30, 1, 1, 20), made(30, 2, 60, 97), strict=True) for row in pair]
-    for aims, wanted in ((made(8, 3, 1, 20), 0), (made(8, 4, 60, 97), 1)):
+    rows = [row for pair in zip(make_rows(30, 1, 1, 20), make_rows(30, 2, 60, 97), strict=True) for row in pair]
+    for aims, wanted in ((make_rows(8, 3, 1, 20), 0), (make_rows(8, 4, 60, 97), 1)):
         for options in ({"precondition": "blocks"}, {"similarity": "dot"}, {}):
             found = choose(rows, count=15, method="alignment", target=aims, **options)
             assert sum(index % 2 == wanted for index in found.indices) >= 11, options
@@ -124,7 +123,7 @@ def test_random_is_a_uniform_sample_that_the_seed_decides():
 @pytest.mark.parametrize("method", ["coreset_k_centre", "coreset_facility"])
 def test_a_coreset_has_one_of_each_kind(method):
     """Of four groups of examples that are alike, four choices take one of each."""
-    groups = [made(1, seed, 1 + 24 * seed, 24 * seed + 24)[0] for seed in range(4)]
+    groups = [make_rows(1, seed, 1 + 24 * seed, 24 * seed + 24)[0] for seed in range(4)]
     rows = []
     for i in range(16):
         row = {key: list(value) for key, value in groups[i % 4].items()}
@@ -174,14 +173,14 @@ def fail(inner):
 
 def test_near_duplicates_do_not_fill_a_selection():
     """The longest example ten times over is chosen once, from a list and from a stream; the others are counted."""
-    longest = made(1, seed=9, longest=9)[0]["input_ids"] * 6
+    longest = make_rows(1, seed=9, longest=9)[0]["input_ids"] * 6
     rows = [{"input_ids": longest[i % 2 :], "labels": longest[i % 2 :]} for i in range(10)] + POOL
     found = choose(rows, count=5, method="length")
     assert found.report["duplicates"] == 9 and found.indices[0] == 0 and all(i >= 10 for i in found.indices[1:])
     stream = choose(iter(rows), count=5, method="length")
     assert (stream.indices, stream.report["duplicates"]) == (found.indices, 9)
     few = choose(rows[:10], count=5, method="length")
-    assert few.indices == (0,) and "5 examples were asked for and 1 chosen" in few.fallbacks[0]
+    assert few.indices == (0,) and "1 examples were chosen instead of 5" in few.fallbacks[0]
     assert len(choose(rows, count=6, method="coreset_k_centre", small=4)) == 6
 
 
@@ -212,23 +211,23 @@ def test_a_dataset_goes_in_and_a_dataset_comes_out(folder):
     assert from_stream.apply(with_scores=True) == as_list and found.apply(stream) == from_stream.apply()
     with pytest.raises(BlueprintError, match="has 'selection_index' and 'selection_score' already|already"):
         found.apply(Dataset.from_list(list(scored) * 5), with_scores=True)
-    with pytest.raises(MismatchError, match="of 30 examples and this data set has 6"):
+    with pytest.raises(MismatchError, match="of 30 examples, the dataset has 6"):
         found.apply(chosen)
-    with pytest.raises(BlueprintError, match="Give the data set"):
+    with pytest.raises(BlueprintError, match="apply needs the dataset"):
         found.apply()
     json.dumps(found.to_dict(), allow_nan=False)
     target = [{"prompt": "5 5", "completion": texts[0]}]  # under other names than the data
     assert len(choose(table, count=3, method="bm25", tokenizer=tokenizer, columns=columns, target=target)) == 3
     chats = [{"text": text} for text in texts]
     assert choose(chats, count=3, method="length", tokenizer=tokenizer).report["usable"] == 30
-    with pytest.raises(BlueprintError, match="give the model's tokenizer"):
+    with pytest.raises(BlueprintError, match="Pass the model's tokenizer"):
         choose(table, count=3, columns=columns)
 
 
 @pytest.mark.parametrize("method", ["norm", "predicted_norm", "alignment", "length"])
 def test_a_stream_gives_what_a_list_gives(method):
     """Whatever is read once is chosen from as if it had been known whole."""
-    options = {"count": 6, "method": method, "small": 20, "target": made(4, seed=8)}
+    options = {"count": 6, "method": method, "small": 20, "target": make_rows(4, seed=8)}
     whole, stream = choose(POOL, **options), choose((row for row in POOL), **options)
     assert stream.indices == whole.indices and stream.scores == pytest.approx(whole.scores, rel=1e-4)
     assert stream.rows == tuple(POOL[i] for i in whole.indices)
@@ -259,10 +258,10 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_is_resumed_to_the_same_selection(tmp_path, monkeypatch, method, form):
     """Little that was measured is measured again, nothing is chosen otherwise, and what is done answers at once."""
     path = tmp_path / "state"
-    options = {"count": 6, "method": method, "small": 16, "target": made(4, seed=8)}
+    options = {"count": 6, "method": method, "small": 16, "target": make_rows(4, seed=8)}
     options |= {"batch_size": 1, "state_every": 8}
     whole = choose(form(POOL), **options)
-    together, calls = Work.together, []
+    together, calls = ExampleScorer.distribute, []
 
     def dying(*arguments):
         calls.append(0)
@@ -271,7 +270,7 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_selection(tmp_path, monkey
         return together(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Work, "together", dying)
+        patched.setattr(ExampleScorer, "distribute", dying)
         with pytest.raises(Killed):
             choose(form(POOL), **options, keep_state=path)
     assert list(tmp_path.iterdir()) == [path]
@@ -294,13 +293,13 @@ def test_state_of_other_work_is_refused(tmp_path):
         choose(iter(POOL), **options | {"count": 7})
     with pytest.raises(MismatchError, match="model was"):
         choose(iter(POOL), tiny_llama(layers=2, seed=1), **options)
-    with pytest.raises(MismatchError, match="The first 40 examples are not those of the kept state"):
+    with pytest.raises(MismatchError, match="The first 40 examples differ from those of the kept state"):
         choose(iter([POOL[1], POOL[0], *POOL[2:]]), **options)
-    with pytest.raises(MismatchError, match="is of 40 examples and more, and there are 30"):
+    with pytest.raises(MismatchError, match="covers 40 examples, and the data has only 30"):
         choose(iter(POOL[:30]), **options)
     assert path.read_bytes() == content
     path.write_bytes(b"PK\x03\x04 and nothing more")
-    with pytest.raises(FormatError, match="holds no state to resume from"):
+    with pytest.raises(FormatError, match="is not a state file to resume from"):
         choose(iter(POOL), **options)
     longer = tmp_path / "longer"
     choose(iter(POOL[:30]), **options | {"keep_state": longer})
@@ -308,7 +307,7 @@ def test_state_of_other_work_is_refused(tmp_path):
         choose(iter(POOL), **options | {"keep_state": longer}).indices
         == choose(POOL, **options | {"keep_state": None}).indices
     )
-    with pytest.raises(BlueprintError, match="The state cannot be kept"):
+    with pytest.raises(BlueprintError, match="keep_state cannot store these examples"):
         choose(iter([{**POOL[0], "date": {1}}]), count=1, keep_state=tmp_path / "new")
 
 
@@ -317,9 +316,7 @@ def test_examples_without_targets_are_left_out_and_counted():
     bare = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}
     found = choose([bare, *POOL[:5], bare], count=6, method="norm")
     assert found.indices == (1, 2, 3, 4, 5) and found.report["without_targets"] == 2
-    assert found.fallbacks == (
-        "6 examples were asked for and 5 chosen, all that there are: 2 of 7 examples have no target",
-    )
+    assert found.fallbacks == ("5 examples were chosen instead of 6: 2 of 7 have no target",)
     assert np.isnan(found.all_scores[[0, 6]]).all() and found.report["usable"] == 5
     for rows in ([bare, bare], iter([bare, bare])):
         with pytest.raises(BlueprintError, match="None of 2 examples has a target"):
@@ -336,7 +333,7 @@ def test_too_few_to_learn_from_are_all_measured():
     assert "predictor" in found.report
     few = choose(POOL[:12], count=5, method="predicted_norm", small=30)
     assert few.indices == choose(POOL[:12], count=5, method="norm").indices
-    assert "all were measured" in few.fallbacks[0] and "predictor" not in few.report
+    assert "all were measured, none predicted" in few.fallbacks[0] and "predictor" not in few.report
     stream = choose(iter(POOL[:12]), count=5, method="predicted_norm", small=30)
     assert stream.indices == few.indices and stream.fallbacks == few.fallbacks
 
@@ -344,39 +341,43 @@ def test_too_few_to_learn_from_are_all_measured():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (POOL, {}, "fraction=None, count=None: give one of the two"),
-        (POOL, {"fraction": 0.1, "count": 2}, "give one of the two"),
-        (POOL, {"fraction": 0.0}, "fraction=0.0 is not a share"),
-        (POOL, {"fraction": 1.5}, "fraction=1.5 is not a share"),
-        (POOL, {"fraction": float("nan")}, "fraction=nan is not a share"),
-        (POOL, {"count": 0}, "count=0 keeps nothing"),
-        (POOL, {"count": 1, "method": "best"}, "no method 'best': choose from random, .*iterative"),
-        (POOL, {"count": 1, "method": "alignment"}, "method='alignment' needs examples of what is wanted"),
+        (POOL, {}, "Give either fraction or count, got fraction=None, count=None"),
+        (POOL, {"fraction": 0.1, "count": 2}, "Give either fraction or count"),
+        (POOL, {"fraction": 0.0}, "fraction must be a number in .0, 1., got 0.0"),
+        (POOL, {"fraction": 1.5}, "fraction must be a number in .0, 1., got 1.5"),
+        (POOL, {"fraction": float("nan")}, "fraction must be a number in .0, 1., got nan"),
+        (POOL, {"count": 0}, "count must be at least 1, got 0"),
+        (POOL, {"count": 1, "method": "best"}, "method must be one of random, .*iterative, got 'best'"),
+        (POOL, {"count": 1, "method": "alignment"}, "method='alignment' needs a target"),
         (POOL, {"count": 1, "method": "bm25"}, "give target="),
-        (POOL, {"count": 1, "batch_size": 0}, "batch_size=0"),
-        (POOL, {"count": 1, "small": 0}, "small=0: give"),
-        (POOL, {"count": 1, "max_length": 1}, "max_length=1"),
-        (POOL, {"count": 1, "method": "predicted_norm", "features": "text"}, "features='text'"),
+        (POOL, {"count": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (POOL, {"count": 1, "small": 0}, "small must be at least 1, got 0"),
+        (POOL, {"count": 1, "max_length": 1}, "max_length must be at least 2, got 1"),
+        (
+            POOL,
+            {"count": 1, "method": "predicted_norm", "features": "text"},
+            "features must be one of model, tokens, got 'text'",
+        ),
         (
             POOL,
             {"count": 1, "method": "predicted_norm", "small": 8},
-            "small=8 examples are too few to learn from: measure at least 16",
+            "small must be at least 16 for a prediction, got 8",
         ),
         (POOL, {"count": 1, "method": "norm", "submodules": ["nowhere"]}, "1 of 1 submodules are not in this model"),
-        (POOL, {"count": 1, "method": "norm", "submodules": []}, "none was named"),
-        (POOL, {"count": 1, "method": "norm", "submodules": "nowhere"}, "is one name"),
+        (POOL, {"count": 1, "method": "norm", "submodules": []}, "no names given"),
+        (POOL, {"count": 1, "method": "norm", "submodules": "nowhere"}, "must be a list of names, got 'nowhere'"),
         (POOL, {"count": 1, "method": "iterative", "keep_state": Path("x")}, "cannot be resumed"),
         (iter(POOL), {"fraction": 0.5}, "no known length"),
-        (iter(POOL), {"count": 1, "method": "coreset_facility"}, "must know all examples at once"),
-        (iter(POOL), {"count": 1, "method": "iterative"}, "must know all examples at once"),
-        ([], {"count": 1}, "the data set is empty"),
+        (iter(POOL), {"count": 1, "method": "coreset_facility"}, "cannot take a stream"),
+        (iter(POOL), {"count": 1, "method": "iterative"}, "cannot take a stream"),
+        ([], {"count": 1}, "The dataset is empty"),
         (iter([]), {"count": 1}, "None of 0 examples"),
-        ("file.jsonl", {"count": 1}, "A str is no data set"),
-        ({"train": POOL}, {"count": 1}, "A dict with 'train' is no data set"),
-        ([3], {"count": 1}, "Example 0 is a int"),
-        ([{"question": "?"}], {"count": 1}, "Example 0 has 'question'; it needs prompt and completion"),
-        ([{"text": 5}], {"count": 1}, "'text' of example 0 is a int, not a text"),
-        ([{"input_ids": [1, 2], "labels": [1]}], {"count": 1}, r"shape \(2,\) and labels of shape \(1,\)"),
+        ("file.jsonl", {"count": 1}, "dataset must be a list .* got str"),
+        ({"train": POOL}, {"count": 1}, "dataset must be a list .* got dict with keys 'train'"),
+        ([3], {"count": 1}, "Example 0 must be a mapping .* got int"),
+        ([{"question": "?"}], {"count": 1}, "Example 0 must have prompt and completion, .* it has 'question'"),
+        ([{"text": 5}], {"count": 1}, "'text' of example 0 must be text, got int"),
+        ([{"input_ids": [1, 2], "labels": [1]}], {"count": 1}, "of one length, got 2 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused(rows, options, message):
@@ -392,8 +393,8 @@ def test_scores_that_are_not_finite_are_refused():
     for method in ("loss", "norm"):
         with pytest.raises(MeasurementError, match="NaN"):
             choose(POOL, broken, count=3, method=method)
-    candidates = [Pool(POOL).candidate(i, POOL[i]) for i in range(4)]
-    with pytest.raises(MeasurementError, match="The score of example 0 is not a finite number, and so for 4"):
-        Work(model(), None, 4, 0, 0, None).together(lambda some: np.full(len(some), np.inf), candidates)
-    with pytest.raises(BlueprintError, match="method='loss' asks the model"):
+    candidates = [Pool(POOL).encode(i, POOL[i]) for i in range(4)]
+    with pytest.raises(MeasurementError, match="Scores must be finite; 4 of 4 are not, the first of example 0"):
+        ExampleScorer(model(), None, 4, 0, 0, None).distribute(lambda some: np.full(len(some), np.inf), candidates)
+    with pytest.raises(BlueprintError, match="method='loss' runs the model"):
         select_examples(None, POOL, count=3, method="loss")

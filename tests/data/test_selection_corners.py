@@ -5,19 +5,19 @@ import time
 import numpy as np
 import pytest
 
-from peft_blueprint.data import scan as scanning
-from peft_blueprint.data import selection_checks
-from peft_blueprint.data.best import Best
-from peft_blueprint.data.pool import Pool
+from peft_blueprint.data import select
+from peft_blueprint.data.examples import Pool
+from peft_blueprint.data.options import SelectionOptions
+from peft_blueprint.data.resume import Progress, TopK
 from peft_blueprint.data.scan import Scan
-from peft_blueprint.data.scoring import Work
+from peft_blueprint.data.scoring import ExampleScorer
 from peft_blueprint.data.select import select_examples
 from peft_blueprint.data.text_similarity import NearDuplicates
 from peft_blueprint.errors import BlueprintError, MismatchError
-from tests.choosing import choose, made, model
+from tests.choosing import choose, make_rows, model
 
 
-POOL = made(40)
+POOL = make_rows(40)
 BARE = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}
 SMALL = {"count": 5, "method": "predicted_norm", "small": 20}
 
@@ -33,7 +33,7 @@ def test_as_many_as_are_to_be_measured_are_measured(form):
     found = choose(form(rows), **SMALL)
     assert found.scores == pytest.approx(choose(rows, count=5, method="norm").scores, rel=1e-3)
     assert "predictor" not in found.report and found.report["without_targets"] == 3
-    assert ["there are only 20 examples" in said for said in found.fallbacks] == [True]
+    assert ["only 20 examples have a target" in said for said in found.fallbacks] == [True]
     assert "predictor" in choose(form([BARE, *POOL[:21]]), **SMALL).report
 
 
@@ -49,8 +49,9 @@ def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
     assert [rows[i] for i in found.indices] == list(found.rows)
     again = choose(iter(rows), **options)
     assert (again.indices, again.fallbacks, again.report["usable"]) == (found.indices, found.fallbacks, 40)
-    scan = Scan(Pool(iter(rows)), Work(model(), None, 4, 0, 0, None), scanning.Progress(None, {}))
-    scan._read_ahead(20)
+    scorer = ExampleScorer(model(), None, 4, 0, 0, None)
+    scan = Scan(Pool(iter(rows)), scorer, Progress(None, {}), SelectionOptions(small=20))
+    scan._read_ahead()
     assert len(list(zip(scan._ahead, range(30), strict=False))) == 30 and scan._skipped
     with pytest.raises(BlueprintError, match="None of 1100 examples has a target"):
         choose(iter([BARE] * 1100), **SMALL)
@@ -59,17 +60,17 @@ def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"count": 2.5}, "count=2.5 is a float and no whole number"),
-        ({"count": float("nan")}, "count=nan is a float and no whole number"),
-        ({"count": True}, "count=True is a bool and no whole number"),
-        ({"count": "3"}, "count='3' is a str and no whole number"),
-        ({"fraction": "0.3"}, "fraction='0.3' is a str and no share to keep"),
-        ({"fraction": True}, "fraction=True is a bool and no share to keep"),
-        ({"count": 1, "batch_size": 2.5}, "batch_size=2.5 is a float and no whole number"),
-        ({"count": 1, "seed": -1}, "seed=-1: give a whole number from 0"),
-        ({"count": 1, "submodules": ["x"]}, "method='random' uses no gradients, and hence no submodules"),
-        ({"count": 1, "method": "bm25", "target": []}, "The target set is empty: give target="),
-        ({"count": 1, "method": "alignment", "target": iter([])}, "The target set is empty: give target="),
+        ({"count": 2.5}, r"count must be an integer, got 2.5 \(float\)"),
+        ({"count": float("nan")}, r"count must be an integer, got nan \(float\)"),
+        ({"count": True}, r"count must be an integer, got True \(bool\)"),
+        ({"count": "3"}, r"count must be an integer, got '3' \(str\)"),
+        ({"fraction": "0.3"}, "fraction must be a number in .0, 1., got '0.3'"),
+        ({"fraction": True}, "fraction must be a number in .0, 1., got True"),
+        ({"count": 1, "batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
+        ({"count": 1, "seed": -1}, "seed must be at least 0, got -1"),
+        ({"count": 1, "submodules": ["x"]}, "method='random' measures no gradients"),
+        ({"count": 1, "method": "bm25", "target": []}, "The target set is empty. Give target="),
+        ({"count": 1, "method": "alignment", "target": iter([])}, "The target set is empty. Give target="),
     ],
 )
 def test_odd_wishes_are_refused(wish, message):
@@ -87,15 +88,15 @@ def test_numbers_of_other_kinds_are_taken(tmp_path):
 
 def test_too_many_for_facility_location_are_refused_at_once(monkeypatch):
     """Before any is measured."""
-    monkeypatch.setattr(selection_checks, "MOST_POINTS", 39)
-    monkeypatch.setattr(Work, "together", None)
-    with pytest.raises(BlueprintError, match="takes at most 39, not 40. Choose some first"):
+    monkeypatch.setattr(select, "MAX_FACILITY_POINTS", 39)
+    monkeypatch.setattr(ExampleScorer, "distribute", None)
+    with pytest.raises(BlueprintError, match="takes at most 39 examples, got 40. Sample some first"):
         choose(POOL, count=2, method="coreset_facility")
 
 
 def test_state_that_cannot_be_kept_is_refused_at_once(tmp_path, monkeypatch):
     """Before any is measured."""
-    monkeypatch.setattr(Work, "together", None)
+    monkeypatch.setattr(ExampleScorer, "distribute", None)
     (tmp_path / "file").touch()
     with pytest.raises(BlueprintError, match=r"The state cannot be kept in .*file/state.* Choose another folder"):
         choose(POOL, count=2, method="norm", keep_state=tmp_path / "file" / "state")
@@ -129,32 +130,32 @@ def test_what_is_forgotten_is_new_again():
     """By the guard and by the heap, through a state."""
     guard, texts = NearDuplicates(), ["one two three four five six", "seven"]
     for key, text in zip((5, 9), texts, strict=True):
-        guard.remember(guard.mark(text), key)
+        guard.add(guard.fingerprint(text), key)
     guard = NearDuplicates.from_state(guard.state())
-    assert [guard.like(guard.mark(text)) for text in texts] == [[5], [9]]
-    guard.forget(9)
-    guard.forget(5)
+    assert [guard.find_similar(guard.fingerprint(text)) for text in texts] == [[5], [9]]
+    guard.remove(9)
+    guard.remove(5)
     assert len(guard) == 0 and guard.is_new(texts[0]) and guard.is_new(texts[1])
-    best = Best(2)
+    best = TopK(2)
     for score, index in ((3, 0), (1, 1)):
         best.offer(score, index)
-    assert best.last == 1 and best.score_of(0) == 3
+    assert best.next_out == 1 and best.score_of(0) == 3
     best.remove(0)
-    assert best.indices() == [1] and best.last is None and best.takes(0, 7)
+    assert [index for index, _, _ in best.ranked()] == [1] and best.next_out is None and best.would_keep(0, 7)
 
 
 def killed_after(monkeypatch, calls, rows, options):
     """A run that is killed at so manieth a chunk."""
-    together, seen = Work.together, []
+    distribute, seen = ExampleScorer.distribute, []
 
     def dying(*arguments):
         seen.append(0)
         if len(seen) > calls:
             raise Killed
-        return together(*arguments)
+        return distribute(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Work, "together", dying)
+        patched.setattr(ExampleScorer, "distribute", dying)
         with pytest.raises(Killed):
             choose(rows, **options)
 
@@ -165,7 +166,7 @@ def test_other_data_are_refused_after_the_subset_was_measured(tmp_path, monkeypa
     options = {**SMALL, "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
     killed_after(monkeypatch, 6, form(POOL), options)  # three chunks of the subset, measured and then featurized
     content = options["keep_state"].read_bytes()
-    for other in (made(40, seed=1), POOL[::-1], POOL[1:] + POOL[:1]):
+    for other in (make_rows(40, seed=1), POOL[::-1], POOL[1:] + POOL[:1]):
         with pytest.raises(MismatchError, match="The 20 examples that were measured are not those of the kept state"):
             choose(form(other), **options)
     if form is iter:
@@ -179,14 +180,14 @@ def test_other_data_are_refused_after_the_subset_was_measured(tmp_path, monkeypa
 def test_the_seconds_of_a_killed_run_count(tmp_path, monkeypatch):
     """They are in the state, and in the report of the run that goes on."""
     options = {"count": 5, "method": "norm", "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
-    together = Work.together
+    distribute = ExampleScorer.distribute
 
     def slow(*arguments):
         time.sleep(0.4)
-        return together(*arguments)
+        return distribute(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Work, "together", slow)
+        patched.setattr(ExampleScorer, "distribute", slow)
         killed_after(patched, 4, POOL, options)
     start = time.perf_counter()
     seconds = choose(POOL, **options).report["cost"]["seconds"]
@@ -209,7 +210,7 @@ def test_what_was_done_otherwise_is_said_once(tmp_path, form):
 
 def test_bm25_says_where_no_word_is_in_common():
     """All are alike to it then."""
-    rows, target = made(6, low=1, high=40), made(2, low=50, high=90)
+    rows, target = make_rows(6, low=1, high=40), make_rows(2, low=50, high=90)
     found = select_examples(None, rows, count=2, method="bm25", target=target, progress=False)
-    assert found.indices == (0, 1) and "no example has a word in common with the target" in found.fallbacks[0]
+    assert found.indices == (0, 1) and "no example shares a word with the target" in found.fallbacks[0]
     assert not select_examples(None, rows, count=2, method="bm25", target=rows[:1], progress=False).fallbacks

@@ -6,23 +6,18 @@ from datetime import date, datetime, time
 import numpy as np
 import pytest
 import torch
-import typer
 from datasets import Dataset
 from typer.testing import CliRunner
 
 from peft_blueprint import measure
-from peft_blueprint.cli import data as cli_select
-from peft_blueprint.data.examples import encode, encode_one
-from peft_blueprint.data.pool import Pool, require_columns
-from peft_blueprint.data.tables import read_table, require_holds, write_table
+from peft_blueprint.cli.program import app
+from peft_blueprint.data.examples import Pool, encode, encode_one
+from peft_blueprint.data.options import SCORE_COLUMNS
+from peft_blueprint.data.tables import read_table, require_columns, require_storable, write_table
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.testing import save_tiny_model
-from tests.choosing import choose, made
+from tests.choosing import choose, make_rows
 
-
-APP = typer.Typer()
-APP.callback()(lambda: None)
-APP.command()(cli_select.select_data)
 
 CHAT = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -56,7 +51,7 @@ def nothing_loads(monkeypatch):
 
 def run(folder, *arguments):
     """How the verb ends; errors other than those of use are raised."""
-    done = CliRunner().invoke(APP, ["select-data", *map(str, (folder, *arguments))])
+    done = CliRunner().invoke(app, ["select-data", *map(str, (folder, *arguments))])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done
@@ -66,7 +61,12 @@ def run(folder, *arguments):
 def test_dates_are_written_in_the_iso_form(folder, tmp_path, stream):
     """As they were in the file, which datasets reads as times."""
     out = tmp_path / "out.jsonl"
-    assert run(folder, "--data", folder / "data.jsonl", "--count", 9, "--out", out, "--quiet", *stream).exit_code == 0
+    assert (
+        run(
+            folder, "--data", folder / "data.jsonl", "--count", 9, "--out", out, "--format", "quiet", *stream
+        ).exit_code
+        == 0
+    )
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["made"] for row in found] == [f"2020-01-0{1 + i}T01:02:03" for i in range(9)]
 
@@ -92,8 +92,8 @@ def test_what_cannot_be_written_is_found_first(folder, tmp_path):
     with pytest.raises(BlueprintError, match=r"cannot be read: 'utf-8' codec .* Save the data as UTF-8"):
         run(folder, "--data", data.with_suffix(".jsonl"), "--count", 1, "--out", out)
     with pytest.raises(BlueprintError, match=r"out.parquet cannot hold"):
-        require_holds(tmp_path / "out.parquet", [{"a": 2**70}])
-    require_holds(out, [{"a": 1}])
+        require_storable(tmp_path / "out.parquet", [{"a": 2**70}])
+    require_storable(out, [{"a": 1}])
     assert not out.exists()
 
 
@@ -108,16 +108,16 @@ def test_no_file_that_is_read_is_written(folder, tmp_path):
     asked = ["--data", data, "--count", 3, "--target", target]
     with_scores = ["--data", scored, "--count", 1, "--out", out, "--with-scores"]
     for arguments, message in [
-        ([*asked, "--out", target], "--out .*target.jsonl is the file of --target .*target.jsonl"),
-        ([*asked, "--out", out, "--keep-state", out], "--keep-state .* is the file of --out"),
-        ([*asked, "--out", out, "--keep-state", data], "--keep-state .* is the file of --data"),
+        ([*asked, "--out", target], "--out .*target.jsonl would overwrite the file of --target .*target.jsonl"),
+        ([*asked, "--out", out, "--keep-state", out], "--keep-state .* would overwrite the file of --out"),
+        ([*asked, "--out", out, "--keep-state", data], "--keep-state .* would overwrite the file of --data"),
         ([*asked, "--out", tmp_path / "folder.jsonl"], "--out .*folder.jsonl is a folder"),
         (with_scores, "has 'selection_index' already"),
         ([*with_scores, "--stream"], "has 'selection_index' already"),
-        (["--data", data, "--out", out, "--fraction", 1.5], "fraction=1.5 is not a share"),
-        (["--data", data, "--out", out, "--fraction", 0.5, "--count", 1], "give one of the two"),
+        (["--data", data, "--out", out, "--fraction", 1.5], "fraction must be a number in .0, 1., got 1.5"),
+        (["--data", data, "--out", out, "--fraction", 0.5, "--count", 1], "Give either fraction or count"),
         (["--data", data, "--out", out, "--fraction", 0.5, "--stream"], "stream has no known length"),
-        ([*asked, "--out", out, "--columns", "promt=text"], "columns name 'promt'; what may be named is 'prompt'"),
+        ([*asked, "--out", out, "--columns", "promt=text"], "columns has unknown keys 'promt'. Keys are 'prompt'"),
         ([*asked, "--out", out, "--columns", "text=txet"], "no column 'txet'; it has 'text', 'made'"),
         ([*asked, "--out", out, "--columns", "text=txet", "--stream"], "no column 'txet'"),
     ]:
@@ -129,8 +129,8 @@ def test_no_file_that_is_read_is_written(folder, tmp_path):
 
 def test_the_score_columns_are_those_of_a_selection():
     """The verb knows their names without torch."""
-    rows = choose(made(4), count=2).apply(made(4), with_scores=True)
-    assert set(rows[0]) == {"input_ids", "labels", *cli_select.SCORES}
+    rows = choose(make_rows(4), count=2).apply(make_rows(4), with_scores=True)
+    assert set(rows[0]) == {"input_ids", "labels", *SCORE_COLUMNS}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -138,10 +138,10 @@ def test_the_score_columns_are_those_of_a_selection():
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\nnot json\n', "JSON parse error"),
-        ("b.jsonl", "", "holds no examples"),
-        ("c.jsonl", "\n\n", "holds no examples"),
-        ("d.csv", "", "holds no examples"),
-        ("e.csv", "a,b\n", "holds no examples"),
+        ("b.jsonl", "", "has no examples"),
+        ("c.jsonl", "\n\n", "has no examples"),
+        ("d.csv", "", "has no examples"),
+        ("e.csv", "a,b\n", "has no examples"),
         ("f.csv", "a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3"),
         ("g.parquet", "xx", "Parquet file size"),
     ],
@@ -149,19 +149,19 @@ def test_the_score_columns_are_those_of_a_selection():
 def test_a_file_that_is_no_table_says_why(tmp_path, name, content, message, stream):
     """Read whole or as a stream, by its reason."""
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(BlueprintError, match=rf"The data '.*{name}' .*{message}.*\. (Mend|Give)"):
+    with pytest.raises(BlueprintError, match=rf"The data '.*{name}' .*{message}.*\."):
         list(read_table(str(tmp_path / name), stream=stream))
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (CHAT[:1], "Example 1 is a chat of 1"),
-        ([], "Example 1 is a chat of 0"),
-        ("hello", "messages of example 1 are a str"),
-        (None, "messages of example 1 are a NoneType"),
-        ([CHAT[0], "3"], "Message 1 of example 1 is a str"),
-        ([CHAT[0], {"role": "tool", "content": "3"}], "refuses example 1, with messages of 'user', 'tool': no tools"),
+        (CHAT[:1], "Example 1 must have at least two messages, .*, got 1"),
+        ([], "Example 1 must have at least two messages, .*, got 0"),
+        ("hello", "messages of example 1 must be a list, got str"),
+        (None, "messages of example 1 must be a list, got NoneType"),
+        ([CHAT[0], "3"], "Message 1 of example 1 must be a mapping .* got str"),
+        ([CHAT[0], {"role": "tool", "content": "3"}], "refuses example 1 with the roles 'user', 'tool': no tools"),
     ],
 )
 def test_chats_that_are_none_are_refused_by_position(tokenizer, messages, message):
@@ -178,7 +178,7 @@ def test_chats_that_are_none_are_refused_by_position(tokenizer, messages, messag
 
 def test_a_tokenizer_without_a_chat_template_is_told(tokenizer):
     """With what to do; a prompt and completion need none."""
-    with pytest.raises(BlueprintError, match=r"Example 4 has messages, and this tokenizer has no chat template. Set"):
+    with pytest.raises(BlueprintError, match=r"Example 4 has messages, but the tokenizer has no chat template. Set"):
         encode_one({"messages": CHAT}, tokenizer, 16, 4)
     assert encode_one({"prompt": "1", "completion": "2"}, tokenizer, 1) is None
 
@@ -186,48 +186,48 @@ def test_a_tokenizer_without_a_chat_template_is_told(tokenizer):
 @pytest.mark.parametrize(
     ("ids", "labels", "message"),
     [
-        ("1 2 3", [1, 2, 3], r"'input_ids' of example 1 is a str of shape \(\)"),
-        (["1", "2"], [1, 2], "'input_ids' of example 1 is a list of str"),
-        ([1.0, 2.0], [1, 2], "'input_ids' of example 1 is a list of float"),
-        ([1, 2], [1, float("nan")], "'labels' of example 1 is a list of float"),
-        ([[1, 2]], [[1, 2]], r"'input_ids' of example 1 is a list of shape \(1, 2\)"),
-        ([[1, 2], [3]], [1, 2], "'input_ids' of example 1 is ragged"),
-        ([1, -2], [1, 2], "'input_ids' of example 1 has -2: give one sequence of whole numbers, from 0 on"),
-        ([1, -100], [1, -100], "'input_ids' of example 1 has -100"),
-        ([1, 2], [1, -1], "'labels' of example 1 has -1: .* or -100"),
-        ([1, 2, 3], [1, 2], r"Example 1 has input_ids of shape \(3,\) and labels of shape \(2,\)"),
-        (None, [1, 2], "'input_ids' of example 1 is a NoneType"),
+        ("1 2 3", [1, 2, 3], r"'input_ids' of example 1 must be .*, got str of shape \(\)"),
+        (["1", "2"], [1, 2], "'input_ids' of example 1 must be .*, got list of str"),
+        ([1.0, 2.0], [1, 2], "'input_ids' of example 1 must be .*, got list of float"),
+        ([1, 2], [1, float("nan")], "'labels' of example 1 must be .*, got list of float"),
+        ([[1, 2]], [[1, 2]], r"'input_ids' of example 1 must be .*, got list of shape \(1, 2\)"),
+        ([[1, 2], [3]], [1, 2], "'input_ids' of example 1 .* ragged"),
+        ([1, -2], [1, 2], "'input_ids' of example 1 must be one sequence of integers from 0, got -2"),
+        ([1, -100], [1, -100], "'input_ids' of example 1 must .*, got -100"),
+        ([1, 2], [1, -1], "'labels' of example 1 must .* or -100, got -1"),
+        ([1, 2, 3], [1, 2], r"of example 1 must be of one length, got 3 and 2"),
+        (None, [1, 2], "'input_ids' of example 1 must .*, got NoneType"),
     ],
 )
 def test_token_ids_are_whole_numbers_in_one_row(ids, labels, message):
     """Anything else is refused by the example's position."""
     with pytest.raises(BlueprintError, match=message):
-        choose([*made(1), {"input_ids": ids, "labels": labels}], count=1)
+        choose([*make_rows(1), {"input_ids": ids, "labels": labels}], count=1)
 
 
 def test_arrays_and_tensors_of_whole_numbers_are_token_ids():
     """As lists and tuples are; with no ids there is no target."""
-    pool = Pool(made(1))
+    pool = Pool(make_rows(1))
     for kind in (list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.uint16)):
-        one = pool.candidate(0, {"input_ids": kind([1, 2, 3]), "labels": kind([1, 2, 3])})
+        one = pool.encode(0, {"input_ids": kind([1, 2, 3]), "labels": kind([1, 2, 3])})
         assert one is not None and one.row == {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
-    assert pool.candidate(0, {"input_ids": [], "labels": []}) is None
+    assert pool.encode(0, {"input_ids": [], "labels": []}) is None
 
 
 def test_columns_that_are_not_there_are_refused(tokenizer):
     """An unknown key always, an unknown name of the data's; a target may have other names."""
     rows, columns = [{"text": "1 2 3"}], {"text": "body"}
     require_columns({"messages": "a", "completion": "b"})
-    with pytest.raises(BlueprintError, match="columns name 'promt'"):
+    with pytest.raises(BlueprintError, match="unknown keys 'promt'"):
         Pool(rows, tokenizer, {"promt": "question"})
-    with pytest.raises(BlueprintError, match="no column 'body'; it has 'text'. Correct"):
-        Pool(rows, tokenizer, columns, requires_columns=True).candidate(0, rows[0])
-    assert Pool(rows, tokenizer, columns).candidate(0, rows[0]) is not None
+    with pytest.raises(BlueprintError, match="no column 'body'; it has 'text'"):
+        Pool(rows, tokenizer, columns, requires_columns=True).encode(0, rows[0])
+    assert Pool(rows, tokenizer, columns).encode(0, rows[0]) is not None
 
 
 def test_what_has_a_length_and_no_positions_is_refused_at_once():
     """As a stream it can be chosen from."""
-    rows = dict(enumerate(made(6)))
-    with pytest.raises(BlueprintError, match="A dict_values of 6 examples has no positions"):
+    rows = dict(enumerate(make_rows(6)))
+    with pytest.raises(BlueprintError, match=r"has a length and no positions \(dict_values\)"):
         choose(rows.values(), count=2)
     assert choose(iter(rows.values()), count=2).indices == choose(list(rows.values()), count=2).indices

@@ -10,19 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from peft_blueprint.data.scoring import METHODS
-from tests.choosing import choose, made, model
+from peft_blueprint.data.options import METHODS
+from tests.choosing import choose, make_rows, model
 from tests.processes import error_of, in_two_processes
 
 
-POOL = made(40)
+POOL = make_rows(40)
 
 
 SHARED = ["random", "norm", "alignment", "predicted_norm", "coreset_k_centre", "iterative"]
 
 
 def shared(method):
-    options = {"count": 6, "method": method, "small": 18, "target": made(4, seed=8), "train_steps": 2}
+    options = {"count": 6, "method": method, "small": 18, "target": make_rows(4, seed=8), "train_steps": 2}
     return (
         options
         if method == "alignment" or METHODS.get(method, METHODS["norm"]).uses_target
