@@ -2,12 +2,12 @@ from .drift import DRIFT_THRESHOLD as DRIFT_THRESHOLD
 from .drift import check_drift as check_drift
 from .drift import reconcile as reconcile
 from .merging import merge_all as merge_all
+from .merging import parts_of as parts_of
+from .merging import reference_of as reference_of
 from .movement import checkpoint_movement as checkpoint_movement
 from .table import aggregate as aggregate
-from .table import joined as joined
-from .table import parts_of as parts_of
+from .table import describe_skipped as describe_skipped
+from .table import join_unique as join_unique
 from .table import read_sources as read_sources
-from .table import reference_of as reference_of
-from .table import skipped_in_words as skipped_in_words
+from .table import require_table_format as require_table_format
 from .table import write_table as write_table
-from .table import writer_of as writer_of

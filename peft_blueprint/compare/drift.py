@@ -1,8 +1,4 @@
-"""How far a local blueprint is from the published one, and what to do about it.
-
-Compares ranks within each kind, since norms of different kinds are not comparable. Works on records alone; knows
-nothing of models.
-"""
+"""Compare a local blueprint with the published one, by ranks within each kind, and reconcile the two."""
 
 import math
 import warnings
@@ -33,8 +29,8 @@ class Drift:
 
     Args:
         correlation: Spearman's, within each kind, pooled over kinds with Fisher's z.
-        interval: 95 %; from the entries' own confidence intervals where both blueprints have them, else from the
-            number of entries.
+        interval: 95 %; from the entries' own confidence intervals where both blueprints have them, otherwise from
+            the number of entries.
         by_kind: Spearman's correlation of every kind with at least 4 entries.
         threshold: below which the local blueprint counts as drifted.
         level: what was compared.
@@ -62,8 +58,8 @@ def check_drift(
 ) -> Drift:
     """Correlate the ranks of a local probe with those of a published blueprint, kind by kind.
 
-    The two are compared at the coarser of their levels. The interval answers what the limited number of examples
-    leaves open: every norm is drawn anew from its own confidence interval and the correlation computed again.
+    The two are compared at the coarser of their levels. The interval covers the error from the limited
+    number of examples: each draw takes every norm from its own confidence interval and computes the correlation again.
 
     Args:
         local: a probe on one's own data.
@@ -73,7 +69,13 @@ def check_drift(
         seed: of the draws.
 
     Raises:
-        MismatchError: if they do not speak of the same submodules, or no kind has 4 entries.
+        MismatchError: if they do not name the same submodules, or no kind has 4 entries.
+
+    Example:
+        >>> entries = tuple(Submodule(f"attn.{i}", 1.0 + i, kind="attn") for i in range(4))
+        >>> published = Blueprint("org/model", entries, level="group")
+        >>> check_drift(replace(published, submodules=entries[::-1]), published).by_kind
+        {'attn': 1.0}
     """
     local, published = _to_one_level(local, published)
     require_same_names(local, published, "compared")
@@ -109,15 +111,15 @@ def reconcile(
     policy: Policy = "warn",
     threshold: float = DRIFT_THRESHOLD,
 ) -> Blueprint:
-    """Lines 1 and 2 of Algorithm 1 with a check between: blend the two, unless the published one has drifted.
+    """Blend two blueprints unless the published one has drifted: lines 1 and 2 of Algorithm 1 with a check between.
 
     Args:
         published: the blueprint that came with the model.
         local: a probe on one's own data, at submodule level.
         weight: of the published one in the blend.
-        policy: when drifted, `warn` and blend all the same; raise an `error`; `refresh`, that is use the probe alone;
-            or `coarsen`, that is speak of groups, then of whole layers, at the first level where the two agree (each
-            submodule then carries its share of its group's norm), and use the probe alone where they agree at none.
+        policy: for drifted blueprints. `warn` blends them all the same; `error` raises; `refresh` returns the probe;
+            `coarsen` blends groups, or otherwise whole layers, at the first level where the two agree, gives each
+            submodule its share of its group's norm, and returns the probe if they agree at no level.
         threshold: see `Drift`.
 
     Raises:
@@ -125,7 +127,7 @@ def reconcile(
         BlueprintError: for an unknown policy.
     """
     if policy not in ("warn", "error", "refresh", "coarsen"):
-        raise BlueprintError(f"policy={policy!r}: choose warn, error, refresh or coarsen.")
+        raise BlueprintError(f"policy must be warn, error, refresh or coarsen, got {policy!r}.")
     drift = check_drift(local, published, threshold=threshold)
     published = published.expand(local.submodules)
     if not drift.drifted:
@@ -135,7 +137,7 @@ def reconcile(
         f"{drift.correlation:.2f} [{drift.interval[0]:.2f}, {drift.interval[1]:.2f}], below {threshold:.2f}."
     )
     if policy == "error":
-        raise DriftError(f"{said} Use policy='refresh' to go by the probe alone, or measure on more examples.")
+        raise DriftError(f"{said} Use policy='refresh' for the probe alone, or measure more examples.")
     warnings.warn(f"{said} Policy: {policy}.", stacklevel=2)
     if policy == "warn":
         return published.blend(local, weight)
@@ -159,14 +161,17 @@ def _to_one_level(a: Blueprint, b: Blueprint) -> tuple[Blueprint, Blueprint]:
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's correlation along the last axis; 0 where one side is constant, which ranks nothing."""
+    """Return Spearman's correlation along the last axis, 0 where one side is constant.
+
+    `scipy.stats.spearmanr` takes one pair at a time, 30 times as long for all draws.
+    """
     x, y = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (stats.rankdata(v, axis=-1) for v in (a, b)))
     scale = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
     return (x * y).sum(axis=-1) / np.where(scale > 0, scale, 1)
 
 
 def _pooled_z(correlations: Sequence[float] | Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Mean of Fisher's z over kinds, weighted by the inverse of its variance 1/(n − 3)."""
+    """Return the mean of Fisher's z over kinds, weighted by the inverse of its variance 1/(n − 3)."""
     clipped = np.clip(correlations, -0.9999, 0.9999)
     return np.average(np.arctanh(clipped), axis=0, weights=weights)
 
@@ -178,7 +183,7 @@ def _spread_of_z(
     draws: int,
     seed: int,
 ) -> float:
-    """Standard deviation of the pooled z under the entries' own errors, or of its sampling distribution without them.
+    """Return the standard deviation of the pooled z under the entries' errors, or without them of its sampling.
 
     1.06/(n − 3) is the variance of z for Spearman's correlation (Fieller, Hartley and Pearson 1957).
     """

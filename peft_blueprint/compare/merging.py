@@ -1,7 +1,4 @@
-"""Many blueprints become few: those whose norms are means over different examples of one model are merged.
-
-Says in words what was merged, what counted once and what stays apart. Knows nothing of files.
-"""
+"""Merge blueprints whose norms are means over different examples of one model, and say what stays apart and why."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ from typing import Any, NamedTuple
 from .._text import format_names
 from ..blueprint import Blueprint
 from ..errors import BlueprintError
-from .table import has_privacy, parts_of, reference_of
 
 
 class _Group(NamedTuple):
-    """What blueprints that merge have in common; the names are those of the notes."""
+    """Properties that blueprints must share to merge; the notes use these names."""
 
     model_id: str
-    training_checkpoint: float | None
+    training_checkpoint: float
     level: str
     model_digest: str | None
     submodules: frozenset[str]
@@ -31,24 +27,23 @@ _Named = tuple[str, Blueprint]
 
 
 def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...], tuple[str, ...]]:
-    """Merge what can be merged, weighted by examples as `Blueprint.merge` does, and leave the rest as it is.
+    """Merge blueprints where possible, weighted by examples as in `Blueprint.merge`, and leave the others unchanged.
 
-    Merged are blueprints of one model id and digest, checkpoint, level and list of submodules, equally quantised, whose
-    revision and weights' digest, where both sides know them, are the same. Different domains merge too, into the mean
-    over all their examples. Data count once: a blueprint whose data digests are all among another's is left out, and so
-    is a copy. (A digest is of all a blueprint's examples in order: 64 and 128 examples of one file have two, and only a
-    note says so.)
+    Blueprints merge if they have the same model id and digest, checkpoint, level, submodules and quantisation, and do not
+    differ in revision or weights' digest. Different domains merge too, into the mean over all examples. Data count once:
+    a blueprint whose data digests are all among another's is left out, and so is a copy. (A digest covers all examples
+    of a blueprint in order: 64 and 128 examples of one file have two digests, and only a note warns of it.)
 
-    Blueprints with privacy noise stay apart, from each other too. They keep no data digest, so that the same data could
-    count twice, for which the guarantees of two releases add up; and their norms, bounded, shrunk and kept positive, are
-    not the means over their examples, by an error that no number of merged blueprints averages away.
+    Blueprints with privacy noise never merge. They keep no data digest, so that the same data could count twice, for
+    which the guarantees of two releases add up. And their norms, which are bounded, shrunk and kept positive, are biased
+    by an error that merging does not average away.
 
     Args:
-        blueprints: by names for the notes.
+        blueprints: by names that the notes use.
 
     Returns:
-        The blueprints, in the order in which the first part of each came; one that merged with none is the one given.
-        And notes, a sentence or two each.
+        The blueprints, in the order of their first parts; one that did not merge is the object given. And notes, a
+        sentence or two each.
 
     Raises:
         BlueprintError: if there are none.
@@ -77,6 +72,30 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
     return tuple(blueprint for _, blueprint in sorted(kept, key=lambda pair: pair[0])), tuple(dict.fromkeys(notes))
 
 
+def parts_of(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the provenances of a merged blueprint's parts, or a blueprint's own in a list."""
+    merged = provenance.get("merged")
+    if not isinstance(merged, Sequence) or not merged or not all(isinstance(part, Mapping) for part in merged):
+        return [provenance]
+    return [leaf for part in merged for leaf in parts_of(part)]
+
+
+def has_privacy(blueprint: Blueprint) -> bool:
+    """Return whether a blueprint, or a part of a merged one, carries privacy noise."""
+    return any(part.get("privacy") for part in (blueprint.provenance, *parts_of(blueprint.provenance)))
+
+
+def reference_of(part: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return name and data digest of a measurement's first domain, which its norms are over; None where unknown."""
+    domains = part.get("domains")
+    if not isinstance(domains, Mapping) or not domains:
+        return None, None
+    name = next(iter(domains))
+    of_domain = domains[name]
+    digest = of_domain.get("data_digest") if isinstance(of_domain, Mapping) else None
+    return name, digest if isinstance(digest, str) else None
+
+
 def _group_of(blueprint: Blueprint) -> _Group:
     return _Group(
         blueprint.model_id,
@@ -89,21 +108,21 @@ def _group_of(blueprint: Blueprint) -> _Group:
 
 
 def _why_apart(blueprint: Blueprint) -> str | None:
-    """Why a blueprint merges with no other, or None."""
+    """Return why a blueprint merges with no other, or None."""
     parts = parts_of(blueprint.provenance)
     if any(part.get("method") == "training" for part in parts):
         return "its norms are those of training batches, not means over examples"
     if has_privacy(blueprint):
         return (
-            "its norms carry privacy noise and are not the means over its examples, and it keeps no data digest by which "
-            "to tell whether another is of the same data"
+            "its norms carry privacy noise and are not the means over its examples, and it keeps no data digest that "
+            "would show whether another is of the same data"
         )
     if any(part.get("blend") for part in (blueprint.provenance, *parts)):
         return "it is a blend of two blueprints, whose norms are not means over its examples"
     if not all(reference_of(part)[1] for part in parts):
         return (
-            "it has no data digest, so that nobody can tell whether another is of the same data; if it is not, "
-            "Blueprint.merge merges them"
+            "it has no data digest, which would show whether another is of the same data; if you know that it is not, "
+            "use Blueprint.merge"
         )
     missing = [entry.name for entry in blueprint if not entry.examples]
     return f"{format_names(missing)} does not say how many examples it is over" if missing else None
@@ -115,7 +134,7 @@ def _data_of(blueprint: Blueprint) -> frozenset[str]:
 
 
 def _by_weights(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
-    """Those that are of the same weights, as far as they say; one that could be of several stays apart."""
+    """Group blueprints of the same weights; one that fits several groups stays apart."""
     found: list[list[_Named]] = []
     for name, blueprint in sorted(named, key=lambda pair: _unsure_of(pair[1]).count(None)):
         fitting = [members for members in found if not any(_clash(blueprint, other) for _, other in members)]
@@ -139,7 +158,7 @@ def _clash(one: Blueprint, other: Blueprint) -> str | None:
 
 
 def _by_data(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
-    """Those that have no data in common, and each of the others by itself; whose data is all in another is left out."""
+    """Group blueprints without common data; one whose data is all in another is left out, other overlaps stay apart."""
     together: list[_Named] = []
     apart: list[list[_Named]] = []
     for name, blueprint in sorted(named, key=lambda pair: -len(_data_of(pair[1]))):
@@ -187,7 +206,7 @@ def _merged(cluster: Sequence[_Named], notes: list[str]) -> Blueprint:
 
 
 def _differences(groups: Iterable[_Group]) -> list[str]:
-    """For every model with several groups, in what they differ."""
+    """Return a note for every model with several groups: in which properties they differ."""
     by_model: dict[str, list[_Group]] = {}
     for group in groups:
         by_model.setdefault(group.model_id, []).append(group)

@@ -1,7 +1,4 @@
-"""How a model's gradient norms moved while it was trained: between blueprints at 50, 80 and 100 %, say.
-
-Works on records alone; knows nothing of files or models.
-"""
+"""Show how a model's gradient norms moved while it was trained, from blueprints at several checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any, TypeVar
 from ..blueprint import Blueprint, Submodule, norm_of, require_same_names
 from ..errors import BlueprintError, MismatchError
 from .drift import Drift, check_drift
-from .table import has_privacy, parts_of, reference_of
+from .merging import has_privacy, parts_of, reference_of
 
 
 _Key = TypeVar("_Key", str, int)
@@ -50,12 +47,12 @@ class Movement:
     Args:
         model_id: the model.
         checkpoints: shares of the training, ascending.
-        scales: by what the norms of each checkpoint were multiplied to bring them to the first one's scale.
+        scales: factor that brings the norms of each checkpoint to the first one's scale.
         submodules: in the order of the first blueprint.
-        drifts: from each checkpoint to the next, see `check_drift`; None where no kind has entries enough to correlate.
+        drifts: from each checkpoint to the next, see `check_drift`; None where every kind has too few entries.
         kind_shares: of the summed norm at every checkpoint, by kind.
         depth_shares: the same by block; entries outside of the blocks are left out of it.
-        notes: what to know before reading much into it.
+        notes: caveats, a sentence each.
     """
 
     model_id: str
@@ -110,21 +107,29 @@ class Movement:
 
 
 def checkpoint_movement(blueprints: Mapping[str, Blueprint] | Iterable[Blueprint]) -> Movement:
-    """How the norms of a model's submodules moved from one checkpoint of its training to the next.
+    """Compare the norms of a model's submodules from one checkpoint of its training to the next.
 
-    How large the gradient is as a whole changes over a training, with the loss, the learning rate and clipping. Every
-    checkpoint's norms are therefore multiplied by the ratio of the first one's geometric mean to their own, taken over
-    the submodules whose norm is above zero at every checkpoint, as `Blueprint.blend` does. What remains is how
-    submodules moved against each other. Shares and ranks need no scale.
+    The size of the whole gradient changes over a training with the loss, the learning rate and clipping. Every
+    checkpoint's norms are therefore multiplied by the ratio of the first one's geometric mean to their own, over the
+    submodules whose norm is above zero at every checkpoint, as in `Blueprint.blend`. The movement of submodules relative
+    to each other remains. Shares and ranks need no scale.
 
     Args:
         blueprints: of one model, two or more, each with its own `training_checkpoint`, in any order; by name, or
-            numbered in messages. `BlueprintCallback` writes such.
+            numbered in messages. `BlueprintCallback` writes them.
 
     Raises:
-        BlueprintError: for fewer than two, one without `training_checkpoint`, or the same checkpoint twice.
+        BlueprintError: for fewer than two, or the same checkpoint twice.
         MismatchError: if they are of different models or submodules, or some are of training batches and others of
             examples.
+
+    Example:
+        >>> entries = (Submodule("attn.0", 2.0, kind="attn"), Submodule("ffn.0", 1.0, kind="ffn"))
+        >>> early = Blueprint("org/model", entries, training_checkpoint=0.5, level="group")
+        >>> entries = (Submodule("attn.0", 1.0, kind="attn"), Submodule("ffn.0", 2.0, kind="ffn"))
+        >>> final = Blueprint("org/model", entries, level="group")
+        >>> [(moved.name, round(moved.ratio, 3)) for moved in checkpoint_movement([early, final]).submodules]
+        [('attn.0', 0.5), ('ffn.0', 2.0)]
     """
     named = (
         dict(blueprints)
@@ -144,7 +149,7 @@ def checkpoint_movement(blueprints: Mapping[str, Blueprint] | Iterable[Blueprint
     )
     return Movement(
         model_id=first.model_id,
-        checkpoints=tuple(one.training_checkpoint or 0.0 for one in ordered),
+        checkpoints=tuple(one.training_checkpoint for one in ordered),
         scales=scales,
         submodules=submodules,
         drifts=tuple(_drift(a, b) for a, b in zip(ordered, ordered[1:], strict=False)),
@@ -155,23 +160,17 @@ def checkpoint_movement(blueprints: Mapping[str, Blueprint] | Iterable[Blueprint
 
 
 def _ordered(named: Mapping[str, Blueprint]) -> list[Blueprint]:
-    """The blueprints by checkpoint, checked against each other."""
-    silent = [name for name, one in named.items() if one.training_checkpoint is None]
-    if silent:
-        raise BlueprintError(
-            f"{silent[0]} does not say its training_checkpoint, so it has no place in a movement. Measure it with "
-            "--training-checkpoint, such as 0.5."
-        )
-    at: dict[float | None, str] = {}
+    """Sort the blueprints by checkpoint and check them against each other."""
+    at: dict[float, str] = {}
     for name, one in named.items():
         already = at.setdefault(one.training_checkpoint, name)
         if already != name:
             raise BlueprintError(
-                f"{already} and {name} are both at {_percent(one.training_checkpoint or 0)} % of the training. Give one for "
-                "each checkpoint; merge those of different data first (merge_all, or --merge)."
+                f"{already} and {name} are both at {_percent(one.training_checkpoint)} % of the training. Measure each "
+                "checkpoint with its --training-checkpoint, such as 0.5, and merge those of different data (merge_all, or --merge)."
             )
     if len(named) < 2:
-        only = ", ".join(f"{_percent(one.training_checkpoint or 0)} %" for one in named.values())
+        only = ", ".join(f"{_percent(one.training_checkpoint)} %" for one in named.values())
         raise BlueprintError(f"A movement needs two checkpoints or more; there is {only or 'no blueprint'}.")
     first_name, first = next(iter(named.items()))
     for name, other in named.items():
@@ -184,11 +183,11 @@ def _ordered(named: Mapping[str, Blueprint]) -> list[Blueprint]:
                 )
         if _is_of_training(first) != _is_of_training(other):
             raise MismatchError(
-                f"Of {first_name} and {name}, one has norms of training batches, the other means over examples, which do "
-                "not compare. Give blueprints of one sort."
+                f"Of {first_name} and {name}, one has norms of training batches and the other means over examples. "
+                "Give blueprints of one kind."
             )
         require_same_names(first, other, "compared")
-    return sorted(named.values(), key=lambda one: one.training_checkpoint or 0.0)
+    return sorted(named.values(), key=lambda one: one.training_checkpoint)
 
 
 def _scales(norms: Sequence[Mapping[str, float]]) -> tuple[float, ...]:
@@ -212,7 +211,7 @@ def _moved(entry: Submodule, norms: Sequence[float], ranks: Sequence[int]) -> Mo
 def _drift(a: Blueprint, b: Blueprint) -> Drift | None:
     try:
         return check_drift(b, a)
-    except MismatchError:  # the names are the same: no kind has entries enough
+    except MismatchError:  # every kind has too few entries
         return None
 
 
@@ -260,7 +259,7 @@ def _distance(moved: Moved) -> tuple[float, int]:
 
 
 def _gains(shares: Mapping[str, tuple[float, ...]], limit: int = 2) -> str:
-    """Those that gained and lost most, in words, as far as one decimal shows it."""
+    """Name the keys that gained and lost most, if one decimal shows the difference."""
     shown = {key: (f"{of_key[0]:.1%}", f"{of_key[-1]:.1%}") for key, of_key in shares.items()}
     moved = [key for key, (start, end) in shown.items() if start != end]
     moved.sort(key=lambda key: shares[key][0] - shares[key][-1])

@@ -1,4 +1,4 @@
-"""The record as a safetensors file of its own. Run: pytest tests/test_arrays.py"""
+"""The record as a safetensors file of its own."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The record and its arithmetic. Run: pytest tests/test_blueprint.py"""
+"""The record and its arithmetic."""
 
 import math
 from dataclasses import replace

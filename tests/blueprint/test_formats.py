@@ -1,4 +1,4 @@
-"""The record as JSON and CSV: exact both ways, and clear about what it refuses. Run: pytest tests/test_formats.py"""
+"""The record as JSON and CSV: exact both ways, and clear about what it refuses."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Damaged and random files: every reader gives a sound blueprint or a BlueprintError. Run: pytest tests/test_fuzz.py"""
+"""Damaged and random files: every reader gives a sound blueprint or a BlueprintError."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""A safetensors file's metadata, whoever wrote it, from its first bytes. Run: pytest tests/test_header.py"""
+"""A safetensors file's metadata, whoever wrote it, from its first bytes."""
 
 import struct
 import time

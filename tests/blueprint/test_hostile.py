@@ -1,4 +1,4 @@
-"""Files from strangers: whatever is in them, an error within a second and little memory. Run: pytest tests/test_hostile.py"""
+"""Files from strangers: whatever is in them, an error within a second and little memory."""
 
 import json
 import os

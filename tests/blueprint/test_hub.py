@@ -1,4 +1,4 @@
-"""Blueprints fetched over HTTP by the real client, from a Hub on loopback. Run: pytest tests/test_hub.py"""
+"""Blueprints fetched over HTTP by the real client, from a Hub on loopback."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A published blueprint costs one request and no tensor, and is there offline. Run: pytest tests/test_reading.py"""
+"""A published blueprint costs one request and no tensor, and is there offline."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A safetensors file's metadata, replaced safely and read again. Run: pytest tests/test_rewriting.py"""
+"""A safetensors file's metadata, replaced safely and read again."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""The paper's formulas give what they say, not what the paper prints. Run: pytest tests/test_theory.py"""
+"""The paper's formulas give what they say, not what the paper prints."""
 
 import math
 

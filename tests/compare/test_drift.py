@@ -1,4 +1,4 @@
-"""How far a probe is from a published blueprint, and what is done about it. Run: pytest tests/test_drift.py"""
+"""How far a probe is from a published blueprint, and what is done about it."""
 
 import math
 from dataclasses import replace
@@ -197,5 +197,5 @@ def test_a_published_blueprint_of_groups_is_reconciled_with_a_probe():
 
 def test_an_unknown_policy_is_named():
     """Before anything is compared."""
-    with pytest.raises(BlueprintError, match="policy='ignore': choose warn, error, refresh or coarsen"):
+    with pytest.raises(BlueprintError, match="policy must be warn, error, refresh or coarsen, got 'ignore'"):
         reconcile(PUBLISHED, DRIFTED, policy="ignore")

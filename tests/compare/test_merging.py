@@ -1,4 +1,4 @@
-"""Blueprints of one model on different data become one. Run: pytest tests/test_merging.py"""
+"""Blueprints of one model on different data become one."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""One model's blueprints followed over its training. Run: pytest tests/test_movement.py"""
+"""One model's blueprints followed over its training."""
 
 import json
 import math
@@ -77,7 +77,6 @@ def test_different_data_are_noted():
     [
         ([], BlueprintError, r"needs two checkpoints or more; there is 50 %"),
         ([measured(UP, checkpoint=0.5)], BlueprintError, r"blueprint 1 and blueprint 2 are both at 50 %.*--merge"),
-        ([measured(UP, checkpoint=None)], BlueprintError, r"blueprint 2 does not say its training_checkpoint"),
         ([measured(UP, model_id="org/b")], MismatchError, r"their model_id is 'org/m' and 'org/b'"),
         ([measured({"0.q": 1.0})], MismatchError, r"cannot be compared: '0\.up'"),
         ([measured(UP, method="training")], MismatchError, r"one has norms of training batches"),

@@ -1,4 +1,4 @@
-"""Many blueprints in one table, and its files. Run: pytest tests/test_aggregate.py"""
+"""Many blueprints in one table, and its files."""
 
 import csv
 import json
@@ -97,7 +97,7 @@ def test_one_bad_file_is_named_or_skipped(tmp_path):
     bad.write_text('{"model_id": ')
     with pytest.raises(FormatError, match=r"bad\.json is not valid JSON"):
         aggregate([good, bad])
-    with pytest.raises(BlueprintError, match=r"^lab 3: .*neither a file or folder"):
+    with pytest.raises(BlueprintError, match=r"^lab 3: .*no such file or folder"):
         aggregate({"lab 3": "no such thing"})
     with pytest.warns(UserWarning, match=r"2 of the sources skipped.*bad\.json.*gone\.json"):
         rows = aggregate([bad, good, gone], on_error="skip")
@@ -155,9 +155,8 @@ def test_what_is_measured_with_privacy_is_marked_in_the_table(privacy):
 # Its files
 
 
-def test_parquet_reads_back_as_the_same_rows(blueprint, tmp_path, monkeypatch):
-    """Through datasets, value by value, though it is given in parts; a column in which nothing is known keeps its type."""
-    monkeypatch.setattr("peft_blueprint.compare.table._PART", 40)
+def test_parquet_reads_back_as_the_same_rows(blueprint, tmp_path):
+    """Through datasets, value by value; an empty column keeps its type."""
     rows = aggregate({"measured": blueprint, "other": measured(UP)})
     path = write_table(rows, tmp_path / "deep" / "table.parquet")
     back = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
@@ -165,7 +164,6 @@ def test_parquet_reads_back_as_the_same_rows(blueprint, tmp_path, monkeypatch):
     assert all(row["privacy_epsilon"] is None and row["group"] != 3 for row in rows)
     types = {column: feature.dtype for column, feature in back.features.items()}
     assert (types["privacy_epsilon"], types["examples"], types["extra"]) == ("float64", "int64", "string")
-    assert not datasets.are_progress_bars_disabled(), "the switch is as it was"
 
 
 def test_csv_and_json_hold_the_same_rows(blueprint, tmp_path):
@@ -187,16 +185,15 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(suffix, tmp_path):
     path = tmp_path / f"t.{suffix}"
     write_table([{"a": 1}], path)
     before = path.read_bytes()
-    with pytest.raises(BlueprintError, match="Column 'a' holds 'int', 'str'"):
+    with pytest.raises(BlueprintError, match="Column 'a' must hold text, numbers"):
         write_table([{"a": 1}, {"a": "x"}], path)
-    with pytest.raises(BlueprintError, match="Column 'a' holds 'dict'"):
-        write_table([{"a": {}}], path)
+    with pytest.raises(BlueprintError, match="Column 'a' must hold .* got struct"):
+        write_table([{"a": {"b": 1}}], path)
     with pytest.raises(BlueprintError, match="There are no rows"):
         write_table([], path)
-    if suffix in ("csv", "parquet"):
-        with pytest.raises(BlueprintError, match="cannot be written to .* Unicode"):
-            write_table([{"a": "\ud800"}], path)
-    else:
+    with pytest.raises(BlueprintError, match="Column 'a' must hold text.*surrogates"):
+        write_table([{"a": "\ud800"}], path)
+    if suffix in ("json", "jsonl"):
         with pytest.raises(BlueprintError, match="cannot be written to .* finite"):
             write_table([{"a": math.nan}], path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -204,8 +201,8 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(suffix, tmp_path):
 
 def test_an_unknown_suffix_lists_those_there_are(tmp_path):
     """Before anything is written."""
-    with pytest.raises(BlueprintError, match=r"no table is written as \.xlsx.*\.csv, \.json, \.jsonl, \.parquet"):
+    with pytest.raises(BlueprintError, match=r"must end in \.csv, \.json, \.jsonl, \.parquet, got .*xlsx"):
         write_table([{"a": 1}], tmp_path / "t.xlsx")
-    with pytest.raises(BlueprintError, match="a file without suffix"):
+    with pytest.raises(BlueprintError, match="must end in"):
         write_table([{"a": 1}], tmp_path / "table")
     assert not list(tmp_path.iterdir())
