@@ -30,9 +30,9 @@ from .measure import linear_modules, shape_of
 
 __all__ = [
     "VOCABULARY",
-    "quantise",
+    "quantize",
     "random_model",
-    "randomise_adapters",
+    "randomize_adapters",
     "save_tiny_model",
     "tiny_bert",
     "tiny_gpt2",
@@ -155,7 +155,7 @@ def toy_batches(
     return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
 
 
-def quantise(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
+def quantize(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
     """Replace every linear layer but the head by bitsandbytes' of its weights, on the CPU: "nf4", "fp4" or "int8"; those
     in 4 bits with `nested` scales (double quantisation) or plain ones.
     """
@@ -177,7 +177,7 @@ def quantise(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
     return model
 
 
-def randomise_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
+def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
     """Give LoRA's B, and what else is trained, values that change a model's logits; training begins without such."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -108,7 +108,7 @@ class TailReport:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def normalise_within(values: ArrayLike, kinds: Sequence[str | None]) -> np.ndarray:
+def normalize_within(values: ArrayLike, kinds: Sequence[str | None]) -> np.ndarray:
     """Each of (n,) norms over the mean of its kind, so that norms of different kinds can stand in one list.
 
     Raises:
@@ -126,7 +126,7 @@ def tail_report(values: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> T
     """How concentrated norms are across submodules, and which law their tail follows, if that can be told.
 
     Norms of different kinds of submodule do not compare as they stand, and the tail of several kinds together is
-    first of all that of their mixture: look at `tail_report(normalise_within(norms, kinds))` as well. Zeros count in
+    first of all that of their mixture: look at `tail_report(normalize_within(norms, kinds))` as well. Zeros count in
     the concentration and not in the fits. The intervals take the values for a sample of others like them; of heavy
     tails they are too short: for 200 values with α = 0.25 the three held the truth in 88, 81 and 65 % of 200 trials.
 

@@ -1,13 +1,11 @@
-"""Several processes that measure together: in step where the model is sharded over them, and their findings as one.
+"""Measure with several processes: in lockstep if the model is sharded over them, with the results combined."""
 
-Every process measures its own examples. Uses torch.distributed as it finds it initialised, by `torchrun`, `accelerate
-launch` or by hand. Knows nothing of how an example is measured.
-"""
+from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -15,25 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._processes import process_count
+from .._processes import of_every_process, process_count
 from ..errors import MeasurementError
 from .influence import joined_digest
 from .submodules import is_sharded
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
-    """What was measured of all rows, before it is an `Influence`.
+class RawMeasurement:
+    """Statistics of all rows, of one process or of all, from which an `Influence` is made.
 
     Args:
         norms: (rows, examples) float32, zeros in rows that no gradient reached.
-        errors: (rows, examples) float32.
+        errors: (rows, examples) float32, relative errors of the norms.
         projections: (rows, examples, m) float32.
         losses: (examples,) float32.
         target_tokens: (examples,) int64.
-        sketches: by row the sum over examples (d_out, s) float32, of the rows that a gradient reached.
-        tokens: input positions read.
-        data_digest: of what the model was given.
+        sketches: sum over examples (d_out, s) float32, by index of the rows that a gradient reached.
+        tokens: number of input positions read.
+        data_digest: digest of the model's inputs.
     """
 
     norms: Tensor
@@ -52,11 +50,11 @@ class Findings:
 
 
 class Processes:
-    """The processes of one measurement. Alone, each method does nothing and returns what it was given.
+    """The processes of one measurement. With a single process, every method returns its argument unchanged.
 
     Args:
         model: without its DDP wrapper.
-        reduce: unite what the processes find. On a model that is sharded they stay in step in any case.
+        reduce: combine what the processes measure. With a sharded model they run in lockstep in any case.
 
     Raises:
         MeasurementError: for a model that is distributed in a way that cannot be measured.
@@ -66,52 +64,54 @@ class Processes:
         self.count = process_count()
         self.rank = dist.get_rank() if self.count > 1 else 0
         self.reduces = reduce and self.count > 1
-        self.is_in_step = _is_fully_sharded(model) and self.count > 1
+        self.in_lockstep = _is_fully_sharded(model) and self.count > 1
         self.is_inside_pass = False  # of a sharded model, where processes wait for each other's weights
         self.idle_batch: Mapping[str, Any] | None = None
-        self._is_over = False  # one process failed and all know
+        self._is_over = False  # a process failed and all have learned of it
 
     def share(self, max_examples: int | None) -> int | None:
-        """This process's share of a number of examples, as even as can be."""
+        """Return this process's share of a number of examples, as even as possible."""
         if max_examples is None or not self.reduces:
             return max_examples
         return max_examples // self.count + (self.rank < max_examples % self.count)
 
     @contextmanager
-    def telling_errors(self) -> Iterator[None]:
-        """Tell the other processes of an error in here, in the place of what they expect next, and let it pass.
+    def share_errors(self) -> Iterator[None]:
+        """Send an error raised in the block to the other processes, at their next exchange, and re-raise it.
 
-        Not of one inside a pass over a sharded model: there the others wait for weights, until this process ends.
+        An error inside a pass over a sharded model is not sent: there the others wait for weights until this process
+        ends.
         """
         try:
             yield
         except Exception as error:
-            if (self.reduces or self.is_in_step) and not self._is_over and not self.is_inside_pass:
+            if (self.reduces or self.in_lockstep) and not self._is_over and not self.is_inside_pass:
                 self._exchange(None, f"{type(error).__name__}: {error}")
             raise
 
-    def started(
+    def with_idle_batch(
         self, batches: Iterator[Mapping[str, Any]], device: torch.device | None
     ) -> Iterable[Mapping[str, Any]]:
-        """The batches as they are. On a sharded model, learn of one to idle on, another process's if there is none here."""
-        if not self.is_in_step:
+        """Return the batches; for a sharded model first set `idle_batch`, another process's if there are none here."""
+        if not self.in_lockstep:
             return batches
         first = next(batches, None)
         has_some = self._exchange(first is not None)
         self.idle_batch = first
         if any(has_some) and not all(has_some):
             giver = has_some.index(True)
-            given = self._exchange(_moved(first, torch.device("cpu")) if first and self.rank == giver else None)[giver]
-            self.idle_batch = first or _moved(given, device)
+            sent = _moved(first, torch.device("cpu")) if first and self.rank == giver else None
+            received = self._exchange(sent)[giver]
+            self.idle_batch = first or _moved(received, device)
         return batches if first is None else chain([first], batches)
 
     @contextmanager
     def step(self, harmless: type[Exception]) -> Iterator[None]:
-        """One pass of this process. On a sharded model it begins when every process has one to make, or idles.
+        """Run one pass. With a sharded model, wait until every process starts a pass or idles.
 
-        A `harmless` error ends the pass of all processes alike.
+        An error of class `harmless` ends the pass on all processes alike.
         """
-        if self.is_in_step:
+        if self.in_lockstep:
             self._exchange(True)
             self.is_inside_pass = True
         try:
@@ -121,16 +121,16 @@ class Processes:
             raise
         self.is_inside_pass = False
 
-    def idles(self) -> bool:
-        """Asked by a process that is done, before every pass of the others: whether to make an idle one with them."""
-        return self.is_in_step and any(self._exchange(False))
+    def must_idle(self) -> bool:
+        """Tell a process that has finished whether others start another pass, for which it must make an idle one."""
+        return self.in_lockstep and any(self._exchange(False))
 
-    def united(self, own: Findings, settings: tuple[Any, ...]) -> Findings:
-        """What all processes found, in the order of their ranks and the same on each.
+    def combine(self, own: RawMeasurement, settings: tuple[Any, ...]) -> RawMeasurement:
+        """Combine the measurements of all processes, in the order of ranks; the result is the same on each.
 
         Args:
-            own: what this process found.
-            settings: what must be the same everywhere, such as the rows' digest and the sketch's seed.
+            own: measurement of this process.
+            settings: what must be the same everywhere, such as the digest of the rows and the sketch's seed.
 
         Raises:
             MeasurementError: if another process failed, has other settings or measured the same data.
@@ -138,80 +138,53 @@ class Processes:
         if not self.reduces:
             return own
         shapes = {row: tuple(sketch.shape) for row, sketch in own.sketches.items()}
-        nothing = own.norms.new_empty(0, own.examples)
-        small = replace(own, norms=nothing, errors=nothing, projections=nothing, sketches={})
-        said = self._exchange((settings, shapes, small))
-        self._is_over = True  # from here on all processes see the same and fail alike
-        parts: list[Findings] = [part for _, _, part in said]
-        self._check_settings([theirs for theirs, _, _ in said])
-        self._check_data(parts)
-        columns = torch.cat([own.norms[..., None], own.errors[..., None], own.projections], dim=2)
-        columns = self._gathered(columns, [part.examples for part in parts])
-        every_shape = {row: shape for _, theirs, _ in said for row, shape in theirs.items()}
-        return Findings(
-            norms=columns[..., 0].contiguous(),
-            errors=columns[..., 1].contiguous(),
-            projections=columns[..., 2:].contiguous(),
-            losses=torch.cat([part.losses for part in parts]),
-            target_tokens=torch.cat([part.target_tokens for part in parts]),
-            sketches={row: self._sum(own.sketches.get(row), every_shape[row]) for row in sorted(every_shape)},
-            tokens=sum(part.tokens for part in parts),
-            data_digest=joined_digest([part.data_digest for part in parts if part.examples]),
+        tensors = (own.norms, own.errors, own.projections, own.losses, own.target_tokens)
+        summary = (settings, own.examples, own.tokens, own.data_digest)
+        received = self._exchange((summary, shapes, tensors))
+        self._is_over = True  # from here on all processes see the same values and fail alike
+        summaries = [theirs for theirs, _, _ in received]
+        for rank, (theirs, examples, _, digest) in enumerate(summaries):
+            if theirs != summaries[0][0]:
+                raise MeasurementError(
+                    f"Process 0 measures with {summaries[0][0]} and process {rank} with {theirs}: give every process "
+                    "the same model and settings."
+                )
+            same = [other for other in range(rank) if summaries[other][1] and summaries[other][3] == digest]
+            if examples and same:
+                raise MeasurementError(
+                    f"Processes {same[0]} and {rank} measured the same {examples} examples. Give each its own shard "
+                    "(accelerator.prepare(dataloader), or a DistributedSampler), or measure in each separately with "
+                    "reduce=False."
+                )
+        norms, errors, projections, losses, target_tokens = zip(*(theirs for _, _, theirs in received), strict=True)
+        all_shapes = {row: shape for _, theirs, _ in received for row, shape in theirs.items()}
+        return RawMeasurement(
+            norms=torch.cat(norms, dim=1),
+            errors=torch.cat(errors, dim=1),
+            projections=torch.cat(projections, dim=1),
+            losses=torch.cat(losses),
+            target_tokens=torch.cat(target_tokens),
+            sketches={row: _sum(own.sketches.get(row), all_shapes[row]) for row in sorted(all_shapes)},
+            tokens=sum(tokens for _, _, tokens, _ in summaries),
+            data_digest=joined_digest([digest for _, examples, _, digest in summaries if examples]),
         )
 
     def _exchange(self, value: Any, error: str | None = None) -> list[Any]:
-        """What every process says, by rank; if one says that it failed, an error on those that did not."""
-        said: list[tuple[str | None, Any]] = [(None, None)] * self.count
-        dist.all_gather_object(said, (error, value))
-        failed = {rank: message for rank, (message, _) in enumerate(said) if message is not None}
+        """Return the values of all processes by rank; raise on the others if a process sends an error."""
+        received = of_every_process((error, value))
+        failed = {rank: message for rank, (message, _) in enumerate(received) if message is not None}
         if failed:
             self._is_over = True
             if error is None:
                 first = min(failed)
-                raise MeasurementError(
-                    f"Process {first} of {self.count} failed, and the others stop with it: {failed[first]}"
-                )
-        return [value for _, value in said]
-
-    def _check_settings(self, settings: list[tuple[Any, ...]]) -> None:
-        for rank, theirs in enumerate(settings):
-            if theirs != settings[0]:
-                raise MeasurementError(
-                    f"Process 0 measures with {settings[0]} and process {rank} with {theirs}: give every process the "
-                    "same model and settings."
-                )
-
-    def _check_data(self, parts: list[Findings]) -> None:
-        seen: dict[str, int] = {}
-        for rank, part in enumerate(parts):
-            other = seen.setdefault(part.data_digest, rank) if part.examples else rank
-            if other != rank:
-                raise MeasurementError(
-                    f"Processes {other} and {rank} measured the same {part.examples} examples. Give each its own "
-                    "shard (accelerator.prepare(dataloader), or a DistributedSampler), or measure in each by itself "
-                    "with reduce=False."
-                )
-
-    def _gathered(self, columns: Tensor, widths: list[int]) -> Tensor:
-        """(rows, own examples, n) → (rows, all examples, n), by way of tensors of one width."""
-        device = _meeting_device()
-        padded = torch.zeros(columns.shape[0], max(widths), columns.shape[2], device=device)
-        padded[:, : columns.shape[1]] = columns
-        everyones = [torch.empty_like(padded) for _ in widths]
-        dist.all_gather(everyones, padded)
-        return torch.cat([theirs[:, :width].cpu() for theirs, width in zip(everyones, widths, strict=True)], dim=1)
-
-    def _sum(self, own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        total = torch.zeros(shape) if own is None else own.clone()
-        total = total.to(_meeting_device())
-        dist.all_reduce(total)
-        return total.cpu()
+                raise MeasurementError(f"Process {first} of {self.count} failed, so the others stop: {failed[first]}")
+        return [value for _, value in received]
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the weights of a fully sharded model back in their shards.
+    """Free the gathered weights of a fully sharded model.
 
-    A forward pass alone leaves some whole, and what is set on those does not last.
+    A forward pass alone leaves some gathered, and attributes set on those are lost.
     """
     for module in model.modules():
         if _is_fsdp_module(module):
@@ -219,7 +192,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds the model; an error for other ways to split a model's weights."""
+    """Return whether FSDP2 holds the model; raise for other ways to split its weights."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise MeasurementError(
@@ -234,8 +207,8 @@ def _is_fully_sharded(model: nn.Module) -> bool:
         placements = parameter.placements
         if not sharded or sum(not placement.is_replicate() for placement in placements) > 1:
             raise MeasurementError(
-                f"{name!r} is split over processes as {placements}, which is tensor parallelism: each sees a part "
-                "of every gradient. Load the model for measuring with FSDP2 or device_map='auto' instead."
+                f"{name!r} is split over processes as {placements}, which is tensor parallelism: each process sees a "
+                "part of every gradient. Load the model for measuring with FSDP2 or device_map='auto' instead."
             )
     return sharded
 
@@ -245,10 +218,13 @@ def _is_fsdp_module(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _meeting_device() -> torch.device:
-    """Where the processes' backend takes tensors from: the CPU if it can, else this process's accelerator."""
-    takes_cpu = "gloo" in str(dist.get_backend()) or not torch.accelerator.is_available()
-    return (None if takes_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
+def _sum(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Sum a tensor over processes, on the CPU if their backend can, otherwise on this process's accelerator."""
+    on_cpu = "gloo" in str(dist.get_backend()) or not torch.accelerator.is_available()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    total = (torch.zeros(shape) if own is None else own.clone()).to(device)
+    dist.all_reduce(total)
+    return total.cpu()
 
 
 def _moved(batch: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:

@@ -1,14 +1,11 @@
-"""From model and data to a `Blueprint`: measure once, then summarise. A local probe is the same act with fewer
-examples.
+"""Measure a model on data and summarize the measurement as a `Blueprint`."""
 
-Knows nothing of files; what it writes down about the run goes into the blueprint's provenance.
-"""
+from __future__ import annotations
 
 import datetime
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any
 
@@ -16,27 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._options import from_keywords
 from .._processes import of_first_process, process_count
-from ..blueprint import (
-    ADAPTABLE,
-    PROJECTION_SIZE,
-    SKETCH_SIZE,
-    Blueprint,
-    Include,
-    Method,
-    Submodule,
-    gamma_from_alpha,
-    k_star,
-    norm_of,
-)
+from ..blueprint import ADAPTABLE, Blueprint, Submodule, norm_of
 from ..errors import MeasurementError
 from ..runs import Ledger, modelled
 from .compatibility import WEIGHTS_DIGEST, weights_digest
-from .concentration import FRACTIONS, fit_gamma, fit_rank_exponent, normalise_within, retained_mass_curve, tail_report
-from .influence import Influence, alignment_factor
+from .influence import Influence
 from .losses import LossFunction
 from .measurement import Batch, measure_influence
-from .privacy import Privacy, one_by_one, published
+from .options import FIXED_COST, VARIABLE_COST, GenerateOptions, Include, MeasureOptions
+from .privacy import Privacy, one_by_one, release_domains
 from .submodules import (
     Weight,
     class_of,
@@ -48,270 +35,130 @@ from .submodules import (
     structure_digest,
     unwrap,
 )
+from .summary import concentration, summarize, weight_gradient
 
 
-# Bytes per parameter: a bf16 weight is there in any case; training it adds a bf16 gradient, an fp32 master copy and
-# two Adam moments (the paper's 12 bytes, §5).
-FIXED_COST = 2.0
-VARIABLE_COST = 14.0
-
-RANK = 16  # of `singular_energy`, a usual one of LoRA
-SPENT = ("seconds", "tokens", "flops", "peak_bytes", "energy_joules")  # on a measurement, for the provenance
+SPENT = ("seconds", "tokens", "flops", "peak_bytes", "energy_joules")  # cost of the measurement, for the provenance
 
 
 def generate_blueprint(
     model: nn.Module,
     batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+    options: GenerateOptions | None = None,
     *,
-    max_examples: int | None = 64,
-    model_id: str | None = None,
-    model_revision: str | None = None,
-    training_checkpoint: float | None = None,
-    data: str | Mapping[str, Any] | None = None,
-    command: str | None = None,
-    method: Method = "auto",
-    sketch_size: int | None = SKETCH_SIZE,
-    projection_size: int = PROJECTION_SIZE,
-    include: Include = "adaptable",
     loss_fn: LossFunction | None = None,
-    bootstrap: int = 1000,
-    fixed_cost: float = FIXED_COST,
-    variable_cost: float = VARIABLE_COST,
-    seed: int = 0,
+    privacy: Privacy | None = None,
     progress: bool = True,
     reduce: bool = True,
-    privacy: Privacy | None = None,
-    digest_weights: bool = False,
+    **keywords: Any,
 ) -> Blueprint:
-    """Measure a blueprint of a model on data.
+    """Measure a model on data and return the blueprint. A local probe is a blueprint of a few examples.
 
     Args:
         model: as for `measure_influence`.
-        batches: batches with `labels`; or several domains' by name, of which the first is the reference and the others
-            become `domain_tags`.
-        max_examples: of each domain, of all processes together.
-        model_id: defaults to the name the model was loaded under.
-        model_revision: defaults to the commit the model was loaded from, where that is known.
-        training_checkpoint: share of the model's own training that was done, (0, 1].
-        data: what the data is, for the provenance: a name, or a mapping with more.
-        command: what a person types to get the same.
+        batches: batches with `labels`; or those of several domains by name. The first domain is the reference, and
+            every entry gets `domain_tags`: each domain's norm over the reference's.
+        options: how to measure and summarize, see `GenerateOptions`.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
-        method: "exact", "sketch" or "auto", see `measure_influence`.
-        sketch_size: columns of the sketch, see there.
-        projection_size: numbers an example and submodule, see there; 0 leaves `alignment` out.
-        include: "adaptable" or "all", see there.
-        bootstrap: resamples of the examples behind `norm_interval`.
-        fixed_cost: of a frozen parameter, for k* (eq. 15); by default bytes.
-        variable_cost: what training a parameter adds, in the same unit.
-        seed: of the sketch and the bootstrap.
+        privacy: publish norms with noise, or with a guarantee of differential privacy. Of the examples the blueprint
+            then holds nothing else but their number. Each domain is released separately. Under a guarantee, examples
+            are measured one at a time.
         progress: show progress bars.
-        reduce: under `torchrun` or `accelerate launch` unite the processes' measurements, so that each has the same
-            blueprint, see `measure_influence`.
-        privacy: publish norms with noise, or with a guarantee of differential privacy, and nothing else that depends on
-            the examples but their number. Each domain is released by itself. Under a guarantee examples are measured one
-            by one.
-        digest_weights: bind the blueprint to the weights' values too, by a digest in the provenance.
+        reduce: under `torchrun` or `accelerate launch` combine the processes' measurements, so that every process
+            returns the same blueprint, see `measure_influence`.
+        **keywords: fields of `GenerateOptions`.
 
     Raises:
         MeasurementError: without data or targets, if a norm is not finite, or for too few examples for `privacy`.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> blueprint = generate_blueprint(tiny_llama(), toy_batches(), max_examples=8, progress=False)
+        >>> len(blueprint), blueprint["model.layers.0.mlp.up_proj"].examples
+        (28, 8)
     """
+    options = from_keywords(GenerateOptions, options, keywords, MeasurementError)
     domains = batches if isinstance(batches, Mapping) else {"": batches}
     if not domains:
         raise MeasurementError("There are no domains to measure: give batches, or a mapping of names to batches.")
+    is_guaranteed = privacy is not None and privacy.is_guaranteed
+    if privacy is not None:
+        privacy.require_library()  # before the expensive part
+    measuring = {f.name: getattr(options, f.name) for f in fields(MeasureOptions)}
+    if privacy is not None:
+        measuring["projection_size"] = 0
     flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
     with Ledger(flops_per_token=flops) as ledger:
         influences = {
             name: measure_influence(
                 model,
-                one_by_one(of_domain) if privacy is not None and privacy.is_guaranteed else of_domain,
-                max_examples=max_examples,
-                method=method,
-                sketch_size=sketch_size,
-                projection_size=projection_size if privacy is None else 0,
-                include=include,
+                one_by_one(domain) if is_guaranteed else domain,
+                MeasureOptions(**measuring),
                 loss_fn=loss_fn,
-                seed=seed,
                 progress=progress,
                 reduce=reduce,
             )
-            for name, of_domain in domains.items()
+            for name, domain in domains.items()
         }
         ledger.add(sum(part.tokens for part in influences.values()))
     processes = process_count() if reduce else 1
     if privacy is None:
         reference, influence = next(iter(influences.items()))
-        entries = summarise(influence, bootstrap=bootstrap, fixed_cost=fixed_cost, variable_cost=variable_cost)
-        entries = _with_weights(entries, model, influence)
+        entries = _with_weights(summarize(influence, options), model, influence)
         if reference:
             entries = _with_tags(entries, {name: _means(part) for name, part in influences.items()})
-        spent = {name: figure.to_dict() for name, figure in ledger.figures().items() if name in SPENT}
-        measured = _measured(influences) | {"projection_size": projection_size, "bootstrap": bootstrap}
-        measured["spent"] = of_first_process(spent) if processes > 1 else spent
+        spent = {name: figure.to_dict() for name, figure in ledger.quantities().items() if name in SPENT}
+        measured = {
+            **_measured(influences),
+            "projection_size": options.projection_size,
+            "bootstrap": options.bootstrap,
+            "spent": of_first_process(spent) if processes > 1 else spent,
+        }
     else:
-        entries, measured = _released(influences, model, include, privacy, processes)
+        entries, measured = _released(influences, model, options.include, privacy, processes)
     config = getattr(unwrap(model), "config", None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parameter = next(model.parameters())
+    costs: dict[str, Any] = {"fixed_cost": options.fixed_cost, "variable_cost": options.variable_cost}
+    if (options.fixed_cost, options.variable_cost) == (FIXED_COST, VARIABLE_COST):
+        costs["unit"] = "bytes per parameter"
     return Blueprint(
-        model_id=model_id or getattr(config, "_name_or_path", None) or class_of(unwrap(model)).__name__,
-        model_revision=model_revision or getattr(config, "_commit_hash", None),
+        model_id=options.model_id or getattr(config, "_name_or_path", None) or class_of(unwrap(model)).__name__,
+        model_revision=options.model_revision or getattr(config, "_commit_hash", None),
         model_digest=structure_digest(find_submodules(model)),
-        training_checkpoint=training_checkpoint,
+        training_checkpoint=options.training_checkpoint,
         submodules=entries,
         concentration=concentration(entries),
-        costs={"fixed_cost": fixed_cost, "variable_cost": variable_cost}
-        | ({"unit": "bytes per parameter"} if (fixed_cost, variable_cost) == (FIXED_COST, VARIABLE_COST) else {}),
+        costs=costs,
         provenance={
             "created": of_first_process(created) if processes > 1 else created,
-            **({"command": command} if command else {}),
-            **({"data": data if isinstance(data, str) else dict(data)} if data else {}),
+            **({"command": options.command} if options.command else {}),
+            **(
+                {"data": options.data if isinstance(options.data, str) else dict(options.data)} if options.data else {}
+            ),
             **measured,
-            "method": method,
-            "sketch_size": sketch_size,
-            "seed": seed,
+            "method": options.method,
+            "sketch_size": options.sketch_size,
+            "seed": options.seed,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "quantized": any(entry.quantized for entry in entries),
             "device": parameter.device.type,
             **({"processes": processes} if processes > 1 else {}),
             "versions": versions(),
-            **({WEIGHTS_DIGEST: weights_digest(model)} if digest_weights else {}),
+            **({WEIGHTS_DIGEST: weights_digest(model)} if options.digest_weights else {}),
         },
     )
 
 
-def summarise(
-    influence: Influence,
-    *,
-    bootstrap: int = 1000,
-    fixed_cost: float = FIXED_COST,
-    variable_cost: float = VARIABLE_COST,
-) -> tuple[Submodule, ...]:
-    """Every row of a measurement as an entry with its statistics, all but those that need the weight.
-
-    Args:
-        influence: norms (submodules, examples) and sketches.
-        bootstrap: resamples of the examples for `norm_interval`.
-        fixed_cost: of a frozen parameter, for k*.
-        variable_cost: what training a parameter adds.
-    """
-    norms = influence.norms.double().numpy()
-    intervals = bootstrap_intervals(norms, bootstrap, influence.seed)
-    signals, scales = influence.signal_norms.tolist(), influence.noise_scales.tolist()
-    adaptable = [i for i, submodule in enumerate(influence.submodules) if submodule.form in ADAPTABLE]
-    shown = [i for i in adaptable if influence.shows_rank(i, RANK)]
-    energies = dict(zip(shown, influence.singular_energy(RANK, shown).tolist(), strict=True)) if shown else {}
-    alignments = _alignments(influence)
-    entries = []
-    for i, submodule in enumerate(influence.submodules):
-        rows = influence.row_norms[i].double().numpy()
-        fit = fit_rank_exponent(rows)
-        gamma = gamma_from_alpha(fit.exponent) if fit else None
-        is_adaptable = submodule.form in ADAPTABLE
-        entries.append(
-            replace(
-                submodule,
-                gradient_norm=float(norms[i].mean()),
-                median_norm=float(np.median(norms[i])),
-                norm_interval=(float(intervals[i, 0]), float(intervals[i, 1])) if influence.examples > 1 else None,
-                signal_norm=signals[i] if math.isfinite(signals[i]) else None,
-                noise_scale=scales[i] if math.isfinite(scales[i]) else None,
-                adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,
-                singular_energy=min(energies[i], 1.0) if i in energies else None,
-                alignment=alignments[i] if alignments else None,
-                alpha=fit.exponent if fit else None,
-                alpha_error=fit.error if fit else None,
-                gamma=gamma,
-                k_star=k_star(gamma, fixed_cost, variable_cost) if gamma else None,
-                examples=influence.examples,
-            )
-        )
-    return tuple(entries)
-
-
-def adam_gain(row_norms: np.ndarray, d_in: int) -> float:
-    """Expected L1 norm of the gradient that one row of a freshly initialised LoRA A gives its column of B.
-
-    Adam moves every entry by about the learning rate whatever its gradient's size, so that a first step lowers the
-    loss by the learning rate times this L1 norm, where plain gradient descent would go by the L2 norm. B's gradient
-    is G·a; PEFT draws a from U(−1/√d_in, 1/√d_in), of variance 1/(3·d_in), so that an entry is about normal and
-    E‖G·a‖₁ = √(2/(3π·d_in))·Σ_o‖G_o‖. For rank r and scaling α/r multiply by α.
-
-    Args:
-        row_norms: (d_out,) norms of the mean gradient's rows.
-        d_in: features of the input.
-    """
-    return float(math.sqrt(2 / (3 * math.pi * d_in)) * row_norms.sum())
-
-
-def weight_gradient(weight_rows: np.ndarray, gradient_rows: np.ndarray) -> float:
-    """Σ|w·ḡ| over the entries of a weight, estimated from the norms of rows: (2/π)·Σ_o‖w_o‖·‖ḡ_o‖.
-
-    Exact in expectation if within each row the weights and the mean gradient's entries are independent of each other,
-    and normal with mean zero: E|w| = √(2/π)·‖w_o‖/√d_in, and likewise E|ḡ|.
-
-    Args:
-        weight_rows: (d_out,) norms of the weight's rows.
-        gradient_rows: (d_out,) norms of the mean gradient's rows.
-    """
-    return float(2 / math.pi * (weight_rows * gradient_rows).sum())
-
-
-def bootstrap_intervals(norms: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """95 % percentile bootstrap intervals of the means over examples. (submodules, examples) → (submodules, 2)."""
-    examples = norms.shape[1]
-    counts = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=resamples)
-    return np.percentile(norms @ (counts.T / examples), [2.5, 97.5], axis=1).T
-
-
-def concentration(entries: Sequence[Submodule]) -> dict[str, Any]:
-    """How the gradient norm is distributed over submodules: the measured curve, and what exponents say of it.
-
-    `gamma_fit` is the exponent of the measured curve with its residual; `alpha` and `gamma` follow the paper's
-    power-law route and are there to be compared. `tail` says how concentrated the norms are and whether they follow a
-    power law at all, and `tail_within_kinds` the same of the norms over their kind's mean, which compare across kinds.
-    All of it is over what an adapter can be put on, where there is such a thing.
-    """
-    entries = [entry for entry in entries if entry.form in ADAPTABLE] or entries
-    norms = [norm_of(entry) for entry in entries]
-    if not sum(norms):
-        raise MeasurementError("Every gradient norm is zero: the loss does not depend on the model. Check the labels.")
-    fractions = [k for k in FRACTIONS if k * len(norms) >= 1]  # below one submodule the curve is only interpolated
-    mass = retained_mass_curve(norms, fractions)
-    # a single submodule has no curve to fit
-    curve = dict(zip(("gamma_fit", "gamma_fit_residual"), fit_gamma(fractions, mass), strict=True)) if mass[1:] else {}
-    fit = fit_rank_exponent(norms)
-    kinds = [entry.kind for entry in entries]
-    resamples = min(500, max(100, 2_000_000 // len(norms)))  # of very many submodules fewer, for the memory
-    within = normalise_within(norms, kinds)
-    return {
-        "fractions": fractions,
-        "retained_mass": mass,
-        **curve,
-        **(
-            {
-                "alpha": fit.exponent,
-                "alpha_error": fit.error,
-                "alpha_tail": fit.n,
-                "gamma": gamma_from_alpha(fit.exponent),
-            }
-            if fit
-            else {}
-        ),
-        "tail": tail_report(norms, resamples=resamples).to_dict(),
-        **({"tail_within_kinds": tail_report(within, resamples=resamples).to_dict()} if len(set(kinds)) > 1 else {}),
-    }
-
-
-def _alignments(influence: Influence) -> list[tuple[float, ...]]:
-    """A row of the factor for every submodule, to 6 digits; none where nothing can be said of it."""
-    if influence.examples < 2 or not influence.projections.shape[2]:
-        return []
-    factor = alignment_factor(influence.alignments.numpy())
-    return [tuple(float(f"{value:.6g}") for value in row) for row in factor]
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a measurement depends on, for a provenance."""
+    packages = ("peft-blueprint", "peft", "torch", "transformers")
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
 def _measured(influences: Mapping[str, Influence]) -> dict[str, Any]:
-    """What the provenance says of the data."""
+    """Describe the data for the provenance."""
     return {
         "domains": {
             name or "data": {
@@ -331,21 +178,24 @@ def _measured(influences: Mapping[str, Influence]) -> dict[str, Any]:
 def _released(
     influences: Mapping[str, Influence], model: nn.Module, include: Include, privacy: Privacy, processes: int
 ) -> tuple[tuple[Submodule, ...], dict[str, Any]]:
-    """Entries, and what the provenance says of the data: from released norms, the model and numbers of examples alone.
+    """Make entries and provenance from released norms, the model and the numbers of examples alone.
 
-    Noise is drawn once: of several processes the first one's release is everyone's.
+    Noise is drawn once: all processes take the release of the first.
     """
     reference, influence = next(iter(influences.items()))
-    # which rows there are must not depend on which of them the examples reached
-    every = [row for row in find_submodules(model, include) if row.form in ("linear", "head") or not row.quantized]
-    rows = every if privacy.is_guaranteed else list(influence.submodules)
+    # under a guarantee, the rows must not depend on which of them the examples reached
+    measurable = [
+        row for row in find_submodules(model, include) if row.form in ("linear", "head") or not row.quantized
+    ]
+    rows = measurable if privacy.is_guaranteed else list(influence.submodules)
     parts = {name: (part.submodules, part.norms.double().numpy()) for name, part in influences.items()}
-    norms, statement = published(parts, rows, privacy)
+    norms, statement = release_domains(parts, rows, privacy)
     if processes > 1:
         norms, statement = of_first_process((norms, statement))
-    means = {name: dict(zip((r.name for r in rows), of.tolist(), strict=True)) for name, of in norms.items()}
-    count = influence.examples
-    entries = [replace(row, gradient_norm=means[reference][row.name], examples=count) for row in rows]
+    means = {
+        name: dict(zip((row.name for row in rows), values.tolist(), strict=True)) for name, values in norms.items()
+    }
+    entries = [replace(row, gradient_norm=means[reference][row.name], examples=influence.examples) for row in rows]
     counts = {name or "data": {"examples": part.examples} for name, part in influences.items()}
     completed = _with_weights(entries, model)
     return _with_tags(completed, means) if reference else completed, {"domains": counts, "privacy": statement}
@@ -354,7 +204,7 @@ def _released(
 def _with_weights(
     entries: Sequence[Submodule], model: nn.Module, influence: Influence | None = None
 ) -> tuple[Submodule, ...]:
-    """With the weight's norm, and given the measurement its product with the gradient where an adapter could be."""
+    """Add the norm of every weight and, given the measurement, its product with the gradient if it is adaptable."""
     weights = {weight.name: weight for weight in find_weights(model)}
     gradient_rows = influence.row_norms if influence is not None else ()
     completed = []
@@ -369,9 +219,7 @@ def _with_weights(
 
 @torch.no_grad()
 def _row_norms(weight: Weight) -> np.ndarray:
-    """(d_out,) norms of a weight's rows, of the dequantised weight for 4- and 8-bit layers; all leading dimensions are
-    rows, as in a gradient.
-    """
+    """Return the norms of a (dequantized) weight's rows, (d_out,); all leading dimensions are rows, as in a gradient."""
     values = dequantized_weight(weight.module, weight.parameter).float()
     if weight.is_transposed or (weight.form == "linear" and is_conv1d(weight.module)):
         values = values.mT
@@ -385,22 +233,15 @@ def _means(influence: Influence) -> dict[str, float]:
 
 
 def _with_tags(entries: Sequence[Submodule], means: Mapping[str, Mapping[str, float]]) -> tuple[Submodule, ...]:
-    """With every domain's mean norm over the entry's own."""
+    """Add `domain_tags`: every domain's mean norm over the entry's own."""
     return tuple(
         replace(
             entry,
             domain_tags={
-                domain: of[entry.name] / norm_of(entry) if norm_of(entry) else 1.0
-                for domain, of in means.items()
-                if entry.name in of
+                domain: norms[entry.name] / norm_of(entry) if norm_of(entry) else 1.0
+                for domain, norms in means.items()
+                if entry.name in norms
             },
         )
         for entry in entries
     )
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what a measurement depends on, for a provenance."""
-    packages = ("peft-blueprint", "peft", "torch", "transformers")
-    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
-    return {"python": platform.python_version(), **dict(sorted(found.items()))}

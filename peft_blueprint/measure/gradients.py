@@ -100,7 +100,7 @@ def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
     return torch.bmm(x.transpose(1, 2), dy).transpose(1, 2)  # faster this way round where x is a narrow sketch
 
 
-def materialised(
+def materialized(
     kept: Tensor, dy: Tensor, d_in: int, fold: Fold | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What forming every example's dYᵀK says, a few examples at a time.
@@ -129,7 +129,7 @@ def materialised(
 
 
 def summed(kept: Tensor, dy: Tensor, fold: Fold | None) -> tuple[Tensor, Tensor | None]:
-    """The sum and the projections that `materialised` gives, without the norms."""
+    """The sum and the projections that `materialized` gives, without the norms."""
     if fold is None:
         return sketched_gradient(kept, dy), None
     projections: list[Tensor] = []

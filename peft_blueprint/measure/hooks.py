@@ -1,7 +1,6 @@
-"""Access to a model's inner gradients for the length of a `with`: taps on its layers, and a model fit to be tapped.
+"""Hook a model's gradients inside a `with` block, after which everything is restored, also after an error."""
 
-Whatever is changed is put back, also after an error. Knows nothing of what is computed from the gradients.
-"""
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,53 +11,51 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .bnb_cpu import unpacked
+from .bnb_cpu import cpu_repack_disabled
 from .submodules import is_sharded
 
 
-# called in the forward pass with the tap's index and the layer's input (..., d_in): what the backward pass will need,
-# and a word on what that is
+# called in the forward pass with the hook's index and the layer's input (..., d_in); returns a label and tensors to save
 Keep = Callable[[int, Tensor], tuple[str, tuple[Tensor, ...]]]
-# called in the backward pass with the tap's index, that word, those tensors and the output's gradient (..., d_out)
+# called in the backward pass with the index, the label, the saved tensors and the output's gradient (..., d_out)
 Record = Callable[[int, str, tuple[Tensor, ...], Tensor], None]
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, which in the backward pass shows the output's gradient to `record`.
+class _OutputHook(torch.autograd.Function):
+    """The identity on a layer's output, whose backward passes the output's gradient to `record`.
 
-    What was kept of the input is kept with `save_for_backward`, so gradient checkpointing and offloading of saved
-    tensors apply to it.
+    Tensors are saved with `save_for_backward`, so that gradient checkpointing and offloading of saved tensors apply.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, index: int, record: Record, word: str, *kept: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, index: int, record: Record, label: str, *kept: Tensor) -> Tensor:
         ctx.save_for_backward(*kept)
-        ctx.index, ctx.record, ctx.word = index, record, word
-        return output.detach()  # a view could not be written to, as `x += residual` does
+        ctx.index, ctx.record, ctx.label = index, record, label
+        return output.detach()  # in-place operations such as `x += residual` would fail on a view
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors  # once: checkpointing recomputes them and gives them out a single time
-        ctx.record(ctx.index, ctx.word, kept, grad_outputs[0])
+        kept = ctx.saved_tensors  # read once: checkpointing recomputes them and returns them a single time
+        ctx.record(ctx.index, ctx.label, kept, grad_outputs[0])
         return grad_outputs[0], *[None] * (3 + len(kept))
 
 
 @contextmanager
-def tapped(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterator[None]:
-    """Tap a module for a while. Whatever stood as its forward, an offloading wrapper say, is called and put back."""
+def hook_output(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterator[None]:
+    """Call `keep` and `record` on every pass of a module. A replaced forward, such as an offloading wrapper, still runs."""
     forward = module.forward
     replaced = "forward" in vars(module)
 
-    def with_tap(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def hooked(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = forward(inputs, *args, **kwargs)
         if not torch.is_grad_enabled():
             return output
-        if not output.requires_grad:  # the first layers of the graph, when nothing before them takes a gradient
+        if not output.requires_grad:  # the first layers of the graph, if nothing before them requires a gradient
             output.requires_grad_()
-        word, kept = keep(index, inputs.detach())
-        return _Tap.apply(output, index, record, word, *kept)
+        label, kept = keep(index, inputs.detach())
+        return _OutputHook.apply(output, index, record, label, *kept)
 
-    module.forward = with_tap
+    module.forward = hooked
     try:
         yield
     finally:
@@ -69,35 +66,35 @@ def tapped(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterato
 
 
 @contextmanager
-def streamed(places: Sequence[tuple[nn.Module, str]], record: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Show every parameter's gradient to `record` as soon as it is whole, and free it; gradients held before are kept.
+def hook_gradients(places: Sequence[tuple[nn.Module, str]], record: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `record` with every parameter's gradient once it is accumulated, and free it; restore earlier gradients.
 
-    The parameters, given as (module, name), take a gradient for as long. One that is elsewhere between calls, offloaded
-    or sharded over processes, is met in its module's forward, whole and with this process's own gradient.
+    The parameters, given as (module, name), require a gradient inside the block. A parameter that is offloaded or
+    sharded between calls is hooked in its module's forward, where it is whole.
     """
     parameters = [_parameter(*place) for place in places]
     held = [parameter.grad for parameter in parameters]
-    met = WeakTensorKeyDictionary()  # parameters whose gradient is awaited, with the handle of the hook
+    hooked = WeakTensorKeyDictionary()  # from parameters to the handles of their hooks
     with ExitStack() as stack:
 
-        def await_gradient(index: int, parameter: nn.Parameter) -> None:
+        def hook(index: int, parameter: nn.Parameter) -> None:
             def take(parameter: Tensor) -> None:
                 assert parameter.grad is not None
                 record(index, parameter.grad)
                 parameter.grad = None
 
-            if parameter not in met:
+            if parameter not in hooked:
                 parameter.requires_grad_(True)
-                met[parameter] = parameter.register_post_accumulate_grad_hook(take)
+                hooked[parameter] = parameter.register_post_accumulate_grad_hook(take)
 
-        stack.callback(lambda: [handle.remove() for handle in met.values()])
+        stack.callback(lambda: [handle.remove() for handle in hooked.values()])
         for index, ((module, name), parameter) in enumerate(zip(places, parameters, strict=True)):
             parameter.grad = None
             parameter.requires_grad_(True)
             if parameter.is_meta or is_sharded(parameter):
-                stack.enter_context(_met_in_forward(module, name, partial(await_gradient, index)))
+                stack.enter_context(_called_in_forward(module, name, partial(hook, index)))
             else:
-                await_gradient(index, parameter)
+                hook(index, parameter)
         try:
             yield
         finally:
@@ -107,20 +104,18 @@ def streamed(places: Sequence[tuple[nn.Module, str]], record: Callable[[int, Ten
 
 
 @contextmanager
-def _met_in_forward(module: nn.Module, name: str, meet: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Call `meet` with a module's parameter at the start of its forward, inside the wrapper that accelerate puts there
-    to fetch it.
-    """
+def _called_in_forward(module: nn.Module, name: str, call: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Call a function with a parameter at the start of its module's forward, inside accelerate's fetching wrapper."""
     attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
     forward = getattr(module, attribute)
     replaced = attribute in vars(module)
 
-    def with_meeting(*args: Any, **kwargs: Any) -> Any:
+    def hooked(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            meet(_parameter(module, name))
+            call(_parameter(module, name))
         return forward(*args, **kwargs)
 
-    setattr(module, attribute, with_meeting)
+    setattr(module, attribute, hooked)
     try:
         yield
     finally:
@@ -135,19 +130,17 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Weights frozen, dropout off, under gradient checkpointing embeddings' outputs taking a gradient; all put back
-    afterwards.
-    """
+def measurement_mode(model: nn.Module) -> Iterator[None]:
+    """Freeze the weights and disable dropout; under gradient checkpointing let embeddings' outputs require a gradient."""
     training = {module: module.training for module in model.modules()}
-    # by their places, because offloading puts new parameters there in every pass
+    # by module and name, because offloading replaces the parameters in every pass
     trainable = [(m, k) for m in model.modules() for k, p in m.named_parameters(recurse=False) if p.requires_grad]
     dropouts: list[tuple[nn.Module, str, float]] = []
     model.eval()
     for place in trainable:
         _parameter(*place).requires_grad_(False)
     for module in model.modules():
-        # transformers checkpoints only in training mode: keep the flag there, and set dropout's probability to nought
+        # transformers checkpoints only in training mode: keep the flag there and set dropout's probability to zero
         if vars(module).get("gradient_checkpointing") is True and training[module]:
             module.training = True
             rates = [(k, v) for k, v in vars(module).items() if "dropout" in k and isinstance(v, float) and v]
@@ -158,7 +151,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if is_checkpointed else []
     hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
     try:
-        with torch.enable_grad(), unpacked(model):
+        with torch.enable_grad(), cpu_repack_disabled(model):
             yield
     finally:
         for hook in hooks:
@@ -172,6 +165,6 @@ def prepared(model: nn.Module) -> Iterator[None]:
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Re-entrant checkpointing passes gradients on only if its input takes one."""
+    """Require a gradient of an output, without which reentrant checkpointing passes no gradients on."""
     if torch.is_grad_enabled() and output.is_leaf:
         output.requires_grad_()

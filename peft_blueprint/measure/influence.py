@@ -1,49 +1,44 @@
-"""`Influence`, what one measurement found: every example's gradient norm in every submodule, with the mean gradients'
-sketches, and what follows from them.
+"""Hold one measurement as an `Influence`: gradient norms by submodule and example, sketches, and derived statistics."""
 
-Several measurements of different examples are one: statistics merge. Knows nothing of models or of how it was measured.
-"""
+from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..blueprint import Submodule
-from ..errors import BlueprintError, MeasurementError, MismatchError
+from ..errors import MeasurementError, MismatchError
 
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """What one pass over some examples measured. All tensors are on the CPU.
+    """Statistics of one pass over some examples. All tensors are on the CPU. Measurements of different examples merge.
 
     Args:
         submodules: the rows, without statistics.
         norms: (submodules, examples) float32; the L2 norm of the gradient of one example's mean token loss in one
-            submodule. The paper's cross-influence tensor (eq. 32) at the level of submodules. Where it is sketched its
-            square is unbiased; the norm itself is then low by a share of half its squared relative error.
-        norm_errors: (submodules, examples) float32; the predicted relative standard error of each norm as an estimate
-            of that example's, 0 where it is exact.
+            submodule; the paper's cross-influence tensor (eq. 32) at the level of submodules. The square of a sketched
+            norm is unbiased, so the norm itself is too low by half its squared relative error.
+        norm_errors: (submodules, examples) float32; predicted relative standard error of each norm, 0 where it is
+            exact.
         projections: (submodules, examples, m) float32, every example's gradient, or its sketch, projected on m numbers.
-            Inner products between examples of one submodule estimate those of their gradients without bias, with a
-            standard error of at most about √(2/sketch_size + 2/m) of the product of norms, and less the more directions
-            the gradients have. The sketch's part of it is common to gradients of the same directions. m is 0 if none
-            were kept. A gradient of no more than m numbers is here itself, in some order.
+            Inner products between examples of one submodule estimate those of their gradients without bias. Their
+            standard error is at most about √(2/sketch_size + 2/m) of the product of norms, and smaller the more
+            directions the gradients have. The sketch's part of it is common to gradients of the same directions. m is 0
+            if none were kept. A gradient of at most m numbers is kept whole, in some order.
         losses: (examples,) float32; mean over an example's own target tokens, in nats.
         target_tokens: (examples,) int64.
-        sketches: for every submodule the mean over examples of its gradient times Ω, (d_out, s) float32; the mean
-            gradient itself where d_in ≤ 2·sketch_size. A parameter's leading dimensions count as rows.
-        sketch_size: s; None where the mean gradients are kept whole.
-        seed: of Ω.
-        method: how the norms were measured, "exact", "sketch" or "auto".
-        tokens: input positions read, padding included; 0 where the model reads none.
+        sketches: mean over examples of the gradient times Ω, (d_out, s) float32, of every submodule; the mean gradient
+            itself where d_in ≤ 2·sketch_size. A parameter's leading dimensions count as rows.
+        sketch_size: s; None if the mean gradients are kept whole.
+        seed: seed of Ω.
+        method: "exact", "sketch" or "auto".
+        tokens: number of input positions read, padding included; 0 if the model reads no tokens.
         unmeasured: (name, reason) of every weight that is not among the rows.
-        data_digest: `sha256:…` of what the model was given, in order.
+        data_digest: `sha256:…` of the model's inputs, in order.
     """
 
     submodules: tuple[Submodule, ...]
@@ -67,28 +62,27 @@ class Influence:
 
     @property
     def row_norms(self) -> tuple[Tensor, ...]:
-        """For every submodule the norms of the mean gradient's rows, (d_out,)."""
+        """Norms of the mean gradient's rows, (d_out,) of every submodule."""
         return tuple(torch.linalg.vector_norm(sketch, dim=1) for sketch in self.sketches)
 
     @property
     def mean_gradient_norms(self) -> Tensor:
-        """(submodules,) norm of the mean gradient over these examples; an estimate where it is sketched."""
+        """Norm of the mean gradient over these examples, (submodules,); an estimate where it is sketched."""
         return torch.stack([torch.linalg.vector_norm(sketch) for sketch in self.sketches])
 
     @property
     def signal_norms(self) -> Tensor:
-        """(submodules,) norm of the expected gradient, without the bias that the noise of B examples adds.
+        """Norm of the expected gradient, (submodules,), without the bias that the noise of B examples adds.
 
-        ‖E g‖² ≈ (B·‖ḡ‖² − mean‖g_b‖²)/(B − 1), 0 where that is negative; NaN for a single example, which cannot tell
-        signal from noise.
+        ‖E g‖² ≈ (B·‖ḡ‖² − mean‖g_b‖²)/(B − 1), 0 where that is negative; NaN for a single example.
         """
         return self._signal_squares().clamp_min(0).sqrt()
 
     @property
     def noise_scales(self) -> Tensor:
-        """(submodules,) tr(Σ)/‖E g‖² in examples (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1).
+        """Gradient noise scale tr(Σ)/‖E g‖² in examples, (submodules,) (McCandlish et al. 2018, arXiv:1812.06162, A.1).
 
-        About the batch size from which on a larger batch stops helping. Infinite where no signal was seen.
+        About the batch size above which a larger batch stops helping. Infinite if there is no measurable signal.
         """
         n = self.examples
         noise = (self.norms.square().mean(dim=1) - self.mean_gradient_norms.square()) * n / (n - 1 or float("nan"))
@@ -96,61 +90,66 @@ class Influence:
 
     @property
     def example_norms(self) -> Tensor:
-        """(examples,) J(z), the gradient norm over all submodules together (eq. 27)."""
+        """Gradient norm J(z) over all submodules together, (examples,) (eq. 27)."""
         return torch.linalg.vector_norm(self.norms, dim=0)
 
     @property
     def alignments(self) -> Tensor:
-        """(submodules, examples) C, how much each example's gradient agrees with the other examples' mean gradient.
+        """Inner products C of each example's gradient with the others' mean gradient, (submodules, examples).
 
         C[i, b] = ⟨g_b, mean of g_b′ over b′ ≠ b⟩, estimated from projections. The example itself is left out of the
-        mean, so that its noise does not count as agreement: C[i, b] is without bias for ⟨g_b, E g⟩, and its mean over
-        examples for ‖E g‖², which `signal_norms` estimates as well. To first order a small gradient step on submodule
-        i lowers example b's loss in proportion to C[i, b]. NaN for a single example.
+        mean, so that its noise does not count as agreement. C[i, b] estimates ⟨g_b, E g⟩ without bias, and its mean
+        over examples ‖E g‖², as `signal_norms` does. To first order a small gradient step on submodule i lowers example
+        b's loss in proportion to C[i, b]. NaN for a single example.
 
         Raises:
             MeasurementError: if no projections were kept.
         """
         if not self.projections.shape[2]:
-            raise MeasurementError("There are no projections to align. Measure with projection_size=251.")
+            raise MeasurementError(
+                "There are no projections, which alignments need. Measure with projection_size=251."
+            )
         sums = self.projections.sum(dim=1, keepdim=True)
         products = (self.projections * sums).sum(dim=2) - self.projections.square().sum(dim=2)
         return products / (self.examples - 1 or float("nan"))
 
     def singular_energy(self, rank: int, rows: Sequence[int] | None = None) -> Tensor:
-        """(submodules,) share of the mean gradient's energy ‖ḡ‖² that its `rank` leading left directions hold.
+        """Return the share of the mean gradient's energy ‖ḡ‖² in its `rank` leading left directions, (submodules,).
 
         From a sketch, each column of GΩ is projected on the leading directions of the others, so that directions fitted
-        to noise earn nothing; an estimate from below, since they come from s − 1 columns (Halko et al. 2011,
-        arXiv:0909.4061, on what such directions miss). Exact where the mean gradient is kept whole. Of all submodules,
-        or of some rows.
+        to noise count for nothing. This estimates from below, because the directions come from s − 1 columns (Halko et
+        al. 2011, arXiv:0909.4061). Exact where the mean gradient is kept whole.
+
+        Args:
+            rank: number of directions.
+            rows: indices of submodules; all by default.
 
         Raises:
-            MeasurementError: for a rank below 1, or not below the sketch's size.
+            MeasurementError: for a rank below 1, or of the sketch's size or more.
         """
         return torch.stack(
             [self._energy(index, rank) for index in (range(len(self.submodules)) if rows is None else rows)]
         )
 
     def shows_rank(self, row: int, rank: int) -> bool:
-        """Whether a submodule's sketch has columns enough for directions of this rank."""
+        """Return whether a submodule's sketch has enough columns for this rank."""
         return rank >= 1 and (not self._is_sketched(row) or rank < self.sketches[row].shape[1])
 
     def left_directions(self, rank: int) -> tuple[Tensor, ...]:
-        """For every submodule the `rank` leading left singular vectors of the mean gradient, (d_out, ≤ rank).
+        """Return the `rank` leading left singular vectors of every mean gradient, (d_out, ≤ rank).
 
-        They span what B learns first in a LoRA adapter ΔW = BA.
+        B of a LoRA adapter ΔW = BA learns in their span first.
 
         Raises:
-            MeasurementError: for a rank below 1, or not below the sketch's size.
+            MeasurementError: for a rank below 1, or of the sketch's size or more.
         """
         for index in range(len(self.submodules)):
             self._check_rank(index, rank)
         return tuple(torch.linalg.svd(sketch, full_matrices=False).U[:, :rank] for sketch in self.sketches)
 
     @staticmethod
-    def merge(parts: Sequence["Influence"]) -> "Influence":
-        """Join measurements of different examples on one model; nothing is lost, since sketches add.
+    def merge(parts: Sequence[Influence]) -> Influence:
+        """Merge measurements of different examples on one model, without loss, because sketches add.
 
         Raises:
             MismatchError: if submodules, sketch size, projection size or seed differ.
@@ -195,8 +194,8 @@ class Influence:
         columns = self.sketches[index].shape[1]
         if not self.shows_rank(index, rank):
             raise MeasurementError(
-                f"rank={rank}: the sketch of {self.submodules[index].name!r} has {columns} columns, which show ranks from "
-                f"1 to {columns - 1}. Measure with sketch_size={max(2 * rank, 2)}."
+                f"rank must be from 1 to {columns - 1}, because the sketch of {self.submodules[index].name!r} has {columns} "
+                f"columns, got {rank}. Measure with sketch_size={max(2 * rank, 2)}."
             )
 
     def _energy(self, index: int, rank: int) -> Tensor:
@@ -213,44 +212,7 @@ class Influence:
 
 
 def joined_digest(digests: Sequence[str]) -> str:
-    """The digest of data in several parts, from the parts' digests in order; of one part its own."""
+    """Combine the digests of several parts of the data, in order; a single digest stays."""
     if len(digests) == 1:
         return digests[0]
     return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"
-
-
-COLUMNS = 16  # of the factor that a blueprint holds
-
-
-def alignment_factor(alignments: ArrayLike, columns: int = COLUMNS) -> np.ndarray:
-    """What a blueprint keeps of the alignments C (submodules n, examples B): U (n, ≤ columns) with UUᵀ ≈ Q = CCᵀ/B.
-
-    Q is the second moment of the scores over examples, uncentred as an empirical Fisher matrix. U's first column is the
-    mean over examples s = C·1/B, and it is exact: the basis of the examples is turned so that one direction is the
-    constant one. The others are the leading principal components of C − s·1ᵀ, so that they hold the covariance: Q − ssᵀ.
-    Rows are brought to one size before the components are taken, for submodules of large gradients would otherwise be
-    all that is kept. An aggregate over examples; no example's own value is in it.
-
-    Args:
-        alignments: C, as `Influence.alignments`.
-        columns: at most so many.
-
-    Raises:
-        BlueprintError: if C is no matrix of finite numbers.
-    """
-    matrix = np.asarray(alignments, dtype=float)
-    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
-        raise BlueprintError(
-            f"Alignments are a matrix (submodules, examples) of finite numbers, not of shape {matrix.shape} with "
-            f"{int((~np.isfinite(matrix)).sum())} that are not finite. Measure at least two examples."
-        )
-    means = matrix.mean(axis=1)
-    sizes = np.sqrt(np.square(matrix).mean(axis=1, keepdims=True))
-    sizes[sizes == 0] = 1.0
-    centred = (matrix - means[:, None]) / (sizes * math.sqrt(matrix.shape[1]))
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    kept = min(columns - 1, int((values > 1e-6).sum()))
-    left = left[:, :kept] * np.sign(
-        left[np.abs(left[:, :kept]).argmax(axis=0), range(kept)]
-    )  # one sign for all machines
-    return np.concatenate([means[:, None], sizes * left * values[:kept]], axis=1)

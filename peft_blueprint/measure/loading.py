@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..errors import BlueprintError
-from .bnb_cpu import keep_unpacked
+from .bnb_cpu import disable_cpu_repack
 
 
 Loaded = TypeVar("Loaded")
@@ -62,7 +62,7 @@ def load_model(
     model = _loaded(name, load)
     if quantization:
         model.requires_grad_(False)
-        keep_unpacked(model)
+        disable_cpu_repack(model)
     return model, load_tokenizer(name)
 
 

@@ -1,8 +1,10 @@
-"""Each example's own loss: the mean over its target tokens, with examples kept apart.
+"""Compute each example's own loss: the mean over its target tokens.
 
-Covers what transformers' heads compute from `labels`: next-token, token-by-token and sequence-to-sequence prediction,
-classification and regression; and, one example at a time, whatever loss a model returns. Knows nothing of gradients.
+Covers the objectives of transformers' heads: next-token, per-token and sequence-to-sequence prediction, classification
+and regression. One example at a time, it covers any loss that a model returns.
 """
+
+from __future__ import annotations
 
 import inspect
 import re
@@ -21,18 +23,18 @@ from .submodules import class_of, unwrap
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
-IGNORED = -100  # transformers' label for "no target here"
+IGNORED = -100  # transformers' label of positions without a target
 _NEXT_TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
 
 class UnknownObjective(MeasurementError):
-    """Only the model itself knows what it minimises: its own loss of one example at a time is that example's."""
+    """Only the model itself can compute its objective; measure its own loss, one example at a time."""
 
 
 def per_example_losses(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
+    """Return losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
 
     Args:
         model: with or without adapters.
@@ -40,24 +42,22 @@ def per_example_losses(
         loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
 
     Raises:
-        UnknownObjective: without labels, or for labels that fit no objective known here.
+        UnknownObjective: without labels, or if logits and labels fit no known objective.
         MeasurementError: without targets.
     """
     if loss_fn is not None:
         losses = loss_fn(model, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-            raise MeasurementError(
-                f"loss_fn returned {found}; it must return a tensor with one loss for each example, (B,)."
-            )
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise MeasurementError(f"loss_fn must return a tensor with one loss for each example, (B,), got {found}.")
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise MeasurementError(
-                "loss_fn returned losses that do not depend on the model: they were detached, or made under no_grad. "
-                "Return them with their graph."
+                "loss_fn returned losses without a graph: they were detached, or computed under no_grad. Return them with "
+                "their graph."
             )
         return losses.float(), _count_targets(batch, len(losses))
     if "labels" not in batch:
-        raise UnknownObjective(f"The batch has {sorted(batch)} and no labels, so there is no loss known here.")
+        raise UnknownObjective(f"The batch has {sorted(batch)} and no labels.")
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if labels.dim() != 2:
@@ -65,7 +65,7 @@ def per_example_losses(
         known = _losses_of(model, logits, labels)
     elif _is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         prepare = getattr(unwrap(model), "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None:  # the model makes them itself, in computing a loss
+        if prepare is None:  # the model makes them itself when it computes a loss
             logits = model(**batch).logits
             known = _losses_of(model, logits, labels)
         else:
@@ -75,17 +75,21 @@ def per_example_losses(
     if known is None:
         raise UnknownObjective(
             f"{type(unwrap(model)).__name__} returned logits of shape {tuple(logits.shape)} for labels of shape "
-            f"{tuple(labels.shape)}, which is no objective known here."
+            f"{tuple(labels.shape)}, which fit no known objective."
         )
     return known
 
 
-def is_models_own(model: nn.Module, batch: Mapping[str, Any], may_ask: bool = True) -> bool:
-    """Whether the losses computed here are what the model itself minimises.
+def matches_model_loss(model: nn.Module, batch: Mapping[str, Any], may_run: bool = True) -> bool:
+    """Return whether `per_example_losses` equals the loss that the model returns.
 
-    A model may weigh classes, smooth labels or add the balance of its experts, so it is asked: one of transformers' own
-    for the batch's first example, any other for all. Of transformers' decoders it is known without asking. A model that
-    may not be asked is taken to have an objective of its own.
+    A model may weight classes, smooth labels or add a load-balancing loss. So it is run and compared: on the batch's
+    first example if its code is transformers' own, otherwise on all. The plain decoders of transformers need no run.
+
+    Args:
+        model: with or without adapters.
+        batch: the model's inputs and labels.
+        may_run: False for a model that a single process cannot run; it is then taken to have its own objective.
     """
     base: Any = unwrap(model)
     labels = batch.get("labels")
@@ -94,12 +98,12 @@ def is_models_own(model: nn.Module, batch: Mapping[str, Any], may_ask: bool = Tr
     is_known = _is_transformers_own(base)
     if is_known and _is_plain_decoder(base):
         return True
-    if not may_ask:
+    if not may_run:
         return False
     odd = {len(v) for v in batch.values() if isinstance(v, Tensor | list | tuple)} - {len(labels)}
     if odd and len(labels) > 1:
-        return True  # which of those rows belong to which example is not known
-    return all(_agrees(model, example) for example in islice(examples_of(batch), 1 if is_known else None))
+        return True  # it is unknown which rows belong to which example
+    return all(_agrees(model, example) for example in islice(split_examples(batch), 1 if is_known else None))
 
 
 def _agrees(model: nn.Module, example: Mapping[str, Any]) -> bool:
@@ -114,11 +118,11 @@ def _agrees(model: nn.Module, example: Mapping[str, Any]) -> bool:
 
 
 def check_examples_are_apart(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction) -> None:
-    """Raise MeasurementError if the first example's loss is another when it is alone.
+    """Raise MeasurementError if the first example's loss changes when it is alone.
 
     Args:
         model: with or without adapters.
-        batch: every value of which has a row for each example.
+        batch: every value has a row for each example.
         loss_fn: as for `per_example_losses`.
     """
     alone = {key: value[:1] if isinstance(value, Tensor | list | tuple) else value for key, value in batch.items()}
@@ -133,11 +137,11 @@ def check_examples_are_apart(model: nn.Module, batch: Mapping[str, Any], loss_fn
         )
 
 
-def own_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The loss that a model returns for a batch of one, (1,) float32 with its graph, and its number of targets (1,).
+def model_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the model's own loss of a batch of one, (1,) float32 with its graph, and its number of targets (1,).
 
     Raises:
-        MeasurementError: if it returns none, or the example has no target.
+        MeasurementError: if the model returns no loss, or the example has no target.
     """
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
     loss = getattr(model(**cacheless | dict(example)), "loss", None)
@@ -153,21 +157,21 @@ def own_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 
 def count_examples(batch: Mapping[str, Any]) -> int:
-    """Number of examples of a batch: rows of its labels, its tokens or what comes first."""
+    """Return the number of examples of a batch: rows of its labels, its tokens or its first tensor."""
     for key in ("labels", "input_ids"):
         if isinstance(batch.get(key), Tensor):
             return len(batch[key])
     rows = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     if not rows:
         raise MeasurementError(
-            f"A batch needs a tensor with a row for each example; this one has {sorted(map(str, batch)) or 'nothing'}. "
-            "Give tensors by name, not nested."
+            f"A batch needs a tensor with a row for each example, got {sorted(map(str, batch)) or 'nothing'}. Give "
+            "tensors by name, not nested."
         )
     return rows[0]
 
 
 def is_interleaved(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether images or sounds stand among a text's tokens: how many belong to an example, the rows do not say."""
+    """Return whether images or sounds stand among a text's tokens, so that rows do not show whose they are."""
     values = [v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("labels", "attention_mask")]
     extra = [value for value in values if value.is_floating_point() and value.dim() > 1]
     settings = vars(getattr(unwrap(model), "config", None) or model)
@@ -175,11 +179,11 @@ def is_interleaved(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return "input_ids" in batch and any(has_places or len(value) != count_examples(batch) for value in extra)
 
 
-def examples_of(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The examples of a batch as batches of one.
+def split_examples(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Split a batch into batches of one example.
 
     Raises:
-        MeasurementError: if some value has not a row for each.
+        MeasurementError: if a value does not have one row for each example.
     """
     examples = count_examples(batch)
     if examples == 1:
@@ -189,15 +193,15 @@ def examples_of(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     odd = {key: size for key, size in sizes.items() if size != examples}
     if odd:
         raise MeasurementError(
-            f"A batch of {examples} examples has {odd}: which of those rows belong to which example cannot be told. "
-            "Give batches of one example."
+            f"A batch of {examples} examples has {odd} rows, so it is unknown which belong to which example. Give batches "
+            "of one example."
         )
     for i in range(examples):
         yield {key: value[i : i + 1] if key in sizes else value for key, value in batch.items()}
 
 
 def _losses_of(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Losses (B,) and numbers of targets (B,) from all logits, or None if the shapes fit no objective known here."""
+    """Return losses (B,) and numbers of targets (B,) from all logits, or None if the shapes fit no known objective."""
     if labels.dim() == 1 and logits.dim() == 2:
         return _sequence_losses(logits, labels), torch.ones_like(labels, dtype=torch.long)
     if labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
@@ -209,7 +213,7 @@ def _losses_of(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor
 def _losses_at_targets(
     model: nn.Module, inputs: dict[str, Any], labels: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Logits where some row has a target, with what `_losses_of` gives. Labels are (B, T)."""
+    """Return the logits at positions where a row has a target, and losses as `_losses_of`. Labels are (B, T)."""
     targets = labels[:, 1:] if _predicts_next_token(model) else labels
     _require_targets(targets != IGNORED)
     columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
@@ -220,9 +224,9 @@ def _losses_at_targets(
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length: int) -> Tensor:
-    """Logits (B, columns, V): the head is a large part of a small model, so it is applied where there is a target.
+    """Return logits (B, columns, V). The head is a large part of a small model, so it runs on these positions only.
 
-    Through `logits_to_keep` where the model has it, else by giving the head those positions alone, else cut afterwards.
+    Uses `logits_to_keep` if the model has it, otherwise a hook on the head. Without a known head, cut afterwards.
     """
     base: Any = unwrap(model)
     known = inspect.signature(base.forward).parameters
@@ -247,7 +251,7 @@ def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of every row over its targets. (B, T, V), (B, T) → (B,), (B,)."""
+    """Return the mean cross-entropy of every row over its targets. (B, T, V), (B, T) → (B,), (B,)."""
     targets = targets.to(logits.device)
     counts = _require_targets(targets != IGNORED)
     token_losses: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
@@ -255,29 +259,29 @@ def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of every row, 0 where there is no target, holding no more than the logits and their gradient.
+    """Cross-entropy of every row, 0 without a target, in the memory of the logits and their gradient.
 
-    `F.cross_entropy` keeps the logarithms of the softmax as well, and a copy of half-precision logits in float32: with
-    a vocabulary of 50,000 those decide the peak memory of a small model. Here rows are taken a few at a time.
+    `F.cross_entropy` also keeps the log-softmax, and a float32 copy of half-precision logits. With a vocabulary of
+    50,000 these dominate the peak memory of a small model. Here a few rows are computed at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         """(N, V), (N,) → (N,) float32."""
-        normalisers = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(_rows_at_a_time(logits))])
-        ctx.save_for_backward(logits, targets, normalisers)
+        normalizers = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(_rows_at_a_time(logits))])
+        ctx.save_for_backward(logits, targets, normalizers)
         chosen = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].float()
-        return torch.where(targets == IGNORED, 0.0, normalisers - chosen)
+        return torch.where(targets == IGNORED, 0.0, normalizers - chosen)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        """The softmax, less one at the target, times the row's weight."""
-        logits, targets, normalisers = ctx.saved_tensors
+        """Return the softmax, minus one at the target, times the row's weight."""
+        logits, targets, normalizers = ctx.saved_tensors
         weights = torch.where(targets == IGNORED, 0.0, grad_outputs[0])
         gradient = torch.empty_like(logits)
         for i in range(0, len(logits), step := _rows_at_a_time(logits)):
             rows = slice(i, i + step)
-            part = (logits[rows].float() - normalisers[rows, None]).exp_()
+            part = (logits[rows].float() - normalizers[rows, None]).exp_()
             part.scatter_add_(1, targets[rows].clamp_min(0)[:, None], part.new_full((len(part), 1), -1.0))
             gradient[rows] = part.mul_(weights[rows, None])
         return gradient, None
@@ -288,7 +292,7 @@ def _rows_at_a_time(logits: Tensor) -> int:
 
 
 def _sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of (B, C) logits, or squared error where there is one output or the labels are real numbers."""
+    """Return the cross-entropy of (B, C) logits, or squared errors for one output or floating-point labels."""
     labels = labels.to(logits.device)
     if logits.shape[1] == 1 or labels.is_floating_point():
         return F.mse_loss(logits.squeeze(1).float(), labels.float(), reduction="none")
@@ -314,7 +318,7 @@ def _count_targets(batch: Mapping[str, Any], examples: int) -> Tensor:
 
 
 def _predicts_next_token(model: nn.Module) -> bool:
-    """Decoders alone, with a language model's head or (text with images) a conditional generator's."""
+    """Return whether this is a decoder with a language model's head, or a decoder-only conditional generator."""
     name = type(unwrap(model)).__name__
     return name.endswith(_NEXT_TOKEN_HEADS) or (
         name.endswith("ForConditionalGeneration") and not _is_encoder_decoder(model)
@@ -322,13 +326,13 @@ def _predicts_next_token(model: nn.Module) -> bool:
 
 
 def _is_transformers_own(base: nn.Module) -> bool:
-    """Whether a model's forward is as transformers wrote it, but for accelerate's wrapper that fetches weights."""
+    """Return whether a model's forward is transformers' own, apart from accelerate's wrapper that fetches weights."""
     is_replaced = "forward" in vars(base) and "_hf_hook" not in vars(base)
     return class_of(base).__module__.startswith("transformers.") and not is_replaced
 
 
 def _is_plain_decoder(base: Any) -> bool:
-    """Of transformers' models one whose loss is the cross-entropy of the next token, and nothing besides."""
+    """Return whether the loss of a transformers model is the cross-entropy of the next token and nothing more."""
     return (
         class_of(base).__name__.endswith(_NEXT_TOKEN_HEADS[:2])
         and getattr(base.loss_function, "__name__", "") == "ForCausalLMLoss"

@@ -1,67 +1,68 @@
-"""What of a measurement may be published: means over examples, with noise, and with a guarantee if one is wanted.
+"""Release mean gradient norms with noise, or with a guarantee of differential privacy.
 
-Pure functions on arrays of norms, beside the one that hands a measurement its examples one by one. Knows nothing of
-models, files or of how a norm is measured.
+Under a guarantee OpenDP (extra `privacy`) calibrates and samples the noise.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 from scipy import fft
-from scipy.optimize import brentq
-from scipy.special import erfcx, log_ndtr
 from torch import Tensor
 
 from ..blueprint import Submodule
 from ..errors import BlueprintError, MeasurementError
-from .losses import IGNORED, examples_of
+from .losses import IGNORED, split_examples
 
 
 SCALE_SHARE = 0.1  # of epsilon, for the norms' common scale
-SCALES = np.logspace(-6, 6, 601)  # among which the scale is chosen, whatever the data; neighbours differ by 4.7 %
-_PRIOR = 1 / (1 + np.log10(SCALES) ** 2)  # lengths of gradients are oftener near 1 than near a million
+SCALES = np.logspace(-6, 6, 601)  # candidates for the scale, whatever the data; neighbours differ by 4.7 %
+_LOG_PRIOR = -np.log1p(np.log10(SCALES) ** 2)  # gradient lengths are more often near 1 than near a million
 
-_BITS_BELOW_SIGMA = 10  # released means are multiples of a power of two, at least 2¹⁰ of them to a sigma
-_FLOOR = 0.1  # in sigmas; what comes out below is set to it, since norms are positive
+_ROUNDING = 1 + 1e-6  # on sensitivities, for the rounding of float64 sums
+_FLOOR = 0.1  # in sigmas; norms are positive, so smaller values are raised to it
 _RELIABLE = 0.5
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 
-_TEXTS = {
+_STATEMENT = {
     "unit": "one example",
     "neighbours": "two data sets of the same number of examples that differ in the content of one",
-    "covers": "all that this file says of the examples, except what was typed in as the data's name and the command; "
-    "not their number, which is taken to be public, and not the model's weights",
-    "composition": "holds for every domain by itself; for an example in several domains, or in other publications, "
+    "covers": "everything in this file that depends on the examples, except the data's name and the command as typed; "
+    "not the number of examples, which is public, and not the model's weights",
+    "composition": "holds for every domain separately; for an example in several domains, or in other publications, "
     "epsilons and deltas add up",
 }
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """How much a blueprint may tell of single examples: some noise, or a guarantee.
+    """How much a blueprint may reveal about single examples: some noise, or a guarantee.
 
-    Either `noise`, which makes it harder to infer an example and guarantees nothing; or `epsilon` and `delta`, for which
-    the release is (ε, δ)-differentially private: whatever is concluded from the file is about as likely, up to a
-    factor e^ε and a probability δ, had one example been another.
+    Give `noise`, which makes it harder to infer an example but guarantees nothing. Or give `epsilon` and `delta`: the
+    release is then (ε, δ)-differentially private. If one example had been different, any conclusion from the file would
+    have been about as likely, up to a factor e^ε and a probability δ.
 
     Args:
         noise: standard deviation of the Gaussian noise on each gradient norm, as a share of the mean norm of its kind.
-        epsilon: of the whole release of one data set; below 1 strong, above 10 weak.
-        delta: far below one over the number of examples; it must at least be below.
+        epsilon: privacy loss of the whole release of one data set; below 1 is strong, above 10 weak.
+        delta: far below one over the number of examples.
         clip: bound on the L2 norm of an example's vector of norms over the submodules, J(z); longer vectors are scaled
-            down to it. None scales every vector to length one, which needs no bound, loses the fewest ranks, and learns
-            the norms' common scale with a tenth of epsilon. Take a number only from other data or experience: one found
-            by looking at these examples is not covered.
+            down to it. None scales every vector to length one, which needs no bound, preserves ranks best, and spends a
+            tenth of epsilon on the norms' common scale. Take a number only from other data or from experience: a bound
+            found by looking at these examples is not covered by the guarantee.
 
     Raises:
         BlueprintError: for neither or both, epsilon without delta, or a number out of its range.
+
+    Example:
+        >>> Privacy(epsilon=4.0, delta=1e-5).is_guaranteed
+        True
     """
 
     noise: float = 0.0
@@ -71,29 +72,27 @@ class Privacy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < math.inf:
-            raise BlueprintError(f"noise={self.noise} is no share of a norm: give a number from 0, such as 0.1.")
+            raise BlueprintError(f"noise must be a number of at least 0, such as 0.1, got {self.noise}.")
         if self.noise and (self.epsilon is not None or self.delta is not None):
             raise BlueprintError(
-                f"noise={self.noise} and epsilon={self.epsilon}, delta={self.delta}: a guarantee sets its own noise. Give "
-                "one or the other."
+                f"noise={self.noise} and epsilon={self.epsilon}, delta={self.delta}: a guarantee sets its own noise. "
+                "Give one or the other."
             )
         if (self.epsilon is None) != (self.delta is None):
             raise BlueprintError(
-                f"epsilon={self.epsilon} and delta={self.delta}: a guarantee needs both, such as epsilon=4, delta=1e-5."
+                f"A guarantee needs both epsilon and delta, such as epsilon=4, delta=1e-5; got epsilon={self.epsilon} "
+                f"and delta={self.delta}."
             )
         if self.epsilon is not None:
             if not 0 < self.epsilon < math.inf:
-                raise BlueprintError(f"epsilon={self.epsilon} is no privacy loss: give a number above 0, such as 4.")
+                raise BlueprintError(f"epsilon must be positive, such as 4, got {self.epsilon}.")
             if not 0 < (self.delta or 0) < 1:
-                raise BlueprintError(
-                    f"delta={self.delta} is no probability: give a small number above 0, such as 1e-5."
-                )
+                raise BlueprintError(f"delta must be in (0, 1), such as 1e-5, got {self.delta}.")
         elif not self.noise:
-            raise BlueprintError("Privacy says neither noise nor epsilon and delta: give one, or leave privacy out.")
+            raise BlueprintError("Privacy needs noise, or epsilon and delta. Give one, or leave privacy out.")
         if self.clip is not None and (self.epsilon is None or not 0 < self.clip < math.inf):
             raise BlueprintError(
-                f"clip={self.clip} with epsilon={self.epsilon}: a bound is a number above 0, and goes with epsilon and "
-                "delta."
+                f"clip must be positive and needs epsilon and delta, got clip={self.clip}, epsilon={self.epsilon}."
             )
 
     @property
@@ -101,42 +100,53 @@ class Privacy:
         """Whether epsilon and delta are given."""
         return self.epsilon is not None
 
+    def require_library(self) -> None:
+        """Raise BlueprintError if a guarantee is wanted and OpenDP is not installed."""
+        if self.is_guaranteed:
+            _opendp()
 
-def gaussian_delta(epsilon: float, sigma: float, sensitivity: float = 1.0) -> float:
-    """The smallest δ for which adding N(0, σ²) to every coordinate is (ε, δ)-differentially private.
 
-    Φ(Δ/2σ − εσ/Δ) − e^ε·Φ(−Δ/2σ − εσ/Δ), Balle and Wang 2018 (arXiv:1805.06530), theorem 8; computed without the
-    difference of nearly equal numbers and without e^ε.
+def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
+    """Return the smallest σ for which OpenDP's Gaussian mechanism is (ε, δ)-differentially private.
+
+    OpenDP samples exactly, on a lattice (Canonne, Kamath and Steinke 2020, arXiv:2004.00010), so that the noise has no
+    floating-point artefacts an attacker could use (Mironov 2012, doi:10.1145/2382196.2382264). It accounts in
+    zero-concentrated differential privacy and converts to (ε, δ). That σ is 2 to 11 % above the one that real numbers
+    would need (Balle and Wang 2018, arXiv:1805.06530) for δ = 1e-5 and ε from 0.1 to 200.
 
     Args:
-        epsilon: from 0.
-        sigma: standard deviation of the noise.
-        sensitivity: Δ, how far apart in L2 norm neighbouring data sets' values are at most.
-    """
-    _require_positive(sigma=sigma, sensitivity=sensitivity)
-    return math.exp(_log_delta(epsilon, sensitivity / (2 * sigma)))
-
-
-def analytic_gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
-    """The smallest σ for which adding N(0, σ²) to every coordinate is (ε, δ)-differentially private.
-
-    Solves `gaussian_delta` = δ to 1e-10 of σ, from above. For every ε, where the classical √(2·ln(1.25/δ))·Δ/ε holds
-    below 1 only and is larger.
+        epsilon: privacy loss, positive.
+        delta: in (0, 1).
+        sensitivity: largest L2 distance between the values of neighbouring data sets.
 
     Raises:
-        BlueprintError: unless epsilon and sensitivity are positive and delta is in (0, 1).
+        BlueprintError: for a number out of its range, or without OpenDP.
     """
-    _require_positive(epsilon=epsilon, sensitivity=sensitivity)
+    for name, value in (("epsilon", epsilon), ("sensitivity", sensitivity)):
+        if not 0 < value < math.inf:
+            raise BlueprintError(f"{name} must be positive, got {value}.")
     if not 0 < delta < 1:
-        raise BlueprintError(f"delta={delta} is no probability: give a small number above 0, such as 1e-5.")
-    target = math.log(delta)
-    low = high = 0.0  # logarithms of Δ/2σ
-    while _log_delta(epsilon, math.exp(low)) > target:
-        low -= 1.0
-    while _log_delta(epsilon, math.exp(high)) < target:
-        high += 1.0
-    root = brentq(lambda x: _log_delta(epsilon, math.exp(x)) - target, low, high, xtol=1e-13, rtol=1e-13)
-    return sensitivity / (2 * math.exp(root)) * (1 + 2e-11)
+        raise BlueprintError(f"delta must be in (0, 1), such as 1e-5, got {delta}.")
+    return _calibrated(float(epsilon), float(delta), float(sensitivity))
+
+
+def choose_scale(lengths: np.ndarray, epsilon: float) -> float:
+    """Choose one of `SCALES` near the median of lengths (n,), with ε-differential privacy.
+
+    The score of a scale is minus the distance of the number of lengths up to it from n/2. One example moves the score
+    by at most 1. A prior ∝ 1/(1 + log₁₀² scale) that depends on no data is added to the scores. OpenDP's noisy max
+    chooses among them (permute-and-flip, McKenna and Sheldon 2020, arXiv:2010.12603).
+    """
+    dp = _opendp()
+    space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.linf_distance(T=float)
+    noisy_max = dp.m.make_noisy_max(*space, dp.max_divergence(), scale=2 * _ROUNDING / epsilon)
+    return float(SCALES[noisy_max(scale_scores(lengths, epsilon).tolist())])
+
+
+def scale_scores(lengths: np.ndarray, epsilon: float) -> np.ndarray:
+    """Return the scores (601,) that `choose_scale` chooses by."""
+    counts = np.searchsorted(np.sort(lengths), SCALES, side="right")
+    return 2 / epsilon * _LOG_PRIOR - np.abs(counts - len(lengths) / 2)
 
 
 def release(
@@ -145,66 +155,62 @@ def release(
     privacy: Privacy,
     generator: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Mean norms of one data set that may be published, and what to say of them.
+    """Return mean norms of one data set that may be published, and a statement about them.
 
-    With a guarantee every example's vector (n_sub,) is scaled to length one (or clipped to `clip`), and the mean over
-    the n examples is released with N(0, σ²) in every coordinate. Neighbouring means are at most √2·clip/n apart: for
-    u, v ≥ 0 no longer than c, ‖u − v‖² = ‖u‖² + ‖v‖² − 2⟨u, v⟩ ≤ 2c², since ⟨u, v⟩ ≥ 0. The common scale, the median of
-    the vectors' lengths, is chosen among `SCALES` by the exponential mechanism (McSherry and Talwar 2007) with a tenth
-    of ε; both parts add up to ε by basic composition. What follows sees released numbers alone: the means are rounded,
-    denoised (`shrink`) and kept positive.
+    With a guarantee, every example's vector (n_sub,) is scaled to length one (or clipped to `clip`), and the mean over
+    the n examples is released with Gaussian noise. Neighbouring means are at most √2·clip/n apart: for u, v ≥ 0 no
+    longer than c, ‖u − v‖² = ‖u‖² + ‖v‖² − 2⟨u, v⟩ ≤ 2c², because ⟨u, v⟩ ≥ 0. The common scale, the median of the
+    vectors' lengths, is chosen with a tenth of ε (`choose_scale`). Both parts add up to ε by basic composition. What
+    follows uses released numbers alone: the means are denoised (`shrink`) and kept positive.
 
-    Not guarded against: attacks on floating-point arithmetic (Mironov 2012, doi:10.1145/2382196.2382264), of which the
-    rounding to 2⁻¹⁰ σ takes the low bits but is no proof; the time a measurement took; that one failed. Noise comes
-    from numpy's PCG64 seeded with 256 bits from the operating system, not from a cryptographic generator.
+    The noise of a guarantee comes from the operating system's entropy through OpenDP. No seed is honoured, because
+    whoever knows the seed can subtract the noise. Two attacks remain possible: the time that a measurement takes, and
+    whether it fails.
 
     Args:
         norms: (n_sub, n), one column an example; a column must depend on that example alone (see `one_by_one`).
         submodules: the rows, which with their order must not depend on the examples.
-        privacy: what is wanted.
-        generator: of the noise, for tests. By default a new one from the operating system's entropy: who knows the
-            seed can subtract the noise, so that it is never recorded.
+        privacy: noise, or epsilon and delta.
+        generator: source of the noise without a guarantee; by default a new one.
 
     Returns:
         Norms (n_sub,) and the statement for the provenance.
 
     Raises:
-        MeasurementError: for fewer than 2 examples, delta from 1/n on, or norms that are no norms.
+        MeasurementError: for fewer than 2 examples, delta of 1/n or more, or norms that are negative or not finite.
+        BlueprintError: for a generator with a guarantee, or a guarantee without OpenDP.
     """
     norms = np.asarray(norms, dtype=float)
     _check(norms, submodules, privacy)
-    generator = generator or np.random.default_rng(np.random.SeedSequence(secrets.randbits(256)))
-    if not privacy.is_guaranteed:
-        return _with_plain_noise(norms, submodules, privacy, generator)
-    assert privacy.epsilon is not None and privacy.delta is not None
+    if privacy.epsilon is None or privacy.delta is None:
+        return _with_plain_noise(norms, submodules, privacy, generator or np.random.default_rng())
+    if generator is not None:
+        raise BlueprintError("The noise of a guarantee comes from the operating system. Leave the generator out.")
     examples = norms.shape[1]
     bound = 1.0 if privacy.clip is None else privacy.clip
     share = SCALE_SHARE if privacy.clip is None else 0.0
-    sensitivity = math.sqrt(2) * bound / examples
-    sigma = analytic_gaussian_sigma(privacy.epsilon * (1 - share), privacy.delta, sensitivity)
-    noisy = bounded(norms, privacy.clip).mean(axis=1) + sigma * generator.standard_normal(len(norms))
-    step = 2.0 ** (math.floor(math.log2(sigma)) - _BITS_BELOW_SIGMA)
-    rounded = np.rint(noisy / step) * step
-    reliability = _reliability(rounded, submodules, sigma)
+    sensitivity = math.sqrt(2) * bound / examples * _ROUNDING
+    sigma = gaussian_sigma(privacy.epsilon * (1 - share), privacy.delta, sensitivity)
+    noisy = np.array(_gaussian(sigma)(bounded(norms, privacy.clip).mean(axis=1).tolist()))
+    reliability = _reliability(noisy, submodules, sigma)
     scale = 1.0
     if privacy.clip is None:
-        odds = scale_probabilities(np.linalg.norm(norms, axis=0), privacy.epsilon * share)
-        scale = float(generator.choice(SCALES, p=odds))
+        scale = choose_scale(np.linalg.norm(norms, axis=0), privacy.epsilon * share)
     if reliability < _RELIABLE:
         warnings.warn(
-            f"Under epsilon={privacy.epsilon:g} with {examples} examples only {reliability:.0%} of what differs between "
-            "submodules of a kind is signal, the rest noise: ranks mean little. Measure more examples, or allow a "
+            f"Under epsilon={privacy.epsilon:g} with {examples} examples only {reliability:.0%} of the variance between "
+            "submodules of a kind is signal, the rest is noise: ranks mean little. Measure more examples, or allow a "
             "larger epsilon.",
             stacklevel=2,
         )
     statement = {
-        "mechanism": "analytic Gaussian mechanism (Balle and Wang 2018, arXiv:1805.06530)",
+        "mechanism": f"Gaussian mechanism of OpenDP {metadata.version('opendp')}, zCDP converted to (epsilon, delta)",
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "clip": bound,
         "clip_chosen": "given" if privacy.clip is not None else "none: every example's vector is scaled to length 1",
-        **_TEXTS,
-        "post_processing": "rounded, blockwise James-Stein shrinkage along depth, kept positive",
+        **_STATEMENT,
+        "post_processing": "blockwise James-Stein shrinkage along depth, kept positive",
         "examples": examples,
         "sensitivity": sensitivity,
         "sigma": sigma,
@@ -213,39 +219,56 @@ def release(
     if privacy.clip is None:
         statement |= {
             "scale": scale,
-            "scale_chosen": "median length, exponential mechanism on 601 values from 1e-6 to 1e6",
+            "scale_chosen": "median length, noisy max of 601 values from 1e-6 to 1e6",
             "scale_epsilon": privacy.epsilon * share,
         }
-    return np.maximum(shrink(rounded, submodules, sigma), _FLOOR * sigma) * scale, statement
+    return np.maximum(shrink(noisy, submodules, sigma), _FLOOR * sigma) * scale, statement
 
 
 def bounded(norms: np.ndarray, clip: float | None) -> np.ndarray:
-    """Columns (n_sub, n) no longer than `clip`, or without it of length one; a column of zeros stays."""
+    """Scale columns (n_sub, n) down to length `clip`, or without it to length one; columns of zeros stay."""
     lengths = np.linalg.norm(norms, axis=0)
     safe = np.where(lengths > 0, lengths, 1.0)
     return norms / safe if clip is None else norms * np.minimum(1.0, clip / safe)
 
 
-def scale_probabilities(lengths: np.ndarray, epsilon: float) -> np.ndarray:
-    """Probability of each of `SCALES` under the exponential mechanism for the median of lengths (n,).
+def release_domains(
+    parts: Mapping[str, tuple[Sequence[Submodule], np.ndarray]],
+    rows: Sequence[Submodule],
+    privacy: Privacy,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Release the norms of every domain separately, with one statement for all.
 
-    The utility of a scale is minus how far the number of lengths up to it is from n/2. One example moves that number,
-    and with it the utility, by at most 1, so that probabilities ∝ prior·exp(ε·utility/2) are ε-differentially private
-    for any prior that no data made, here 1/(1 + log₁₀² scale).
+    Args:
+        parts: by domain the measured submodules, and their norms (measured, n).
+        rows: the released submodules. A row that no gradient of a domain reached counts as zero, because which rows
+            those are depends on the examples.
+        privacy: noise, or epsilon and delta, for each domain.
+
+    Returns:
+        By domain the norms of `rows`; and a statement with what differs between domains under `domains`.
     """
-    counts = np.searchsorted(np.sort(lengths), SCALES, side="right")
-    utility = -np.abs(counts - len(lengths) / 2)
-    odds = _PRIOR * np.exp(epsilon / 2 * (utility - utility.max()))
-    return odds / odds.sum()
+    released, statements = {}, {}
+    for domain, (measured, norms) in parts.items():
+        found = {submodule.name: i for i, submodule in enumerate(measured)}
+        whole = np.zeros((len(rows), norms.shape[1]))
+        for i, row in enumerate(rows):
+            if row.name in found:
+                whole[i] = norms[found[row.name]]
+        released[domain], statements[domain] = release(whole, rows, privacy)
+    own = ("examples", "sensitivity", "sigma", "reliability", "scale")
+    common = {key: value for key, value in next(iter(statements.values())).items() if key not in own}
+    domains = {name or "data": {key: said[key] for key in own if key in said} for name, said in statements.items()}
+    return released, {**common, "domains": domains}
 
 
 def shrink(values: np.ndarray, submodules: Sequence[Submodule], sigma: float) -> np.ndarray:
-    """Released norms (n_sub,) without such differences within a kind as the noise explains.
+    """Shrink differences between released norms (n_sub,) of a kind that the noise explains.
 
-    Neighbouring blocks have similar norms and noise has no neighbours. So each kind's norms, in the model's order, are
-    transformed by an orthonormal cosine transform; its mean stays, and each dyadic band c of m further coefficients is
+    Norms of neighbouring blocks are similar, while noise is independent. Each kind's norms, in the model's order, are
+    transformed by an orthonormal cosine transform. Their mean stays. Each dyadic band c of m further coefficients is
     multiplied by max(0, 1 − m·σ²/‖c‖²), the positive-part James-Stein estimator in blocks (Cavalier and Tsybakov 2001,
-    "Penalized blockwise Stein's method"). It uses released numbers and σ alone, and so costs no privacy.
+    "Penalized blockwise Stein's method"). It uses released numbers and σ alone, so it costs no privacy.
     """
     shrunk = np.array(values, dtype=float)
     for rows in _rows_by_kind(submodules):
@@ -261,47 +284,49 @@ def shrink(values: np.ndarray, submodules: Sequence[Submodule], sigma: float) ->
 
 
 def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Every example as a batch of its own, without its padding.
+    """Yield every example as a batch of its own, without its padding.
 
-    In a batch, one example's length decides how much the others are padded, and with that which of them are sketched
-    and how their sums are rounded. A guarantee needs a column that depends on its example alone. What a first pass shows
-    of the model, such as which layers it calls twice, is taken to be the model's and not the example's.
+    In a batch, the longest example decides how much the others are padded, and so which of them are sketched and how
+    their sums are rounded. A guarantee needs columns that depend on their own example alone. Facts about the model that
+    a first pass shows, such as layers that are called twice, are taken not to depend on the example.
     """
     for batch in batches:
-        for example in examples_of(batch) if isinstance(batch, Mapping) else [batch]:
+        for example in split_examples(batch) if isinstance(batch, Mapping) else [batch]:
             yield _without_padding(example) if isinstance(example, Mapping) else example
 
 
-def published(
-    parts: Mapping[str, tuple[Sequence[Submodule], np.ndarray]],
-    rows: Sequence[Submodule],
-    privacy: Privacy,
-    generator: np.random.Generator | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The released norms of every domain, each by itself, and one statement for all.
+def _opendp() -> Any:
+    try:
+        import opendp.prelude as dp
+    except ImportError as error:
+        raise BlueprintError(
+            "A guarantee of differential privacy needs OpenDP. Run: pip install 'peft-blueprint[privacy]'"
+        ) from error
+    dp.enable_features("contrib")
+    return dp
 
-    Args:
-        parts: by domain the submodules that were measured, and their norms (measured, n).
-        rows: what is released. A row that no gradient of a domain reached counts as zero: which those are depends on the
-            examples.
-        privacy: what is wanted, of each domain.
-        generator: as for `release`.
 
-    Returns:
-        By domain the norms of `rows`; what is common to the domains' statements, with what is not under `domains`.
-    """
-    released, statements = {}, {}
-    for domain, (measured, norms) in parts.items():
-        found = {submodule.name: i for i, submodule in enumerate(measured)}
-        whole = np.zeros((len(rows), norms.shape[1]))
-        for i, row in enumerate(rows):
-            if row.name in found:
-                whole[i] = norms[found[row.name]]
-        released[domain], statements[domain] = release(whole, rows, privacy, generator)
-    own = ("examples", "sensitivity", "sigma", "reliability", "scale")
-    common = {key: value for key, value in next(iter(statements.values())).items() if key not in own}
-    domains = {name or "data": {key: said[key] for key in own if key in said} for name, said in statements.items()}
-    return released, {**common, "domains": domains}
+def _gaussian(sigma: float) -> Any:
+    """Make the measurement that adds N(0, σ²) to every number of a list."""
+    dp = _opendp()
+    space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.l2_distance(T=float)
+    return dp.m.make_gaussian(*space, scale=sigma)
+
+
+@lru_cache
+def _calibrated(epsilon: float, delta: float, sensitivity: float) -> float:
+    dp = _opendp()
+
+    def mechanism(sigma: float) -> Any:
+        return dp.c.make_fix_delta(dp.c.make_zCDP_to_approxDP(_gaussian(sigma)), delta)
+
+    try:
+        return float(dp.binary_search_param(mechanism, d_in=sensitivity, d_out=(epsilon, delta)))
+    except (dp.OpenDPException, ValueError) as error:
+        raise BlueprintError(
+            f"OpenDP cannot calibrate noise for epsilon={epsilon:g}, delta={delta:g} ({str(error).strip()}). Give an "
+            "epsilon from 0.01 to 100 and a smaller delta than 0.1."
+        ) from error
 
 
 def _with_plain_noise(
@@ -324,44 +349,18 @@ def _with_plain_noise(
 def _check(norms: np.ndarray, submodules: Sequence[Submodule], privacy: Privacy) -> None:
     if norms.ndim != 2 or len(norms) != len(submodules) or not len(norms):
         raise MeasurementError(
-            f"Norms of shape {norms.shape} and {len(submodules)} submodules do not pair: give (submodules, examples)."
+            f"norms must be (submodules, examples), got shape {norms.shape} and {len(submodules)} submodules."
         )
     if not (np.isfinite(norms).all() and (norms >= 0).all()):
-        raise MeasurementError("Some norm is negative, infinite or NaN: measure again before anything is published.")
+        raise MeasurementError("A norm is negative, infinite or NaN. Measure again before you publish.")
     examples = norms.shape[1]
     if examples < 2:
-        raise MeasurementError(f"A mean over {examples} example is no aggregate. Measure at least 2, better hundreds.")
+        raise MeasurementError(f"A release needs at least 2 examples, better hundreds, got {examples}.")
     if privacy.delta is not None and privacy.delta >= 1 / examples:
         raise MeasurementError(
-            f"delta={privacy.delta:g} with {examples} examples would allow to publish one of them as it is: give a delta "
-            f"far below 1/{examples}, such as {min(1e-5, 10.0 ** math.floor(-math.log10(examples) - 2)):g}."
+            f"delta={privacy.delta:g} with {examples} examples would permit to publish one of them unchanged. Give a "
+            f"delta far below 1/{examples}, such as {min(1e-5, 10.0 ** math.floor(-math.log10(examples) - 2)):g}."
         )
-
-
-def _require_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise BlueprintError(f"{name}={value}: it must be a number above 0.")
-
-
-def _log_delta(epsilon: float, a: float) -> float:
-    """ln δ, for a = Δ/2σ. With b = ε/2a = εσ/Δ and φ(a − b) = e^ε·φ(a + b) theorem 8 becomes δ = φ(b − a)·(M(b − a) −
-    M(b + a)), where M(x) = Φ(−x)/φ(x) is Mills' ratio, which falls from x to y by the integral of 1 − x·M(x).
-    """
-    b = epsilon / (2 * a)
-    if b < a:
-        shown = float(log_ndtr(a - b))
-        return shown + math.log1p(-math.exp(float(epsilon + log_ndtr(-a - b)) - shown))
-    if a < 0.25:
-        x = b + a * _NODES
-        fall = a * float(_WEIGHTS @ (1 - x * _mills(x)))
-    else:
-        fall = float(_mills(b - a) - _mills(b + a))
-    return -((b - a) ** 2) / 2 - math.log(2 * math.pi) / 2 + math.log(max(fall, 5e-324))
-
-
-def _mills(x: Any) -> Any:
-    return math.sqrt(math.pi / 2) * erfcx(x / math.sqrt(2))
 
 
 def _rows_by_kind(submodules: Sequence[Submodule]) -> list[list[int]]:
@@ -372,7 +371,7 @@ def _rows_by_kind(submodules: Sequence[Submodule]) -> list[list[int]]:
 
 
 def _reliability(values: np.ndarray, submodules: Sequence[Submodule], sigma: float) -> float:
-    """Share of the variance within kinds that the noise does not explain, in [0, 1]; 1 where no kind has two members."""
+    """Return the share of variance within kinds that is not noise, in [0, 1]; 1 if no kind has two members."""
     groups = [values[rows] for rows in _rows_by_kind(submodules) if len(rows) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
@@ -380,7 +379,7 @@ def _reliability(values: np.ndarray, submodules: Sequence[Submodule], sigma: flo
 
 
 def _without_padding(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An example without the positions that its mask hides, where all that has positions is known."""
+    """Drop the positions that the mask hides, if all tensors with positions are known."""
     mask = example.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return example

@@ -1,63 +1,47 @@
-"""What a measurement holds while it runs: what is kept of a layer's input, and the statistics made of it.
+"""State of a running measurement: tensors saved from each layer's input, and the statistics made of them."""
 
-The forward pass asks `keep` what to hold on to; the backward pass brings that and the output's gradient to `record`.
-Knows nothing of models, batches or passes.
-"""
+from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..blueprint import SKETCH_SIZE, Method, Submodule
-from ..errors import MeasurementError
+from ..blueprint import Submodule
 from . import gradients
+from .options import SKETCH_SIZE, MeasureOptions
 
 
 class Recorder:
-    """Statistics of a pass: norms of the batch at hand, sketches of all batches.
+    """Collect norms of the current batch and sketches of all batches.
+
+    The forward pass calls `keep` with each layer's input and saves the returned tensors. The backward pass calls
+    `record` with those and the gradient of the layer's output.
 
     Args:
         submodules: the rows.
-        method: "exact", "sketch" or "auto", as for `measure_influence`.
-        sketch_size: s, or None to keep mean gradients whole.
-        projection_size: m, or 0 for none.
-        seed: of Ω and of the projections' signs.
-
-    Raises:
-        MeasurementError: for an option that is none.
+        options: method, sketch size, projection size and seed.
     """
 
-    def __init__(
-        self, submodules: Sequence[Submodule], method: str, sketch_size: int | None, projection_size: int, seed: int
-    ):
-        if method not in get_args(Method):
-            raise MeasurementError(f"method={method!r}: choose auto, sketch or exact.")
-        if sketch_size is not None and sketch_size < 2:
-            raise MeasurementError(
-                f"sketch_size={sketch_size}: give at least 2, or None to keep mean gradients whole."
-            )
-        if sketch_size is None and method == "sketch":
-            raise MeasurementError("method='sketch' needs a sketch_size; 32 is the default.")
-        if projection_size < 0:
-            raise MeasurementError(f"projection_size={projection_size}: give at least 1, or 0 for no projections.")
+    def __init__(self, submodules: Sequence[Submodule], options: MeasureOptions):
         self.submodules = submodules
-        self.projection_size = projection_size
-        self._fold = partial(gradients.fold, size=projection_size, seed=seed) if projection_size else None
-        self.method = method
-        self.sketch_size = sketch_size
-        self.seed = seed
-        self.repeated: set[int] = set()  # submodules that are called several times in a pass: their gradients add up
-        self.is_mixed = False  # some layer's rows do not say which example they belong to
-        self._example_first: set[int] = set()  # layers that were seen to take (examples, tokens, features)
+        self.projection_size = options.projection_size
+        self._fold = (
+            partial(gradients.fold, size=self.projection_size, seed=options.seed) if self.projection_size else None
+        )
+        self.method = options.method
+        self.sketch_size = options.sketch_size
+        self.seed = options.seed
+        self.repeated: set[int] = set()  # submodules called several times in a pass: their gradients are summed
+        self.is_mixed = False  # the rows of a layer do not say which example they belong to
+        self._example_first: set[int] = set()  # layers known to take (examples, tokens, features)
         self._sketches: dict[int, Tensor] = {}
         self._matrices: dict[tuple[int, int | None, torch.device, torch.dtype], Tensor | None] = {}
         self.begin(0)
 
     def begin(self, examples: int, lengths: Collection[int] = (), loss_scale: float = 1.0) -> None:
-        """Forget the batch at hand, if any, and expect one of so many examples, of one of these lengths."""
+        """Discard the current batch, if any, and start one of so many examples, of one of these lengths."""
         self.examples, self.lengths, self.loss_scale = examples, lengths, loss_scale
         self._norms: dict[int, Tensor] = {}
         self._errors: dict[int, Tensor] = {}
@@ -67,7 +51,7 @@ class Recorder:
         self._shared = _SharedInput(torch.empty(0), None)
 
     def keep(self, index: int, inputs: Tensor) -> tuple[str, tuple[Tensor, ...]]:
-        """What the backward pass needs of X (…, d_in): "whole", its "sketch" XΩ, or that and its Gram matrix, "gram"."""
+        """Choose what to save of an input X (…, d_in): "whole" X, its "sketch" XΩ, or "gram", XΩ and the Gram matrix."""
         if not self._shared.holds(inputs):
             rows = gradients.by_example(inputs, self.examples, self.lengths)
             self._shared = _SharedInput(inputs, None if rows is None else rows.to(gradients.statistics_dtype(rows)))
@@ -88,7 +72,7 @@ class Recorder:
         return how, (shared.sketch, shared.gram)
 
     def record(self, index: int, how: str, kept: tuple[Tensor, ...], output_gradient: Tensor) -> None:
-        """Statistics of one call of one submodule: what was kept of its input, and dY (…, d_out)."""
+        """Record one call of a submodule, from what was saved of its input and dY (…, d_out)."""
         dy = gradients.by_example(output_gradient, self.examples, self.lengths)
         if how == "nothing" or dy is None:
             self.is_mixed = True
@@ -97,9 +81,9 @@ class Recorder:
         dy = self._unscaled(dy, kept[0].dtype)
         d_in = self.submodules[index].d_in
         if index in self._norms:
-            self.repeated.add(index)  # the batch is measured again, now adding this submodule's gradients up
+            self.repeated.add(index)  # the batch is measured again, now summing this submodule's gradients
         narrow = self._narrowed(kept[0], d_in)
-        fold = self._fold if narrow is kept[0] else None  # else the projections are made of another product
+        fold = self._fold if narrow is kept[0] else None  # otherwise the projections are made of another product
         if index in self.repeated:
             product = gradients.per_example_gradients(kept[0], dy).float()
             self._add_product(index, product)
@@ -108,7 +92,7 @@ class Recorder:
             self._norms[index] = gradients.gram_norms(kept[1], dy)
             self._batch_sketches[index], projections = gradients.summed(kept[0], dy, fold)
         else:
-            self._norms[index], self._errors[index], total, projections = gradients.materialised(
+            self._norms[index], self._errors[index], total, projections = gradients.materialized(
                 kept[0], dy, d_in, fold
             )
             self._batch_sketches[index] = self._sketched(total, d_in)
@@ -117,7 +101,7 @@ class Recorder:
         self._add_projections(index, projections)
 
     def record_gradient(self, index: int, gradient: Tensor) -> None:
-        """Statistics of a parameter's whole gradient, that of a single example; (…, d_in), or (d,) as (d, 1)."""
+        """Record a parameter's gradient for a single example; (…, d_in), or (d,) as (d, 1)."""
         rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[:, None]
         product = self._unscaled(rows[None], gradients.statistics_dtype(gradient))
         if index in self._norms:
@@ -130,8 +114,9 @@ class Recorder:
             self._batch_sketches[index] = self._sketched(product[0], rows.shape[1])
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Norms, their relative errors (submodules, examples) and projections (submodules, examples, m) of the batch,
-        after its backward pass; zeros for what no gradient reached.
+        """Return norms and relative errors (submodules, examples) and projections (submodules, examples, m) of a batch.
+
+        Call it after the backward pass. Rows that no gradient reached are zero.
         """
         for index, product in self._products.items():
             d_in = self.submodules[index].d_in
@@ -142,28 +127,28 @@ class Recorder:
         return self._matrix_of(self._norms), self._matrix_of(self._errors), projections
 
     def commit(self) -> None:
-        """Keep the batch: add its sketches to those of the batches before."""
+        """Accept the batch: add its sketches to those of earlier batches."""
         for index, sketch in self._batch_sketches.items():
             self._sketches[index] = self._sketches[index] + sketch if index in self._sketches else sketch
 
     def unmeasured(self) -> dict[int, str]:
-        """Why the rows that no batch's gradient reached are not measured."""
+        """Return the reason by index for rows that no gradient reached."""
         reason = (
             "no gradient reached it: the loss does not depend on its output, or the model reads it without calling it"
         )
         return {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
 
     def sketch(self, index: int) -> Tensor:
-        """(d_out, s), the sum over all examples."""
+        """Return the sketch summed over all examples, (d_out, s)."""
         return self._sketches[index].cpu()
 
     def _matrix_of(self, values: dict[int, Tensor], *width: int) -> Tensor:
-        """(submodules, examples, …) on the CPU, brought there at once: a device is waited for a single time."""
+        """Stack values as (submodules, examples, …) and move them to the CPU at once, which waits for a device only once."""
         zeros = torch.zeros(self.examples, *width, device=next(iter(values.values())).device if values else None)
         return torch.stack([values.get(i, zeros).to(zeros.device) for i in range(len(self.submodules))]).cpu()
 
     def _may_be_turned(self, index: int, inputs: Tensor) -> bool:
-        """Whether a layer may take tokens first, of as many examples as tokens. Of other batches it can be seen."""
+        """Return whether a layer may take tokens first, which a batch of as many examples as tokens does not show."""
         if self.examples == 1 or inputs.dim() == 2:
             return False
         if inputs.shape[1] != self.examples:
@@ -195,14 +180,14 @@ class Recorder:
             self._projections[index] = self._projections[index] + projections if known else projections
 
     def _narrowed(self, kept: Tensor, d_in: int) -> Tensor:
-        """What projections are made of: XΩ, also where X itself was kept; X where d_in is small."""
+        """Return XΩ for the projections, also where X itself was saved; X where d_in is small."""
         if self._fold is None or kept.shape[2] != d_in:
             return kept
         matrix = self._matrix(d_in, kept, self.sketch_size or SKETCH_SIZE)
         return kept if matrix is None else kept @ matrix
 
     def _sketched(self, total: Tensor, d_in: int) -> Tensor:
-        """A summed gradient (d_out, d_in) times Ω; its sketch as it is."""
+        """Sketch a summed gradient (d_out, d_in); return a sketch unchanged."""
         matrix = self._matrix(d_in, total, self.sketch_size) if total.shape[1] == d_in else None
         return (total if matrix is None else total @ matrix).float()
 
@@ -215,9 +200,9 @@ class Recorder:
 
 
 class _SharedInput:
-    """What layers with the same input (q, k and v; gate and up) compute once: X by example, XXᵀ and XΩ.
+    """Values that layers with the same input (q, k and v; gate and up) compute once: X by example, XXᵀ and XΩ.
 
-    The tensor itself is held, so its address cannot be taken by another.
+    It holds the tensor itself, so that no other tensor can take its address.
     """
 
     def __init__(self, inputs: Tensor, x: Tensor | None):
@@ -228,7 +213,7 @@ class _SharedInput:
         self.sketch: Tensor | None = None
 
     def holds(self, inputs: Tensor) -> bool:
-        """Whether `inputs` is the very same memory, unchanged since."""
+        """Return whether `inputs` is the same memory, unchanged."""
         mine = self.inputs
         return (
             inputs.data_ptr() == mine.data_ptr()

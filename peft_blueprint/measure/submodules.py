@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from torch import Tensor, nn
 
 from .._text import format_names, shape_str
-from ..blueprint import ADAPTABLE, Form, Include, Submodule
+from ..blueprint import ADAPTABLE, Form, Submodule
 from ..errors import MismatchError
-from .bnb_cpu import unpack
+from .bnb_cpu import undo_cpu_repack
+from .options import Include
 
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = No
     return sum(counts) + tied, sum(counts[first:]) + tied
 
 
-def named(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:
+def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:
     """Those of these names, in their own order; all for None.
 
     Raises:
@@ -237,7 +238,7 @@ def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     if not is_quantized(weight):
         return cast(Tensor, weight.data)
     if type(weight).__name__ == "Params4bit":
-        unpack(weight)
+        undo_cpu_repack(weight)
         return _from_4bit(weight.data, weight.quant_state)
     from bitsandbytes import functional
 

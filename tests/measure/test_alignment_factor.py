@@ -17,7 +17,7 @@ from peft_blueprint import Blueprint, BlueprintError, Influence, Submodule, gene
 from peft_blueprint.errors import MeasurementError, MismatchError
 from peft_blueprint.measure import find_submodules
 from peft_blueprint.measure.gradients import fold
-from peft_blueprint.measure.influence import alignment_factor
+from peft_blueprint.measure.summary import alignment_factor
 from peft_blueprint.place.gains import CoverGain, SetGain
 from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_mixtral, toy_batches
 from tests.fused import needs_fused

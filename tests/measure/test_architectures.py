@@ -10,12 +10,12 @@ import transformers as tf
 
 from peft_blueprint import measure_influence
 from peft_blueprint.blueprint.entry import ADAPTABLE
-from peft_blueprint.measure.hooks import prepared
+from peft_blueprint.measure.hooks import measurement_mode
 from peft_blueprint.measure.losses import per_example_losses
 from peft_blueprint.measure.submodules import dequantized_weight, find_weights, linear_modules, shape_of
 from peft_blueprint.testing import (
     VOCABULARY,
-    quantise,
+    quantize,
     random_model,
     tiny_bert,
     tiny_gpt2,
@@ -365,7 +365,7 @@ def test_sketched_norms_are_as_near_as_they_say_and_no_input_is_kept():
 
     def plain():
         with (
-            prepared(model),
+            measurement_mode(model),
             model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_()),
         ):
             per_example_losses(model, batches[0])[0].sum().backward()
@@ -383,7 +383,7 @@ def test_sketched_norms_are_as_near_as_they_say_and_no_input_is_kept():
 def test_quantised_weights_are_sketched(kind):
     """4- and 8-bit layers give the sketches of their dequantised values, with the same directions."""
     pytest.importorskip("bitsandbytes")
-    model, reference = quantise(tiny_llama(layers=2, **WIDE), kind), tiny_llama(layers=2, **WIDE)
+    model, reference = quantize(tiny_llama(layers=2, **WIDE), kind), tiny_llama(layers=2, **WIDE)
     others = dict(linear_modules(reference))
     settings = {"method": "sketch", "sketch_size": 16, "progress": False}
     measured = measure_influence(model, toy_batches(), **settings)

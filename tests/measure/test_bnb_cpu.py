@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from peft_blueprint import measure_influence
-from peft_blueprint.measure.bnb_cpu import keep_unpacked, unpack
+from peft_blueprint.measure.bnb_cpu import disable_cpu_repack, undo_cpu_repack
 from peft_blueprint.measure.loading import load_model
 from peft_blueprint.measure.submodules import dequantized_weight, linear_modules, shape_of
-from peft_blueprint.testing import quantise, save_tiny_model, tiny_llama, toy_batches
+from peft_blueprint.testing import quantize, save_tiny_model, tiny_llama, toy_batches
 
 
 pytest.importorskip("bitsandbytes")
@@ -39,20 +39,20 @@ def packed(model):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_rearranged_weight_is_put_back(kind, nested):
     """With its values, but for scales in bfloat16; with one level of scales or two; a second time changes nothing."""
-    model = quantise(tiny_llama(**WIDE), kind, nested)
+    model = quantize(tiny_llama(**WIDE), kind, nested)
     before = [dequantized_weight(layer).clone() for layer in layers_of(model)]
     assert layers_of(model)[0].weight.quant_state.nested is nested
     for layer, values in zip(layers_of(packed(model)), before, strict=True):
         assert layer.weight.quant_state.packing_format_for_cpu
         torch.testing.assert_close(dequantized_weight(layer), values, rtol=1e-2, atol=1e-6)
         data = layer.weight.data
-        unpack(layer.weight)
+        undo_cpu_repack(layer.weight)
         assert layer.weight.data is data or torch.equal(layer.weight.data, data)
 
 
 def test_a_model_that_was_evaluated_is_measured_by_its_weights():
     """Its norms are those of its dequantised values, and its layers may rearrange them again afterwards."""
-    model, reference = packed(quantise(tiny_llama(**WIDE), "nf4")), tiny_llama(**WIDE)
+    model, reference = packed(quantize(tiny_llama(**WIDE), "nf4")), tiny_llama(**WIDE)
     measured = measure_influence(model, toy_batches(), method="exact", progress=False)
     assert all(getattr(layer, SWITCH) for layer in layers_of(model))
     others = dict(linear_modules(reference))
@@ -80,5 +80,5 @@ def test_a_model_that_is_loaded_to_be_trained_passes_gradients_after_an_evaluati
 def test_what_is_not_in_four_bits_is_left_alone():
     """An ordinary model has nothing to switch or to put back."""
     model = tiny_llama()
-    assert keep_unpacked(model) == []
-    unpack(model.lm_head.weight)
+    assert disable_cpu_repack(model) == []
+    undo_cpu_repack(model.lm_head.weight)

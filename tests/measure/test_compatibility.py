@@ -10,7 +10,7 @@ from peft_blueprint import BlueprintConfig, generate_blueprint
 from peft_blueprint.blueprint.entry import Submodule
 from peft_blueprint.errors import MismatchError
 from peft_blueprint.measure.compatibility import WEIGHTS_DIGEST, check_fits, check_weights, weights_digest
-from peft_blueprint.testing import quantise, tiny_llama, toy_batches
+from peft_blueprint.testing import quantize, tiny_llama, toy_batches
 
 
 def named(name, commit=None):
@@ -69,7 +69,7 @@ def test_weights_are_compared_on_request():
     with pytest.raises(MismatchError, match="measured on other weights.*than this model's"):
         check_weights(measured, tiny_llama(layers=2, seed=1))
     with pytest.raises(MismatchError, match="quantised, sharded or not loaded"):
-        check_weights(measured, quantise(tiny_llama(layers=2), "nf4"))
+        check_weights(measured, quantize(tiny_llama(layers=2), "nf4"))
     with pytest.raises(MismatchError, match="no weights_digest in its provenance.*digest_weights=True"):
         check_weights(replace(measured, provenance={}), model)
 

@@ -11,16 +11,16 @@ from scipy import optimize, stats
 
 from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.blueprint.entry import Submodule
-from peft_blueprint.blueprint.formats import from_json, to_json
 from peft_blueprint.measure.concentration import (
     Fit,
     _best_tails,
     _judge,
     entries_report,
-    normalise_within,
+    normalize_within,
     tail_report,
 )
-from peft_blueprint.measure.generate import concentration
+from peft_blueprint.measure.summary import concentration
+from tests.records import from_json, to_json
 
 
 FEW = 100  # resamples, the fewest allowed
@@ -254,7 +254,7 @@ def test_within_a_submodule_a_sample_of_entries_speaks_for_all():
 
 def test_kinds_are_put_on_one_scale():
     """Each value over the mean of its kind; a kind that is all zero stays so, and None is a kind."""
-    scaled = normalise_within([1, 3, 10, 30, 0, 5], ["q", "q", "up", "up", "gate", None])
+    scaled = normalize_within([1, 3, 10, 30, 0, 5], ["q", "q", "up", "up", "gate", None])
     assert scaled == pytest.approx([0.5, 1.5, 0.5, 1.5, 0, 1])
 
 
@@ -299,7 +299,7 @@ def test_a_blueprint_carries_the_reports():
         (lambda: entries_report([[1.0, math.nan]]), "Value 1 is nan"),
         (lambda: entries_report(np.zeros((2, 3))), "All 6 values are zero"),
         (lambda: entries_report([1.0], sample=0), "sample=0 leaves no entries: give a number from 1"),
-        (lambda: normalise_within([1.0, 2.0], ["q"]), "2 values and 1 kinds do not pair"),
+        (lambda: normalize_within([1.0, 2.0], ["q"]), "2 values and 1 kinds do not pair"),
     ],
 )
 def test_values_that_cannot_be_described_are_named(report, message):

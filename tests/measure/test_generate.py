@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import Blueprint, Submodule, generate_blueprint
-from peft_blueprint.blueprint.formats import from_json, to_json
 from peft_blueprint.errors import MeasurementError
-from peft_blueprint.measure.generate import bootstrap_intervals
 from peft_blueprint.measure.submodules import find_submodules, linear_modules, structure_digest
+from peft_blueprint.measure.summary import bootstrap_intervals
 from peft_blueprint.testing import tiny_gpt2, tiny_llama, toy_batches
 from tests.made_up import norms_of
+from tests.records import from_json, to_json
 
 
 def measured(model, batches, **wish):
@@ -123,7 +123,7 @@ def test_the_retained_mass_curve_is_that_of_the_norms():
     [
         ([], "the batches are empty"),
         ({}, "no domains to measure"),
-        (toy_batches()[0], "not a Tensor. For a single batch, give \\[batch\\]"),
+        (toy_batches()[0], "got Tensor. For a single batch, give \\[batch\\]"),
         ([{"input_ids": torch.ones(2, 4, dtype=torch.long)}], "no labels"),
         ([toy_batches()[0] | {"labels": torch.full((4, 12), -100)}], r"Examples \[0, 1, 2, 3\].*no target token"),
     ],

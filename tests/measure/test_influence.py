@@ -6,7 +6,7 @@ import torch
 from peft_blueprint import Influence, measure_influence
 from peft_blueprint.errors import MeasurementError, MismatchError
 from peft_blueprint.measure.submodules import dequantized_weight, linear_modules
-from peft_blueprint.testing import quantise, tiny_bert, tiny_gpt2, tiny_llama, toy_batches
+from peft_blueprint.testing import quantize, tiny_bert, tiny_gpt2, tiny_llama, toy_batches
 
 
 def autograd_gradients(model, batches, loss=None):
@@ -187,7 +187,7 @@ def test_quantised_weights_give_the_norms_of_the_dequantised_model(kind):
     """4- and 8-bit weights are measured as they are, with the norms of autograd on their dequantised values."""
     pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 64}
-    model, reference = quantise(tiny_llama(**wide), kind), tiny_llama(**wide)
+    model, reference = quantize(tiny_llama(**wide), kind), tiny_llama(**wide)
     others = dict(linear_modules(reference))
     batches = toy_batches()
     influence = measure_influence(model, batches, progress=False)
@@ -262,7 +262,7 @@ def test_max_examples_stops_within_a_batch():
     """Only so many examples are measured, and an endless iterator is not drained."""
     influence = measure_influence(tiny_llama(layers=1), iter(toy_batches() * 100), max_examples=6, progress=False)
     assert influence.norms.shape[1] == len(influence.losses) == 6
-    with pytest.raises(MeasurementError, match="max_examples=0 leaves nothing"):
+    with pytest.raises(MeasurementError, match="max_examples must be a positive integer or None, got 0"):
         measure_influence(tiny_llama(layers=1), toy_batches(), max_examples=0, progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Adapters of many ranks with one rank for all, for servers that know no patterns. Run: pytest tests/test_uniform.py"""
+"""Adapters of many ranks with one rank for all, for servers that know no patterns."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from peft_blueprint import BlueprintError
 from peft_blueprint.errors import FormatError
 from peft_blueprint.publish.uniform_rank import CONFIG_NAME, TENSORS_NAME, export_uniform_lora
-from peft_blueprint.testing import randomise_adapters, tiny_gpt2, tiny_llama, tiny_mixtral
+from peft_blueprint.testing import randomize_adapters, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.fused import needs_fused
 
 
@@ -36,7 +36,7 @@ def logits(model):
 def saved(folder, base=tiny_llama, dtype=None, **settings):
     """A random adapter in a folder, and the logits it gives."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": NAMES} | settings)
-    model = randomise_adapters(get_peft_model(base(), config, autocast_adapter_dtype=dtype is None))
+    model = randomize_adapters(get_peft_model(base(), config, autocast_adapter_dtype=dtype is None))
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(folder)
