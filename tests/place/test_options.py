@@ -1,0 +1,104 @@
+"""One dataclass of options, and the same placement from Python, a config, the command line and a recipe."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from peft import LoraConfig
+from typer.testing import CliRunner
+
+from peft_blueprint import BlueprintConfig, plan_placement
+from peft_blueprint.cli import app
+from peft_blueprint.errors import PlacementError
+from peft_blueprint.place import PlacementOptions, Workload
+from peft_blueprint.train import run
+from peft_blueprint.train.recipe import Recipe
+from tests.planning import BLUEPRINT, LLAMA
+
+
+def test_every_option_explains_itself_and_is_a_field_of_the_config():
+    """With the same default and help; all others are LoraConfig's or of the config itself."""
+    own = {f.name: f for f in fields(PlacementOptions)}
+    of_config = {f.name: f for f in fields(BlueprintConfig)}
+    for name, option in own.items():
+        assert option.metadata["help"].endswith(".")
+        assert of_config[name].default == option.default and of_config[name].metadata == option.metadata
+    assert set(of_config) - set(own) - {f.name for f in fields(LoraConfig)} == {"blueprint", "placement", "workload"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fraction": 0.3},
+        {"keep": 0.8},
+        {"r": 8},
+        {"ranks": "influence", "num_modules": 9},
+        {"budget": "0.8x"},
+        {"budget": "6k parameters"},
+        {"coverage": "none", "rank_by": "gradient_norm"},
+        {"mode": "unfreeze"},
+    ],
+    ids=str,
+)
+def test_planner_config_command_line_and_recipe_choose_the_same_placement(options, tmp_path):
+    """For the same input, with nothing else said."""
+    planned = plan_placement(BLUEPRINT, **options)
+    assert plan_placement(BLUEPRINT, options=PlacementOptions(**options)) == planned
+    if "budget" not in options:  # which a config leaves until the model is known
+        assert BlueprintConfig(blueprint=BLUEPRINT, **options).placement == planned
+    BLUEPRINT.save(tmp_path / "blueprint.json")
+    flags = {"--rank" if name == "r" else f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
+    words = [word for flag in flags.items() for word in flag]
+    answer = CliRunner().invoke(app, ["targets", str(tmp_path / "blueprint.json"), "--format", "json", *words])
+    assert json.loads(answer.stdout) == json.loads(json.dumps(planned.to_dict()))
+
+    load = Workload()
+    on_model = plan_placement(BLUEPRINT, LLAMA, workload=load, **options)
+    config = BlueprintConfig(blueprint=BLUEPRINT, workload=load, **options).resolve(LLAMA)
+    lora = {"r": options["r"]} if "r" in options else {}
+    placement = {name: value for name, value in options.items() if name != "r"}
+    recipe = Recipe("org/m", "train.jsonl", "out", placement=placement, lora=lora)
+    from_recipe = run._plan(recipe, BLUEPRINT, LLAMA, replace(load, rank=recipe.rank)).placement
+    for other in (config.placement, from_recipe, *([planned] if "x" not in str(options.get("budget")) else [])):
+        assert (other.lora, other.unfreeze, other.rank) == (on_model.lora, on_model.unfreeze, on_model.rank)
+        assert other.ranks == on_model.ranks
+    assert config.r == max(on_model.ranks.values(), default=on_model.rank or 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({}, 1),
+        ({"lora_alpha": 32}, 2),
+        ({"r": 4}, 2),
+        ({"r": 4, "lora_alpha": 4}, 1),
+        ({"ranks": "equal_parameters", "r": 4, "lora_alpha": 12}, 3),
+        ({"budget": "6k parameters", "lora_alpha": 32}, 2),
+    ],
+    ids=str,
+)
+def test_every_adapter_keeps_the_scaling_of_all_linear_lora(settings, scaling):
+    """lora_alpha / r as given, r being 16 where it is left out; 1 where both are; whatever the rank becomes."""
+    config = BlueprintConfig(blueprint=BLUEPRINT, **settings).resolve(LLAMA)
+    assert config.r == config.placement.rank and config.lora_alpha / config.r == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_by": "even", "top_p": 0.5}, "top_p=0.5 needs scores, and rank_by='even' has none"),
+        ({"num_modules": True, "fraction": 0.5}, "both say how many"),
+        ({"keep": 0.5, "threshold": 1.0}, "keep=0.5 and threshold=1.0 both say how much"),
+        ({"ranks": "some"}, "ranks must be uniform, equal_parameters or influence, got 'some'"),
+        ({"unfreeze_blocks": 1}, "needs mode='lora.unfreeze', got mode='lora'"),
+        ({"fractoin": 0.5}, "no option 'fractoin'. Did you mean 'fraction'"),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_read(options, message):
+    """By the planner, which is told nothing to plan by, and by the config, whose blueprint is nowhere."""
+    with pytest.raises(PlacementError, match=message):
+        plan_placement(None, **options)
+    if "fractoin" not in options:
+        with pytest.raises(PlacementError, match=message):
+            BlueprintConfig(blueprint="/nowhere", **options)
