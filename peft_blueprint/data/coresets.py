@@ -81,8 +81,8 @@ def facility_location(points: ArrayLike, count: int) -> np.ndarray:
         BlueprintError: if the points are not a finite matrix or too many, or the count is out of range.
 
     Example:
-        >>> facility_location([[1.0, 0.0], [0.9, 0.1], [1.0, 0.1], [-1.0, 0.0]], 2).tolist()
-        [2, 3]
+        >>> facility_location([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [-1.0, 0.0]], 2).tolist()
+        [1, 3]
     """
     matrix = _check_points(points, count)
     n = len(matrix)

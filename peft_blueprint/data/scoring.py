@@ -13,7 +13,7 @@ from torch import nn
 
 from .._processes import process_count
 from ..errors import MeasurementError
-from ..measure import IGNORED, Influence, LossFunction, measure_influence
+from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, measure_influence
 from .alignment import Target, alignment_scores, find_rows, gradient_points
 from .examples import Candidate, collate
 from .features import DEPTHS, Features, model_features
@@ -99,12 +99,12 @@ class ExampleScorer:
         found = measure_influence(
             self.model,
             self._batches(candidates),
+            projection_size=PROJECTION_SIZE if projections else 0,
             submodules=self.submodules,
             loss_fn=self.loss_fn,
             seed=self.seed,
             progress=False,
             reduce=False,
-            **({} if projections else {"projection_size": 0}),
         )
         self.cost.measured_tokens += found.tokens
         return found

@@ -265,12 +265,14 @@ def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> Sc
         }[method.measure]
     if not method.is_predicted:
         return score
-    if options.features == "tokens":
-        names, featurize = TOKEN_SCALARS, lambda cs: token_features([one.row for one in cs], seed=options.seed)
-    else:
-        names, featurize = MODEL_SCALARS, scorer.features
-    is_positive = method.measure == "norm"
-    return scan.learn(score, lambda candidates: featurize(candidates).values, len(names), logarithmic=is_positive)
+
+    def featurize(candidates: Sequence[Candidate]) -> np.ndarray:
+        if options.features == "tokens":
+            return token_features([one.row for one in candidates], seed=options.seed).values
+        return scorer.features(candidates).values
+
+    scalars = len(TOKEN_SCALARS if options.features == "tokens" else MODEL_SCALARS)
+    return scan.learn(score, featurize, scalars, logarithmic=method.measure == "norm")
 
 
 def _measure_target(scan: Scan, targets: Sequence[Candidate]) -> Target:

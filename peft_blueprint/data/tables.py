@@ -147,7 +147,7 @@ def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = No
 
 def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     from datasets import Dataset
-    from pyarrow import ArrowException  # type: ignore[import-untyped]
+    from pyarrow import ArrowException
 
     try:
         if path.suffix == ".jsonl":  # Dataset.to_json would write dates as milliseconds and fill in missing keys

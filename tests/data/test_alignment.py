@@ -1,4 +1,4 @@
-"""Examples that point where the target points are told from others. Run: pytest tests/test_aligning.py"""
+"""Examples that point where the target points are told from others. Run: pytest tests/data/test_alignment.py"""
 
 from dataclasses import replace
 

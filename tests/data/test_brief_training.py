@@ -1,4 +1,4 @@
-"""A model is trained for a moment and given back as it was. Run: pytest tests/test_brief_training.py"""
+"""A model is trained for a moment and given back as it was. Run: pytest tests/data/test_brief_training.py"""
 
 import pytest
 import torch

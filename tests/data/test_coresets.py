@@ -1,4 +1,4 @@
-"""Points that stand for many. Run: pytest tests/test_coresets.py"""
+"""Points that stand for many. Run: pytest tests/data/test_coresets.py"""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""The matrix of submodules and examples, and choosing from both. Run: pytest tests/test_cross.py"""
+"""The matrix of submodules and examples, and choosing from both. Run: pytest tests/data/test_cross_influence.py"""
 
 import json
 from dataclasses import replace

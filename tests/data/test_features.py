@@ -1,4 +1,4 @@
-"""One forward pass says cheap things of every example, correctly. Run: pytest tests/test_features.py"""
+"""One forward pass says cheap things of every example, correctly. Run: pytest tests/data/test_features.py"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Scores are predicted from cheap features, and the report of how well is honest. Run: pytest tests/test_predictor.py"""
+"""Scores are predicted from cheap features, and the report of how well is honest. Run: pytest tests/data/test_predictor.py"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Examples are chosen as asked, from lists, data sets and streams, by one process or two. Run: pytest tests/test_selection.py"""
+"""Examples are chosen as asked, from lists, data sets and streams, by one process or two. Run: pytest tests/data/test_select.py"""
 
 import json
 import tracemalloc
@@ -349,7 +349,7 @@ def test_too_few_to_learn_from_are_all_measured():
         (POOL, {"count": 0}, "count must be at least 1, got 0"),
         (POOL, {"count": 1, "method": "best"}, "method must be one of random, .*iterative, got 'best'"),
         (POOL, {"count": 1, "method": "alignment"}, "method='alignment' needs a target"),
-        (POOL, {"count": 1, "method": "bm25"}, "give target="),
+        (POOL, {"count": 1, "method": "bm25"}, "Give target="),
         (POOL, {"count": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
         (POOL, {"count": 1, "small": 0}, "small must be at least 1, got 0"),
         (POOL, {"count": 1, "max_length": 1}, "max_length must be at least 2, got 1"),

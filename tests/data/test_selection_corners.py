@@ -1,4 +1,4 @@
-"""Odd data, odd wishes and ill-timed kills when examples are chosen. Run: pytest tests/test_selection_corners.py"""
+"""Odd data, odd wishes and ill-timed kills when examples are chosen. Run: pytest tests/data/test_selection_corners.py"""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Odd data to choose from are refused by name, before the work. Run: pytest tests/test_selection_inputs.py"""
+"""Odd data to choose from are refused by name, before the work. Run: pytest tests/data/test_selection_inputs.py"""
 
 import json
 from datetime import date, datetime, time
@@ -112,18 +112,18 @@ def test_no_file_that_is_read_is_written(folder, tmp_path):
         ([*asked, "--out", out, "--keep-state", out], "--keep-state .* would overwrite the file of --out"),
         ([*asked, "--out", out, "--keep-state", data], "--keep-state .* would overwrite the file of --data"),
         ([*asked, "--out", tmp_path / "folder.jsonl"], "--out .*folder.jsonl is a folder"),
-        (with_scores, "has 'selection_index' already"),
-        ([*with_scores, "--stream"], "has 'selection_index' already"),
+        (with_scores, "already has 'selection_index'"),
+        ([*with_scores, "--stream"], "already has 'selection_index'"),
         (["--data", data, "--out", out, "--fraction", 1.5], "fraction must be a number in .0, 1., got 1.5"),
         (["--data", data, "--out", out, "--fraction", 0.5, "--count", 1], "Give either fraction or count"),
         (["--data", data, "--out", out, "--fraction", 0.5, "--stream"], "stream has no known length"),
         ([*asked, "--out", out, "--columns", "promt=text"], "columns has unknown keys 'promt'. Keys are 'prompt'"),
         ([*asked, "--out", out, "--columns", "text=txet"], "no column 'txet'; it has 'text', 'made'"),
         ([*asked, "--out", out, "--columns", "text=txet", "--stream"], "no column 'txet'"),
+        ([*asked, "--out", out, "--seed", -1], "seed must be at least 0, got -1"),
     ]:
         with pytest.raises(BlueprintError, match=message):
             run(folder, *arguments)
-    assert run(folder, *asked, "--out", out, "--seed", -1).exit_code == 2
     assert target.read_text(encoding="utf-8") == '{"text": "1 2"}\n' and not out.exists()
 
 

@@ -1,4 +1,4 @@
-"""Choosing from a stream, killed by the operating system: the next run goes on. Run: pytest tests/test_selection_killed.py"""
+"""Choosing from a stream, killed by the operating system: the next run goes on. Run: pytest tests/data/test_selection_killed.py"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Words in common. Run: pytest tests/test_lexical.py"""
+"""Words in common. Run: pytest tests/data/test_text_similarity.py"""
 
 import json
 import sys
