@@ -1,0 +1,81 @@
+"""What the package promises before anything is called: light imports, PEFT's registration, the public names."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import peft_blueprint
+from tests import ROOT
+
+
+ROOMS = ("blueprint", "runs", "compare", "measure", "place", "place.cost", "data", "train", "publish", "cli")
+
+
+def run(script):
+    """What a fresh process prints."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_reading_a_blueprint_waits_for_no_tensor_library(blueprint, tmp_path):
+    """A file read, blended and written: without torch, peft or transformers, nor NumPy or the Hub's client."""
+    path = blueprint.save(tmp_path)
+    script = f"""
+import sys, peft_blueprint
+published = peft_blueprint.Blueprint.from_pretrained({str(path)!r})
+published.blend(published).coarsen("layer").save({str(tmp_path / "layers.csv")!r})
+published.save({str(tmp_path / "arrays.safetensors")!r})
+heavy = {{"torch", "peft", "transformers", "numpy", "scipy", "pandas", "pyarrow", "pydantic", "httpx", "requests"}}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    assert run(script) == "[]"
+    assert (tmp_path / "layers.csv").exists()
+
+
+def test_comparing_blueprints_waits_for_no_tensor_library(blueprint, tmp_path):
+    """Drift, merging and tables work without torch, peft or transformers."""
+    path = blueprint.save(tmp_path)
+    script = f"""
+import sys
+from peft_blueprint.compare import aggregate, check_drift, merge_all, read_sources, write_table
+blueprints, _ = read_sources([{str(path)!r}])
+[published] = blueprints.values()
+check_drift(published, published), merge_all(blueprints), write_table(aggregate(blueprints), {str(tmp_path / "t.csv")!r})
+print(sorted({{"torch", "peft", "transformers"}} & sys.modules.keys()))
+"""
+    assert run(script) == "[]"
+
+
+def test_importing_it_after_peft_registers_the_type():
+    """So that a saved recipe is understood without a further import."""
+    script = """
+import peft, peft_blueprint
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+print(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.BLUEPRINT].__name__)
+"""
+    assert run(script) == "BlueprintConfig"
+
+
+def test_the_public_face():
+    """About a dozen classes and a dozen verbs, each with a docstring; no other name."""
+    names = peft_blueprint.__all__
+    assert set(names) <= set(dir(peft_blueprint)) and len(names) < 30
+    for name in names:
+        assert inspect.getdoc(getattr(peft_blueprint, name)), name
+    with pytest.raises(AttributeError, match="attribute '?blueprint_of"):
+        _ = peft_blueprint.blueprint_of
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_name_of_a_room_resolves(room):
+    """What a room's stub promises is there, and functions and classes say what they do."""
+    module = importlib.import_module(f"peft_blueprint.{room}")
+    assert inspect.getdoc(module)
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert inspect.getdoc(value), name
