@@ -3,6 +3,7 @@ from .commit import publish as publish
 from .embedding import embed as embed
 from .embedding import remove as remove
 from .method_comparison import method_comparison_json as method_comparison_json
+from .options import PublishOptions as PublishOptions
 from .page import save_page as save_page
 from .plots import plot_blueprint as plot_blueprint
 from .plots import save_plot as save_plot
@@ -10,11 +11,9 @@ from .run_card import cost_section as cost_section
 from .run_card import update_card as update_card
 from .uniform_rank import export_uniform_lora as export_uniform_lora
 from .words import ABSENT as ABSENT
-from .words import NAMES as NAMES
+from .words import RESOURCE_NAMES as RESOURCE_NAMES
+from .words import describe_stop as describe_stop
+from .words import format_multiple as format_multiple
+from .words import format_score as format_score
 from .words import headline as headline
-from .words import number as number
-from .words import per as per
-from .words import quantity as quantity
-from .words import score as score
-from .words import stopping_words as stopping_words
-from .words import times as times
+from .words import per_unit as per_unit

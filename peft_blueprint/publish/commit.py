@@ -1,7 +1,4 @@
-"""Blueprints onto the Hub: the files, a section of the model card, and a picture, in one commit or pull request.
-
-Everything is read and checked before anything is written. Knows nothing of models or how they are measured.
-"""
+"""Publish a blueprint on the Hub: its file, a section of the model card and a picture, in one commit or pull request."""
 
 from __future__ import annotations
 
@@ -16,30 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from .._options import from_keywords
 from .._text import format_names
 from ..blueprint import (
     CARD,
     FILE_NAME,
     Blueprint,
     file_name,
-    from_json,
+    from_dict,
+    loads,
     require_token,
     status_of,
     to_arrays_bytes,
+    to_dict,
     to_json,
     translated_hub_errors,
 )
 from ..errors import BlueprintError, FormatError, MismatchError
-from .card import TAG, card_section, datasets_of, is_hub_id, new_card, with_metadata, with_section
-from .snapshot import has_other_header, index_with, look
+from .card import TAG, card_section, datasets_of, new_card, section_name
+from .card_sections import with_section
+from .metadata import add_metadata, is_hub_id
+from .options import PublishOptions
+from .plots import plot_blueprint
+from .snapshot import Snapshot, has_other_header, index_with, take_snapshot
 
 
-LARGE = 5_000_000  # bytes of JSON from which the arrays are published beside it
+LARGE = 5_000_000  # bytes of JSON from which the arrays are published too
 ATTEMPTS = 3
-OF_A_MODEL = frozenset(
+MODEL_FILES = frozenset(
     ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 )
 
@@ -49,21 +53,21 @@ _LOCAL_PATH = re.compile(r"(?<![\w/:.])(?:~?/[\w.@ -]+(?:/[\w.@-]+)+|[A-Za-z]:\\
 
 @dataclass(frozen=True)
 class Publication:
-    """What would be sent to a repository; `print(publication)` shows it with the change to the card.
+    """The content of a commit; `print(publication)` shows it with the change to the card.
 
     Args:
         repo_id: the repository.
-        files: content by path, of those that change; empty if all is there already.
-        card: the model card as it would be.
-        previous_card: as it is; None if there is none.
-        title: of the commit.
-        description: of the commit.
+        files: content of the changed files by path; empty if the repository has everything already.
+        card: the new model card.
+        previous_card: the model card that is there; None if there is none.
+        title: title of the commit.
+        description: description of the commit.
         create_pr: whether it is a pull request.
-        creates_repository: whether the repository is made first.
-        private: whether it would then be private.
+        creates_repository: whether the repository is created first.
+        private: whether it is created as a private one.
         revision: branch to commit to; None for the main one.
-        parent_commit: the commit all this was read at; None if there is no repository.
-        notes: what its reader should know.
+        parent_commit: commit that the repository was read at; None without a repository.
+        notes: remarks for the publisher.
     """
 
     repo_id: str
@@ -81,27 +85,27 @@ class Publication:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the repository holds all of this already."""
+        """Whether the repository has everything already."""
         return not self.files
 
     def __str__(self) -> str:
         if self.is_unchanged:
-            return "\n".join([f"{self.repo_id} holds this blueprint already: there is nothing to send.", *self.notes])
+            return "\n".join([f"{self.repo_id} has this blueprint already: there is nothing to send.", *self.notes])
         kind = "pull request" if self.create_pr else "commit"
-        made = f", which is made{' as a private one' if self.private else ''}" if self.creates_repository else ""
+        created = f", a new {'private ' * self.private}repository" if self.creates_repository else ""
         diff = difflib.unified_diff(
             (self.previous_card or "").splitlines(),
             self.card.splitlines(),
-            f"{CARD} as it is" if self.previous_card is not None else "no card",
-            f"{CARD} as it would be",
+            f"{CARD} now" if self.previous_card is not None else "no card",
+            f"{CARD} with this commit",
             lineterm="",
         )
         return "\n".join(
             [
-                f"One {kind} to {self.repo_id}{f' at {self.revision}' if self.revision else ''}{made}: {self.title}",
+                f"One {kind} to {self.repo_id}{f' at {self.revision}' if self.revision else ''}{created}: {self.title}",
                 *(f"  {path}  {len(content):,} bytes" for path, content in self.files.items()),
                 *self.notes,
-                # a stranger's card does not get to steer the terminal
+                # a card from elsewhere must not control the terminal
                 *("".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line) for line in diff),
             ]
         )
@@ -110,27 +114,29 @@ class Publication:
 def publish(
     blueprint: Blueprint,
     repo_id: str,
+    options: PublishOptions | None = None,
     *,
     dry_run: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
-    **wishes: Any,
+    **keywords: Any,
 ) -> str | Publication:
-    """Publish a blueprint in one commit. What a person wrote in the card stays, and what is there already is not sent.
+    """Publish a blueprint in one commit. Other text in the card stays, and files that are there already are not sent.
 
-    If somebody commits in between, everything is read and made anew, up to three times.
+    If somebody commits in between, everything is read and prepared again, up to three times.
 
     Args:
         blueprint: the record; `model_id` must be the model's id on the Hub.
-        repo_id: the model's own repository, or one of blueprints alone, which is made if there is none.
+        repo_id: the model's own repository, or one for blueprints alone, which is created if it does not exist.
+        options: what to publish and how.
         dry_run: send nothing.
         token: as for `huggingface_hub`.
-        endpoint: of another Hub.
-        **wishes: as for `prepare`.
+        endpoint: URL of another Hub.
+        **keywords: fields of `PublishOptions`.
 
     Returns:
-        The commit's or pull request's URL (the last commit's if there was nothing to send); with `dry_run` what would
-        be sent.
+        The URL of the commit or pull request (of the last commit if there was nothing to send); with `dry_run` the
+        commit that would be made.
 
     Raises:
         BlueprintError: if it cannot be published. No commit is made then, except that a broken connection may hide one.
@@ -138,204 +144,183 @@ def publish(
     if not dry_run:
         require_token(repo_id, token)
     for _ in range(ATTEMPTS):
-        publication = prepare(blueprint, repo_id, token=token, endpoint=endpoint, **wishes)
+        publication = prepare(blueprint, repo_id, options, token=token, endpoint=endpoint, **keywords)
         if dry_run:
             return publication
         for note in publication.notes:
             _LOG.warning(note)
         if publication.is_unchanged:
-            _LOG.warning("%s holds this blueprint already: nothing was sent", repo_id)
+            _LOG.warning("%s has this blueprint already: nothing was sent", repo_id)
             return f"{(endpoint or constants.ENDPOINT).rstrip('/')}/{repo_id}/commit/{publication.parent_commit}"
         url = _send(publication, HfApi(endpoint=endpoint, token=token))
         if url is not None:
             return url
     raise BlueprintError(
-        f"Somebody else committed to {repo_id!r} each of the {ATTEMPTS} times that this was tried. Nothing was published. "
-        "Try again later, or offer it as a pull request with --create-pr (create_pr=True)."
+        f"Somebody else committed to {repo_id!r} during each of {ATTEMPTS} attempts. Nothing was published. Try again "
+        "later, or offer it as a pull request with --create-pr (create_pr=True)."
     )
 
 
 def prepare(
     blueprint: Blueprint,
     repo_id: str,
+    options: PublishOptions | None = None,
     *,
-    domain: str | None = None,
-    checkpoint: float | None = None,
-    datasets: Sequence[str] | None = None,
-    picture: bool = True,
-    with_arrays: bool | None = None,
-    in_index: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    private: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
-    message: str | None = None,
-    replace: bool = False,
-    allow_other_model: bool = False,
+    **keywords: Any,
 ) -> Publication:
-    """What `publish` would send; reads the Hub and writes nothing.
+    """Return the commit that `publish` would make; reads the Hub and writes nothing.
 
     Args:
         blueprint: the record.
         repo_id: the repository, `org/name`.
-        domain: name the file after this kind of data, see `file_name`.
-        checkpoint: and after this share of the training; the record's own, or written into a record that has none.
-        datasets: ids for the card; by default those that the provenance names; an empty list for none.
-        picture: draw one, if matplotlib is there and entries say their kind and depth.
-        with_arrays: also publish the exact arrays as safetensors; by default if the JSON is above 5 MB, or they are there.
-        in_index: also put it into the index of the repository's sharded model; one that is there is always renewed.
-        revision: branch to commit to.
-        create_pr: make a pull request.
-        private: make the repository private if it is made.
+        options: what to publish and how.
         token: as for `huggingface_hub`.
-        endpoint: of another Hub.
-        message: title of the commit.
-        replace: also replace what has this name and is of another model, or no blueprint.
-        allow_other_model: also publish to a model's repository that is not of the model that was measured, such as a
-            quantised copy of it.
+        endpoint: URL of another Hub.
+        **keywords: fields of `PublishOptions`.
 
     Raises:
         MismatchError: if a blueprint of another model has this name there, or the repository is another model's.
         BlueprintError: if it cannot be published or the Hub cannot be read.
     """
-    name = file_name(domain, checkpoint)
-    blueprint = _at_checkpoint(blueprint, checkpoint)
-    _require_ids(blueprint, repo_id, datasets)
-    if in_index and name != FILE_NAME:
-        raise BlueprintError(f"An index holds one blueprint, {FILE_NAME}, and not {name}. Leave in_index out.")
-    content = to_json(blueprint).encode()
-    with translated_hub_errors(repo_id, revision=revision):
-        there = look(HfApi(endpoint=endpoint, token=token), repo_id, revision, may_be_made=not create_pr)
-        if private and there.is_public:
-            raise BlueprintError(
-                f"{repo_id!r} exists and is public, so that nothing in it can be private. Leave private out, or choose another "
-                "repository."
-            )
+    options = from_keywords(PublishOptions, options, keywords)
+    name = file_name(options.domain, options.checkpoint)
+    blueprint = _at_checkpoint(blueprint, options.checkpoint)
+    _require_ids(blueprint, repo_id, options.datasets)
+    if options.in_index and name != FILE_NAME:
+        raise BlueprintError(f"A model's index can hold {FILE_NAME} only, got {name}. Leave in_index out.")
+    content = to_json(to_dict(blueprint)).encode()
+    notes = _local_paths(blueprint)
+    with translated_hub_errors(repo_id, revision=options.revision):
+        api = HfApi(endpoint=endpoint, token=token)
+        there = take_snapshot(api, repo_id, options.revision, may_be_created=not options.create_pr)
         is_own = blueprint.model_id.lower() in (repo_id.lower(), there.id.lower())
-        if not is_own and not allow_other_model and (theirs := sorted(there.files & OF_A_MODEL)):
-            raise MismatchError(
-                f"{repo_id!r} holds a model ({', '.join(theirs)}), and the blueprint is of {blueprint.model_id!r}. Publish it to "
-                "that model's repository or to one of its own; for a copy of the same model say --allow-other-model "
-                "(allow_other_model=True)."
-            )
+        _require_suitable(there, blueprint, is_own, options)
         published = there.read(name)
-        is_new = published != content
-        if published is not None and is_new and not replace:
-            _require_same_model(blueprint, published, f"{name} of {repo_id!r}")
-        files = {name: content} if is_new else {}
-        notes = _local_paths(blueprint)
+        if published is not None and published != content and not options.replace:
+            _require_same_model(blueprint, published, f"{name} of {there.id!r}")
+        files = {name: content} if published != content else {}
 
         arrays = Path(name).with_suffix(".safetensors").name
-        wants_arrays = with_arrays if with_arrays is not None else len(content) > LARGE
-        if (wants_arrays or arrays in there.files) and (is_new or arrays not in there.files):
-            files[arrays] = to_arrays_bytes(blueprint)
-        drawing: str | None = Path(name).with_suffix(".png").name if picture else None
-        if drawing in there.files and published is None:
-            notes.append(f"There is no picture: {there.id} has a {drawing} that no blueprint was published with.")
-            drawing = None
-        elif drawing and (is_new or drawing not in there.files):
-            drawn = _drawn(blueprint, notes)
-            files |= {drawing: drawn} if drawn else {}
-            drawing = drawing if drawn else None
+        is_large = len(content) > LARGE if options.with_arrays is None else options.with_arrays
+        if (is_large or arrays in there.files) and (files or arrays not in there.files):
+            files[arrays] = to_arrays_bytes(to_dict(blueprint))
+        picture: str | None = Path(name).with_suffix(".png").name if options.picture else None
+        if picture in there.files and published is None:
+            notes.append(f"There is no picture: {there.id} has a {picture} that was not published with a blueprint.")
+            picture = None
+        elif picture and (files or picture not in there.files):
+            if (drawn := _draw(blueprint, notes)) is not None:
+                files[picture] = drawn
+            else:
+                picture = None
         if name == FILE_NAME:
-            if (index := index_with(blueprint, there, in_index)) is not None:
+            if (index := index_with(blueprint, there, options.in_index)) is not None:
                 files[constants.SAFETENSORS_INDEX_FILE] = index
             if has_other_header(blueprint, there):
                 notes.append(
-                    f"The header of {constants.SAFETENSORS_SINGLE_FILE} holds another blueprint, and readers ask it first: "
-                    "renew it with `peft-blueprint embed` and upload the model, or take it out with `peft-blueprint remove`."
+                    f"The header of {constants.SAFETENSORS_SINGLE_FILE} holds another blueprint, and readers look there "
+                    "first: update it with `peft-blueprint embed` and upload the model, or take it out with "
+                    "`peft-blueprint remove`."
                 )
-
         previous = there.read_card()
-        card = previous if previous is not None else "" if is_own else new_card(blueprint, repo_id)
-        card = with_metadata(
-            card,
-            tags=[TAG],
-            base_model=None if is_own else blueprint.model_id,
-            datasets=datasets_of(blueprint) if datasets is None else datasets,
-        )
-        card = with_section(card, card_section(blueprint, name, picture=drawing, repo_id=there.id), name)
-        if card != previous:
-            files[CARD] = card.encode()
-    verb = "Add" if published is None else "Update"
+    card = previous if previous is not None else "" if is_own else new_card(blueprint, repo_id)
+    datasets = datasets_of(blueprint) if options.datasets is None else list(options.datasets)
+    base_model = None if is_own else blueprint.model_id
+    card = add_metadata(card, ModelCardData(tags=[TAG], base_model=base_model, datasets=datasets or None))
+    section = card_section(blueprint, name, picture=picture, repo_id=there.id)
+    card = with_section(card, section, section_name(name))
+    if card != previous:
+        files[CARD] = card.encode()
     return Publication(
         repo_id=there.id,
         files=files,
         card=card,
         previous_card=previous,
-        title=message or f"{verb} gradient blueprint {name}",
+        title=options.message or f"{'Add' if published is None else 'Update'} gradient blueprint {name}",
         description=f"{len(blueprint)} {blueprint.level} entries of {blueprint.model_id}"
         + (f" at {blueprint.model_revision}" if blueprint.model_revision else ""),
-        create_pr=create_pr,
+        create_pr=options.create_pr,
         creates_repository=there.commit is None,
-        private=private,
-        revision=revision,
+        private=options.private,
+        revision=options.revision,
         parent_commit=there.commit,
         notes=tuple(notes),
     )
 
 
 def _local_paths(blueprint: Blueprint) -> list[str]:
-    """A note if the provenance, which everybody will read, names files of one's own machine."""
+    """Return a note if the provenance, which becomes public, names files of this machine."""
     found = sorted(set(_LOCAL_PATH.findall(json.dumps(dict(blueprint.provenance), ensure_ascii=False))))
     if not found:
         return []
     return [
-        f"The provenance names files of this machine, for all to read: {format_names(found)}. Measure from another folder, or edit it."
+        f"The provenance names files of this machine, which become public: {format_names(found)}. Measure from another "
+        "folder, or edit it."
     ]
 
 
 def _at_checkpoint(blueprint: Blueprint, checkpoint: float | None) -> Blueprint:
     if checkpoint is None or blueprint.training_checkpoint == checkpoint:
         return blueprint
-    if blueprint.training_checkpoint is not None:
+    if blueprint.training_checkpoint != 1.0:  # its default, for a finished model
         raise MismatchError(
-            f"The blueprint is of training_checkpoint={blueprint.training_checkpoint}, and is to be published as one of "
-            f"{checkpoint}. Give the same number."
+            f"checkpoint must be the blueprint's training_checkpoint={blueprint.training_checkpoint}, got {checkpoint}."
         )
     return dataclasses.replace(blueprint, training_checkpoint=checkpoint)
 
 
 def _require_ids(blueprint: Blueprint, repo_id: str, datasets: Sequence[str] | None) -> None:
     if not is_hub_id(repo_id):
-        raise BlueprintError(f"{repo_id!r} is no repository on the Hub: give 'org/name'.")
+        raise BlueprintError(f"repo_id must be 'org/name', got {repo_id!r}.")
     if not is_hub_id(blueprint.model_id):
         raise BlueprintError(
-            f"The blueprint is of {blueprint.model_id!r}, which is no id on the Hub such as 'org/model', so that its readers "
-            "could not find the model. Say which it is: --model-id org/model when measuring or publishing, or "
-            "dataclasses.replace(blueprint, model_id='org/model')."
+            f"The blueprint's model_id must be an id on the Hub such as 'org/model', got {blueprint.model_id!r}. Give "
+            "--model-id org/model when measuring or publishing, or use dataclasses.replace(blueprint, "
+            "model_id='org/model')."
         )
     for dataset in datasets or ():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", dataset, re.ASCII):
-            raise BlueprintError(f"{dataset!r} is no data set on the Hub: give 'org/name'.")
+        if not is_hub_id(dataset if "/" in dataset else f"datasets/{dataset}"):
+            raise BlueprintError(f"A data set must be 'org/name' as on the Hub, got {dataset!r}.")
+
+
+def _require_suitable(there: Snapshot, blueprint: Blueprint, is_own: bool, options: PublishOptions) -> None:
+    """Raise if the repository is public and must not be, or holds another model."""
+    if options.private and there.is_public:
+        raise BlueprintError(f"{there.id!r} exists and is public. Leave private out, or choose another repository.")
+    model_files = sorted(there.files & MODEL_FILES)
+    if model_files and not is_own and not options.allow_other_model:
+        raise MismatchError(
+            f"{there.id!r} holds a model ({', '.join(model_files)}), and the blueprint is of {blueprint.model_id!r}. Publish "
+            "to that model's repository or to a new one; for a copy of the same model give --allow-other-model "
+            "(allow_other_model=True)."
+        )
 
 
 def _require_same_model(blueprint: Blueprint, published: bytes, where: str) -> None:
-    """Raise unless what is published under this name is of the same model."""
+    """Raise unless the published file is a blueprint of the same model."""
     try:
-        old = from_json(published.decode("utf-8-sig"), where)
+        old = from_dict(loads(published.decode("utf-8-sig"), where), where)
     except (FormatError, UnicodeDecodeError) as error:
         raise BlueprintError(
-            f"{where} is no blueprint that can be read ({error}). Publish under another domain, or replace it with "
-            "--replace (replace=True)."
+            f"{where} is not a valid blueprint ({error}). Publish under another domain, or replace it with --replace "
+            "(replace=True)."
         ) from error
-    for what in ("model_id", "model_digest"):
-        mine, theirs = getattr(blueprint, what), getattr(old, what)
-        if mine != theirs and None not in (mine, theirs):
+    for key in ("model_id", "model_digest"):
+        new, published_value = getattr(blueprint, key), getattr(old, key)
+        if new != published_value and None not in (new, published_value):
             raise MismatchError(
-                f"{where} is a blueprint of another model: its {what} is {theirs!r}, that of the new one {mine!r}. Publish "
+                f"{where} is a blueprint of another model: its {key} is {published_value!r}, the new one's {new!r}. Publish "
                 "under another domain or to another repository, or replace it with --replace (replace=True)."
             )
 
 
-def _drawn(blueprint: Blueprint, notes: list[str]) -> bytes | None:
-    """A picture as PNG, or None with a note that says why not."""
+def _draw(blueprint: Blueprint, notes: list[str]) -> bytes | None:
+    """Return a heat map as PNG, or None with a note that gives the reason."""
     if not any(entry.kind is not None and entry.depth is not None for entry in blueprint):
-        notes.append("There is no picture: the entries do not say their kind and depth.")
+        notes.append("There is no picture: the entries have no kind and depth.")
         return None
-    from .plots import plot_blueprint
-
     drawn = io.BytesIO()
     try:
         plot_blueprint(blueprint).savefig(drawn, format="png", metadata={"Software": None})
@@ -346,7 +331,7 @@ def _drawn(blueprint: Blueprint, notes: list[str]) -> bytes | None:
 
 
 def _send(publication: Publication, api: HfApi) -> str | None:
-    """Make the commit. Returns its URL or the pull request's, or None if somebody committed in between."""
+    """Make the commit. Return its URL or the pull request's, or None if somebody committed in between."""
     repo_id, parent = publication.repo_id, publication.parent_commit
     if publication.creates_repository:
         with translated_hub_errors(repo_id, revision=publication.revision, sending=True):
@@ -370,7 +355,7 @@ def _send(publication: Publication, api: HfApi) -> str | None:
     except BlueprintError as error:
         if publication.creates_repository:
             raise BlueprintError(
-                f"{error} The repository {repo_id!r} was made and stays; publishing again uses it."
+                f"{error} The repository {repo_id!r} was created and stays; publishing again uses it."
             ) from error
         raise
     return info.pr_url or f"{api.endpoint}/{repo_id}/commit/{info.oid}"

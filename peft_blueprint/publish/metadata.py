@@ -1,237 +1,219 @@
-"""The YAML front matter of a model card, edited as text: what a person wrote stays to the byte, comments and all.
-
-Knows nothing of blueprints or the Hub.
-"""
+"""Edit the YAML front matter of a model card, keeping other people's values, comments and order of keys."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import json
+import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import ruamel.yaml
 import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import BlueprintError
+from .card_sections import line_end
 
 
-try:
-    from yaml import CSafeLoader as _Loader  # ten times as fast
-except ImportError:
-    from yaml import SafeLoader as _Loader
-
-MOST_ALIASES = 16  # a few stand for exponentially many values
-DEEPEST = 40  # lists and mappings within each other; PyYAML's time grows with the square
-_OPENING = re.compile(r"\ufeff?\s*---[ \t]*(\r\n|\n|\r)")
+MAX_CHARACTERS = 200_000
+MAX_ALIASES = 16  # a few stand for exponentially many values
+MAX_DEPTH = 40  # nested lists and mappings
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPENING = re.compile(r"\ufeff?\s*---[ \t]*(?:\r\n|\n|\r)")
 _CLOSING = re.compile(r"^---[ \t]*(?=[\r\n]|\Z)", re.MULTILINE)
-_LINE_END = re.compile(r"\r\n|\n|\r")
-_PLAIN = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
+_COMMENT = re.compile(r"(?:^|(?<=\s))#.*$", re.MULTILINE)
+_INDENTED = re.compile(r"^ +- ", re.MULTILINE)
 
-# PyYAML lets Python's own errors out for values such as 2024-99-99
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
-
-_BEGINS = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
+# YAML readers raise Python's own errors for values such as 2024-99-99
+_YAML_ERRORS = (yaml.YAMLError, ruamel.yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) + (
+    OverflowError,
+    RecursionError,
 )
-_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+_SCALARS = ("bool", "int", "float", "timestamp")
 
-Edit = tuple[int, int, str]  # from, to, what to put there
-
-
-def line_end(text: str) -> str:
-    """How the first line of a text ends: `\\n`, `\\r\\n` or `\\r`; `\\n` if it has only one."""
-    found = _LINE_END.search(text)
-    return found[0] if found else "\n"
+Metadata = dict[str, Any]
 
 
-def with_metadata(
-    card: str,
-    *,
-    tags: Sequence[str],
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    license: str | None = None,
-    library_name: str | None = None,
-) -> str:
-    """The card with these in its front matter, which is begun if there is none; all that was there stays as it was.
+class _Scalar:
+    """A YAML scalar other than text that is written back as it was read: ruamel rounds some floats."""
 
-    Tags and data sets that are not there yet are added to their lists, and a single value becomes a list. Of the others a
-    single value that a person gave is left alone; a base model is added to a list of base models.
+    def __init__(self, tag: str, text: str) -> None:
+        self.tag, self.text = tag, text
+
+
+class _Constructor(ruamel.yaml.RoundTripConstructor):
+    pass
+
+
+class _Representer(ruamel.yaml.RoundTripRepresenter):
+    pass
+
+
+for _name in _SCALARS:
+    _Constructor.add_constructor(f"tag:yaml.org,2002:{_name}", lambda _, node: _Scalar(node.tag, node.value))
+_Representer.add_representer(_Scalar, lambda self, scalar: self.represent_scalar(scalar.tag, scalar.text))
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form `org/name` of a repository on the Hub.
+
+    Example:
+        >>> is_hub_id("openai/gsm8k"), is_hub_id("data/train.jsonl/x")
+        (True, False)
+    """
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.isascii() and text.count("/") == 1 and text == text.strip() and text[0].isalnum()
+
+
+def add_metadata(card: str, data: ModelCardData) -> str:
+    """Add values to a card's front matter, which is created if there is none.
+
+    A list such as `tags` gets the values that it lacks, and a single value becomes a list where a list is added. A
+    single value that is already there stays.
 
     Args:
-        card: text of a `README.md`, its line ends as they are.
-        tags: to add.
-        base_model: repository that this one is derived from or speaks of; not the repository itself.
-        datasets: ids on the Hub, to add.
-        license: set if none is given.
-        library_name: set if none is given.
+        card: text of a `README.md`.
+        data: the values to add.
 
     Raises:
-        BlueprintError: if the front matter is no YAML mapping or is not closed, or nothing can be added without changing
-            what is there; names the line.
+        BlueprintError: if the front matter is not a closed YAML mapping, or cannot be changed safely.
+
+    Example:
+        >>> print(add_metadata("---\\ntags: [lora]  # mine\\n---\\n", ModelCardData(tags=["peft"], license="mit")))
+        ---
+        tags: [lora, peft]  # mine
+        license: mit
+        ---
+        <BLANKLINE>
     """
-    begin, end = _span(card)
-    if begin is None:
-        newline = line_end(card)
-        mark = "\ufeff" if card.startswith("\ufeff") else ""
-        rest = card.removeprefix(mark)
-        gap = newline if rest.strip() and not rest.startswith(newline) else ""
-        inner = _extended("", newline, tags, base_model, datasets, license, library_name)
-        return f"{mark}---{newline}{inner}---{newline}{gap}{rest}" if inner else card
-    _require_simple(card[begin:end])
-    inner = _extended(card[begin:end], line_end(card), tags, base_model, datasets, license, library_name)
-    return card[:begin] + inner + card[end:]
+    return edit_metadata(card, _add, data.to_dict())
 
 
-def _span(card: str) -> tuple[int | None, int]:
-    """Where the YAML between the lines of three hyphens begins and ends; None if the card has none."""
-    opening = _OPENING.match(card)
-    if opening is None:
-        return None, 0
-    closing = _CLOSING.search(card.replace("\r", "\n"), opening.end())
-    if closing is None:
+def read_metadata(card: str) -> Metadata:
+    """Return a card's front matter as plain values; empty if there is none.
+
+    Raises:
+        BlueprintError: if it is not a closed YAML mapping; names the line.
+    """
+    head, text, _ = _split(card)
+    return _load(text, head)
+
+
+def edit_metadata(card: str, edit: Callable[[Metadata, Mapping[str, Any]], None], additions: Mapping[str, Any]) -> str:
+    """Return the card with its front matter edited.
+
+    Args:
+        card: text of a `README.md`; its line ends are kept.
+        edit: called as `edit(metadata, additions)`, changes `metadata` in place. It runs twice: on the values that carry
+            the comments, and on plain values, which the result is checked against.
+        additions: JSON values for `edit`.
+
+    Raises:
+        BlueprintError: if the front matter is not a closed YAML mapping, or the edit would change something else.
+    """
+    head, text, tail = _split(card)
+    expected, before = _load(text, head), _comparable(_load(text, head))
+    edit(expected, additions)
+    if _comparable(expected) == before:
+        return card
+    with _translated_errors(head):
+        editor = _editor(is_indented=_INDENTED.search(text) is not None)
+        current = editor.load(text)
+        comments = text if current is None else ""
+        current = ruamel.yaml.comments.CommentedMap() if current is None else current
+        # dumped by PyYAML and read back, values such as "no" and 1e-05 are written so that every reader gets them right
+        edit(current, editor.load(yaml.safe_dump(dict(additions), sort_keys=False)))
+        changed = io.StringIO()
+        if current:
+            editor.dump(current, changed)
+    result = comments + changed.getvalue()
+    lost = [found for found in _COMMENT.findall(text) if result.count(found) < text.count(found)]
+    result += "".join(f"{comment}\n" for comment in lost)
+    if _comparable(_load(result, head)) != _comparable(expected):
         raise BlueprintError(
-            f"The card's front matter begins in line {_line_of(card, opening.end() - 1)} with --- and no line --- ends "
-            "it. Close it, or put a line of text before it if it is only a ruler."
+            f"The card's front matter cannot be changed without changing other values. Add by hand: {dict(additions)}."
         )
-    return opening.end(), closing.start()
+    newline = line_end(card)
+    if head:
+        return head + result.replace("\n", newline) + tail
+    mark = "\ufeff" if card.startswith("\ufeff") else ""
+    body = card.removeprefix(mark)
+    gap = newline if body.strip() and not body.startswith(newline) else ""
+    return mark + f"---\n{result}---\n".replace("\n", newline) + gap + body
 
 
-def _extended(
-    text: str,
-    newline: str,
-    tags: Sequence[str],
-    base_model: str | None,
-    datasets: Sequence[str],
-    license: str | None,
-    library_name: str | None,
-) -> str:
-    """The YAML with each addition in turn, checked after each."""
-    for key, values in (("license", license), ("library_name", library_name)):
-        if values is not None:
-            text = _with_values(text, newline, key, [values], is_list=False)
-    text = _with_values(text, newline, "tags", tags, is_list=True)
-    if base_model is not None:
-        present = _loaded(text).get("base_model")
-        if present is None or isinstance(present, list):
-            text = _with_values(text, newline, "base_model", [base_model], is_list=isinstance(present, list))
-    return _with_values(text, newline, "datasets", datasets, is_list=True)
+def _editor(is_indented: bool) -> ruamel.yaml.YAML:
+    editor = ruamel.yaml.YAML()
+    editor.Constructor, editor.Representer = _Constructor, _Representer
+    editor.preserve_quotes = True
+    editor.width = 4096
+    if is_indented:
+        editor.indent(mapping=2, sequence=4, offset=2)
+    return editor
 
 
-def _with_values(text: str, newline: str, key: str, values: Sequence[str], *, is_list: bool) -> str:
-    old = _loaded(text)
-    present = old.get(key)
-    if present is not None and not is_list:
-        return text
-    existing = present if isinstance(present, list) else [] if present is None else [present]
-    missing = [value for value in dict.fromkeys(values) if value not in existing]
-    if not missing:
-        return text
-    wanted: dict[Any, Any] = copy.deepcopy(old)
-    wanted[key] = [*existing, *missing] if is_list else missing[0]
-    added = [_scalar(value) for value in missing]
-    for begin, end, replacement in _edits(text, newline, key, added, is_list):
-        changed = text[:begin] + replacement + text[end:]
-        try:
-            # by their text, in which 1, 1.0 and true differ and a NaN is like a NaN
-            if repr(_loaded(changed)) == repr(wanted):
-                return changed
-        except BlueprintError:
-            continue
-    raise BlueprintError(
-        f"{', '.join(missing)} cannot be added to {key} in the card's front matter without changing what a person wrote "
-        f"there. Add it by hand, as {key}: [{', '.join(added)}]."
+def _add(metadata: Metadata, additions: Mapping[str, Any]) -> None:
+    for key, value in additions.items():
+        present = metadata.get(key)
+        if present is None:
+            metadata[key] = value
+        elif isinstance(present, list) or isinstance(value, list):
+            if isinstance(present, dict):
+                raise BlueprintError(f"{key} in the card's front matter must be a list, got a mapping. Correct it.")
+            values: Any = present if isinstance(present, list) else [present]
+            missing = [item for item in (value if isinstance(value, list) else [value]) if item not in values]
+            if missing and not hasattr(values, "ca"):  # a plain list, which an anchor may share with another key
+                metadata[key] = [*values, *missing]
+                continue
+            for item in missing:
+                # not after a last item with a comment, to which lines about the next key may belong
+                values.insert(len(values) - (len(values) - 1 in values.ca.items), item)
+
+
+def _comparable(metadata: Metadata) -> str:
+    """Return values as text, in which 1, 1.0 and true differ and a NaN equals itself; lists in any order."""
+    return repr(
+        {key: sorted(map(repr, value)) if isinstance(value, list) else value for key, value in metadata.items()}
     )
 
 
-def _edits(text: str, newline: str, key: str, added: list[str], is_list: bool) -> Iterator[Edit]:
-    """Ways to add the values under a key, the one that looks best first; the first that reads right is taken."""
-    root = _composed(text)
-    if root is None:
-        yield len(text), len(text), _block(key, added, newline, "", is_list)
-        return
-    node = next((value for name, value in reversed(root.value) if name.value == key), None)
-    if node is None:
-        yield from _new_key(text, root, newline, key, added, is_list)
-    elif isinstance(node, yaml.SequenceNode):
-        yield from _longer_list(text, node, newline, added)
-    elif isinstance(node, yaml.ScalarNode):
-        begin, end = node.start_mark.index, node.end_mark.index
-        if node.tag == "tag:yaml.org,2002:null":
-            flow = f"[{', '.join(added)}]" if is_list else added[0]
-            yield begin, end, flow if text[:begin].endswith((" ", "\t")) else f" {flow}"
-        else:
-            yield begin, end, f"[{text[begin:end]}, {', '.join(added)}]"
-            indent = " " * root.start_mark.column
-            dashes = "".join(f"{indent}- {value}{newline}" for value in (text[begin:end], *added))
-            rest = _end_of_line(text, end)
-            yield begin, rest, f"{text[end:rest].strip()}{newline}{dashes}"
+def _split(card: str) -> tuple[str, str, str]:
+    """Split a card before and after its YAML, whose lines then end in \\n; `head` is empty without front matter."""
+    opening = _OPENING.match(card)
+    if opening is None:
+        return "", "", card
+    head = opening[0]
+    closing = _CLOSING.search(card.replace("\r", "\n"), opening.end())
+    if closing is None:
+        raise BlueprintError(
+            f"The card's front matter begins in line {_lines(head)} with --- and no line --- ends it. Close it, or put a "
+            "line of text before it if it is only a ruler."
+        )
+    text = card[opening.end() : closing.start()].replace("\r\n", "\n").replace("\r", "\n")
+    if len(text) > MAX_CHARACTERS:
+        raise BlueprintError(f"The card's front matter has {len(text):,} characters, more than {MAX_CHARACTERS:,}.")
+    return head, text, card[closing.start() :]
 
 
-def _new_key(
-    text: str, root: yaml.MappingNode, newline: str, key: str, added: list[str], is_list: bool
-) -> Iterator[Edit]:
-    if root.flow_style:
-        entry = f"{key}: [{', '.join(added)}]" if is_list else f"{key}: {added[0]}"
-        if root.value:
-            yield _after(root.value[-1][1], f", {entry}")
-        else:
-            yield root.start_mark.index + 1, root.start_mark.index + 1, entry
-        return
-    block = _block(key, added, newline, " " * root.start_mark.column, is_list)
-    yield len(text), len(text), block if text.endswith(("\n", "\r")) else newline + block
-
-
-def _longer_list(text: str, node: yaml.SequenceNode, newline: str, added: list[str]) -> Iterator[Edit]:
-    if node.flow_style:
-        if node.value:
-            yield _after(node.value[-1], f", {', '.join(added)}")
-        else:
-            yield node.start_mark.index + 1, node.start_mark.index + 1, ", ".join(added)
-        return
-    last: yaml.Node = node
-    while isinstance(last, yaml.CollectionNode) and not last.flow_style and last.value:
-        last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
-    place = last.end_mark.index
-    if not text[:place].endswith(("\n", "\r")):
-        place = _end_of_line(text, place)
-    lines = "".join(f"{' ' * node.start_mark.column}- {value}{newline}" for value in added)
-    yield place, place, lines if text[:place].endswith(("\n", "\r")) else newline + lines
-
-
-def _after(node: yaml.Node, what: str) -> Edit:
-    return node.end_mark.index, node.end_mark.index, what
-
-
-def _block(key: str, added: list[str], newline: str, indent: str, is_list: bool) -> str:
-    if not is_list:
-        return f"{indent}{key}: {added[0]}{newline}"
-    return f"{indent}{key}:{newline}" + "".join(f"{indent}- {value}{newline}" for value in added)
-
-
-def _end_of_line(text: str, place: int) -> int:
-    """Just after the line end that follows."""
-    found = _LINE_END.search(text, place)
-    return found.end() if found else len(text)
-
-
-def _scalar(value: str) -> str:
-    """A text as YAML: plain where that reads as the same text, else in double quotes."""
-    is_plain = _PLAIN.fullmatch(value) and yaml.safe_load(value) == value
-    return value if is_plain else json.dumps(value, ensure_ascii=False)
-
-
-@functools.lru_cache(maxsize=4)
-def _loaded(text: str) -> dict[Any, Any]:
-    """What the YAML says; not to be changed by the caller."""
-    with _in_our_words():
-        value = yaml.load(text, Loader=_Loader)
+def _load(text: str, head: str) -> Metadata:
+    """Read YAML as `huggingface_hub` does, within limits on its depth and aliases."""
+    depth = aliases = 0
+    with _translated_errors(head):
+        for event in yaml.parse(text, Loader=_LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+                raise BlueprintError(
+                    f"The card's front matter has more than {MAX_ALIASES} YAML aliases (*name), or is nested deeper than "
+                    f"{MAX_DEPTH}. Write it plainly."
+                )
+        value = yaml.load(text, Loader=_LOADER)
     if value is not None and not isinstance(value, dict):
         raise BlueprintError(
             "The card's front matter, between the first two lines of ---, is not a mapping of keys to values. Correct it, "
@@ -240,39 +222,20 @@ def _loaded(text: str) -> dict[Any, Any]:
     return value or {}
 
 
-def _require_simple(text: str) -> None:
-    """Raise BlueprintError for YAML that takes unreasonably long to read."""
-    depth = aliases = 0
-    with _in_our_words():
-        for token in yaml.scan(text, Loader=_Loader):
-            depth += isinstance(token, _BEGINS) - isinstance(token, _ENDS)
-            aliases += isinstance(token, yaml.AliasToken)
-            if depth > DEEPEST or aliases > MOST_ALIASES:
-                raise BlueprintError(
-                    f"The card's front matter has more than {MOST_ALIASES} YAML aliases (*name), or lists within lists "
-                    f"deeper than {DEEPEST}, and is not read. Write it plainly."
-                )
-
-
-def _composed(text: str) -> yaml.MappingNode | None:
-    with _in_our_words():
-        return yaml.compose(text, Loader=_Loader)
-
-
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def _translated_errors(head: str) -> Iterator[None]:
     try:
         yield
     except BlueprintError:
         raise
     except _YAML_ERRORS as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        where = f", line {mark.line + 1} of it" if mark is not None else ""
-        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else type(error).__name__
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {_lines(head) + mark.line + 1} of the card" if mark is not None else ""
+        reason = getattr(error, "problem", None) or type(error).__name__
         raise BlueprintError(
             f"The card's front matter, between the first two lines of ---, is not YAML ({reason}{where}). Correct it."
         ) from error
 
 
-def _line_of(text: str, index: int) -> int:
-    return len(_LINE_END.findall(text[: index + 1])) or 1
+def _lines(text: str) -> int:
+    return len(re.findall(r"\r\n|\n|\r", text))

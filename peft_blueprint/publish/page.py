@@ -1,76 +1,107 @@
-"""A report as one page of HTML that asks for nothing from anywhere: styles and pictures are in it.
-
-Needs matplotlib, the `plots` extra. Knows nothing of how runs are read.
-"""
+"""Render a report as one self-contained HTML page with its pictures; needs matplotlib, the `plots` extra."""
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
 
 from .._files import write_atomically
 from .._text import format_names
 from ..blueprint import Blueprint, from_dict
 from ..errors import BlueprintError
 from ..place import Placement
-from ..runs import RESOURCES, UNITS, Report, Row, RunRecord, series
-from . import report_pictures as pictures
-from .words import ABSENT, NAMES, headline, number, per, quantity, rate, score, sentence, stopping_words, times
+from ..runs import RESOURCES, UNITS, Report, Row, RunRecord, format_number, format_quantity, series
+from .plots import drawing_style, plot_blueprint
+from .words import (
+    ABSENT,
+    RESOURCE_NAMES,
+    describe_stop,
+    format_multiple,
+    format_rate,
+    format_score,
+    headline,
+    per_unit,
+)
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEMPLATE = "report.html.jinja"
-MOST_ROWS = 60  # of a table of a placement
+MAX_ROWS = 60  # of a table of a placement
 
-_TOGETHER = re.compile(r"(?<=\d) (?=[×%]|[^\W\d]{1,5}\b)")  # a number and its unit stay on one line
+COLOURS = ("#2f6690", "#c8553d", "#4f8a5b", "#8a5fa8", "#b8860b", "#3c8d93", "#a84a78", "#5b6770")
+MARKERS = "osD^vPX*"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2.5)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))  # of further runs
+INK, MUTED, GRID = "#1d2326", "#667076", "#e3e6e4"
+
+_UNBREAKABLE = re.compile(r"(?<=\d) (?=[×%]|[^\W\d]{1,5}\b)")  # between a number and its unit
 _DEPTH = re.compile(r"\.(\d+)\.")
 
 
-def render_page(report: Report) -> str:
-    """The page: what was gained for what was spent, the runs, the curves, the Pareto front, placements and notes.
+class Picture(NamedTuple):
+    """An SVG as a `data:` address, and its description for readers who do not see it."""
 
-    Starts with the curve against the report's resource. Whatever comes from a record is escaped.
+    address: str
+    description: str
+
+
+def render_page(report: Report) -> str:
+    """Render the headline, the runs, curves, the Pareto front, totals, placements and notes as HTML.
+
+    The page starts with the curve against the report's resource. Whatever comes from a record is escaped.
 
     Raises:
         BlueprintError: without matplotlib.
     """
-    drawn = pictures.resources_drawn(report, RESOURCES)
-    panels = [
-        {"id": name or "step", "name": "steps" if name is None else NAMES[name], "svg": Markup(svg)}
-        for name in (*drawn, None)
-        if (svg := pictures.curve(report, name)) is not None
-    ]
-    shown = report.resource if report.resource in drawn else "step"
-    front = pictures.front(report)
+    with drawing_style():
+        curves = {name or "step": draw_curve(report, name) for name in (*RESOURCES, None)}
+        panels = [
+            {"id": name, "name": RESOURCE_NAMES.get(name, "steps"), "picture": picture}
+            for name, picture in curves.items()
+            if picture is not None
+        ]
+        samples = [draw_sample(i) for i in range(len(report.rows))]
+        front = draw_front(report)
+        placements = [found for row in report.rows if (found := _placement(row.record))]
+    shown = report.resource if curves.get(report.resource) else panels[0]["id"] if panels else ""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = number
+    environment.filters |= {
+        "score": format_score,
+        "number": format_number,
+        "quantity": format_quantity,
+        "multiple": format_multiple,
+    }
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    names = [row.name for row in report.rows]
     return template.render(
         report=report,
-        title=" and ".join(row.name for row in report.rows[:2])
-        if len(report.rows) < 3
-        else f"{len(report.rows)} runs",
-        headline=_TOGETHER.sub("\u00a0", headline(report)),
-        facts=_facts(report.rows[0], report) if len(report.rows) == 1 else [],
-        rows=[_row(i, row, report) for i, row in enumerate(report.rows)],
-        has_baseline=report.baseline is not None,
+        title=" and ".join(names) if len(names) < 3 else f"{len(names)} runs",
+        headline=_UNBREAKABLE.sub("\u00a0", headline(report)),
+        facts=_facts(report.rows[0], report) if len(names) == 1 else [],
+        to_baseline=[_to_baseline(row, report) for row in report.rows],
+        absent=ABSENT,
         models=list(dict.fromkeys(str(model) for row in report.rows if (model := row.record.about.get("model_id")))),
-        per=per(report.resource),
-        spent=NAMES[report.resource],
-        samples=[Markup(pictures.sample(i)) for i in range(len(report.rows))],
+        per=per_unit(report.resource),
+        spent=RESOURCE_NAMES[report.resource],
+        resource_names=RESOURCE_NAMES,
+        samples=samples,
         panels=panels,
-        shown=shown if any(panel["id"] == shown for panel in panels) else panels[0]["id"] if panels else "",
-        is_of_losses=all(row.metric is None for row in report.rows),
-        front=Markup(front) if front else "",
-        totals=[_totals(name, report) for name in UNITS],
+        shown=shown,
+        is_of_losses=_is_of_losses(report),
+        front=front,
         sources=[_sources(row) for row in report.rows],
-        stopping=[(row.name, words) for row in report.rows if (words := stopping_words(row))],
-        placements=[found for i, row in enumerate(report.rows) if (found := _placement(i, row.record))],
+        stopping=[(row.name, words) for row in report.rows if (words := describe_stop(row))],
+        placements=placements,
     )
 
 
@@ -85,90 +116,219 @@ def save_page(report: Report, path: str | Path) -> Path:
     return path
 
 
-def _facts(row: Row, report: Report) -> list[dict[str, str]]:
-    """The few figures that a single run comes down to."""
-    facts = [
-        {"name": report.metric, "value": score(row.metric), "how": "at the last evaluation"},
-        {"name": NAMES[report.resource], "value": quantity(row.spent.value, report.resource), "how": row.spent.how},
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def draw_curve(report: Report, resource: str | None) -> Picture | None:
+    """Draw the metric of every run against what it had spent, or against steps if the resource is None.
+
+    Runs without any evaluation are drawn by their training loss; the training loss of a single run is drawn thin beside
+    its metric. Returns None if no run has a point to draw.
+
+    Raises:
+        BlueprintError: without matplotlib.
+    """
+    by_loss = _is_of_losses(report)
+    lines = [
+        _losses(row.record, resource) if by_loss else series(row.record, resource, report.metric)
+        for row in report.rows
     ]
-    if row.gain is not None:
-        start = "the untrained model" if row.first_step == 0 else f"step {row.first_step}"
-        facts.insert(1, {"name": "gain", "value": score(row.gain), "how": f"since {start}"})
-    if row.ratio is not None:
-        facts.append(
-            {
-                "name": "last window",
-                "value": rate(row.ratio, report.unit),
-                "how": f"gain over the last {row.window} evaluations",
-            }
-        )
-    return facts
+    largest = max((x for line in lines for x, _ in line), default=0.0)
+    if largest <= 0:
+        return None
+    metric = "training loss" if by_loss else report.metric
+    with drawing_style():
+        figure, axes = _axes(metric, "lower" if by_loss or report.direction == "minimize" else "higher")
+        unit, label = _label_resource(axes, resource, largest)
+        if len(lines) == 1 and not by_loss and "loss" in report.metric:
+            losses = _losses(report.rows[0].record, resource)
+            axes.plot([x / unit for x, _ in losses], [y for _, y in losses], color=MUTED, linewidth=0.7, alpha=0.7)
+        for i, line in enumerate(lines):
+            axes.plot([x / unit for x, _ in line], [y for _, y in line], **_style(i, len(line) <= 60))
+        axes.set_xlim(left=0)
+        return _picture(figure, f"{metric} against {label}")
 
 
-def _row(index: int, row: Row, report: Report) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "sentence": sentence(row, report),
-        "metric": score(row.metric),
-        "spent": quantity(row.spent.value, report.resource),
-        "how": row.spent.how,
-        "gain": score(row.gain),
-        "per_resource": number(row.per_resource),
-        "relative": times(row.relative),
-        "ratio": number(row.ratio),
-        "to_baseline": ABSENT if row.is_baseline else _to_baseline(row, report),
-        "at_budget": score(row.at_budget),
-        "front": {True: "front", False: "beaten", None: ABSENT}[row.on_front],
-        "is_baseline": row.is_baseline,
-        "model": str(row.record.about.get("model_id") or ""),
+def draw_front(report: Report) -> Picture | None:
+    """Draw where each run ended, and the Pareto front as a line; None if fewer than two runs have both figures.
+
+    Raises:
+        BlueprintError: without matplotlib.
+    """
+    ends = {
+        i: (row.spent.value or 0.0, row.metric or 0.0) for i, row in enumerate(report.rows) if row.on_front is not None
     }
+    if len(ends) < 2:
+        return None
+    least, most = min(x for x, _ in ends.values()), max(x for x, _ in ends.values())
+    with drawing_style():
+        from matplotlib.ticker import NullFormatter
+
+        figure, axes = _axes(report.metric, "lower" if report.direction == "minimize" else "higher")
+        if least > 0 and most / least > 30:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        unit, label = _label_resource(axes, report.resource, most)
+        best = sorted((x / unit, y) for i, (x, y) in ends.items() if report.rows[i].on_front)
+        axes.step([x for x, _ in best], [y for _, y in best], where="post", color=MUTED, linewidth=1.1, zorder=1)
+        for i, (x, y) in ends.items():
+            style = _style(i) | {"linestyle": "none", "markersize": 7.5, "markeredgewidth": 1.5}
+            face = style["color"] if report.rows[i].on_front else "none"
+            axes.plot([x / unit], [y], markerfacecolor=face, **style)
+        axes.margins(0.12)
+        return _picture(figure, f"{report.metric} against {label} of {len(ends)} runs, with the Pareto front")
+
+
+def draw_sample(index: int) -> Picture:
+    """Draw the line and marker of a run, for legends.
+
+    Raises:
+        BlueprintError: without matplotlib.
+    """
+    with drawing_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(28 / 72, 12 / 72))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 28), ylim=(0, 12))
+        axes.axis("off")
+        axes.plot([1, 27], [6, 6], **_style(index, has_markers=False))
+        axes.plot([14], [6], **_style(index) | {"markersize": 6})
+        return _picture(figure, "")
+
+
+def _heat_map(blueprint: Blueprint, placement: Placement | None) -> Picture | None:
+    """Draw a blueprint with the placement outlined; None if it has no kinds and depths."""
+    try:
+        figure = plot_blueprint(blueprint, placement)
+    except BlueprintError:
+        return None
+    figure.axes[0].set_title("")
+    return _picture(figure, f"Gradient norms of {blueprint.model_id} by kind and layer, placement outlined")
+
+
+def _is_of_losses(report: Report) -> bool:
+    return all(row.metric is None for row in report.rows)
+
+
+def _losses(record: RunRecord, resource: str | None) -> tuple[tuple[float, float], ...]:
+    pairs = [
+        (float(p.step) if resource is None else p.spent.get(resource), p.metrics.get("loss")) for p in record.losses
+    ]
+    return tuple((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y))
+
+
+def _axes(metric: str, better: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=3, width=0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(nbins=6)
+    axes.set_ylabel(f"{metric} ({better} is better)", color=INK, size=8.5)
+    return figure, axes
+
+
+def _label_resource(axes: Axes, resource: str | None, largest: float) -> tuple[float, str]:
+    """Label the x axis. Returns the unit to divide by, and the label."""
+    from matplotlib.ticker import EngFormatter, ScalarFormatter
+
+    unit, label = 1.0, "optimizer steps" if resource is None else RESOURCE_NAMES[resource]
+    formatter = ScalarFormatter()
+    if resource == "seconds":
+        units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        unit, name = next((pair for pair in units if largest >= 3 * pair[0]), units[-1])
+        label = f"{label}, {name}"
+    elif resource is not None and resource.endswith("_bytes"):
+        unit, label = 2.0**30, f"{label}, GiB"
+    elif resource in ("flops", "energy_joules", "tokens"):
+        symbol = UNITS[resource] if resource != "tokens" else ""
+        formatter = EngFormatter(symbol, sep="\N{NARROW NO-BREAK SPACE}")
+    elif resource in ("memory_gb_hours", "carbon_grams"):
+        label = f"{label}, {UNITS[resource].removesuffix(' CO2e')}"
+    axes.xaxis.set_major_formatter(formatter)
+    axes.set_xlabel(label, color=INK, size=8.5)
+    return unit, label
+
+
+def _style(index: int, has_markers: bool = True) -> dict[str, Any]:
+    """Return the line and marker of a run; beyond eight runs colours repeat with other dashes and markers."""
+    turn = index // len(COLOURS)
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[turn % len(DASHES)],
+        "linewidth": 1.6,
+        "marker": MARKERS[(index + turn) % len(MARKERS)] if has_markers else "",
+        "markersize": 3.2,
+        "markeredgewidth": 0,
+    }
+
+
+def _picture(figure: Figure, description: str) -> Picture:
+    svg = io.BytesIO()
+    with drawing_style():
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}", description)
+
+
+# ------------------------------------------------------------------------------------------ texts
+
+
+def _facts(row: Row, report: Report) -> list[dict[str, str]]:
+    """Return the main figures of a single run."""
+    facts = [{"name": report.metric, "value": format_score(row.metric), "how": "at the last evaluation"}]
+    if row.gain is not None:
+        start = "training began" if row.first_step == 0 else f"step {row.first_step}"
+        facts.append({"name": "gain", "value": format_score(row.gain), "how": f"since {start}"})
+    amount = format_quantity(row.spent.value, report.resource)
+    facts.append({"name": RESOURCE_NAMES[report.resource], "value": amount, "how": row.spent.how})
+    if row.ratio is not None:
+        rate, how = format_rate(row.ratio, report.resource), f"over the last {row.window} evaluations"
+        facts.append({"name": "recent gain", "value": rate, "how": how})
+    return facts
 
 
 def _to_baseline(row: Row, report: Report) -> str:
     base = report.baseline
+    if row.is_baseline or base is None:
+        return ABSENT
     if row.to_baseline is None:
-        is_known = base is not None and base.metric is not None and series(row.record, report.resource, report.metric)
+        is_known = base.metric is not None and series(row.record, report.resource, report.metric)
         return "not reached" if is_known else ABSENT
-    return quantity(row.to_baseline, report.resource)
+    return format_quantity(row.to_baseline, report.resource)
 
 
-def _totals(name: str, report: Report) -> dict[str, Any]:
-    figures = [row.record.total(name) for row in report.rows]
-    return {
-        "name": NAMES[name],
-        "cells": [
-            {"value": quantity(figure.value, name), "how": figure.how, "source": figure.source} for figure in figures
-        ],
-    }
-
-
-def _sources(row: Row) -> dict[str, Any]:
-    """From what each figure of a run is, those of the same origin together."""
+def _sources(row: Row) -> list[tuple[str, str]]:
+    """Return resources and the source of their figures, grouped by source."""
     by_source: dict[str, list[str]] = {}
     for name in UNITS:
-        figure = row.record.total(name)
-        if figure.source:
-            by_source.setdefault(f"{figure.how}: {figure.source}", []).append(NAMES[name])
-    return {"name": row.name, "lines": [(", ".join(names), source) for source, names in by_source.items()]}
+        total = row.record.total(name)
+        if total.source:
+            by_source.setdefault(f"{total.how}: {total.source}", []).append(RESOURCE_NAMES[name])
+    return [(", ".join(names), source) for source, names in by_source.items()]
 
 
-def _placement(index: int, record: RunRecord) -> dict[str, Any] | None:
-    """What was adapted in a run: a line, a table by kind, and the blueprint's heat map where there is one."""
+def _placement(record: RunRecord) -> dict[str, Any] | None:
+    """Return the adapted submodules of a run as a line and a table by kind, and the blueprint's heat map."""
     about = record.about
     blueprint, note = _blueprint(about.get("blueprint"))
-    found = about.get("placement")
-    found = found if isinstance(found, Mapping) else {}
-    lora = found.get("lora") or {}
+    placement = about.get("placement")
+    placement = placement if isinstance(placement, Mapping) else {}
+    lora = placement.get("lora")
     names = [name for name in lora if isinstance(name, str)] if isinstance(lora, Mapping | list) else []
     ranks = {name: lora[name] if isinstance(lora, Mapping) else None for name in names}
-    blocks = found.get("unfreeze")
+    blocks = placement.get("unfreeze")
     unfreeze = tuple(map(str, blocks)) if isinstance(blocks, list | tuple) else ()
     if not ranks and not unfreeze and blueprint is None:
         return None
-    svg = None
+    picture = None
     if blueprint is not None:
         differ = len(set(ranks.values())) > 1
-        placement = Placement(
+        placed = Placement(
             model_id=blueprint.model_id,
             lora=tuple(ranks),
             unfreeze=unfreeze,
@@ -176,58 +336,52 @@ def _placement(index: int, record: RunRecord) -> dict[str, Any] | None:
             coverage="none",
             ranks={name: rank for name, rank in ranks.items() if isinstance(rank, int)} if differ else {},
         )
-        svg = pictures.heat_map(blueprint, placement if ranks or unfreeze else None, f"map-{index}")
+        picture = _heat_map(blueprint, placed if ranks or unfreeze else None)
     parts = [f"{len(ranks)} adapters"] if ranks else []
-    parts += [f"{format_names(list(unfreeze))} trained whole"] if unfreeze else []
-    return {
-        "name": record.name,
-        "line": " and ".join(parts),
-        "trainable": _count(about.get("trainable_parameters")),
-        "total": _count(about.get("total_parameters")),
-        "kinds": _kinds(ranks),
-        "svg": Markup(svg) if svg else "",
-        "note": note,
-    }
+    parts += [f"{format_names(unfreeze)} trained as a whole"] if unfreeze else []
+    trainable, total = (_count(about.get(f"{name}_parameters")) for name in ("trainable", "total"))
+    if trainable:
+        parts.append(f"{trainable} trainable parameters" + (f" of {total}" if total else ""))
+    return {"name": record.name, "line": ", ".join(parts), "kinds": _kinds(ranks), "picture": picture, "note": note}
 
 
 def _blueprint(source: Any) -> tuple[Blueprint | None, str]:
-    """From an object or a file that is here; the network is never asked."""
+    """Read a blueprint from an object or a local file, never from the network. Returns a note if there is none."""
     try:
         if isinstance(source, Mapping):
             return from_dict(source), ""
         if isinstance(source, str) and source:
             if Path(source).exists():
                 return Blueprint.from_pretrained(source), ""
-            return None, f"The blueprint {source} is not here, so that its heat map is not drawn."
+            return None, f"The blueprint {source} is not here, so its heat map is missing."
     except (BlueprintError, OSError) as error:
         return None, f"The blueprint cannot be drawn: {error}"
     return None, ""
 
 
-def _kinds(ranks: Mapping[str, Any]) -> list[dict[str, str]]:
-    """By kind: in how many and which layers, with what ranks."""
-    by_kind: dict[str, list[tuple[int | None, Any]]] = {}
-    for name, rank in ranks.items():
-        depth = _DEPTH.search(name)
-        by_kind.setdefault(name.rpartition(".")[2], []).append((int(depth[1]) if depth else None, rank))
+def _kinds(ranks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return for each kind how many adapters it has, in which layers, and their ranks."""
+    by_kind: dict[str, list[str]] = {}
+    for name in ranks:
+        by_kind.setdefault(name.rpartition(".")[2], []).append(name)
     rows = []
-    for kind, members in list(by_kind.items())[:MOST_ROWS]:
-        known = sorted({rank for _, rank in members if isinstance(rank, int)})
-        of_rank = "" if not known else str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
-        layers = _runs(sorted({depth for depth, _ in members if depth is not None}))
-        rows.append({"kind": kind, "count": str(len(members)), "layers": layers, "ranks": of_rank})
+    for kind, members in list(by_kind.items())[:MAX_ROWS]:
+        depths = sorted({int(depth[1]) for name in members if (depth := _DEPTH.search(name))})
+        known = sorted({rank for name in members if isinstance(rank := ranks[name], int)})
+        shown = "" if not known else str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
+        rows.append({"kind": kind, "count": len(members), "layers": _ranges(depths), "ranks": shown})
     return rows
 
 
-def _runs(numbers: Sequence[int]) -> str:
-    """Numbers as stretches: `0–3, 7, 9–11`."""
-    stretches: list[list[int]] = []
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format sorted numbers as ranges, `0–3, 7, 9–11`."""
+    ranges: list[list[int]] = []
     for n in numbers:
-        if stretches and n == stretches[-1][-1] + 1:
-            stretches[-1].append(n)
+        if ranges and n == ranges[-1][-1] + 1:
+            ranges[-1].append(n)
         else:
-            stretches.append([n])
-    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}–{s[-1]}" for s in stretches)
+            ranges.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in ranges)
 
 
 def _count(value: Any) -> str:

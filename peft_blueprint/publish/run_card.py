@@ -1,174 +1,97 @@
-"""What a model card says of a run's cost: a section between two marks, and `co2_eq_emissions` in the metadata.
-
-Pure text but for `update_card`; what a person wrote stays to the byte. Knows nothing of pages or terminals.
-"""
+"""Write what a run cost and reached into its model card: a section, `co2_eq_emissions` and `model-index`."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from .._files import write_atomically
 from ..errors import BlueprintError
-from ..runs import UNITS, Figure, Report, Row, RunRecord
-from .card import is_hub_id
-from .metadata import line_end, with_metadata
-from .words import NAMES, labelled, quantity, rate, score, sentence, stopping_words, times
+from ..runs import UNITS, Report, Row, RunRecord, format_number, format_quantity
+from .card_sections import MAX_CHARACTERS, as_text, marked, one_line, with_section
+from .metadata import Metadata, add_metadata, edit_metadata, is_hub_id, read_metadata
+from .words import (
+    ABSENT,
+    RESOURCE_NAMES,
+    describe_run,
+    describe_stop,
+    format_labelled,
+    format_multiple,
+    format_rate,
+    format_score,
+    per_unit,
+)
 
 
 CARD_FILE = "README.md"
-KEY = "co2_eq_emissions"
-SOURCE = "peft-blueprint"  # begins the source of every figure that is ours
-LONGEST = 300  # characters of a text from a record
+SECTION = "peft-blueprint cost"
+EMISSIONS = "co2_eq_emissions"
+INDEX = "model-index"
+SOURCE = "peft-blueprint"  # begins the source of our emissions, and ends the name of our metrics
 
-_MARK = re.compile(r"<!--[ \t]*peft-blueprint[ \t]+cost[ \t]+(begin|end)[ \t]*-->")
-_FRONT = re.compile(
-    r"(\ufeff?\s*---[ \t]*(?:\r\n|\n|\r))(.*?)(?:(?<=[\r\n])|^)(?=---[ \t]*(?:[\r\n]|\Z))", re.DOTALL | re.MULTILINE
-)
 _COUNTRY = re.compile(r"CodeCarbon [^,;]+, ([A-Z]{3})\b")
-# All that could begin a tag, a link, an emphasis or a cell of Markdown.
-_SPECIAL = re.compile(r"[^\w\s,;%()/'=+.:×–₂⁻-]|_|:(?=\S)|\.(?=[^\s\d])")
+_TASKS = {  # the Hub's task by PEFT's
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 
 
 def cost_section(report: Report, row: Row | None = None) -> str:
-    """Markdown: what was gained for what was spent, every figure with its label, and the runs beside each other.
+    """Describe in Markdown what a run gained and spent, with a label for every figure, and compare the runs.
 
-    The same for the same records. Whatever comes from a record is escaped.
+    The section is the same for the same records, and whatever comes from a record is escaped.
 
     Args:
         report: of one run or several.
-        row: the run that the card is of; by default the only one. With none and several runs only the table is given.
+        row: the run that the card belongs to; by default the only one. Without it there is only the table of runs.
     """
     row = report.rows[0] if row is None and len(report.rows) == 1 else row
-    parts = ["## What it cost", ""]
+    longest = 4 * MAX_CHARACTERS
+    blocks = ["## What it cost"]
     if row is not None:
-        parts += [_text(sentence(row, report)), "", "| | | how it came about |", "|---|---:|---|"]
+        blocks.append(as_text(describe_run(row, report)))
+        lines = ["| resource | amount | source |", "|---|---:|---|"]
         for name in UNITS:
-            figure = row.record.total(name)
-            source = f": {_text(figure.source)}" if figure.source else ""
-            parts.append(f"| {NAMES[name]} | {quantity(figure.value, name)} | {figure.how}{source} |")
-        parts.append("")
+            total = row.record.total(name)
+            source = f": {as_text(total.source)}" if total.source else ""
+            lines.append(f"| {RESOURCE_NAMES[name]} | {format_quantity(total.value, name)} | {total.how}{source} |")
+        blocks.append("\n".join(lines))
         if row.ratio is not None:
-            parts += [
-                f"Over the last {row.window} evaluations {_text(report.metric)} improved by "
-                f"{_text(rate(row.ratio, report.unit))}.",
-                "",
-            ]
-        parts += [item for said in stopping_words(row) for item in (_text(said, 4 * LONGEST), "")]
+            rate = format_rate(row.ratio, report.resource)
+            blocks.append(
+                f"Over the last {row.window} evaluations {as_text(report.metric)} improved by {as_text(rate)}."
+            )
+        blocks += [as_text(said, longest) for said in describe_stop(row)]
     if len(report.rows) > 1:
-        parts += [*_table(report), ""]
-    parts += [f"- {_text(note, 4 * LONGEST)}" for note in report.notes]
+        blocks.append("\n".join(_table(report)))
     if report.notes:
-        parts.append("")
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def with_cost_section(card: str, section: str) -> str:
-    """The card with this section between its marks, in the place of the former one or at the end.
-
-    Raises:
-        BlueprintError: if the marks in the card do not pair up; names the line.
-    """
-    newline = line_end(card)
-    body = f"<!-- peft-blueprint cost begin -->\n{section.strip()}\n<!-- peft-blueprint cost end -->"
-    body = body.replace("\n", newline)
-    marks = list(_MARK.finditer(card))
-    if [mark[1] for mark in marks] == ["begin", "end"]:
-        return card[: marks[0].start()] + body + card[marks[1].end() :]
-    if marks:
-        line = card[: marks[-1].start()].count("\n") + 1
-        raise BlueprintError(
-            f"The marks of the section on cost do not pair up in the model card, as line {line} shows: there are "
-            f"{', '.join(mark[1] for mark in marks)}, where one begin and one end belong. Restore or delete the marks "
-            "<!-- peft-blueprint cost begin --> and <!-- peft-blueprint cost end -->."
-        )
-    if not card.strip("\ufeff"):
-        return f"{card}{body}{newline}"
-    gap = newline if card.endswith(("\n", "\r")) else newline * 2
-    return f"{card}{gap}{body}{newline}"
-
-
-def emissions_of(record: RunRecord) -> dict[str, Any] | None:
-    """`co2_eq_emissions` as the Hub reads it: grams, from what, where and on what; None without a figure of carbon.
-
-    See "Displaying carbon emissions for your model" in the Hub's documentation.
-    """
-    figure = record.total("carbon_grams")
-    if figure.value is None:
-        return None
-    about = record.about
-    training = about.get("training_type") or (
-        "fine-tuning" if about.get("peft_config") or about.get("placement") else None
-    )
-    entry: dict[str, Any] = {
-        "emissions": float(f"{figure.value:.4g}"),
-        "source": f"{SOURCE} ledger, {figure.how}" + (f": {_one_line(figure.source)}" if figure.source else ""),
-    }
-    if training in ("pre-training", "fine-tuning"):
-        entry["training_type"] = training
-    place = record.about.get("geographical_location") or _country(figure)
-    if isinstance(place, str) and place.strip():
-        entry["geographical_location"] = _one_line(place)
-    hardware = _hardware(record)
-    return entry | ({"hardware_used": hardware} if hardware else {})
-
-
-def with_emissions(card: str, entry: Mapping[str, Any] | None) -> tuple[str, str | None]:
-    """The card with this under `co2_eq_emissions`, or without a former figure of ours; a person's own is left alone.
-
-    Args:
-        card: text of a `README.md`, its line ends as they are.
-        entry: from `emissions_of`; None to take away what is ours.
-
-    Returns:
-        The card, and what a person should know of it, if anything.
-
-    Raises:
-        BlueprintError: if the front matter is no YAML mapping, or nothing can be put there without changing the rest.
-    """
-    with_metadata(card, tags=())  # what cannot be read is said there
-    newline = line_end(card)
-    found = _FRONT.match(card)
-    begin, text = (None, "") if found is None else (found.start(2), found[2])
-    old = _loaded(text)
-    present = old.get(KEY)
-    if KEY in old and not _is_ours(present):
-        return card, f"{KEY} in the card is not from {SOURCE} and was left as it is."
-    if entry is None and KEY not in old:
-        return card, None
-    block = (
-        "" if entry is None else yaml.safe_dump({KEY: dict(entry)}, sort_keys=False, allow_unicode=True, width=4096)
-    )
-    changed = _replaced(text, KEY in old, block.replace("\n", newline), newline)
-    rest = {key: value for key, value in old.items() if key != KEY}
-    now = None if changed is None else _loaded(changed)
-    if now is None or now.pop(KEY, None) != (None if entry is None else dict(entry)) or repr(now) != repr(rest):
-        raise BlueprintError(
-            f"{KEY} cannot be changed in the card's front matter without changing what a person wrote there. Write its "
-            "keys on lines of their own, as `key: value`, or add it by hand."
-        )
-    assert changed is not None
-    if begin is None:
-        mark = "\ufeff" if card.startswith("\ufeff") else ""
-        body = card.removeprefix(mark)
-        gap = newline if body.strip() and not body.startswith(newline) else ""
-        return f"{mark}---{newline}{changed}---{newline}{gap}{body}", None
-    return card[:begin] + changed + card[begin + len(text) :], None
+        blocks.append("\n".join(f"- {as_text(note, longest)}" for note in report.notes))
+    return "\n\n".join(blocks) + "\n"
 
 
 def update_card(folder: str | Path, report: Report, row: Row) -> tuple[Path, list[str]]:
-    """Put the section and the emissions of a run into the `README.md` of a folder; one is begun if there is none.
+    """Put a run's cost section, emissions and evaluation results into the `README.md` of a folder, created if missing.
+
+    Args:
+        folder: of the adapter.
+        report: the runs.
+        row: the run that made the adapter.
 
     Returns:
-        The file, and notes for the person.
+        The file, and notes for its owner.
 
     Raises:
-        BlueprintError: if there is no such folder, the card cannot be read or edited, or cannot be written; it is
-            untouched then.
+        BlueprintError: if there is no such folder, or the card cannot be read, edited or written; it stays as it was.
     """
     path = Path(folder) / CARD_FILE
     if not path.parent.is_dir():
@@ -177,10 +100,152 @@ def update_card(folder: str | Path, report: Report, row: Row) -> tuple[Path, lis
         card = path.read_bytes().decode() if path.exists() else _new_card(row)
     except (OSError, UnicodeDecodeError) as error:
         raise BlueprintError(f"{path} cannot be read as UTF-8 text: {error}. Correct the file.") from error
-    changed, note = with_emissions(with_cost_section(card, cost_section(report, row)), emissions_of(row.record))
+    changed, notes = with_run_metadata(card, run_metadata(row.record))
+    changed = with_section(changed, marked(cost_section(report, row), SECTION), SECTION)
     if not path.exists() or changed != card:
         write_atomically(path, changed)
-    return path, [note] if note else []
+    return path, notes
+
+
+def run_metadata(record: RunRecord) -> ModelCardData:
+    """Return a run's emissions and evaluation results as the Hub reads them, as far as the record has them."""
+    results = eval_results(record)
+    return ModelCardData(
+        model_name=one_line(record.name) if results else None,
+        eval_results=results or None,
+        co2_eq_emissions=emissions_of(record),
+    )
+
+
+def with_run_metadata(card: str, data: ModelCardData) -> tuple[str, list[str]]:
+    """Put a run's metadata into a card in place of its former ones; figures from elsewhere are left alone.
+
+    Args:
+        card: text of a `README.md`.
+        data: from `run_metadata`; what it lacks is removed, if it is ours.
+
+    Returns:
+        The card, and notes for its owner.
+
+    Raises:
+        BlueprintError: if the front matter is not a YAML mapping, or cannot be changed safely.
+    """
+    notes = []
+    metadata = read_metadata(card)
+    if EMISSIONS in metadata and not _is_our_emissions(metadata[EMISSIONS]):
+        notes.append(f"{EMISSIONS} in the card is not from {SOURCE} and was left as it is.")
+    if not _is_index(metadata.get(INDEX)):
+        notes.append(f"{INDEX} in the card is not a list of models with results and was left as it is.")
+    return edit_metadata(card, _replace_ours, data.to_dict()), notes
+
+
+def _replace_ours(metadata: Metadata, additions: Mapping[str, Any]) -> None:
+    emissions = additions.get(EMISSIONS)
+    present: Any = metadata.get(EMISSIONS)
+    if emissions and EMISSIONS not in metadata:
+        metadata[EMISSIONS] = emissions
+    elif emissions and _is_our_emissions(present):
+        for key in present.keys() - emissions.keys():
+            del present[key]
+        present.update(emissions)
+    elif _is_our_emissions(present):
+        del metadata[EMISSIONS]
+    if not _is_index(metadata.get(INDEX)):
+        return
+    models = metadata.get(INDEX) or []
+    for model in models:
+        for result in model["results"]:
+            _drop(result["metrics"], _is_our_metric)
+        _drop(model["results"], lambda result: not result["metrics"])
+    _drop(models, lambda model: not model["results"])
+    if INDEX in additions and models:
+        models[0]["results"].extend(additions[INDEX][0]["results"])
+    elif INDEX in additions:
+        metadata[INDEX] = additions[INDEX]
+    elif INDEX in metadata and not models:
+        del metadata[INDEX]
+
+
+def _drop(items: list[Any], is_unwanted: Callable[[Any], bool]) -> None:
+    for i in reversed(range(len(items))):
+        if is_unwanted(items[i]):
+            del items[i]
+
+
+def _is_our_emissions(value: Any) -> bool:
+    return isinstance(value, Mapping) and str(value.get("source", "")).startswith(SOURCE)
+
+
+def _is_our_metric(metric: Any) -> bool:
+    return isinstance(metric, Mapping) and str(metric.get("name", "")).endswith(f"({SOURCE})")
+
+
+def _is_index(value: Any) -> bool:
+    """Return whether a card's `model-index` has the Hub's form, or is empty."""
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(model, Mapping) and isinstance(model.get("results"), list) for model in value)
+        and all(
+            isinstance(result, Mapping) and isinstance(result.get("metrics"), list)
+            for model in value
+            for result in model["results"]
+        )
+    )
+
+
+def emissions_of(record: RunRecord) -> dict[str, Any] | None:
+    """Return a run's `co2_eq_emissions` in grams, with source, place and hardware; None if its carbon is absent.
+
+    See "Displaying carbon emissions for your model" in the Hub's documentation.
+    """
+    carbon, about = record.total("carbon_grams"), record.about
+    if carbon.value is None:
+        return None
+    entry: dict[str, Any] = {
+        "emissions": float(f"{carbon.value:.4g}"),
+        "source": f"{SOURCE} ledger, {carbon.how}" + (f": {one_line(carbon.source)}" if carbon.source else ""),
+    }
+    has_adapter = about.get("peft_config") or about.get("placement")
+    training = about.get("training_type") or ("fine-tuning" if has_adapter else None)
+    if training in ("pre-training", "fine-tuning"):
+        entry["training_type"] = training
+    country = _COUNTRY.search(carbon.source)
+    place = about.get("geographical_location") or (country[1] if country else None)
+    if isinstance(place, str) and place.strip():
+        entry["geographical_location"] = one_line(place)
+    system = about.get("system")
+    devices = system.get("devices") if isinstance(system, Mapping) else None
+    if isinstance(devices, list | tuple) and devices:
+        counts = Counter(map(str, devices))
+        entry["hardware_used"] = one_line(", ".join(f"{n} × {name}" if n > 1 else name for name, n in counts.items()))
+    return entry
+
+
+def eval_results(record: RunRecord) -> list[EvalResult]:
+    """Return the metrics of a run's last evaluation; none if `about["eval_dataset"]` does not name its data set.
+
+    That is an id on the Hub, or a file, of which only the name is published. The task follows from PEFT's `task_type`;
+    by default it is text generation.
+    """
+    dataset = record.about.get("eval_dataset")
+    if not record.points or not isinstance(dataset, str) or not dataset.strip():
+        return []
+    name = one_line(dataset if is_hub_id(dataset) else re.split(r"[/\\]", dataset)[-1])
+    adapter = record.about.get("peft_config")
+    task = adapter.get("task_type") if isinstance(adapter, Mapping) else None
+    last = record.points[-1]
+    return [
+        EvalResult(
+            task_type=_TASKS.get(str(task), "text-generation"),
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=one_line(metric.removeprefix("eval_")),
+            metric_value=float(f"{value:.6g}"),
+            metric_name=f"{one_line(metric)} at step {last.step} ({SOURCE})",
+        )
+        for metric, value in last.metrics.items()
+        if math.isfinite(value)
+    ]
 
 
 def _new_card(row: Row) -> str:
@@ -188,79 +253,25 @@ def _new_card(row: Row) -> str:
     model = about.get("model_id")
     base = model if isinstance(model, str) and is_hub_id(model) else None
     library = "peft" if about.get("peft_config") else None
-    return with_metadata(f"# {_text(row.name)}\n", tags=(), base_model=base, library_name=library)
+    return add_metadata(f"# {as_text(row.name)}\n", ModelCardData(base_model=base, library_name=library))
 
 
 def _table(report: Report) -> list[str]:
-    has_base = report.baseline is not None
-    spent = NAMES[report.resource]
-    columns = ["run", report.metric, spent, "gain", "gain per resource"]
-    columns += ["of the baseline's", f"{spent} to the baseline's end"] if has_base else []
-    lines = [
-        f"| {' | '.join(map(_text, [*columns, 'on the front']))} |",
-        "|---" + "|---:" * (len(columns) - 1) + "|---|",
-    ]
+    has_baseline = report.baseline is not None
+    resource, spent = report.resource, RESOURCE_NAMES[report.resource]
+    columns = ["run", report.metric, spent, "gain", f"gain {per_unit(resource)}"]
+    columns += ["relative to baseline", f"{spent} to the baseline's {report.metric}"] if has_baseline else []
+    columns.append("on the Pareto front")
+    lines = [f"| {' | '.join(map(as_text, columns))} |", "|---" + "|---:" * (len(columns) - 2) + "|---|"]
     for row in report.rows:
         cells = [
             row.name + (" (baseline)" if row.is_baseline else ""),
-            score(row.metric),
-            labelled(row.spent, report.resource),
-            score(row.gain),
-            rate(row.per_resource, report.unit),
+            format_score(row.metric),
+            format_labelled(row.spent, resource),
+            format_score(row.gain),
+            format_number(row.per_resource),
         ]
-        cells += [times(row.relative), quantity(row.to_baseline, report.resource)] if has_base else []
-        cells.append({True: "yes", False: "no", None: "–"}[row.on_front])
-        lines.append(f"| {' | '.join(map(_text, cells))} |")
+        cells += [format_multiple(row.relative), format_quantity(row.to_baseline, resource)] if has_baseline else []
+        cells.append({True: "yes", False: "no", None: ABSENT}[row.on_front])
+        lines.append(f"| {' | '.join(map(as_text, cells))} |")
     return lines
-
-
-def _replaced(text: str, is_there: bool, block: str, newline: str) -> str | None:
-    """The YAML with the block in the place of the key, or at the end; None where it is not written in lines."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
-        return None
-    indent = " " * (root.start_mark.column if root is not None else 0)
-    block = "".join(indent + line for line in block.splitlines(keepends=True))
-    if not is_there or root is None:
-        return text + ("" if not text or text.endswith(("\n", "\r")) else newline) + block
-    key, value = next(pair for pair in root.value if pair[0].value == KEY)
-    while isinstance(value, yaml.CollectionNode) and not value.flow_style and value.value:
-        value = value.value[-1][1] if isinstance(value, yaml.MappingNode) else value.value[-1]
-    start = key.start_mark.index - len(indent)
-    rest = re.search(r"\r\n|\n|\r", text[value.end_mark.index :])
-    end = len(text) if rest is None else value.end_mark.index + rest.end()
-    return text[:start] + block + text[end:]
-
-
-def _loaded(text: str) -> dict[Any, Any]:
-    return yaml.safe_load(text) or {}
-
-
-def _is_ours(value: Any) -> bool:
-    return isinstance(value, Mapping) and str(value.get("source", "")).startswith(SOURCE)
-
-
-def _country(figure: Figure) -> str | None:
-    """The country whose mix of power the factor is of, where its source says so."""
-    found = _COUNTRY.search(figure.source)
-    return found[1] if found else None
-
-
-def _hardware(record: RunRecord) -> str | None:
-    system = record.about.get("system")
-    devices = system.get("devices") if isinstance(system, Mapping) else None
-    if not isinstance(devices, list | tuple) or not devices:
-        return None
-    named = dict.fromkeys(map(str, devices))
-    counts = {name: sum(str(device) == name for device in devices) for name in named}
-    return _one_line(", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items()))
-
-
-def _text(value: str, longest: int = LONGEST) -> str:
-    """Text from a record as Markdown shows it: on one line, nothing in it that means something."""
-    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", _one_line(value, longest))
-
-
-def _one_line(value: str, longest: int = LONGEST) -> str:
-    shown = " ".join("".join(c if c.isprintable() else " " for c in value).split())
-    return shown if len(shown) <= longest else shown[: longest - 1] + "…"

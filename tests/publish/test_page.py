@@ -1,16 +1,16 @@
-"""The page of a report, opened in a real browser. Run: pytest tests/test_report_page.py"""
+"""The page of a report, opened in a real browser where there is one."""
 
+import base64
 import re
 from dataclasses import replace
 
 import pytest
 
 from peft_blueprint import Blueprint, BlueprintError
+from peft_blueprint.blueprint import to_dict
 from peft_blueprint.blueprint.entry import Submodule
-from peft_blueprint.blueprint.schema import to_dict
-from peft_blueprint.publish.page import render_page, save_page
-from peft_blueprint.publish.report_pictures import front
-from peft_blueprint.runs.figures import absent
+from peft_blueprint.publish.page import COLOURS, draw_front, draw_sample, render_page, save_page
+from peft_blueprint.runs.quantity import absent
 from peft_blueprint.runs.report import make_report
 from tests.browser import asked, needs_browser, opened
 from tests.made_up_runs import KINDS, made_up_run, placement_of
@@ -26,21 +26,21 @@ const sizes = [], switched = [];
 for (const label of document.querySelectorAll(".picker > label")) {
   label.click();
   switched.push([label.htmlFor, visible()]);
-  for (const svg of document.querySelectorAll("svg")) {
-    const box = shown(svg);
-    if (box.width && box.height || svg.checkVisibility()) sizes.push([svg.getAttribute("class"), box.width, box.height]);
+  for (const image of document.querySelectorAll("img")) {
+    const box = shown(image);
+    if (image.checkVisibility()) sizes.push([image.naturalWidth, box.width, box.height]);
   }
 }
 const ids = [...document.querySelectorAll("[id]")].map(e => e.id);
 return {
   first, switched, sizes,
   twice: ids.filter((id, i) => ids.indexOf(id) !== i),
-  words: [...document.querySelectorAll("#panel-seconds text")].map(t => t.textContent),
-  requests: performance.getEntriesByType("resource").map(e => e.name),
+  requests: performance.getEntriesByType("resource").map(e => e.name).filter(name => !name.startsWith("data:")),
   scripts: document.querySelectorAll("script").length,
   wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
   cells: document.querySelector("#totals").innerText,
-  maps: document.querySelectorAll(".map svg").length,
+  maps: document.querySelectorAll(".map img").length,
+  described: [...document.querySelectorAll("img.picture")].every(image => image.alt),
 };
 """
 
@@ -55,6 +55,12 @@ return {
   tables: Math.max(...[...inside.querySelectorAll("table")].map(table => table.scrollWidth)),
 };
 """
+
+
+def pictures(page):
+    """The SVGs in a page, by their descriptions."""
+    found = re.findall(r'<img class="picture" src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)">', page)
+    return {description: base64.b64decode(svg).decode() for svg, description in found}
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +108,9 @@ def test_opened_in_a_browser_the_page_shows_every_picture_and_asks_for_nothing(p
         "by-energy_joules",
         "by-step",
     }
-    assert all(width > 0 and height > 0 for _, width, height in seen["sizes"]) and len(seen["sizes"]) > 20
+    assert all(min(sizes) > 0 for sizes in seen["sizes"]) and len(seen["sizes"]) > 20
     assert seen["twice"] == [] and seen["requests"] == [] and not seen["wide"]
-    assert "time, minutes" in seen["words"] and "eval_loss (lower is better)" in seen["words"]
+    assert seen["described"]
     assert seen["scripts"] == 1  # the question's own
     assert {"measured", "modelled", "absent"} <= set(seen["cells"].split())
     assert seen["maps"] == 1
@@ -130,7 +136,7 @@ def test_the_page_says_what_was_decided_and_placed(page):
     page = page.read_text(encoding="utf-8")
     assert "Stopped at step 600." in page and "Plan 450 steps." in page
     assert "12 adapters" in page and "3–5" in page
-    assert "of the <br>baseline’s" in page and "1.00 ×" in page
+    assert "relative to <br>baseline" in page and "1.00 ×" in page
 
 
 def test_a_single_run_has_its_figures_and_no_front():
@@ -165,7 +171,7 @@ def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
     record = made_up_run("模型 $x$")
     points = tuple(replace(p, metrics={"eval_$\\bad 模": p.metrics["eval_loss"]}) for p in record.points)
     page = render_page(make_report([replace(record, metric="eval_$\\bad 模", points=points)]))
-    assert "eval_$\\bad 模 (lower is better)" in page
+    assert "eval_$\\bad 模 (lower is better)" in pictures(page)["eval_$\\bad 模 against time, minutes"]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
@@ -175,6 +181,27 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         render_page(make_report([made_up_run()]))
 
 
-def test_the_same_runs_make_the_same_picture(report):
+def test_the_same_runs_make_the_same_page(report):
     """Nothing in it depends on the time or on chance."""
-    assert front(report) == front(report)
+    assert draw_front(report) == draw_front(report) and render_page(report) == render_page(report)
+
+
+def test_axes_have_units_and_say_what_is_better(report):
+    """Time in minutes, FLOPs with a prefix, bytes in GiB."""
+    found = pictures(render_page(report))
+    assert "eval_loss (lower is better)" in found["eval_loss against time, minutes"]
+    assert "20\u202fPFLOP" in found["eval_loss against FLOPs"] and "optimizer steps" in "".join(found)
+    peak = make_report([row.record for row in report.rows], resource="peak_bytes")
+    assert draw_front(peak).description.startswith("eval_loss against peak memory, GiB")
+
+
+def test_no_two_of_many_runs_look_alike():
+    """Colours repeat after eight runs, with other dashes and markers."""
+    samples = {draw_sample(i).address for i in range(3 * len(COLOURS))}
+    assert len(samples) == 3 * len(COLOURS)
+
+
+def test_what_is_no_placement_makes_no_table():
+    """The page is there all the same."""
+    for lora in (5, [{"a": 1}], "q_proj"):
+        assert "<html" in render_page(make_report([made_up_run("run", placement={"lora": lora, "unfreeze": 3})]))

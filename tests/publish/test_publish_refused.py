@@ -1,4 +1,4 @@
-"""Blueprints that cannot be published: why, and nothing is half done. Run: pytest tests/test_publish_refused.py"""
+"""Blueprints that cannot be published: the reason is given, and nothing is half done."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def test_after_three_edits_in_between_it_gives_up(two_layers, model_hub):
     """With what to do, and nothing half done."""
     repository, counter = model_hub.repository("tiny/llama"), iter(range(99))
     model_hub.meanwhile(lambda: repository.commit({"n": str(next(counter)).encode()}), "POST .*/commit/", times=None)
-    with pytest.raises(BlueprintError, match="each of the 3 times.*Nothing was published.*--create-pr"):
+    with pytest.raises(BlueprintError, match="each of 3 attempts.*Nothing was published.*--create-pr"):
         put(two_layers, model_hub)
     assert "blueprint.json" not in repository.files()
 
@@ -102,7 +102,7 @@ def test_a_refused_repository_is_not_made(two_layers, model_hub):
 def test_a_repository_that_was_made_for_nothing_is_told_of(two_layers, model_hub):
     """The commit fails after the repository was made: the message says that it stays, and again works."""
     model_hub.fail(500, "POST .*/commit/")
-    with pytest.raises(BlueprintError, match="'somebody/maps' was made and stays"):
+    with pytest.raises(BlueprintError, match="'somebody/maps' was created and stays"):
         put(two_layers, model_hub, "somebody/maps")
     put(two_layers, model_hub, "somebody/maps")
     assert "blueprint.json" in model_hub.repository("somebody/maps").files()
@@ -119,15 +119,17 @@ def test_a_gated_repository_is_explained(two_layers, model_hub):
 def test_what_is_wrong_here_is_found_before_anything_is_asked(two_layers, model_hub):
     """A model that is a path, a repository that is none, a checkpoint that is another's, a data set that is none."""
     for model_id in ("/home/me/model", "./model", "llama", "a/b/c", "LlamaForCausalLM", "C:\\model", "org/na me"):
-        with pytest.raises(BlueprintError, match="no id on the Hub.*--model-id org/model.*dataclasses.replace"):
+        with pytest.raises(
+            BlueprintError, match="model_id must be an id on the Hub.*--model-id org/model.*dataclasses.replace"
+        ):
             put(replace(two_layers, model_id=model_id), model_hub)
-    with pytest.raises(BlueprintError, match="'maps' is no repository"):
+    with pytest.raises(BlueprintError, match="repo_id must be 'org/name', got 'maps'"):
         put(two_layers, model_hub, "maps")
-    with pytest.raises(MismatchError, match=r"training_checkpoint=0.5.*0.8"):
+    with pytest.raises(MismatchError, match=r"training_checkpoint=0.5, got 0.8"):
         put(replace(two_layers, training_checkpoint=0.5), model_hub, checkpoint=0.8)
-    with pytest.raises(BlueprintError, match="'train.jsonl x' is no data set"):
+    with pytest.raises(BlueprintError, match="data set must be 'org/name'.*'train.jsonl x'"):
         put(two_layers, model_hub, datasets=["train.jsonl x"])
-    with pytest.raises(BlueprintError, match="An index holds one blueprint"):
+    with pytest.raises(BlueprintError, match="index can hold blueprint.json only"):
         put(two_layers, model_hub, domain="math", in_index=True)
     assert not model_hub.requests
 
@@ -162,7 +164,7 @@ def test_a_file_of_that_name_that_is_no_blueprint_is_not_overwritten(two_layers,
     """Somebody's own blueprint.json, and somebody's own blueprint.png."""
     repository = model_hub.repository("tiny/llama")
     repository.commit({"blueprint.json": b"{}", "blueprint.png": b"a house"})
-    with pytest.raises(BlueprintError, match="blueprint.json of 'tiny/llama' is no blueprint"):
+    with pytest.raises(BlueprintError, match="blueprint.json of 'tiny/llama' is not a valid blueprint"):
         put(two_layers, model_hub)
     repository.commit({"blueprint.json": None})
     put(two_layers, model_hub, picture=True)

@@ -1,14 +1,24 @@
-"""What a model card says of a run's cost. Run: pytest tests/test_report_card.py"""
+"""A run's cost, emissions and evaluation results in its model card."""
 
+import sys
 from dataclasses import replace
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from peft_blueprint.cli.program import main
 from peft_blueprint.errors import BlueprintError
-from peft_blueprint.publish.run_card import cost_section, emissions_of, update_card, with_cost_section, with_emissions
-from peft_blueprint.runs.figures import absent, measured
-from peft_blueprint.runs.report import make_report
+from peft_blueprint.publish.card_sections import marked, with_section
+from peft_blueprint.publish.run_card import (
+    SECTION,
+    cost_section,
+    emissions_of,
+    eval_results,
+    run_metadata,
+    update_card,
+    with_run_metadata,
+)
+from peft_blueprint.runs import absent, make_report, measured
 from tests.made_up_runs import made_up_run
 
 
@@ -24,15 +34,28 @@ Text of mine.
 """
 PLAIN = CARD.replace("co2_eq_emissions: {FIGURE}\n", "")
 OURS = emissions_of(made_up_run())
+INDEX = """model-index:
+- name: mine
+  results:
+  - task: {type: text-generation}
+    dataset: {name: GSM8K, type: openai/gsm8k}
+    metrics:
+    - type: exact_match  # strict
+      value: 0.51
+"""
 
 
-def without_carbon():
-    record = made_up_run()
+def without_carbon(**about):
+    record = made_up_run(**about)
     return replace(record, totals={**record.totals, "carbon_grams": absent("no carbon factor")})
 
 
+def put(card, record):
+    return with_run_metadata(card, run_metadata(record))
+
+
 def test_emissions_are_as_the_hub_reads_them():
-    """Grams, source, training type, place and hardware; they come back from huggingface_hub as they were."""
+    """Grams, source, training type, place and hardware; huggingface_hub reads them unchanged."""
     assert OURS == {
         "emissions": 2.707,
         "source": "peft-blueprint ledger, modelled: energy × 56 g CO2e/kWh, CodeCarbon 3.0.4, FRA, 2023",
@@ -40,55 +63,124 @@ def test_emissions_are_as_the_hub_reads_them():
         "geographical_location": "FRA",
         "hardware_used": "NVIDIA L40S",
     }
-    card, note = with_emissions(PLAIN, OURS)
+    card, notes = put(PLAIN, made_up_run())
     data = ModelCard(card).data
-    assert note is None and data.co2_eq_emissions == OURS and data.tags == ["lora"]
+    assert notes == [] and data.co2_eq_emissions == OURS and data.tags == ["lora"]
     assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
 
 
-def test_what_a_person_wrote_stays_to_the_byte():
-    """Adding, replacing and taking away ours leaves the rest, its comments too; taking away gives the first card back."""
-    card, _ = with_emissions(PLAIN, OURS)
+def test_fine_tuning_is_said_where_it_is_known():
+    """By an adapter or a placement, or because the record says so; a pretraining's record may say that."""
+    assert emissions_of(made_up_run(peft_config={"r": 16}))["training_type"] == "fine-tuning"
+    assert emissions_of(made_up_run(training_type="pre-training"))["training_type"] == "pre-training"
+    unknown = made_up_run()
+    unknown = replace(unknown, about={k: v for k, v in unknown.about.items() if k not in ("peft_config", "placement")})
+    assert "training_type" not in emissions_of(unknown)
+    assert emissions_of(replace(unknown, totals={**unknown.totals, "carbon_grams": absent("none")})) is None
+
+
+def test_results_are_as_the_hub_reads_them():
+    """Each finite metric of the last evaluation, for its data set and PEFT's task."""
+    run = made_up_run(eval_dataset="openai/gsm8k", peft_config={"task_type": "CAUSAL_LM"})
+    card, notes = put(PLAIN, run)
+    loss, accuracy = ModelCard(card).data.eval_results
+    last = run.points[-1].metrics
+    assert notes == []
+    assert loss == EvalResult(
+        task_type="text-generation",
+        dataset_type="openai/gsm8k",
+        dataset_name="openai/gsm8k",
+        metric_type="loss",
+        metric_value=float(f"{last['eval_loss']:.6g}"),
+        metric_name="eval_loss at step 600 (peft-blueprint)",
+    )
+    assert accuracy.metric_type == "accuracy" and ModelCard(card).data.model_name == "lora-r16"
+    assert [result.dataset_name for result in eval_results(made_up_run(eval_dataset="/home/me/test.jsonl"))][0] == (
+        "test.jsonl"
+    )
+    assert eval_results(made_up_run(eval_dataset="a/b", peft_config={"task_type": "SEQ_CLS"}))[0].task_type == (
+        "text-classification"
+    )
+    diverged = replace(run, points=(replace(run.points[-1], metrics={"eval_loss": float("nan")}),))
+    assert eval_results(diverged) == eval_results(made_up_run()) == eval_results(made_up_run(eval_dataset=3)) == []
+
+
+def test_results_of_others_stay_beside_ours():
+    """Twice is once; a later run replaces ours alone, and one without results removes them; comments stay."""
+    plain = PLAIN.replace("tags:", INDEX + "tags:")
+    run = without_carbon(eval_dataset="openai/gsm8k")
+    card, _ = put(plain, run)
+    results = ModelCard(card).data.eval_results
+    assert [result.metric_type for result in results] == ["exact_match", "loss", "accuracy"]
+    assert "# strict" in card and put(card, run)[0] == card
+    worse = replace(run, points=(replace(run.points[-1], metrics={"eval_loss": 9.0}),))
+    values = [result.metric_value for result in ModelCard(put(card, worse)[0]).data.eval_results]
+    assert values == [0.51, 9.0]
+    assert ModelCard(put(card, without_carbon())[0]).data.to_dict() == ModelCard(plain).data.to_dict()
+    alone, _ = put(PLAIN, run)
+    assert put(alone, without_carbon())[0] == PLAIN
+
+
+@pytest.mark.parametrize("index", ["3", "{a: b}", "[1]", "[{name: x}]", "[{results: [{}]}]"])
+def test_an_odd_index_is_left_alone(index):
+    """A note says so."""
+    card = PLAIN.replace("tags:", f"model-index: {index}\ntags:")
+    changed, notes = put(card, without_carbon(eval_dataset="openai/gsm8k"))
+    assert changed == card and "model-index in the card is not a list" in notes[0]
+
+
+def test_the_rest_of_the_card_stays():
+    """Adding, replacing and removing our figures keeps values, comments and line ends; removing restores the card."""
+    card, _ = put(PLAIN, made_up_run())
     assert card.replace(card[card.index("co2_eq") : card.index("---\n# My")], "") == PLAIN
-    again, _ = with_emissions(card, {**OURS, "emissions": 1.0})
+    below = card.replace("---\n# My", "# below\nlicense: mit\n---\n# My")
+    again, _ = with_run_metadata(below, ModelCardData(co2_eq_emissions={**OURS, "emissions": 1.0}))
     assert ModelCard(again).data.co2_eq_emissions["emissions"] == 1.0
-    assert with_emissions(again, None) == (PLAIN, None) and with_emissions(PLAIN, None) == (PLAIN, None)
+    assert again == below.replace("2.707", "1.0")
+    assert "# below" in put(below, without_carbon())[0]
+    assert put(card, without_carbon()) == (PLAIN, []) and put(PLAIN, without_carbon()) == (PLAIN, [])
     windows = PLAIN.replace("\n", "\r\n")
-    assert with_emissions(with_emissions(windows, OURS)[0], None)[0] == windows
+    assert put(put(windows, made_up_run())[0], without_carbon())[0] == windows
 
 
 @pytest.mark.parametrize(
-    "figure", ["12.5", "{emissions: 12.5, source: my own meter}", "{emissions: 3}", '"about 3 g"']
+    "figure", ["12.5", "{emissions: 12.5, source: my own meter}", "{emissions: 3}", '"about 3 g"', "# ask Anna"]
 )
-@pytest.mark.parametrize("entry", [OURS, None])
-def test_a_figure_by_hand_is_never_touched(figure, entry):
+@pytest.mark.parametrize("make", [made_up_run, without_carbon])
+def test_a_figure_by_hand_is_never_touched(figure, make):
     """Whatever its form; a note says so."""
     card = CARD.replace("{FIGURE}", figure)
-    changed, note = with_emissions(card, entry)
-    assert changed == card and "left as it is" in note
+    changed, notes = put(card, make())
+    assert changed == card and "left as it is" in notes[0]
 
 
 @pytest.mark.parametrize("card", ["", "# Only text\n", "\ufeff# Marked\r\n", "---\n---\ntext\n", "---\n# note\n---\n"])
 def test_a_card_without_metadata_gets_some(card):
-    """With the text after it as it was."""
-    changed, _ = with_emissions(card, OURS)
+    """With the text after it unchanged."""
+    changed, _ = put(card, made_up_run())
     assert ModelCard(changed.removeprefix("\ufeff")).data.co2_eq_emissions == OURS
     block = changed[changed.index("co2_eq_emissions") : changed.index("---", changed.index("co2_eq_emissions"))]
     assert changed.startswith("\ufeff") == card.startswith("\ufeff")
     assert changed.replace(block, "").endswith(card.removeprefix("\ufeff"))
 
 
+def test_line_ends_of_an_old_macintosh_are_line_ends():
+    """Its card has front matter too."""
+    changed, _ = put(PLAIN.replace("\n", "\r"), made_up_run())
+    assert changed.count("---") == 2 and "tags: [lora]" in changed.split("---")[1] and "\n" not in changed
+
+
 def test_small_figures_stay_numbers():
-    """1e-05 without a point would be a text in YAML."""
-    card, _ = with_emissions(PLAIN, {**OURS, "emissions": 1e-05})
+    """1e-05 without a point would be text for some readers of YAML."""
+    card, _ = with_run_metadata(PLAIN, ModelCardData(co2_eq_emissions={**OURS, "emissions": 1e-05}))
     assert ModelCard(card).data.co2_eq_emissions["emissions"] == 1e-05
 
 
-@pytest.mark.parametrize("card", ["---\n{a: 1}\n---\n", "---\na: 1\n", "---\n- a\n---\n", "---\na: [\n---\n"])
-def test_metadata_that_cannot_be_edited_is_left_with_an_error(card):
-    """In one line, not closed, no mapping, no YAML."""
+@pytest.mark.parametrize("card", ["---\na: 1\n", "---\n- a\n---\n", "---\na: [\n---\n"])
+def test_metadata_that_cannot_be_edited_is_an_error(card):
+    """Not closed, no mapping, no YAML."""
     with pytest.raises(BlueprintError, match="front matter"):
-        with_emissions(card, OURS)
+        put(card, made_up_run())
 
 
 def test_the_section_labels_every_figure_and_is_replaced_in_its_place():
@@ -97,12 +189,10 @@ def test_the_section_labels_every_figure_and_is_replaced_in_its_place():
     assert "| time | 10 min 4 s | measured: wall clock |" in section
     assert "| FLOPs | 36.6 PFLOP | modelled: CostModel for 8 × 1024 tokens |" in section
     assert "| CO₂ equivalent | – | absent: no carbon factor |" in section
-    first = with_cost_section(PLAIN, section)
+    first = with_section(PLAIN, marked(section, SECTION), SECTION)
     assert first.startswith(PLAIN) and first.count("## What it cost") == 1
-    second = with_cost_section(first + "\nMore of mine.\n", "## Other\n")
+    second = with_section(first + "\nMore of mine.\n", marked("## Other", SECTION), SECTION)
     assert second.startswith(PLAIN) and second.endswith("\nMore of mine.\n") and "What it cost" not in second
-    with pytest.raises(BlueprintError, match="do not pair up in the model card, as line 9 shows"):
-        with_cost_section(PLAIN + "<!-- peft-blueprint cost begin -->\n", section)
 
 
 def test_names_from_a_record_cannot_leave_their_place():
@@ -113,7 +203,9 @@ def test_names_from_a_record_cannot_leave_their_place():
     assert not set("<>`[]#") & set(section.replace("## What it cost", "").replace("&#", ""))
     rows = [line for line in section.splitlines() if line.startswith("| a&#124;b")]
     assert len(rows) == 1 and rows[0].count("|") == 9
-    assert with_cost_section(with_cost_section(PLAIN, section), section).count("peft-blueprint cost end -->") == 1
+    section = marked(section, SECTION)
+    card = with_section(with_section(PLAIN, section, SECTION), section, SECTION)
+    assert card.count("peft-blueprint cost end -->") == 1
 
 
 def test_an_adapters_card_is_updated_where_it_is(tmp_path):
@@ -134,10 +226,33 @@ def test_an_adapters_card_is_updated_where_it_is(tmp_path):
         update_card(tmp_path / "nowhere", report, report.rows[0])
 
 
-def test_a_card_that_is_no_text_stays_as_it_is(tmp_path):
-    """And the error names it."""
-    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "README.md cannot be read"),
+        (b"---\na: [\n---\n", "is not YAML"),
+        (b"<!-- peft-blueprint cost begin -->\n", "begins in line"),
+    ],
+)
+def test_a_card_that_cannot_be_edited_stays_unchanged(tmp_path, content, message):
+    """Bytes that are not text, broken YAML, broken marks."""
+    (tmp_path / "README.md").write_bytes(content)
     report = make_report([made_up_run()])
-    with pytest.raises(BlueprintError, match="README.md cannot be read"):
+    with pytest.raises(BlueprintError, match=message):
         update_card(tmp_path, report, report.rows[0])
-    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
+    assert (tmp_path / "README.md").read_bytes() == content
+
+
+def test_the_card_of_a_baseline_that_was_named_by_its_folder_is_its_own(tmp_path, monkeypatch):
+    """Not the other run's, which is the only one that was given as a run."""
+    made_up_run("base").save(tmp_path / "base")
+    made_up_run("fast", speed=0.6).save(tmp_path / "fast")
+    card = tmp_path / "base" / "adapter"
+    card.mkdir()
+    (card / "README.md").write_text("---\ntags: [lora]\n---\n# Mine\n")
+    call = ["report", str(tmp_path / "fast"), "--baseline", str(tmp_path / "base"), "--card", str(card)]
+    monkeypatch.setattr(sys, "argv", ["peft-blueprint", *call])
+    with pytest.raises(SystemExit):
+        main()
+    text = (card / "README.md").read_text()
+    assert "emissions: 2.707" in text and "emissions: 1.624" not in text  # base's and not fast's
