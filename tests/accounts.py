@@ -1,4 +1,4 @@
-"""Tiny trainers with evaluations, for the tests of the books. Knows nothing of what the tests ask."""
+"""Tiny trainers with evaluations, and callbacks that act at one step."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,7 +26,7 @@ def rows(examples=EXAMPLES):
 
 
 def make_trainer(folder, model=None, cls=Trainer, **arguments):
-    """Ten steps of four examples, logged every five and evaluated every two; tokens of a step: 48."""
+    """Make a Trainer for ten steps of 48 tokens, logged every five steps and evaluated every two."""
     settings = {
         "max_steps": 10,
         "per_device_train_batch_size": 4,
@@ -47,7 +47,7 @@ def make_trainer(folder, model=None, cls=Trainer, **arguments):
 
 
 def train(folder, model=None, *others, arguments=None, resume=None, **settings):
-    """Train with the callback, and with others before it. Returns the trainer and the callback."""
+    """Train with `LedgerCallback` after other callbacks; return the trainer and the callback."""
     trainer = make_trainer(folder, model, **arguments or {})
     for other in others:
         trainer.add_callback(other)
@@ -58,7 +58,7 @@ def train(folder, model=None, *others, arguments=None, resume=None, **settings):
 
 
 def logged(trainer, prefix="ledger/"):
-    """Step → name → figure, from the log history; the last where there are several of a step."""
+    """Return step → name → value from the log history, the last record of a step winning."""
     found = {}
     for record in trainer.state.log_history:
         ours = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
@@ -68,17 +68,20 @@ def logged(trainer, prefix="ledger/"):
 
 
 class At(TrainerCallback):
-    """Does something at the end of one step."""
+    """Act at one step: at its end, or before its optimizer step."""
 
-    def __init__(self, step, act):
-        self.step, self.act = step, act
+    def __init__(self, step, end=None, before=None):
+        self.step, self.end, self.before = step, end, before
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.before and state.global_step + 1 == self.step:
+            self.before(model)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """The step's."""
-        if state.global_step == self.step:
-            self.act(state, control)
+        if self.end and state.global_step == self.step:
+            self.end(state, control)
 
 
 def end(state, control):
-    """End the training here, with a checkpoint."""
+    """End the training with a checkpoint."""
     control.should_training_stop = control.should_save = True

@@ -83,6 +83,10 @@ class BlueprintCallback(TrainerCallback):
         >>> trainer.add_callback(BlueprintCallback(trainer, every=50, milestones=[0.5, 1.0]))
     """
 
+    _due: dict[int, list[float]]  # step → shares of the training to write
+    _pending: tuple[list[str], list[Tensor]] | None
+    _window: _Window
+
     def __init__(
         self,
         trainer: Trainer,
@@ -178,9 +182,7 @@ class BlueprintCallback(TrainerCallback):
             self._window = _Window()
 
     def _start(self) -> None:
-        self._due: dict[int, list[float]] = {}
-        self._pending: tuple[list[str], list[Tensor]] | None = None
-        self._window = _Window()
+        self._due, self._pending, self._window = {}, None, _Window()
 
     def _find_trained(self) -> None:
         accelerator = self.trainer.accelerator

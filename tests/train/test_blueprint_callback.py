@@ -18,6 +18,7 @@ from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import tiny_gpt2, tiny_llama, toy_batches
 from peft_blueprint.train import blueprint_callback as module
 from peft_blueprint.train.blueprint_callback import BlueprintCallback, milestone_step, start_norms, trained_parameters
+from tests.accounts import At
 
 
 RATE = 0.05
@@ -240,21 +241,6 @@ def test_names_are_those_of_the_unwrapped_model():
     prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     assert names_of(get_peft_model(tiny_llama(1), prompt)) == ["prompt_encoder.default.embedding weight"]
     assert len(names_of(full())) == len(list(full().parameters()))
-
-
-class At(TrainerCallback):
-    """Does something once a step is reached: before its optimizer step, or at its end."""
-
-    def __init__(self, step, before=None, end=None):
-        self.step, self.before, self.end = step, before, end
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.before and state.global_step + 1 == self.step:
-            self.before(model)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.end and state.global_step == self.step:
-            self.end(state, control)
 
 
 def test_a_module_unfrozen_during_training_is_reported_from_then_on(tmp_path):

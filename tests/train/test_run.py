@@ -7,6 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from peft_blueprint import BlueprintError, generate_blueprint
+from peft_blueprint.cli import main
 from peft_blueprint.data.examples import encode, get_pad_token_id, make_batches, read_examples
 from peft_blueprint.measure import load_model
 from peft_blueprint.runs.record import RunRecord
@@ -62,6 +63,21 @@ def test_a_recipe_trains_saves_and_reports(folder, tmp_path):
     rows = encode(read_examples(str(folder / "data.jsonl")), tokenizer, 32)
     again = held_out_loss(model, make_batches(rows, 8, get_pad_token_id(tokenizer)), progress=False)
     assert again == pytest.approx(report.loss_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["json", "quiet"])
+def test_the_verb_prints_nothing_but_the_result_on_stdout(folder, tmp_path, capfd, monkeypatch, form):
+    """One JSON value, with bars and a line a logging step on stderr; or the adapter's folder, and no lines."""
+    path = recipe(folder, tmp_path, training={"max_steps": 2, "logging_steps": 1, "eval_strategy": "epoch"})
+    monkeypatch.setattr("sys.argv", ["peft-blueprint", "train", str(path), "--format", form])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    out, err = capfd.readouterr()
+    if form == "json":
+        assert json.loads(out)["steps"] == 2
+    else:
+        assert out == f"{tmp_path / 'out'}\n"
+    assert ("step 1: loss " in err and "eval_loss " in err) is (form == "json")
 
 
 def test_a_published_blueprint_is_checked_and_blended(folder, tmp_path):
