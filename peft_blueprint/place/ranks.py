@@ -1,8 +1,4 @@
-"""Ranks of a placement's adapters: uniform, raised to all-linear LoRA's parameters, or higher where the score is; and
-the rank that the paper's k* asks for.
-
-Functions on entries. Knows nothing of models or costs.
-"""
+"""Ranks of adapters: by score, with all-linear LoRA's parameters, or as k* asks for."""
 
 from __future__ import annotations
 
@@ -13,22 +9,27 @@ from collections.abc import Mapping, Sequence
 from ..blueprint import Submodule
 
 
-_STEPS = 4  # a rank changes by a quarter of the uniform one
-_LARGEST = 4  # times the uniform one
-_MOST = 8  # times all-linear LoRA's
+_STEPS = 4  # in the mean rank
+_LARGEST = 4  # times the mean rank
+_LARGEST_RAISED = 8  # times all-linear LoRA's rank
 
 
 def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float], rank: int) -> dict[str, int]:
-    """Ranks in proportion to scores, as many in all as if every entry had `rank`.
+    """Distribute ranks in proportion to scores, with a mean of `rank`.
 
-    Shared out in steps of a quarter of `rank`, at least one and at most sixteen to an entry (D'Hondt's method, which
-    gives every next step to the entry with the largest score over steps held). The alpha over rank is to stay the same
-    for all, so that a step of the optimizer is as large in each.
+    An entry gets at least one and at most sixteen steps of a quarter of `rank`. D'Hondt's method gives each further step
+    to the entry with the largest score over steps held, plus one. Keep alpha over rank the same for all entries, so that
+    an optimizer step is as large in each.
 
     Args:
-        entries: that get an adapter.
+        entries: submodules that get an adapter.
         scores: by name, comparable with each other.
-        rank: what they have on average.
+        rank: mean rank.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> ranks_by_influence([Submodule("a", 1.0), Submodule("b", 1.0)], {"a": 3.0, "b": 1.0}, rank=8)
+        {'a': 12, 'b': 4}
     """
     step = max(1, rank // _STEPS)
     most = max(1, _LARGEST * rank // step)
@@ -46,24 +47,23 @@ def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float]
 
 
 def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> int:
-    """The rank at which adapters on some entries have as many parameters as adapters of `rank` on all of them.
+    """Return the rank at which adapters on `chosen` have as many parameters as adapters of `rank` on all entries.
 
-    An adapter's time goes into reading and writing what is as wide as the layer, hardly into its rank, so that a
-    placement with fewer adapters has the same parameters for less. Rounded down, to a multiple of 8 from 16 on; at least
-    `rank` and at most eight times that.
+    An adapter's time is spent on tensors as wide as the layer, hardly on its rank, so fewer adapters of a higher rank
+    take less time. Rounded down, to a multiple of 8 from 16 on; at least `rank` and at most eight times `rank`.
 
     Args:
-        chosen: that get an adapter.
-        entries: all that could.
-        rank: of LoRA on all of them.
+        chosen: entries that get an adapter.
+        entries: all entries that could.
+        rank: of LoRA on all entries.
     """
     whole, part = (sum(map(_width, group)) for group in (entries, chosen))
-    raised = min(_MOST * rank, rank * whole // part) if part else rank
+    raised = min(_LARGEST_RAISED * rank, rank * whole // part) if part else rank
     return max(rank, raised - raised % 8 if raised >= 16 else raised)
 
 
 def _width(entry: Submodule) -> int:
-    """Parameters of an adapter of rank 1; entries whose shape is unknown count alike."""
+    """Return the parameters of an adapter of rank 1; 1 if the shape is unknown."""
     if entry.shape is None or len(entry.shape) < 2:
         return 1
     *experts, d_out, d_in = entry.shape
@@ -71,10 +71,10 @@ def _width(entry: Submodule) -> int:
 
 
 def k_star_rank(entry: Submodule) -> int | None:
-    """The rank at which an adapter has about the share k* of the weight's parameters, or None where that is not known.
+    """Return the rank at which an adapter has about the share k* of the weight's parameters; None if k* is unknown.
 
     Eq. 15's k* is the share of a submodule's parameters whose update pays best; an adapter of rank r has r(d_in + d_out)
-    of the d_in·d_out. The nearest whole rank of at least 1, at most the full rank.
+    parameters beside d_in·d_out. Rounded, at least 1 and at most the full rank.
     """
     if entry.k_star is None or entry.shape is None or len(entry.shape) < 2:
         return None

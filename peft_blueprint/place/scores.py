@@ -1,7 +1,6 @@
-"""Scores by which submodules are ranked: what a measurement says of them, and controls that look at no measurement.
+"""Scores that rank submodules, from measured statistics, and controls that use no measurement.
 
-Every score is one function of entries to numbers, larger for what should get an adapter sooner. Knows nothing of
-budgets, coverage or what is chosen in the end.
+Each score is a function from entries to numbers; a larger number gets an adapter sooner.
 """
 
 from __future__ import annotations
@@ -19,61 +18,57 @@ from ..errors import BlueprintError
 
 Score = Callable[[Sequence[Submodule]], np.ndarray]
 
-_SMALLEST_NOISE_SCALE = 1e-12  # examples; below it all is signal
+_SMALLEST_NOISE_SCALE = 1e-12  # examples
 
 
 def score(entries: Sequence[Submodule], by: str, *, seed: int = 0, costs: ArrayLike | None = None) -> np.ndarray:
-    """Every entry's score, (n,).
+    """Return the score of each entry, (n,).
 
     Args:
-        entries: those to choose from. A score may depend on all of them: `within_kind` on the kinds' means, `even` on
-            the range of depth.
-        by: a name among `SCORES`.
+        entries: to choose from. Some scores depend on all of them: `within_kind` on the kinds' means, `even` on the range
+            of depth.
+        by: a name in `SCORES`.
         seed: of `random`.
-        costs: (n,) positive costs of the entries; given, the score is per cost.
+        costs: (n,) positive costs to divide the scores by.
 
     Raises:
-        BlueprintError: if there is no such score, if entries lack what it needs, or for costs that do not pair with the
-            entries or are not positive.
+        BlueprintError: for an unknown score, entries without the statistic, or costs that are not positive or not one an
+            entry.
     """
-    if by not in SCORES:
-        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+    _check_known(by)
     values = random(entries, seed) if by == "random" else SCORES[by](entries)
     if costs is None:
         return values
     prices = np.asarray(costs, dtype=float)
     if prices.shape != values.shape:
-        raise BlueprintError(f"{values.size} entries and {prices.size} costs do not pair: give one cost an entry.")
+        raise BlueprintError(f"costs must have one number an entry, got {prices.size} for {values.size} entries.")
     wrong = [entry.name for entry, price in zip(entries, prices, strict=True) if not 0 < price < math.inf]
     if wrong:
-        raise BlueprintError(
-            f"The cost of {format_names(wrong)} is not a positive number: a score per cost needs one."
-        )
+        raise BlueprintError(f"costs must be positive and finite, and those of {format_names(wrong)} are not.")
     return values / prices
 
 
 def comparable_across_kinds(by: str) -> bool:
-    """Whether a score may stand in one list for entries of different kinds, or ranks within a kind only.
+    """Whether a score compares across kinds of submodule, or only within a kind.
 
-    Gradient norms, however scaled by weights or numbers of parameters, and shares of their energy depend on the shapes
-    and on the sizes of what flows through a kind. Comparable are ratios to the kind's own mean or noise, changes of the
-    loss in nats (`weight_gradient`, and `adam_gain` per learning rate), and the controls.
+    Gradient norms, also when divided by a weight's norm or number of parameters, and shares of their energy depend on
+    the shapes and on the size of activations in a kind. Ratios to the kind's own mean or noise, changes of the loss in
+    nats (`weight_gradient`, and `adam_gain` per learning rate) and the controls compare.
 
     Raises:
-        BlueprintError: if there is no such score.
+        BlueprintError: for an unknown score.
     """
-    if by not in SCORES:
-        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+    _check_known(by)
     return by not in _WITHIN_KIND_ONLY
 
 
 def gradient_norm(entries: Sequence[Submodule]) -> np.ndarray:
-    """Mean over examples of ‖g_b‖, the norm of one example's gradient: the paper's ranking (Algorithm 1, line 3)."""
+    """Mean over examples b of ‖g_b‖, the norm of one example's gradient: the paper's ranking (Algorithm 1, line 3)."""
     return _statistic(entries, "gradient_norm")
 
 
 def within_kind(entries: Sequence[Submodule]) -> np.ndarray:
-    """The gradient norm over its mean in the entry's kind, so that kinds compare; 0 where all of a kind are 0."""
+    """The gradient norm over its mean in the entry's kind, which makes kinds comparable; 0 where that mean is 0."""
     norms = gradient_norm(entries)
     _, index = np.unique([str(entry.kind) for entry in entries], return_inverse=True)
     means = np.bincount(index, norms) / np.bincount(index)
@@ -85,7 +80,7 @@ def per_root_parameter(entries: Sequence[Submodule]) -> np.ndarray:
     missing = [entry.name for entry in entries if entry.shape is None]
     if missing:
         raise BlueprintError(
-            f"{format_names(missing)} have no shape, which per_root_parameter divides by. Measure the blueprint with "
+            f"{format_names(missing)} have no shape, which per_root_parameter needs. Measure the blueprint with "
             "generate_blueprint, or expand it onto the model."
         )
     sizes = np.array([math.prod(entry.shape or ()) for entry in entries], dtype=float)
@@ -101,7 +96,7 @@ def relative_gradient_norm(entries: Sequence[Submodule]) -> np.ndarray:
 
 
 def signal_norm(entries: Sequence[Submodule]) -> np.ndarray:
-    """‖E g‖, the norm of the mean gradient, estimated without bias: what examples agree on."""
+    """‖E g‖, the norm of the mean gradient, estimated without bias: the part that examples agree on."""
     return _statistic(entries, "signal_norm")
 
 
@@ -118,16 +113,16 @@ def signal_to_noise(entries: Sequence[Submodule]) -> np.ndarray:
 
 
 def weight_gradient(entries: Sequence[Submodule]) -> np.ndarray:
-    """Σ|w·ḡ| over a weight's entries: to first order how far the loss moves if each were removed by itself (Lee et al.
+    """Σ|w·ḡ| over a weight's entries: the first-order change of the loss if each entry were removed by itself (Lee et al.
     2019, SNIP, arXiv:1810.02340, eq. 5, on the mean gradient; Molchanov et al. 2019, arXiv:1906.10771, eq. 8, has its
-    square). As estimated by `generate.weight_gradient`.
+    square).
     """
     return _statistic(entries, "weight_gradient")
 
 
 def singular_energy(entries: Sequence[Submodule]) -> np.ndarray:
-    """‖E g‖·√p, where p is the share of the mean gradient's energy in its leading directions: the part of the signal that
-    an adapter of that rank can follow at first.
+    """‖E g‖·√p, where p is the share of the mean gradient's energy in its leading singular directions: the part of the
+    signal that an adapter of that rank can follow at first.
     """
     return signal_norm(entries) * np.sqrt(_statistic(entries, "singular_energy"))
 
@@ -135,8 +130,8 @@ def singular_energy(entries: Sequence[Submodule]) -> np.ndarray:
 def adam_gain(entries: Sequence[Submodule]) -> np.ndarray:
     """E‖G·a‖₁, the expected L1 norm of the gradient that one row a of a new LoRA A gives its column of B.
 
-    Adam moves every entry alike, so that a first step of rank r lowers the loss by lr·α·E‖G·a‖₁ (see
-    `generate.adam_gain`); r and α are common to all entries and left out.
+    Adam's first step has the same size in every entry, so a first step of rank r lowers the loss by lr·α·E‖G·a‖₁; r and
+    α are common to all submodules and left out.
     """
     return _statistic(entries, "adam_gain")
 
@@ -147,12 +142,11 @@ def random(entries: Sequence[Submodule], seed: int = 0) -> np.ndarray:
 
 
 def even(entries: Sequence[Submodule]) -> np.ndarray:
-    """Control: 1 for the entry in the middle of these by depth, falling evenly to 0 on both sides.
+    """Control: 1 for the entry in the middle by depth, falling evenly to 0 on both sides.
 
-    A spread over strata of depth is even if each stratum gives its middle entry, and where the strata are is known only
-    to who cuts them. So this is a function of one stratum's entries: a planner that takes the best of every stratum asks
-    it of each. Asked of a whole model at once it prefers the middle layers. Of an even number the earlier of the two in
-    the middle comes first.
+    Applied to the entries of one stratum, its maximum is the stratum's middle, which gives an even spread over strata.
+    Applied to a whole model it prefers the middle layers. With an even number of entries the earlier of the two middle
+    ones scores 1.
     """
     n = len(entries)
     middle = (n - 1) // 2
@@ -162,12 +156,12 @@ def even(entries: Sequence[Submodule]) -> np.ndarray:
 
 
 def first(entries: Sequence[Submodule]) -> np.ndarray:
-    """Control: shallow first, from 1 down towards 0 with the depth."""
+    """Control: shallow first, from 1 towards 0 with increasing depth."""
     return 1 / (1 + _depths(entries))
 
 
 def last(entries: Sequence[Submodule]) -> np.ndarray:
-    """Control: deep first, the depth counted from 1."""
+    """Control: deep first; the depth, counted from 1."""
     return 1 + _depths(entries)
 
 
@@ -196,6 +190,11 @@ _WITHIN_KIND_ONLY = (
 )
 
 
+def _check_known(by: str) -> None:
+    if by not in SCORES:
+        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+
+
 def _statistic(entries: Sequence[Submodule], name: str) -> np.ndarray:
     missing = [entry.name for entry in entries if getattr(entry, name) is None]
     if missing:
@@ -215,10 +214,10 @@ _NEEDS = {
 
 
 def _depths(entries: Sequence[Submodule]) -> np.ndarray:
-    """Depths from 0; what has none, embeddings say, counts as shallowest."""
+    """Depths from 0; entries without one, such as embeddings, count as shallowest."""
     return np.array([0 if entry.depth is None else entry.depth for entry in entries], dtype=float)
 
 
 def _by_depth(entries: Sequence[Submodule]) -> np.ndarray:
-    """Positions of the entries from shallow to deep, those of one depth in their order."""
+    """Positions of the entries from shallow to deep; entries of one depth keep their order."""
     return np.argsort(_depths(entries), kind="stable")

@@ -77,7 +77,7 @@ def trainer_config(
         >>> from peft_blueprint.testing import tiny_llama
         >>> placement = plan_placement(None, tiny_llama(), num_modules=2, r=8)
         >>> print(trainer_config(placement, "llamafactory").splitlines()[-1])
-        lora_target: model.layers.1.self_attn.v_proj,model.layers.3.self_attn.q_proj
+        lora_target: model.layers.1.self_attn.q_proj,model.layers.3.self_attn.q_proj
     """
     writers = {
         "peft": _peft,

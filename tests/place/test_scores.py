@@ -104,8 +104,8 @@ bare = Submodule("bare", 1.0)
         (lambda: score([bare], "adam_gain"), "1 of 1 entries have no adam_gain .'bare'.*generate_blueprint"),
         (lambda: score([bare], "signal_to_noise"), "no noise_scale .'bare'.*two examples"),
         (lambda: score([bare], "per_root_parameter"), "'bare' have no shape"),
-        (lambda: score([bare], "even", costs=[1, 2]), "1 entries and 2 costs"),
-        (lambda: score([bare], "even", costs=[0]), "cost of 'bare' is not a positive number"),
+        (lambda: score([bare], "even", costs=[1, 2]), "got 2 for 1 entries"),
+        (lambda: score([bare], "even", costs=[0]), "costs must be positive and finite, and those of 'bare' are not"),
     ],
 )
 def test_what_is_missing_is_named(act, message):
