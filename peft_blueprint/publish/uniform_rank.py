@@ -1,68 +1,58 @@
-"""An adapter of many ranks becomes one of a single rank that computes the same, for servers that know no rank patterns.
-
-Knows adapter files and how PEFT scales them; no model is loaded.
-
-A server reads one rank and one alpha. vLLM before 0.33 and llama.cpp pass over `rank_pattern` and `alpha_pattern`
-without a word, and take for an adapter of rank r_i a scaling that is not PEFT's. A product B·A does not change when rows
-of zeros are added to A and columns of zeros to B, and what the scaling differs by can be multiplied into B.
-"""
+"""Rewrite a LoRA adapter of several ranks as one of a single rank that computes the same, for serving."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as TENSORS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._files import write_atomically
+from .._files import replacing
 from .._text import format_names
 from ..errors import BlueprintError, FormatError
 
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
-
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>(?:embedding_)?[AB])(?P<suffix>\.weight)?")
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 _MERGE = "Merge it into the model first: PeftModel.from_pretrained(…).merge_and_unload(), and serve that"
-# what servers have no word for, and what to call it
-_REFUSED = {
+_UNSERVABLE = {  # keys of the config that vLLM or llama.cpp does not support
     "use_dora": "DoRA's magnitudes",
-    "modules_to_save": "modules that were trained whole",
+    "modules_to_save": "fully trained modules",
     "lora_bias": "biases of adapters",
     "use_qalora": "QALoRA's pooled inputs",
     "use_bdlora": "block-diagonal adapters",
-    "trainable_token_indices": "tokens that were trained by themselves",
-    "layer_replication": "layers that were repeated",
+    "trainable_token_indices": "trained tokens",
+    "layer_replication": "repeated layers",
     "monteclora_config": "MonteCLoRA's sampled weights",
     "arrow_config": "Arrow's routing",
     "kasa_config": "KaSA's truncated base model",
 }
-# ways to begin that change the base model's weights, so that the adapter belongs to weights that no server has
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights that change the base model's weights
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A and B of one adapter, as they are saved.
+    """A and B of one adapter.
 
     Args:
-        a: rank × d_in; of fused experts (experts · rank) × d_in.
-        b: d_out × rank; of fused experts d_out × (rank · experts).
-        rank: of each expert.
-        scaling: by which PEFT multiplies B·A.
+        a: (rank, d_in); for fused experts (experts · rank, d_in).
+        b: (d_out, rank); for fused experts (d_out, rank · experts).
+        a_key: name of A in the file.
+        b_key: name of B in the file.
+        rank: rank of each expert.
+        scaling: factor of B·A in PEFT.
     """
 
     a: Tensor
@@ -73,7 +63,7 @@ class _Pair:
     scaling: float
 
     def widened(self, rank: int, scaling: float) -> dict[str, Tensor]:
-        """The same product at another rank and scaling; the new rows and columns are zeros."""
+        """Return the same product at another rank and scaling; new rows and columns are zeros."""
         experts = self.a.shape[0] // self.rank
         a = self.a.reshape(experts, self.rank, *self.a.shape[1:])
         b = self.b.reshape(self.b.shape[0], self.rank, experts, *self.b.shape[2:])
@@ -89,55 +79,51 @@ class _Pair:
 
 
 def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank: int | None = None) -> Path:
-    """Write a LoRA adapter that computes the same as a saved one, with one rank and one scaling for all.
+    """Write a LoRA adapter with one rank and one scaling that computes the same as a saved one.
 
-    Ranks, alphas and rsLoRA's scaling are folded: A and B are filled up with zeros, and where an adapter's scaling is
-    not the common one (the commonest, as near as a whole alpha comes to it) B is multiplied by the ratio. The result is
-    exact up to rounding in the adapter's own dtype. Plain PEFT loads it too.
+    Servers read one rank and one alpha: vLLM before 0.33 and llama.cpp ignore `rank_pattern` and `alpha_pattern`, and
+    would scale such an adapter wrongly. Here A gets rows of zeros and B columns of zeros up to the common rank, which
+    leaves B·A unchanged, and B is multiplied by the ratio of its scaling to the common one (the most frequent, as near
+    as an integer alpha comes to it). The result is exact up to rounding in the adapter's dtype, and PEFT loads it too.
 
-    Experts fused into one parameter are kept for vLLM, which wants both `gate_up_proj` and `down_proj` of a layer;
-    llama.cpp reads none. DoRA, `modules_to_save` and what else vLLM and llama.cpp refuse is an error, since they would
-    do so only when the adapter is loaded.
+    Adapters of fused experts are kept for vLLM, which needs both `gate_up_proj` and `down_proj` of a layer; llama.cpp
+    reads none. DoRA, `modules_to_save` and other features that vLLM or llama.cpp rejects are an error.
 
     Args:
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.
-        out_folder: another folder; made if it is not there.
-        rank: of all; by default the largest rank in the adapter.
+        out_folder: another folder; created if it does not exist.
+        rank: common rank; by default the largest rank in the adapter.
 
     Returns:
         The folder written.
 
     Raises:
         FormatError: if there is no LoRA adapter in the folder, or its tensors and its config do not agree.
-        BlueprintError: if servers cannot take it, `rank` is below a rank in it, or the folder is the adapter's own or
+        BlueprintError: if servers cannot load it, `rank` is below a rank in it, or the folder is the adapter's own or
             cannot be written.
     """
     source, out = Path(adapter_folder), Path(out_folder)
     if out.exists() and source.exists() and out.samefile(source):
-        raise BlueprintError(f"{out} is the adapter's own folder, which stays as it is. Choose another.")
+        raise BlueprintError(f"out_folder must not be the adapter's own folder, got {out}.")
     config = _read_config(source)
     _require_servable(config, source)
-    tensors, header = _read_tensors(source / TENSORS_NAME)
+    tensors, metadata = _read_tensors(source / TENSORS_NAME)
     pairs = _pairs(tensors, config, source)
     largest = max(pair.rank for pair in pairs)
     rank = largest if rank is None else rank
     if rank < largest:
-        raise BlueprintError(
-            f"rank={rank} is below the largest rank in {source}, {largest}, and would cut it. Give at least {largest}."
-        )
+        raise BlueprintError(f"rank must be at least {largest}, the largest rank in {source}, got {rank}.")
     common = Counter(pair.scaling for pair in pairs).most_common(1)[0][0]
     alpha = max(1, round(common * rank))
-    written: dict[str, Tensor] = {}
+    widened: dict[str, Tensor] = {}
     for pair in pairs:
-        written |= pair.widened(rank, alpha / rank)
-    uniform = config | {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
-    _write(written, header, uniform, out)
+        widened |= pair.widened(rank, alpha / rank)
+    config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    # both are written before either replaces an older file, so that a full disk leaves the older export whole
+    with replacing(out / TENSORS_NAME) as tensors_file, replacing(out / CONFIG_NAME) as config_file:
+        tensors_file.write(save(widened, metadata=metadata or {"format": "pt"}))
+        tensors_file.flush()
+        config_file.write(json.dumps(config, indent=2, sort_keys=True).encode())
     return out
 
 
@@ -145,31 +131,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FormatError(
-            f"There is no adapter in {folder}: {CONFIG_NAME} cannot be read ({error.strerror}). Give the folder that "
-            "save_pretrained wrote."
+            f"There is no adapter in {folder}: {CONFIG_NAME} cannot be read ({error}). Give a folder of save_pretrained."
         ) from error
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}. Save the adapter again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise FormatError(f"{path} is of the type {kind}, and only LORA has ranks to make uniform.")
+        raise FormatError(f"peft_type in {path} must be LORA, got {kind}.")
     missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
     if missing:
-        raise FormatError(f"{path} has no {' and no '.join(missing)}. Save the adapter again.")
+        raise FormatError(f"{path} has no number {' and '.join(missing)}. Save the adapter again.")
     return config
 
 
 def _require_servable(config: Mapping[str, Any], folder: Path) -> None:
-    found = [f"{what} ({key})" for key, what in _REFUSED.items() if config.get(key)]
+    found = [f"{feature} ({key})" for key, feature in _UNSERVABLE.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append(f"trained biases (bias={config['bias']!r})")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
-        found.append(f"a base model that {start!r} has changed (init_lora_weights)")
+        found.append(f"a base model changed by init_lora_weights={start!r}")
     if found:
-        raise BlueprintError(f"{folder} has {' and '.join(found)}, which vLLM or llama.cpp does not take. {_MERGE}.")
+        raise BlueprintError(
+            f"{folder} has {' and '.join(found)}, which vLLM or llama.cpp does not support. {_MERGE}."
+        )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -183,79 +168,60 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]
 
 
 def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> list[_Pair]:
-    """A and B of every adapter, with the rank and the scaling that PEFT gives it."""
-    sides: dict[str, dict[str, str]] = {}
+    """Return A and B of every adapter, with the rank and the scaling that PEFT gives it."""
+    keys: dict[str, dict[str, str]] = {}
     others = []
     for key in sorted(tensors):
         match = _TENSOR.fullmatch(key)
         if match:
-            sides.setdefault(match["module"], {})[match["side"][-1]] = key
+            keys.setdefault(match["module"], {})[match["side"]] = key
         else:
             others.append(key)
     if others:
-        raise BlueprintError(
-            f"{folder} has {format_names(others)}, which no server takes in an adapter: only A and B of LoRA. {_MERGE}."
-        )
-    if not sides:
-        raise FormatError(
-            f"{folder / TENSORS_NAME} has no tensor of LoRA. Give the folder that save_pretrained wrote."
-        )
+        raise BlueprintError(f"{folder} has {format_names(others)}, and servers load only LoRA's A and B. {_MERGE}.")
+    if not keys:
+        raise FormatError(f"{folder / TENSORS_NAME} has no tensor of LoRA. Give a folder of save_pretrained.")
     pairs = []
-    for module, keys in sides.items():
-        if set(keys) != {"A", "B"}:
-            raise FormatError(f"{folder}: {module!r} has only {list(keys.values())}, not A and B. Save it again.")
-        a, b = tensors[keys["A"]], tensors[keys["B"]]
+    for module, sides in keys.items():
+        if set(sides) != {"A", "B"}:
+            raise FormatError(f"{folder}: {module!r} has only {list(sides.values())}, not A and B. Save it again.")
+        a, b = tensors[sides["A"]], tensors[sides["B"]]
         name = module.removeprefix(_PREFIX)
-        parameter = _parameter_of(name, config, folder)
-        rank = _of_pattern(config, "rank_pattern", parameter or name, config["r"])
-        alpha = _of_pattern(config, "alpha_pattern", parameter or name, config["lora_alpha"])
+        parameter = _fused_parameter(name, config, folder)
+        rank, alpha = (
+            (patterns := config.get(f"{pattern}_pattern") or {}).get(
+                get_pattern_key(list(patterns), parameter or name), config[default]
+            )
+            for pattern, default in (("rank", "r"), ("alpha", "lora_alpha"))
+        )
         if rank < 1 or a.shape[0] != b.shape[1] or a.shape[0] % rank or (parameter is None and a.shape[0] != rank):
             raise FormatError(
-                f"{folder}: A of {name!r} is {tuple(a.shape)} and B {tuple(b.shape)}, and by {CONFIG_NAME} their rank "
-                f"is {rank}. The two files are not of one adapter: save it again."
+                f"{folder}: A of {name!r} is {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG_NAME} says rank {rank}. "
+                "Save the adapter again."
             )
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        pairs.append(_Pair(a, b, keys["A"], keys["B"], rank, scaling))
+        pairs.append(_Pair(a, b, sides["A"], sides["B"], rank, scaling))
     return pairs
 
 
-def _of_pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
-    patterns = config.get(key) or {}
-    return patterns.get(get_pattern_key(list(patterns), name), default)
+def _fused_parameter(name: str, config: Mapping[str, Any], folder: Path) -> str | None:
+    """Return the fused experts' parameter whose adapter is saved under this name; None for a linear layer.
 
-
-def _parameter_of(name: str, config: Mapping[str, Any], folder: Path) -> str | None:
-    """The fused experts' parameter whose adapter is saved under this name, or None for a linear layer's.
-
-    PEFT nests the adapters of a module's parameters in the parameters' order; the file says `base_layer` for the inner
-    one and names neither. Transformers' experts hold gate_up_proj before down_proj, and vLLM reads them so.
+    PEFT nests the adapters of a module's parameters in the order of the parameters. The file has `base_layer` for the
+    inner one and names neither. The experts of Transformers have gate_up_proj before down_proj, and vLLM reads them so.
     """
-    wanted = config.get("target_parameters") or []
     module = name.removesuffix(".base_layer")
-    own = {
+    targets = config.get("target_parameters") or []
+    parameters = {
         leaf
-        for leaf in {target.rpartition(".")[2] for target in wanted}
-        if any(f"{module}.{leaf}" == target or f"{module}.{leaf}".endswith("." + target) for target in wanted)
+        for leaf in (target.rpartition(".")[2] for target in targets)
+        if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)
     }
-    if not own:
+    if not parameters:
         return None
-    if own != {"gate_up_proj", "down_proj"}:
+    if parameters != {"gate_up_proj", "down_proj"}:
         raise BlueprintError(
-            f"{folder} adapts {sorted(own)} of {module!r}; vLLM takes fused experts only with adapters on both "
-            f"gate_up_proj and down_proj, and llama.cpp takes none. {_MERGE}."
+            f"{folder} adapts {sorted(parameters)} of {module!r}. vLLM supports fused experts only with adapters on both "
+            f"gate_up_proj and down_proj, llama.cpp not at all. {_MERGE}."
         )
     return f"{module}.{'gate_up_proj' if name != module else 'down_proj'}"
-
-
-def _write(tensors: dict[str, Tensor], header: dict[str, str] | None, config: Mapping[str, Any], folder: Path) -> None:
-    """Both files, the tensors first beside their place, so that a disk that fills up leaves what was there."""
-    path = folder / TENSORS_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-            temporary = Path(scratch) / TENSORS_NAME
-            save_file(tensors, temporary, metadata=header or {"format": "pt"})
-            write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True))
-            os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise BlueprintError(f"{path} cannot be written: {error}. Choose a folder you may write to.") from error

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -138,9 +139,9 @@ def test_embeddings_and_transposed_layers_are_widened_too(tmp_path):
     ("settings", "message"),
     [
         ({"use_dora": True}, r"DoRA's magnitudes .*Merge it into the model first"),
-        ({"modules_to_save": ["model.layers.2.mlp"]}, r"modules that were trained whole .*Merge it"),
+        ({"modules_to_save": ["model.layers.2.mlp"]}, r"fully trained modules .*Merge it"),
         ({"bias": "lora_only"}, r"trained biases \(bias='lora_only'\).*Merge it"),
-        ({"init_lora_weights": "pissa"}, r"a base model that 'pissa' has changed"),
+        ({"init_lora_weights": "pissa"}, r"a base model changed by init_lora_weights='pissa'"),
     ],
 )
 def test_what_servers_refuse_is_refused_here(tmp_path, settings, message):
@@ -166,9 +167,9 @@ def test_a_rank_that_would_cut_and_the_source_itself_are_refused(tmp_path):
     """Both sides are shown; the adapter stays as it is, also when it is named another way."""
     saved(tmp_path / "many", rank_pattern={"q_proj": 7})
     before = {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
-    with pytest.raises(BlueprintError, match=r"rank=6 is below the largest rank in .*, 7.* at least 7"):
+    with pytest.raises(BlueprintError, match=r"rank must be at least 7, .* got 6"):
         export_uniform_lora(tmp_path / "many", tmp_path / "one", rank=6)
-    with pytest.raises(BlueprintError, match="own folder"):
+    with pytest.raises(BlueprintError, match="adapter's own folder"):
         export_uniform_lora(tmp_path / "many", tmp_path / "many" / ".." / "many")
     assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == before
 
@@ -181,11 +182,11 @@ def test_a_folder_that_is_no_adapter_is_named(tmp_path):
     saved(folder)
     good, tensors = config_of(folder), load_file(folder / TENSORS_NAME)
     for config, message in [
-        ("{", "is not JSON"),
-        ("[]", "of the type None"),
-        (json.dumps(good | {"peft_type": "IA3"}), "of the type IA3"),
-        (json.dumps(good | {"r": None}), "has no r"),
-        (json.dumps(good | {"r": 3}), r"A of .* is \(4, 32\).*rank is 3"),
+        ("{", "cannot be read"),
+        ("[]", "must be LORA, got None"),
+        (json.dumps(good | {"peft_type": "IA3"}), "must be LORA, got IA3"),
+        (json.dumps(good | {"r": None}), "has no number r"),
+        (json.dumps(good | {"r": 3}), r"A of .* is \(4, 32\).*says rank 3"),
     ]:
         (folder / CONFIG_NAME).write_text(config)
         with pytest.raises(FormatError, match=message):
@@ -195,7 +196,7 @@ def test_a_folder_that_is_no_adapter_is_named(tmp_path):
         (
             {"base_model.model.lm_head.weight": torch.ones(2)},
             BlueprintError,
-            r"has 'base_model.model.lm_head.weight', which no server",
+            r"has 'base_model.model.lm_head.weight', and servers load only",
         ),
         ({"base_model.model.x.lora_A.weight": torch.ones(4, 2)}, FormatError, "x' has only .*not A and B"),
     ]:
@@ -217,11 +218,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     out = export_uniform_lora(tmp_path / "many", tmp_path / "one")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def full(handle, mode):
+        os.close(handle)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peft_blueprint.publish.uniform_rank.save_file", full)
+    monkeypatch.setattr("peft_blueprint._files.os.fdopen", full)
     with pytest.raises(BlueprintError, match="cannot be written: .*No space left"):
         export_uniform_lora(tmp_path / "many", out, rank=20)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
