@@ -1,15 +1,13 @@
-"""What choosing examples does with wrong answers, and how well a cheap prediction ranks: SmolLM2-135M, nothing is trained.
+"""Does choosing examples keep wrong answers, and how well does a cheap prediction rank? Nothing is trained.
 
-    python -m benchmarks noise --data FOLDER --swapped [--sets SET ...] [--seeds 0 1 2] [--methods NAME ...] [--print]
-    python -m benchmarks noise --data FOLDER --predictor
+    python -m benchmarks noise --data FOLDER [--only swapped|predictor] [--sets SET ...] [--seeds 0 1 2]
 
-FOLDER as in benchmark_selection.py, whose pools and scores these are. --swapped: a fifth of the pool's answers are swapped
-among themselves, the target's are not; the table says which share of what a method keeps is swapped. "iterative" trains
-for a few steps between its rounds. Scores are kept in .cache/benchmark_selection/ as they come.
---predictor: 640 examples of GSM8K are measured once, with J(z) over the default placement's submodules and the alignment
-with 24 others, and kept there too. Then random subsets are learnt from as `select_examples` does, and Spearman's rank
-correlation is taken between predictions and what was measured of all other examples. Costs are shares of measuring every
-example: of FLOPs by `scoring.Cost`, and of seconds as they were counted in that run, with learning among them.
+Pools and scores are those of the benchmark `selection`. "swapped": a fifth of the pool's answers are swapped among
+themselves, the target's are not; the table says which share of what a method keeps is swapped. "predictor": 640 examples
+of GSM8K are measured once, with J(z) over the placement's submodules and the alignment with 12 others, and kept. Then
+random subsets are learnt from as `select_examples` does, and Spearman's rank correlation is taken between predictions
+and what was measured of all other examples. Costs are shares of measuring every example: of FLOPs, and of seconds as
+they were counted in that run, with learning among them.
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peft_blueprint.compare import spearman
 from peft_blueprint.data import (
     Candidate,
     ExampleScorer,
@@ -33,28 +30,14 @@ from peft_blueprint.data import (
     alignment_scores,
     find_rows,
     fit_predictor,
-    get_pad_token_id,
     make_target,
-    spearman,
     token_features,
 )
 from peft_blueprint.measure import parameters_per_token
 
-from .placement import BATCH
-from .selection import (
-    CACHE,
-    DEFAULT,
-    LENGTHS,
-    POOL,
-    SEEDS,
-    SHARES,
-    WISHES,
-    Contest,
-    Draw,
-    best_of,
-    digest,
-    shown,
-)
+from . import setup
+from .selection import BATCH, DEFAULT, POOL, SCORES, SEEDS, SHARES, WISHES, Contest, Draw, best_of
+from .study.plan import digest
 
 
 SWAPPED = 0.2
@@ -62,56 +45,62 @@ METHODS = (*DEFAULT, "loss_low", "length_short", "coreset_k_centre")
 SIZES, DRAWS = (64, 128, 256, 512), 5
 MEASURED, LONGEST = 640, 128
 SCALARS = {"model": 6, "tokens": 4}
+QUICK = {
+    "sets": ["numbers"],
+    "methods": ["random", "length"],
+    "seeds": [0],
+    "pool": 24,
+    "sizes": [16],
+}
 
 
-def main() -> None:
-    """Parse, measure what is missing, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K and PubMedQA")
-    parser.add_argument("--swapped", action="store_true", help="how many wrong answers each method keeps")
-    parser.add_argument("--predictor", action="store_true", help="how well predicted scores rank")
-    parser.add_argument("--sets", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's options."""
+    parser.add_argument("--only", choices=["swapped", "predictor"], help="by default both")
+    parser.add_argument("--sets", nargs="+", default=["gsm8k", "pubmedqa"])
     parser.add_argument("--methods", nargs="+", choices=list(WISHES), default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pool", type=int, help=f"examples: {POOL} to swap among, {MEASURED} to predict")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of subsets to learn from")
-    parser.add_argument("--print", action="store_true", dest="prints", help="of --swapped, measure nothing")
-    options = parser.parse_args()
-    if not options.swapped and not options.predictor:
-        parser.error("choose --swapped, --predictor or both")
-
-    if options.swapped:
-        contest = Contest(options.data, options.pool or POOL)
-        for name, found in swapped(contest, options.sets, options.methods, options.seeds, options.prints).items():
-            report_swapped(name, found)
-    if options.predictor:
-        contest = Contest(options.data, options.pool or MEASURED)
-        report_predictor(measured(contest), options.sizes)
 
 
-def swapped(
-    contest: Contest, sets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], prints: bool
-) -> dict[str, dict[tuple[str, float], list[float]]]:
-    """By set, method and q the share of swapped answers in what is kept, one number a seed."""
-    found: dict[str, dict[tuple[str, float], list[float]]] = {name: {} for name in sets}
-    for seed in seeds:
-        for name in sets:
+def main(options: argparse.Namespace) -> None:
+    """Measure what is missing, and print the tables."""
+    if options.only != "predictor":
+        contest = Contest(options.data, options.pool or POOL, quick=options.quick)
+        for name in options.sets:
+            print(f"\n{name}, {SWAPPED:.0%} of answers swapped: share of swapped ones among those kept\n")
+            rows = (_swapped_row(contest, name, method, options.seeds) for method in options.methods)
+            setup.print_table(["method", "seeds", *(f"q = {share:g}" for share in SHARES)], rows)
+    if options.only != "swapped":
+        contest = Contest(options.data, options.pool or MEASURED, quick=options.quick)
+        found = _measured(contest, "numbers" if options.quick else "gsm8k")
+        count = len(found["norm"])
+        if max(options.sizes) >= count:
+            raise SystemExit(f"--sizes must be below the {count} examples of the pool, got {max(options.sizes)}.")
+        print(f"\n{count} examples, {DRAWS} random subsets each; mean ± standard error over subsets\n")
+        columns = ["predicted", "features", "measured", "rank correlation", "its own estimate", "FLOPs", "seconds"]
+        setup.print_table([*columns, "chosen most often"], _predictor_rows(found, options.sizes))
+
+
+# ---- swapped answers
+
+
+def _swapped_row(contest: Contest, name: str, method: str, seeds: Sequence[int]) -> list[str]:
+    """Return a method's shares of swapped answers in what it keeps, by the share that is kept."""
+    cells = []
+    for share in SHARES:
+        parts = []
+        for seed in seeds:
             draw, wrong = with_swapped(contest.draw(name, seed), seed)
-            for method in methods:
-                for share in SHARES:
-                    if prints and not contest.path(draw, method, seed, share).exists():
-                        continue
-                    start = time.perf_counter()
-                    kept = best_of(contest.scores(draw, method, seed, share)["scores"], share)
-                    part = len(wrong & set(kept)) / len(kept)
-                    found[name].setdefault((method, share), []).append(part)
-                    seconds = time.perf_counter() - start
-                    print(f"{name} {method}@{share}#{seed}: {part:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return found
+            kept = best_of(contest.scores(draw, method, seed, share)["scores"], share)
+            parts.append(len(wrong & set(kept)) / len(kept))
+        cells.append(setup.mean_and_error(parts, ".3f"))
+    return [method, str(len(seeds)), *cells]
 
 
 def with_swapped(draw: Draw, seed: int) -> tuple[Draw, set[int]]:
-    """A draw of which a fifth of the answers have gone each to the next of them, and which they are."""
+    """Give a fifth of the answers each to the next of them; return the draw and their positions."""
     wrong = random.Random(seed).sample(range(len(draw.pool)), round(SWAPPED * len(draw.pool)))
     pool = list(draw.pool)
     for at, other in zip(wrong, wrong[1:] + wrong[:1], strict=True):
@@ -119,40 +108,27 @@ def with_swapped(draw: Draw, seed: int) -> tuple[Draw, set[int]]:
     return replace(draw, pool=pool), set(wrong)
 
 
-def report_swapped(name: str, found: dict[tuple[str, float], list[float]]) -> None:
-    """One set's table."""
-    print(f"\n{name}, {SWAPPED:.0%} of answers swapped: share of swapped ones among those kept\n")
-    print(
-        "| method | seeds | "
-        + " | ".join(f"q = {share:g}" for share in SHARES)
-        + " |\n"
-        + "|---" * (2 + len(SHARES))
-        + "|"
-    )
-    for method in dict.fromkeys(method for method, _ in found):
-        parts = [found.get((method, share), []) for share in SHARES]
-        cells = " | ".join(shown(part, ".3f") for part in parts)
-        print(f"| {method} | {len(parts[0])} | {cells} |")
+# ---- predicted scores
 
 
-def measured(contest: Contest) -> dict[str, np.ndarray]:
-    """Norms, alignments and features of a pool of GSM8K, with the tokens and seconds they took; kept between runs."""
-    draw = contest.draw("gsm8k", 0, LONGEST)
+def _measured(contest: Contest, name: str) -> dict[str, np.ndarray]:
+    """Return norms, alignments and features of a pool, with the tokens and seconds they took; kept between runs."""
+    draw = contest.draw(name, 0, LONGEST)
     names = contest.placement.lora
-    path = CACHE / f"predictor-{digest([draw.pool, draw.target, names, BATCH])}.npz"
+    path = SCORES / f"predictor-{digest([draw.pool, draw.target, names, BATCH])}.npz"
     if not path.exists():
-        pool, target = candidates(contest, draw.pool), candidates(contest, draw.target)
-        work = ExampleScorer(contest.model, names, BATCH, get_pad_token_id(contest.bench.tokenizer), 0, None)
-        aim = make_target(work.influence(target, projections=True), names)
-        of_target = work.cost.measured_tokens
+        pool, target = _candidates(contest, draw.pool), _candidates(contest, draw.target)
+        scorer = ExampleScorer(contest.model, names, BATCH, contest.ground.pad, 0, None)
+        aim = make_target(scorer.influence(target, projections=True), names)
+        of_target = scorer.cost.measured_tokens
 
         def both(part: Sequence[Candidate]) -> np.ndarray:
-            influence = work.influence(part, projections=True)
+            influence = scorer.influence(part, projections=True)
             norms = influence.norms[find_rows(influence, names)].double().square().sum(dim=0).sqrt().numpy()
             return np.stack([norms, alignment_scores(influence, aim)], axis=1)
 
-        scores, of_scores = in_parts(work, both, pool, "measured")
-        features, of_features = in_parts(work, lambda part: work.features(part).values, pool, "read")
+        scores, of_scores = _in_parts(scorer, both, pool)
+        features, of_features = _in_parts(scorer, lambda part: scorer.features(part).values, pool)
         start = time.perf_counter()
         tokens = token_features([one.row for one in pool]).values
         found = {
@@ -161,7 +137,7 @@ def measured(contest: Contest) -> dict[str, np.ndarray]:
             "model": features,
             "tokens": tokens,
             "seconds": np.array([of_scores, of_features, time.perf_counter() - start]),
-            "positions": np.array([work.cost.measured_tokens - of_target, work.cost.forward_tokens, of_target]),
+            "positions": np.array([scorer.cost.measured_tokens - of_target, scorer.cost.forward_tokens, of_target]),
             "parameters": np.array(parameters_per_token(contest.model, names)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,52 +149,40 @@ def measured(contest: Contest) -> dict[str, np.ndarray]:
         return dict(kept)
 
 
-def candidates(contest: Contest, examples: Sequence[dict[str, str]]) -> list[Candidate]:
-    """As `select_examples` sees them."""
-    pool = Pool(examples, contest.bench.tokenizer)
+def _candidates(contest: Contest, examples: Sequence[setup.Example]) -> list[Candidate]:
+    """Encode examples as `select_examples` does."""
+    pool = Pool(examples, contest.ground.tokenizer)
     return [one for i, example in pool if (one := pool.encode(i, example)) is not None]
 
 
-def in_parts(
-    work: ExampleScorer, score: Callable[[Sequence[Candidate]], np.ndarray], pool: Sequence[Candidate], what: str
+def _in_parts(
+    scorer: ExampleScorer, score: Callable[[Sequence[Candidate]], np.ndarray], pool: Sequence[Candidate]
 ) -> tuple[np.ndarray, float]:
-    """Scores of a pool, some batches at a time as in `select_examples`, and the seconds."""
+    """Return scores of a pool, some batches at a time as in `select_examples`, and the seconds."""
     start, found = time.perf_counter(), []
     for i in range(0, len(pool), 8 * BATCH):
-        found.append(work.distribute(score, pool[i : i + 8 * BATCH]))
-        spent = time.perf_counter() - start
-        print(f"{what} {min(i + 8 * BATCH, len(pool))} of {len(pool)}, {spent:.0f} s", file=sys.stderr, flush=True)
+        found.append(scorer.distribute(score, pool[i : i + 8 * BATCH]))
+        setup.say(f"{min(i + 8 * BATCH, len(pool))} of {len(pool)}, {time.perf_counter() - start:.0f} s")
     return np.concatenate(found), time.perf_counter() - start
 
 
-def report_predictor(found: dict[str, Any], sizes: Sequence[int]) -> None:
-    """Rank correlations by what is predicted, from what, and how many were measured."""
-    n = len(found["norm"])
-    print(f"\n{n} examples of GSM8K, {DRAWS} random subsets each; mean ± standard error over subsets\n")
-    print(
-        "| predicted | features | measured | rank correlation | its own estimate | FLOPs | seconds | chosen most often |"
-    )
-    print("|---" * 8 + "|")
+def _predictor_rows(found: dict[str, Any], sizes: Sequence[int]) -> Iterator[list[str]]:
+    """Yield rank correlations by what is predicted, from what, and how many were measured."""
     for what in ("norm", "alignment"):
         for features in SCALARS:
             for size in sizes:
-                if size >= n:
-                    raise SystemExit(f"Of {n} examples none is left to predict when {size} are measured.")
-                runs = [of_subset(found, what, features, size, draw) for draw in range(DRAWS)]
-                true, own = [run[0] for run in runs], [run[1] for run in runs]
-                names = [run[3] for run in runs]
-                flops, seconds = cost_of(found, what, features, size, statistics.median(run[2] for run in runs))
-                print(
-                    f"| {what} | {features} | {size} | {shown(true, '.3f')} | {shown(own, '.3f')} | {flops:.0%} | "
-                    f"{seconds:.0%} | {statistics.mode(names)} |",
-                    flush=True,
-                )
+                runs = [_of_subset(found, what, features, size, draw) for draw in range(DRAWS)]
+                true, own, seconds, names = (list(column) for column in zip(*runs, strict=True))
+                shares = _cost_of(found, what, features, size, statistics.median(seconds))
+                ranked = [setup.mean_and_error(values, ".3f") for values in (true, own)]
+                costs = [f"{share:.0%}" for share in shares]
+                yield [what, features, str(size), *ranked, *costs, statistics.mode(names)]
 
 
-def of_subset(
+def _of_subset(
     found: dict[str, Any], what: str, features: str, size: int, seed: int
 ) -> tuple[float, float, float, str]:
-    """The rank correlation on all others, the predictor's own estimate of it, the seconds of learning, and its name."""
+    """Return the rank correlation on all others, the predictor's own estimate, the seconds of learning, and its name."""
     start = time.perf_counter()
     order = np.random.default_rng([seed, 1]).permutation(len(found[what]))
     known, others = np.sort(order[:size]), np.sort(order[size:])
@@ -228,11 +192,11 @@ def of_subset(
     )
     predicted = predictor.predict(matrix[others])
     seconds = time.perf_counter() - start
-    return spearman(predicted, values[others]), predictor.rank_correlation, seconds, predictor.name
+    return float(spearman(predicted, values[others])), predictor.rank_correlation, seconds, predictor.name
 
 
-def cost_of(found: dict[str, Any], what: str, features: str, size: int, learning: float) -> tuple[float, float]:
-    """Shares of measuring all, of FLOPs and seconds. An alignment has the target's measurement on both sides."""
+def _cost_of(found: dict[str, Any], what: str, features: str, size: int, learning: float) -> tuple[float, float]:
+    """Return shares of measuring all, of FLOPs and seconds. An alignment has the target's measurement on both sides."""
     part = size / len(found[what])
     positions, read, of_target = found["positions"].tolist()
     every, forward, by_tokens = found["seconds"].tolist()
@@ -243,7 +207,3 @@ def cost_of(found: dict[str, Any], what: str, features: str, size: int, learning
     extra = every * target / positions
     seconds = part * every + extra + learning + (forward if features == "model" else by_tokens)
     return flops / (a_pass * (positions + target)), seconds / (every + extra)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 from .drift import DRIFT_THRESHOLD as DRIFT_THRESHOLD
 from .drift import check_drift as check_drift
 from .drift import reconcile as reconcile
+from .drift import spearman as spearman
 from .merging import merge_all as merge_all
 from .merging import parts_of as parts_of
 from .merging import reference_of as reference_of

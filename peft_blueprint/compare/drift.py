@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..blueprint import Z95, Blueprint, Level, Submodule, norm_of, require_same_names
@@ -90,7 +91,7 @@ def check_drift(
             "few to correlate ranks. Measure at submodule level, on all layers."
         )
     norms = {kind: np.array([[norm_of(a), norm_of(b)] for a, b in pairs]).T for kind, pairs in usable.items()}
-    by_kind = {kind: float(_spearman(*pair)) for kind, pair in norms.items()}
+    by_kind = {kind: float(spearman(*pair)) for kind, pair in norms.items()}
     weights = [len(pairs) - 3 for pairs in usable.values()]
     z = float(_pooled_z(list(by_kind.values()), weights))
     spread = _spread_of_z(usable, norms, weights, draws, seed)
@@ -160,10 +161,14 @@ def _to_one_level(a: Blueprint, b: Blueprint) -> tuple[Blueprint, Blueprint]:
     return a.coarsen(level), b.coarsen(level)
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Spearman's correlation along the last axis, 0 where one side is constant.
+def spearman(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return Spearman's correlation along the last axis, with mean ranks for ties; 0 where one side is constant.
 
-    `scipy.stats.spearmanr` takes one pair at a time, 30 times as long for all draws.
+    `scipy.stats.spearmanr` takes one pair at a time, 30 times as long for all draws of a bootstrap.
+
+    Example:
+        >>> float(spearman([1, 2, 3], [10, 20, 15]))
+        0.5
     """
     x, y = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (stats.rankdata(v, axis=-1) for v in (a, b)))
     scale = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
@@ -195,4 +200,4 @@ def _spread_of_z(
         return math.sqrt(1.06 / sum(weights))
     generator = np.random.default_rng(seed)
     drawn = [generator.normal(norms[kind], errors[kind], size=(draws, *norms[kind].shape)) for kind in pairs]
-    return float(np.std(_pooled_z([_spearman(draw[:, 0], draw[:, 1]) for draw in drawn], weights)))
+    return float(np.std(_pooled_z([spearman(draw[:, 0], draw[:, 1]) for draw in drawn], weights)))

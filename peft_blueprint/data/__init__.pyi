@@ -18,7 +18,6 @@ from .options import METHODS as METHODS
 from .options import SCORE_COLUMNS as SCORE_COLUMNS
 from .options import SelectionOptions as SelectionOptions
 from .predictor import fit_predictor as fit_predictor
-from .predictor import spearman as spearman
 from .scoring import ExampleScorer as ExampleScorer
 from .select import Selection as Selection
 from .select import select_examples as select_examples

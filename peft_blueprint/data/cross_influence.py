@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
 
 from .._files import write_atomically
 from .._options import from_mapping
@@ -320,12 +322,10 @@ class CrossInfluence:
         Raises:
             BlueprintError: if it cannot be written; an existing file stays as it was.
         """
-        from safetensors.numpy import save
-
         arrays = {name: np.ascontiguousarray(array) for name in _DTYPES if (array := getattr(self, name)) is not None}
         header = {name: getattr(self, name) for name in _Header.__dataclass_fields__}
         metadata = {_VERSION_KEY: _VERSION, _JSON_KEY: json.dumps(header, separators=(",", ":"))}
-        write_atomically(Path(path), save(arrays, metadata))
+        write_atomically(Path(path), safetensors.numpy.save(arrays, metadata))
         return Path(path)
 
     @classmethod
@@ -336,8 +336,6 @@ class CrossInfluence:
             BlueprintError: if the file does not exist or cannot be read.
             FormatError: if it is not a valid file of this version.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise BlueprintError(f"The file {path} does not exist. Write one with CrossInfluence.save.")
         try:

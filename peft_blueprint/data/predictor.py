@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
+from ..compare import spearman
 from ..errors import BlueprintError
 from .options import MIN_MEASURED
 
@@ -121,7 +121,7 @@ def fit_predictor(
         held_out = {
             name: _cross_predict(one, matrix[:, columns], targets, groups) for name, (one, columns) in choices.items()
         }
-        correlations = {name: spearman(found, targets) for name, found in held_out.items()}
+        correlations = {name: float(spearman(found, targets)) for name, found in held_out.items()}
         best = max(correlations, key=correlations.__getitem__)
         estimator, columns = choices[best]
         estimator.fit(matrix[:, columns], targets)
@@ -131,10 +131,10 @@ def fit_predictor(
         by_others = {name: spearman(found[others], targets[others]) for name, found in held_out.items()}
         honest[own] = held_out[max(by_others, key=by_others.__getitem__)][own]
     draws = np.random.default_rng(seed).integers(len(targets), size=(bootstrap, len(targets)))
-    low, high = np.percentile(_spearman(honest[draws], targets[draws]), [2.5, 97.5])
+    low, high = np.percentile(spearman(honest[draws], targets[draws]), [2.5, 97.5])
     return Predictor(
         name=best,
-        rank_correlation=spearman(honest, targets),
+        rank_correlation=float(spearman(honest, targets)),
         interval=(float(low), float(high)),
         candidates=correlations,
         examples=len(targets),
@@ -143,23 +143,6 @@ def fit_predictor(
         _columns=columns,
         _width=matrix.shape[1],
     )
-
-
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Compute Spearman's rank correlation, with mean ranks for ties; 0 if either is constant.
-
-    Example:
-        >>> spearman([1, 2, 3], [10, 20, 15])
-        0.5
-    """
-    return float(_spearman(np.asarray(a, dtype=float), np.asarray(b, dtype=float)))
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Along the last axis; scipy.stats.spearmanr takes 0.6 ms a pair, too long for a thousand resamples."""
-    x, y = (rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2 for values in (a, b))
-    sizes = np.sqrt(np.square(x).sum(axis=-1) * np.square(y).sum(axis=-1))
-    return (x * y).sum(axis=-1) / np.where(sizes > 0, sizes, 1.0)
 
 
 def _candidates(seed: int) -> dict[str, Estimator]:

@@ -91,7 +91,8 @@ class Selection:
                 f"The selection is of {self.report['examples']} examples, the dataset has {len(dataset)}. Apply it to the "
                 "data that was chosen from."
             )
-        if _is_dataset(dataset):
+        is_dataset = isinstance(dataset, Sized) and hasattr(dataset, "add_column")  # of the library datasets
+        if is_dataset:
             _refuse_columns(set(columns) & set(dataset.column_names))
             chosen = dataset.select(list(self.indices))
             for name, values in columns.items():
@@ -522,9 +523,3 @@ def _refuse_columns(taken: Iterable[str]) -> None:
         raise BlueprintError(
             f"The examples have {format_names(sorted(taken))} already. Remove them, or add no scores."
         )
-
-
-def _is_dataset(dataset: Any) -> bool:
-    from datasets import Dataset
-
-    return isinstance(dataset, Dataset)

@@ -1,4 +1,4 @@
-"""Examples that point where the target points are told from others. Run: pytest tests/data/test_alignment.py"""
+"""Scores estimate the alignment of examples' gradients with a target's. Run: pytest tests/data/test_alignment.py"""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def gradients_of(model, batches):
 
 
 def test_scores_estimate_the_cosines_of_whole_gradients():
-    """With the mean of the target's gradients, which is seen through noise; so by correlation and by scale."""
+    """Compared with autograd by correlation and scale, because projections are noisy."""
     pool, aims = toy_batches(examples=24), toy_batches(examples=8, seed=3)
     model = tiny_llama(layers=2)
     whole, aim = gradients_of(model, pool), gradients_of(model, aims).mean(dim=0)
@@ -57,16 +57,16 @@ def test_scores_estimate_the_cosines_of_whole_gradients():
     assert np.corrcoef(dots, (whole @ aim).numpy())[0, 1] > 0.7
 
 
-def test_an_example_aligns_with_a_target_of_itself():
-    """A single example's target is met by its own cosine of 1, and by its opposite's of −1; nothing meets a zero."""
+def test_an_example_has_cosine_1_with_itself_and_minus_1_with_its_opposite():
+    """And a zero gradient has cosine 0."""
     one = np.random.default_rng(0).normal(size=(3, 1, 5))
     target = make_target(make_influence(one))
     found = alignment_scores(make_influence(np.concatenate([one, 7 * one, -one, 0 * one], axis=1)), target)
     assert found == pytest.approx([1, 1, -1, 0], abs=1e-6)
 
 
-def test_only_the_placements_submodules_count():
-    """What happens in the others does not move the score."""
+def test_gradients_of_other_submodules_do_not_change_the_score():
+    """Only those named enter."""
     pool = np.random.default_rng(0).normal(size=(3, 4, 5))
     influence = make_influence(pool)
     names = [influence.submodules[2].name]
@@ -76,7 +76,7 @@ def test_only_the_placements_submodules_count():
     assert target.submodules == tuple(names)
 
 
-def test_preconditioning_counts_submodules_by_their_size():
+def test_preconditioning_weights_submodules_by_gradient_norm():
     """ "blocks" makes the score the same whatever a submodule's gradients are multiplied by; "adam" leaves it the first
     power, and "none" the second.
     """
@@ -99,7 +99,7 @@ def test_preconditioning_counts_submodules_by_their_size():
 
 
 def test_a_long_example_counts_no_more_than_a_short_one():
-    """The same text twice over has about the same cosine: gradients are of mean losses."""
+    """Gradients are of mean losses."""
     pool = toy_batches(examples=16, length=10, padding="none")
     target = make_target(measured(toy_batches(examples=4, seed=2)))
     lengths = np.array([int((b["labels"][i] != -100).sum()) for b in pool for i in range(4)])
@@ -107,8 +107,8 @@ def test_a_long_example_counts_no_more_than_a_short_one():
     assert len(set(lengths)) == 1 and np.isfinite(found).all() and np.abs(found).max() <= 1.5
 
 
-def test_points_keep_angles():
-    """Vectors of unit length, whose inner products are the cosines of whole gradients, up to what m numbers can say."""
+def test_inner_products_of_points_estimate_cosines_of_whole_gradients():
+    """Points have unit length."""
     pool = toy_batches(examples=16)
     whole = gradients_of(tiny_llama(layers=2), pool)
     whole = whole / whole.norm(dim=1, keepdim=True)
@@ -117,7 +117,7 @@ def test_points_keep_angles():
     assert np.abs(points @ points.T - (whole @ whole.T).numpy()).mean() < 0.1
 
 
-def test_what_does_not_compare_is_refused():
+def test_measurements_that_do_not_compare_are_refused():
     """Another seed, other sizes, no projections, unknown names and options, no gradient."""
     influence = make_influence(np.ones((2, 3, 5)))
     target = make_target(influence)

@@ -1,4 +1,4 @@
-"""A model is trained for a moment and given back as it was. Run: pytest tests/data/test_brief_training.py"""
+"""A model is trained briefly and restored. Run: pytest tests/data/test_brief_training.py"""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def loss_of(model):
         return float(model(input_ids=ids, labels=ids).loss)
 
 
-def test_new_adapters_learn_and_are_gone_afterwards():
-    """Only on the submodules that were named; the loss falls inside, and is what it was after."""
+def test_new_adapters_learn_and_are_removed_afterwards():
+    """They sit on the named submodules; the loss falls inside the `with` and is restored after it."""
     model = tiny_llama(layers=2)
     before = loss_of(model)
     with temporary_adapters(model, ["model.layers.1.mlp.up_proj"], seed=0) as wrapped:
@@ -33,8 +33,8 @@ def test_new_adapters_learn_and_are_gone_afterwards():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapters_of_ones_own_are_trained_and_put_back():
-    """A PeftModel keeps its adapters, with the weights they had."""
+def test_existing_adapters_are_trained_and_restored():
+    """A PeftModel keeps its adapters and their weights."""
     model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=2, target_modules=["up_proj"]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with temporary_adapters(model, None, seed=0) as same:
@@ -43,8 +43,8 @@ def test_adapters_of_ones_own_are_trained_and_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_same_seed_trains_alike():
-    """In the order of rows and the adapters' first weights."""
+def test_the_same_seed_gives_the_same_training():
+    """It fixes the order of rows and the adapters' initial weights."""
     losses = []
     for _ in range(2):
         torch.rand(3)
@@ -54,8 +54,8 @@ def test_the_same_seed_trains_alike():
     assert losses[0] == losses[1]
 
 
-def test_what_cannot_be_given_back_or_trained_is_refused():
-    """Modules that stay behind, frozen models, and submodules that are no linear layers."""
+def test_models_that_cannot_be_restored_or_trained_are_refused():
+    """Added modules, offloaded or frozen models, and no linear layer to adapt."""
     model = tiny_llama(layers=2)
     with pytest.raises(BlueprintError, match="added or removed weights"), restore_afterwards(model):
         model.extra = torch.nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Points that stand for many. Run: pytest tests/data/test_coresets.py"""
+"""Coresets keep their guarantees. Run: pytest tests/data/test_coresets.py"""
 
 from itertools import combinations
 
@@ -37,7 +37,7 @@ def covers_as_much(similarities, chosen, expected):
 
 
 def plain_greedy(similarities, count):
-    """Facility location without any shortcut."""
+    """Facility location without lazy evaluation."""
     chosen = []
     for _ in range(count):
         free = [j for j in range(len(similarities)) if j not in chosen]
@@ -48,7 +48,7 @@ def plain_greedy(similarities, count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("start", range(0, 14, 3))
 def test_k_centre_is_within_twice_the_best(count, start):
-    """The largest distance, against all sets of as many points."""
+    """Compared with all sets of the same size."""
     chosen = k_centre(POINTS, count, start=start)
     best = min(cover_radius(POINTS, some) for some in combinations(range(len(POINTS)), count))
     assert chosen[0] == start and len(set(chosen)) == count
@@ -56,7 +56,7 @@ def test_k_centre_is_within_twice_the_best(count, start):
 
 
 def test_k_centre_takes_the_farthest_each_time():
-    """Also far from the origin, where coordinates are large and distances small."""
+    """Also far from the origin, where distances are small against coordinates."""
     line = np.array([[0.0], [1.0], [2.0], [10.0], [4.9]])
     for offset in (0, 1e6):
         assert k_centre(line + offset, 4, start=0).tolist() == [0, 3, 4, 2]
@@ -64,8 +64,8 @@ def test_k_centre_takes_the_farthest_each_time():
     assert len({int(k_centre(POINTS, 1, seed=seed)[0]) for seed in range(20)}) > 3
 
 
-def test_copies_of_a_point_come_last_and_once_each():
-    """What is covered already is taken only when nothing else is left."""
+def test_copies_of_a_point_come_last():
+    """A covered point is chosen only when no other is left."""
     twice = np.concatenate([POINTS[:5], POINTS[:5]])
     for chosen in (k_centre(twice, 10, start=0), facility_location(twice, 10)):
         assert sorted(chosen) == list(range(10))
@@ -73,8 +73,8 @@ def test_copies_of_a_point_come_last_and_once_each():
 
 
 @pytest.mark.parametrize("held", [0, 1000])
-def test_facility_location_is_plain_greedy(monkeypatch, held):
-    """With fewer looks, in blocks, whether similarities are held or computed again."""
+def test_facility_location_equals_plain_greedy(monkeypatch, held):
+    """Lazily and in blocks, with similarities held or recomputed."""
     monkeypatch.setattr(coresets, "_HELD_POINTS", held)
     monkeypatch.setattr(coresets, "_AT_ONCE", 4)
     monkeypatch.setattr(coresets, "_ELEMENTS", 500)
@@ -87,21 +87,21 @@ def test_facility_location_is_plain_greedy(monkeypatch, held):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_facility_location_has_the_promised_share_of_the_best(count):
-    """1 − 1/e of the most that any set of as many covers."""
+def test_facility_location_covers_its_guaranteed_share_of_the_best(count):
+    """1 − 1/e of the maximum over all sets of the same size."""
     similarities = similarities_of(POINTS)
     best = max(covered(similarities, some) for some in combinations(range(len(POINTS)), count))
     assert covered(similarities, facility_location(POINTS, count)) >= (1 - 1 / np.e) * best
 
 
-def test_facility_location_goes_for_the_many_and_k_centre_for_the_far():
-    """One outlier, and a crowd in which a single point stands for most."""
+def test_facility_location_prefers_dense_regions_and_k_centre_outliers():
+    """One outlier beside a dense cluster."""
     points = np.concatenate([0.1 * RNG.normal(size=(30, 2)), [[9.0, 9.0]]])
     assert facility_location(points, 1)[0] < 30
     assert 30 in k_centre(points, 2, start=0)
 
 
-def test_what_cannot_be(monkeypatch):
+def test_bad_points_and_counts_are_refused(monkeypatch):
     """Each message shows both sides."""
     for choose in (k_centre, facility_location):
         for count in (0, 15):

@@ -1,4 +1,4 @@
-"""The matrix of submodules and examples, and choosing from both. Run: pytest tests/data/test_cross_influence.py"""
+"""The cross-influence matrix is stored, analysed and chosen from. Run: pytest tests/data/test_cross_influence.py"""
 
 import json
 from dataclasses import replace
@@ -70,8 +70,8 @@ def influence() -> Influence:
 # ------------------------------------------------------------------------------------------ the record
 
 
-def test_it_is_the_measurement_with_names(influence):
-    """Norms (eq. 32) or alignments as measured, with what each row and column is."""
+def test_the_matrix_holds_the_measurement(influence):
+    """Norms (eq. 32) or alignments, with names, kinds and depths."""
     matrix = CrossInfluence.from_influence(influence)
     assert np.array_equal(matrix.values, influence.norms.numpy())
     assert matrix.names == tuple(s.name for s in influence.submodules)
@@ -87,8 +87,8 @@ def test_it_is_the_measurement_with_names(influence):
 
 
 @pytest.mark.parametrize("of", ["norms", "alignments"])
-def test_it_can_be_stored(influence, tmp_path, of):
-    """All of it comes back, from one file that was written whole."""
+def test_a_saved_matrix_loads_unchanged(influence, tmp_path, of):
+    """All fields come back from one file."""
     matrix = CrossInfluence.from_influence(influence, of).normalize("kind")
     path = matrix.save(tmp_path / "new" / "cross.safetensors")
     assert [file.name for file in path.parent.iterdir()] == ["cross.safetensors"]
@@ -101,8 +101,8 @@ def test_it_can_be_stored(influence, tmp_path, of):
     assert CrossInfluence.load(bare.save(path)).losses is None
 
 
-def test_what_is_no_such_file_is_refused(tmp_path):
-    """Missing, cut short, of another kind or version, with arrays that do not pair or values that cannot be."""
+def test_invalid_files_are_refused(tmp_path):
+    """Missing, truncated, of another kind or version, with mismatched arrays or impossible values."""
     path = tmp_path / "cross.safetensors"
     with pytest.raises(BlueprintError, match="does not exist"):
         CrossInfluence.load(path)
@@ -148,15 +148,15 @@ def test_what_is_no_such_file_is_refused(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """And says why."""
+    """The error says why."""
     (tmp_path / "file").write_text("old")
     with pytest.raises(BlueprintError, match="cannot be written"):
         cross(BLOCKS).save(tmp_path / "file" / "cross.safetensors")
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_shards_merge(influence):
-    """Two halves of the examples are the whole; alignments, which depend on all examples, are refused."""
+def test_parts_with_different_examples_merge(influence):
+    """Two halves make the whole; alignments, which depend on all examples, are refused."""
     whole = CrossInfluence.from_influence(influence)
     half = influence.examples // 2
     cut = [slice(0, half), slice(half, None)]
@@ -187,8 +187,8 @@ def test_shards_merge(influence):
         CrossInfluence.merge([])
 
 
-def test_normalising_makes_alike():
-    """Kinds, or examples, come to a mean absolute value of 1; signs stay."""
+def test_normalizing_gives_each_kind_or_example_mean_1():
+    """In absolute value; signs stay."""
     values = skewed(6, 5) * [[1], [100], [1], [100], [1], [100]]
     by_kind, by_example = (cross(values).normalize(by) for by in ("kind", "example"))
     assert np.allclose([by_kind.values[0::2].mean(), by_kind.values[1::2].mean()], 1)
@@ -208,8 +208,8 @@ def test_normalising_makes_alike():
 # ------------------------------------------------------------------------------------------ low-rank structure
 
 
-def test_low_rank_structure_is_seen():
-    """Rank one for an outer product; as many as there are for an identity; in between what was put in (eq. 33)."""
+def test_low_rank_structure_is_detected():
+    """Rank one of an outer product, full rank of an identity, and three patterns put in (eq. 33)."""
     one = analyse_low_rank(np.outer(skewed(1, 30), skewed(1, 20)))
     assert one.effective_rank == pytest.approx(1) and one.participation_ratio == pytest.approx(1)
     assert one.independent_error < 1e-9 and one.components_for(0.99) == 1 and one.interactions == 0
@@ -224,7 +224,7 @@ def test_low_rank_structure_is_seen():
 
 
 def test_the_first_components_are_the_best_of_their_rank():
-    """The error that is said is that of the truncated decomposition, and independence does no better than one."""
+    """Errors are those of the truncated decomposition, and independence does no better than one component."""
     values = skewed(9, 7)
     found = cross(values).low_rank(shuffles=3)
     left, sizes, right = np.linalg.svd(values.astype(np.float32).astype(float), full_matrices=False)
@@ -240,7 +240,7 @@ def test_the_first_components_are_the_best_of_their_rank():
 
 
 def test_captured_share_is_eq_34():
-    """The entries where the chosen meet, over all; by name and id, each once."""
+    """The sum of the entries where the chosen meet, over the whole; each name and id counts once."""
     matrix = replace(cross(BLOCKS), examples=np.arange(6) + 10)
     assert matrix.captured_share(["m.0", "m.2"], [10, 13]) == pytest.approx(14 / 76)
     assert matrix.captured_share(["m.0", "m.0"], [10, 10]) == pytest.approx(9 / 76)
@@ -252,8 +252,8 @@ def test_captured_share_is_eq_34():
         matrix.captured_share(["m.0"], [3])
 
 
-def test_what_belongs_together_is_found_together():
-    """Separate choices take the rows of one block and the columns of the other; jointly one block is found."""
+def test_joint_selection_finds_a_block_that_separate_selection_misses():
+    """Separate selection takes the rows of one block and the columns of the other."""
     matrix = cross(BLOCKS)
     found = matrix.select_jointly(0.5, 2 / 6)
     assert found.submodules == ("m.0", "m.1") and found.examples == (0, 1)
@@ -264,7 +264,7 @@ def test_what_belongs_together_is_found_together():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_joint_selection_against_all_pairs(seed):
-    """Never below the separate choice, never above the bound, and of small matrices nearly always the best there is."""
+    """Between the separate choice and the bound, and for small matrices near the optimum."""
     values = skewed(7, 8, seed)
     matrix = cross(values)
     found = matrix.select_jointly(0.43, 0.38)  # three of each
@@ -278,8 +278,8 @@ def test_joint_selection_against_all_pairs(seed):
 
 @pytest.mark.parametrize("has_costs", [False, True])
 @pytest.mark.parametrize("is_signed", [False, True])
-def test_the_alternation_only_rises_and_settles(has_costs, is_signed):
-    """From every start, also under budgets and with entries that count against; the pair keeps to its limits."""
+def test_the_alternation_rises_monotonically_and_converges(has_costs, is_signed):
+    """From every start, also under budgets of cost and with negative entries; the pair keeps to its limits."""
     rng = np.random.default_rng(1)
     for seed in range(8):
         matrix = skewed(12, 15, seed) - (1.0 if is_signed else 0.0)
@@ -296,12 +296,14 @@ def test_the_alternation_only_rises_and_settles(has_costs, is_signed):
         assert max(pair.total for pair in pairs.values()) >= pairs["separate"].total
 
 
-def test_a_budget_buys_what_is_cheap_for_what_it_holds():
-    """Per cost, or the one largest where that is more; equal costs are counted."""
+def test_a_budget_of_cost_takes_the_largest_scores_per_cost():
+    """Or the single largest if that is more; equal costs give the same as a count."""
     assert Budget(3, 0.5, [1, 1, 2]).choose(np.array([3.0, 3.0, 5.0])).tolist() == [0, 1]
     assert Budget(3, 0.5, [1, 7, 8]).choose(np.array([2.0, 1.0, 9.0])).tolist() == [2]
-    assert Budget(3, 0.6, [1, 1, 1]).choose(np.array([-3.0, -1.0, -2.0])).tolist() == [1], "what harms is not bought"
-    assert Budget(3, 0.6).choose(np.array([-3.0, -1.0, -2.0])).tolist() == [1, 2], "a number is a number"
+    assert Budget(3, 0.6, [1, 1, 1]).choose(np.array([-3.0, -1.0, -2.0])).tolist() == [1], (
+        "negative scores are left out"
+    )
+    assert Budget(3, 0.6).choose(np.array([-3.0, -1.0, -2.0])).tolist() == [1, 2], "a count is exact"
     matrix = cross(skewed(8, 10))
     same = matrix.select_jointly(0.5, 0.5, submodule_costs=np.full(8, 3.0), example_costs=np.full(10, 0.1))
     assert (
@@ -312,7 +314,7 @@ def test_a_budget_buys_what_is_cheap_for_what_it_holds():
 
 
 def test_independence_is_eq_35():
-    """Exponents are those of the curves of retained mass; an outer product captures the product of the shares."""
+    """Exponents fit the curves of retained mass; an outer product captures the product of the shares."""
     rows, columns = skewed(1, 40, 1)[0], skewed(1, 50, 2)[0]
     matrix = cross(np.outer(rows, columns))
     for scores, found in zip((rows, columns), matrix.exponents(), strict=True):
@@ -327,8 +329,8 @@ def test_independence_is_eq_35():
     assert fit_exponent(power) == pytest.approx(0.4, abs=1e-6)
 
 
-def test_examples_that_harm_count_against(influence):
-    """With alignments, one that pulls away is left out, though it moves most."""
+def test_harmful_examples_count_against(influence):
+    """With alignments the example that moves most in the wrong direction is left out."""
     pulls = np.array([[1.0, 1.0, 1.0, -2.0], [1.0, 1.0, 1.0, -1.0]])
     chosen = cross(pulls, statistic="alignments").select_jointly(1.0, 0.75)
     assert chosen.examples == (0, 1, 2) and chosen.share == pytest.approx(6 / 3) == chosen.bound
@@ -339,8 +341,8 @@ def test_examples_that_harm_count_against(influence):
     assert found.share >= found.separate
 
 
-def test_reports_are_for_people_and_files(influence):
-    """JSON takes them; that of the matrix holds nothing of a single example."""
+def test_reports_are_json_and_text(influence):
+    """The matrix's report holds nothing of a single example."""
     matrix = CrossInfluence.from_influence(influence)
     found = matrix.select_jointly(0.3, 0.3, seed=1)
     assert found == matrix.select_jointly(0.3, 0.3, seed=1), "the same for the same seed"
@@ -352,8 +354,8 @@ def test_reports_are_for_people_and_files(influence):
     assert "by kind and example" in matrix.normalize("kind").normalize("example").summary()
 
 
-def test_what_cannot_be(influence):
-    """Shares, costs, starts, a single example, numbers that are none: each is named."""
+def test_bad_arguments_are_refused_by_name(influence):
+    """Shares, costs, starts, a single example, and values that are not finite."""
     matrix = cross(BLOCKS)
     for k, q in ((0, 0.5), (1.5, 0.5), (float("nan"), 0.5), (0.5, 0), (0.5, -1)):
         with pytest.raises(BlueprintError, match=r"must be in .0, 1."):

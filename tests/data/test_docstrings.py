@@ -14,5 +14,5 @@ NAMES = [module.name for module in pkgutil.iter_modules(data.__path__)]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_in_docstrings_run(name):
-    """And show what they print."""
+    """Their output is as shown."""
     assert doctest.testmod(importlib.import_module(f"peft_blueprint.data.{name}")).failed == 0

@@ -1,12 +1,13 @@
-"""One forward pass says cheap things of every example, correctly. Run: pytest tests/data/test_features.py"""
+"""Features of examples from one forward pass are correct. Run: pytest tests/data/test_features.py"""
 
 import numpy as np
 import pytest
 import torch
 
 from peft_blueprint import measure_influence
+from peft_blueprint.compare.drift import spearman
 from peft_blueprint.data.features import model_features, token_features
-from peft_blueprint.data.predictor import fit_predictor, spearman
+from peft_blueprint.data.predictor import fit_predictor
 from peft_blueprint.errors import MeasurementError
 from peft_blueprint.measure.losses import per_example_losses
 from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, toy_batches
@@ -18,8 +19,8 @@ def column(features, name):
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-def test_the_numbers_are_what_they_are_called(build, padding):
-    """Loss, entropy, error and lengths of each example, against the whole logits; the head may see targets alone."""
+def test_scalars_match_the_whole_logits(build, padding):
+    """Loss, entropy, error and lengths, also if the head computes logits at targets alone."""
     model, batches = build(), toy_batches(padding=padding)
     features = model_features(model, batches)
     done = 0
@@ -47,7 +48,7 @@ def test_the_numbers_are_what_they_are_called(build, padding):
 
 
 def test_hidden_states_are_means_over_an_examples_own_positions():
-    """Padding does not count, and inner products of projections are those of the states, about."""
+    """Padding does not count; projections keep inner products approximately."""
     model = tiny_llama()
     [batch] = toy_batches(batch_size=8)
     features = model_features(model, [batch], depths=(1.0,), size=4096)
@@ -64,14 +65,14 @@ def test_hidden_states_are_means_over_an_examples_own_positions():
 
 
 def test_features_of_an_example_do_not_depend_on_its_batch():
-    """Nor on how many there are at once."""
+    """One at a time or eight together."""
     model = tiny_llama()
     one, other = (model_features(model, toy_batches(batch_size=size)).values for size in (1, 8))
     assert np.allclose(one, other, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was():
-    """No hook stays, no flag changes, no gradient is made."""
+    """No hook, flag or gradient remains."""
     model = tiny_llama().train()
     model.model.layers[0].requires_grad_(False)
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
@@ -80,7 +81,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_other_models_have_features_too():
+def test_other_architectures_have_features():
     """Encoder-decoders, whose labels stand at their own position; classifiers, without token predictions; and a loss of
     one's own, whose predictions are not guessed.
     """
@@ -96,7 +97,7 @@ def test_other_models_have_features_too():
 
 
 def test_they_predict_gradient_norms():
-    """What Algorithm 2 hopes: from 64 measured examples the order of the others' norms."""
+    """As Algorithm 2 needs: 64 measured examples predict the order of the others' norms."""
     model, batches = tiny_llama(), toy_batches(examples=112, batch_size=28, length=48)
     values = model_features(model, batches)
     norms = measure_influence(model, batches, progress=False).example_norms.numpy()
@@ -105,7 +106,7 @@ def test_they_predict_gradient_norms():
 
 
 def test_token_ids_alone_give_features():
-    """The lengths are right, order matters through pairs, and nothing was read by a model."""
+    """Lengths are right, and word order matters through pairs."""
     rows = [
         {"input_ids": [5, 6, 5], "labels": [-100, 6, 5]},
         {"input_ids": [5, 5, 6], "labels": [-100, 5, 6]},
@@ -119,7 +120,7 @@ def test_token_ids_alone_give_features():
 
 
 def test_a_loss_that_is_not_finite_is_refused():
-    """The examples are named."""
+    """The error names the examples."""
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
     with pytest.raises(MeasurementError, match=r"not finite for examples \[0, 1, 2, 3, 4\] of 8"):

@@ -1,10 +1,11 @@
-"""Scores are predicted from cheap features, and the report of how well is honest. Run: pytest tests/data/test_predictor.py"""
+"""Scores are predicted from cheap features, with an honest estimate of how well. Run: pytest tests/data/test_predictor.py"""
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from peft_blueprint.data.predictor import fit_predictor, spearman
+from peft_blueprint.compare.drift import spearman
+from peft_blueprint.data.predictor import fit_predictor
 from peft_blueprint.errors import BlueprintError
 
 
@@ -16,8 +17,8 @@ def make_data(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
 
 
 @pytest.mark.parametrize("n", [16, 64, 256])
-def test_a_simple_relation_is_found_and_holds_on_others(n):
-    """From 16 examples on, whatever the features' scales; predictions are positive as the scores are."""
+def test_a_simple_relation_is_learned_and_generalises(n):
+    """From 16 examples, whatever the features' scales; predictions of positive scores are positive."""
     predictor = fit_predictor(*make_data(n), bootstrap=50)
     others, truth = make_data(300, seed=1)
     predicted = predictor.predict(others)
@@ -26,15 +27,15 @@ def test_a_simple_relation_is_found_and_holds_on_others(n):
     assert predictor.examples == n and predictor.interval[0] <= predictor.rank_correlation <= predictor.interval[1]
 
 
-def test_what_is_not_linear_goes_to_another_candidate():
-    """A bump is nothing to a ridge regression; trees find it."""
+def test_a_nonlinear_relation_is_left_to_trees_or_a_network():
+    """Ridge regression cannot fit a bump."""
     predictor = fit_predictor(*make_data(200, shape=lambda x: 3 * np.cos(2 * x)), bootstrap=20)
     assert "ridge" not in predictor.name
     assert predictor.candidates[predictor.name] > predictor.candidates["ridge on all features"] + 0.3
 
 
 def test_scalars_alone_are_tried_where_projections_are_noise():
-    """With 300 columns of noise beside one that matters, 24 examples support the few."""
+    """24 examples cannot support 300 columns of noise."""
     features, scores = make_data(24, width=1)
     wide = np.concatenate([features, np.random.default_rng(5).normal(size=(24, 300))], axis=1)
     predictor = fit_predictor(wide, scores, scalars=[0], bootstrap=20)
@@ -42,9 +43,9 @@ def test_scalars_alone_are_tried_where_projections_are_noise():
     assert len(predictor.candidates) == 5
 
 
-def test_the_held_out_correlation_is_none_for_noise():
+def test_the_held_out_correlation_is_zero_for_noise():
     """Choosing the best of several candidates on the same folds would find order in noise; the mean over draws here is
-    about nought.
+    about zero.
     """
     found = []
     for seed in range(4):
@@ -54,22 +55,22 @@ def test_the_held_out_correlation_is_none_for_noise():
 
 
 def test_signed_scores_are_fitted_as_they_are():
-    """As alignments, which have no logarithm."""
+    """Alignments have no logarithm."""
     features, scores = make_data(64)
     predictor = fit_predictor(features, np.log(scores), logarithmic=False, bootstrap=20)
     assert (predictor.predict(features) < 0).any() and predictor.rank_correlation > 0.9
 
 
 def test_the_same_seed_gives_the_same_predictor():
-    """Folds, trees and network are drawn from it."""
+    """It fixes folds, trees and network."""
     features, scores = make_data(32, noise=1.0)
     one, other = (fit_predictor(features, scores, bootstrap=20, seed=3) for _ in range(2))
     assert one.to_dict() == other.to_dict()
     assert np.array_equal(one.predict(features), other.predict(features))
 
 
-def test_constant_scores_say_nothing():
-    """The correlation is 0 and no NaN."""
+def test_constant_scores_give_correlation_zero():
+    """And not NaN."""
     predictor = fit_predictor(make_data(16)[0], np.ones(16), bootstrap=5)
     assert predictor.rank_correlation == 0 and predictor.interval == (0, 0)
 
@@ -91,14 +92,14 @@ def test_the_rank_correlation_is_spearmans():
         (np.ones(20), np.ones(20), "Features must be finite numbers of shape"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_refused(features, scores, message):
-    """Too few, not paired, not finite, without a logarithm."""
+def test_bad_features_and_scores_are_refused(features, scores, message):
+    """Too few, of different lengths, not finite, or without a logarithm."""
     with pytest.raises(BlueprintError, match=message):
         fit_predictor(features, scores)
 
 
 def test_features_of_another_width_are_refused():
-    """Both widths are named."""
+    """The error names both widths."""
     predictor = fit_predictor(*make_data(16), bootstrap=2)
     with pytest.raises(BlueprintError, match="6 features, got 2"):
         predictor.predict(np.ones((3, 2)))

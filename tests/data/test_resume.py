@@ -22,14 +22,14 @@ def offered(pairs, count=4):
 
 
 def sorted_out(pairs, count=4):
-    """The same by sorting everything: the highest score of each position, ties to the earlier."""
+    """Positions by their highest score, from sorting everything; ties go to the earlier."""
     highest = {index: max(s for s, i in pairs if i == index) for _, index in pairs}
     return sorted(highest, key=lambda index: (-highest[index], index))[:count]
 
 
 @given(offers)
-def test_it_keeps_what_sorting_would(pairs):
-    """The highest scores, ties to the earlier position, each position once with the highest of its scores."""
+def test_top_k_equals_sorting_everything(pairs):
+    """Each position counts once, with its highest score."""
     best = offered(pairs)
     assert [index for index, _, _ in best.ranked()] == sorted_out(pairs)
     scores = [score for _, score, _ in best.ranked()]
@@ -39,8 +39,8 @@ def test_it_keeps_what_sorting_would(pairs):
 
 
 @given(offers, st.integers(0, 60))
-def test_a_stream_that_was_broken_off_continues(pairs, cut):
-    """From the state, through JSON, and with the last few offered again, as after a kill."""
+def test_an_interrupted_stream_continues_from_its_state(pairs, cut):
+    """Through JSON, and with the last few offered again."""
     broken = TopK.from_state(json.loads(json.dumps(offered(pairs[:cut]).state())))
     for score, index in pairs[max(0, cut - 5) :]:
         broken.offer(score, index, payload=f"text {index}")
@@ -49,12 +49,12 @@ def test_a_stream_that_was_broken_off_continues(pairs, cut):
 
 @given(offers, st.randoms())
 def test_the_order_of_offers_does_not_matter(pairs, rng):
-    """What is kept depends on the scores alone."""
+    """The result depends on the scores alone."""
     assert offered(rng.sample(pairs, len(pairs))).ranked() == offered(pairs).ranked()
 
 
 def test_memory_does_not_grow_with_the_stream():
-    """Only `count` are held, and an offer says whether it was taken."""
+    """Only `count` elements are held; `offer` returns whether it kept one."""
     best, rng = TopK(10), random.Random(0)
     taken = sum(best.offer(rng.random(), index, "x" * 100) for index in range(5000))
     assert len(best) == len(best._kept) == len(best._heap) == 10
@@ -64,13 +64,13 @@ def test_memory_does_not_grow_with_the_stream():
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_scores_must_be_finite(score):
-    """NaN would sort anywhere; the message names the element."""
+    """The error names the element."""
     with pytest.raises(BlueprintError, match=f"element 7 must be finite, got {score}"):
         TopK(2).offer(score, 7)
 
 
-def test_what_cannot_be():
-    """Counts and positions below their range, parts that differ, states that are none."""
+def test_bad_counts_positions_and_states_are_refused():
+    """Below their range, or not a state."""
     with pytest.raises(BlueprintError, match="count must be at least 1"):
         TopK(0)
     with pytest.raises(BlueprintError, match="at least 0, got -1"):

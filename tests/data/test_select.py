@@ -1,4 +1,4 @@
-"""Examples are chosen as asked, from lists, data sets and streams, by one process or two. Run: pytest tests/data/test_select.py"""
+"""Examples are chosen from lists, datasets and streams. Run: pytest tests/data/test_select.py"""
 
 import json
 import tracemalloc
@@ -33,8 +33,8 @@ POOL = make_rows(40)
 NAMES = [submodule.name for submodule in find_submodules(model())]
 
 
-def test_the_norm_keeps_the_largest_gradients_in_the_datas_order():
-    """J(z) is measured of all; "norm_low" keeps the others' end. Scores are those of the chosen."""
+def test_norm_keeps_the_largest_gradients():
+    """In the data's order, with their scores; "norm_low" keeps the smallest."""
     norms = norms_of(POOL)
     found = choose(POOL, fraction=0.25, method="norm")
     assert found.indices == top(norms, 10) and found.scores == pytest.approx(norms[list(found.indices)], rel=1e-3)
@@ -43,8 +43,8 @@ def test_the_norm_keeps_the_largest_gradients_in_the_datas_order():
     assert found.report["chosen"] == len(found) == 10 and found.report["usable"] == 40
 
 
-def test_only_a_placements_submodules_count(blueprint):
-    """By names or by a placement for this model."""
+def test_only_gradients_of_the_placements_submodules_count(blueprint):
+    """Given as names or as a placement for this model."""
     name = "model.layers.1.mlp.up_proj"
     found = choose(POOL, count=10, method="norm", submodules=[name])
     assert found.all_scores == pytest.approx(norms_of(POOL, [name]), rel=1e-3)
@@ -87,8 +87,8 @@ def test_the_last_submodules_alone_cost_less():
     assert part["flops"] < whole["flops"]
 
 
-def test_alignment_chooses_what_is_like_the_target():
-    """Of a pool of two kinds of text, that of which the target is; by measuring and by predicting."""
+def test_alignment_chooses_examples_like_the_target():
+    """From a pool of two kinds of text, measured or predicted."""
     rows = [row for pair in zip(make_rows(30, 1, 1, 20), make_rows(30, 2, 60, 97), strict=True) for row in pair]
     for aims, wanted in ((make_rows(8, 3, 1, 20), 0), (make_rows(8, 4, 60, 97), 1)):
         for options in ({"precondition": "blocks"}, {"similarity": "dot"}, {}):
@@ -98,8 +98,8 @@ def test_alignment_chooses_what_is_like_the_target():
     assert sum(index % 2 == 1 for index in found.indices) >= 12
 
 
-def test_the_controls_do_what_they_are_called():
-    """Length counts targets, loss is the model's, BM25 counts words in common; ties go to the earlier."""
+def test_length_loss_and_bm25_rank_as_named():
+    """Length counts targets, loss is the model's, BM25 counts shared words; ties go to the earlier."""
     lengths = [len(row["labels"]) - 3 for row in POOL]
     assert choose(POOL, count=7, method="length").indices == top(lengths, 7)
     assert choose(POOL, count=7, method="length_short").indices == top([-x for x in lengths], 7)
@@ -110,8 +110,8 @@ def test_the_controls_do_what_they_are_called():
     assert choose(POOL, count=1, method="bm25", target=[POOL[11]]).indices == (11,)
 
 
-def test_random_is_a_uniform_sample_that_the_seed_decides():
-    """Each example is as likely as another, in a list and in a stream alike."""
+def test_random_is_a_uniform_sample_fixed_by_the_seed():
+    """The same for a list and a stream."""
     counts = np.zeros(20)
     for seed in range(200):
         counts[list(choose(POOL[:20], count=5, seed=seed, deduplicate=False).indices)] += 1
@@ -122,7 +122,7 @@ def test_random_is_a_uniform_sample_that_the_seed_decides():
 
 @pytest.mark.parametrize("method", ["coreset_k_centre", "coreset_facility"])
 def test_a_coreset_has_one_of_each_kind(method):
-    """Of four groups of examples that are alike, four choices take one of each."""
+    """Four choices from four groups of similar examples take one of each."""
     groups = [make_rows(1, seed, 1 + 24 * seed, 24 * seed + 24)[0] for seed in range(4)]
     rows = []
     for i in range(16):
@@ -134,7 +134,7 @@ def test_a_coreset_has_one_of_each_kind(method):
     assert sorted(found.scores) == [-3, -2, -1, 0] and found.all_scores is None
 
 
-def test_iterating_trains_between_choices_and_gives_the_model_back():
+def test_iterating_trains_between_choices_and_restores_the_model():
     """By LoRA or by a function of one's own: the scores are those of the trained model, the weights, flags and random
     numbers those of before.
     """
@@ -172,7 +172,7 @@ def fail(inner):
 
 
 def test_near_duplicates_do_not_fill_a_selection():
-    """The longest example ten times over is chosen once, from a list and from a stream; the others are counted."""
+    """Ten copies of the longest example are chosen once; the others are counted."""
     longest = make_rows(1, seed=9, longest=9)[0]["input_ids"] * 6
     rows = [{"input_ids": longest[i % 2 :], "labels": longest[i % 2 :]} for i in range(10)] + POOL
     found = choose(rows, count=5, method="length")
@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_dataset_goes_in_and_a_dataset_comes_out(folder):
-    """By Dataset.select, with all its columns, under its own names, and scores as columns when asked."""
+    """With all its columns under their own names, and scores as columns on request."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -226,7 +226,7 @@ def test_a_dataset_goes_in_and_a_dataset_comes_out(folder):
 
 @pytest.mark.parametrize("method", ["norm", "predicted_norm", "alignment", "length"])
 def test_a_stream_gives_what_a_list_gives(method):
-    """Whatever is read once is chosen from as if it had been known whole."""
+    """The same indices, scores and rows."""
     options = {"count": 6, "method": method, "small": 20, "target": make_rows(4, seed=8)}
     whole, stream = choose(POOL, **options), choose((row for row in POOL), **options)
     assert stream.indices == whole.indices and stream.scores == pytest.approx(whole.scores, rel=1e-4)
@@ -234,7 +234,7 @@ def test_a_stream_gives_what_a_list_gives(method):
 
 
 def test_the_memory_of_a_stream_does_not_grow_with_it():
-    """Four times as many examples take no more."""
+    """Four times as many examples take no more memory."""
 
     def peak(n):
         rows = ({"input_ids": [1 + i % 90, *range(1, 60)], "labels": [1] * 60} for i in range(n))
@@ -249,14 +249,14 @@ def test_the_memory_of_a_stream_does_not_grow_with_it():
 
 
 class Killed(BaseException):
-    """As a signal would come."""
+    """Stands in for a signal."""
 
 
 @pytest.mark.parametrize(
     ("method", "form"), [("norm", list), ("norm", iter), ("predicted_norm", iter), ("alignment", list)]
 )
 def test_a_run_that_was_killed_is_resumed_to_the_same_selection(tmp_path, monkeypatch, method, form):
-    """Little that was measured is measured again, nothing is chosen otherwise, and what is done answers at once."""
+    """Without measuring much twice; a finished run answers at once."""
     path = tmp_path / "state"
     options = {"count": 6, "method": method, "small": 16, "target": make_rows(4, seed=8)}
     options |= {"batch_size": 1, "state_every": 8}
@@ -283,8 +283,8 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_selection(tmp_path, monkey
         assert other.report["usable"] == 40
 
 
-def test_state_of_other_work_is_refused(tmp_path):
-    """Other settings, another model, other data, less data, or a file of another kind: it is named, and kept."""
+def test_state_of_other_settings_or_data_is_refused(tmp_path):
+    """Other settings, model or data, less data, or a file of another kind; the file stays."""
     path = tmp_path / "state"
     options = {"count": 6, "method": "norm", "keep_state": path}
     choose(iter(POOL), **options)
@@ -312,7 +312,7 @@ def test_state_of_other_work_is_refused(tmp_path):
 
 
 def test_examples_without_targets_are_left_out_and_counted():
-    """Some: the others are chosen from. All: an error. More asked than there are: all, and it is said."""
+    """If all lack one it is an error; if too few are left, all are chosen and the shortfall is reported."""
     bare = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}
     found = choose([bare, *POOL[:5], bare], count=6, method="norm")
     assert found.indices == (1, 2, 3, 4, 5) and found.report["without_targets"] == 2
@@ -327,8 +327,8 @@ def test_examples_without_targets_are_left_out_and_counted():
     assert set(cut.scores) == {1.0}
 
 
-def test_too_few_to_learn_from_are_all_measured():
-    """And that is said; a prediction that ranks no better than chance is said to."""
+def test_too_few_examples_to_predict_are_all_measured():
+    """And the fallback is reported."""
     found = choose(POOL[:31], count=5, method="predicted_norm", small=30)
     assert "predictor" in found.report
     few = choose(POOL[:12], count=5, method="predicted_norm", small=30)
@@ -380,14 +380,14 @@ def test_too_few_to_learn_from_are_all_measured():
         ([{"input_ids": [1, 2], "labels": [1]}], {"count": 1}, "of one length, got 2 and 1"),
     ],
 )
-def test_what_cannot_be_is_refused(rows, options, message):
-    """Before anything is measured, with what to do."""
+def test_bad_options_and_data_are_refused(rows, options, message):
+    """Before anything is measured."""
     with pytest.raises(BlueprintError, match=message):
         choose(rows, **options)
 
 
 def test_scores_that_are_not_finite_are_refused():
-    """By loss and by gradient, and a model is needed where one is asked."""
+    """From losses and gradients; and methods that run a model need one."""
     broken = model()
     broken.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
     for method in ("loss", "norm"):

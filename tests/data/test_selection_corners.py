@@ -1,4 +1,4 @@
-"""Odd data, odd wishes and ill-timed kills when examples are chosen. Run: pytest tests/data/test_selection_corners.py"""
+"""Edge cases of choosing examples: odd data, bad options, kills at bad moments. Run: pytest tests/data/test_selection_corners.py"""
 
 import time
 
@@ -23,12 +23,12 @@ SMALL = {"count": 5, "method": "predicted_norm", "small": 20}
 
 
 class Killed(BaseException):
-    """As a signal would come."""
+    """Stands in for a signal."""
 
 
 @pytest.mark.parametrize("form", [list, iter])
-def test_as_many_as_are_to_be_measured_are_measured(form):
-    """Of 20 usable examples and 20 to measure nothing is predicted, also where others have no target; of 21 it is."""
+def test_no_more_examples_than_to_measure_are_all_measured(form):
+    """With 20 usable examples and small=20 none is predicted; with 21 some are."""
     rows = [BARE, *POOL[:10], BARE, *POOL[10:20], BARE]
     found = choose(form(rows), **SMALL)
     assert found.scores == pytest.approx(choose(rows, count=5, method="norm").scores, rel=1e-3)
@@ -38,8 +38,8 @@ def test_as_many_as_are_to_be_measured_are_measured(form):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
-    """Over a thousand examples without a target, of which none is held in memory; and a resumed run knows them again."""
+def test_a_stream_is_read_ahead_until_enough_examples_have_targets(tmp_path, kept):
+    """Over a thousand examples without a target are not held in memory, and a resumed run skips them too."""
     rows = [BARE] * 1000 + [*POOL[:8], *[BARE] * 50, *POOL[8:]] + [BARE] * 7
     options = {**SMALL, "keep_state": tmp_path / "state" if kept else None}
     found = choose(iter(rows), **options)
@@ -58,7 +58,7 @@ def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("options", "message"),
     [
         ({"count": 2.5}, r"count must be an integer, got 2.5 \(float\)"),
         ({"count": float("nan")}, r"count must be an integer, got nan \(float\)"),
@@ -73,21 +73,21 @@ def test_a_stream_is_read_until_there_is_enough_to_measure(tmp_path, kept):
         ({"count": 1, "method": "alignment", "target": iter([])}, "The target set is empty. Give target="),
     ],
 )
-def test_odd_wishes_are_refused(wish, message):
-    """By name, as they were given, and with what to do."""
+def test_bad_options_are_refused(options, message):
+    """The error names the option and the value."""
     with pytest.raises(BlueprintError, match=message):
-        choose(POOL, **wish)
+        choose(POOL, **options)
 
 
-def test_numbers_of_other_kinds_are_taken(tmp_path):
-    """Those of numpy count as numbers."""
+def test_numpy_numbers_are_accepted(tmp_path):
+    """As counts and fractions, also with kept state."""
     path = tmp_path / "state"
     assert len(choose(POOL, count=np.int64(3), keep_state=path)) == len(choose(POOL, count=3, keep_state=path)) == 3
     assert len(choose(POOL, fraction=np.float32(0.5), keep_state=tmp_path / "other")) == 20
 
 
 def test_too_many_for_facility_location_are_refused_at_once(monkeypatch):
-    """Before any is measured."""
+    """Before anything is measured."""
     monkeypatch.setattr(select, "MAX_FACILITY_POINTS", 39)
     monkeypatch.setattr(ExampleScorer, "distribute", None)
     with pytest.raises(BlueprintError, match="takes at most 39 examples, got 40. Sample some first"):
@@ -95,7 +95,7 @@ def test_too_many_for_facility_location_are_refused_at_once(monkeypatch):
 
 
 def test_state_that_cannot_be_kept_is_refused_at_once(tmp_path, monkeypatch):
-    """Before any is measured."""
+    """Before anything is measured."""
     monkeypatch.setattr(ExampleScorer, "distribute", None)
     (tmp_path / "file").touch()
     with pytest.raises(BlueprintError, match=r"The state cannot be kept in .*file/state.* Choose another folder"):
@@ -108,8 +108,8 @@ def alike():
     return [{"input_ids": ids, "labels": ids} for ids in (long, other, [*long, *range(67, 73)])]
 
 
-def test_a_better_near_duplicate_takes_the_place_of_the_kept_one():
-    """In a stream as in a list; one that is no longer kept stands in nobody's way."""
+def test_a_better_near_duplicate_replaces_the_kept_one():
+    """In a stream as in a list; a replaced example no longer blocks others."""
     rows = alike()
     for count, wanted in ((1, (2,)), (2, (1, 2))):
         for form in (list, iter):
@@ -126,8 +126,8 @@ def test_a_better_near_duplicate_takes_the_place_of_the_kept_one():
                 assert found[0] == found[1], (count, method)
 
 
-def test_what_is_forgotten_is_new_again():
-    """By the guard and by the heap, through a state."""
+def test_a_removed_text_is_new_again():
+    """In NearDuplicates and TopK, also after loading a state."""
     guard, texts = NearDuplicates(), ["one two three four five six", "seven"]
     for key, text in zip((5, 9), texts, strict=True):
         guard.add(guard.fingerprint(text), key)
@@ -145,7 +145,7 @@ def test_what_is_forgotten_is_new_again():
 
 
 def killed_after(monkeypatch, calls, rows, options):
-    """A run that is killed at so manieth a chunk."""
+    """Kill a run after this many chunks."""
     distribute, seen = ExampleScorer.distribute, []
 
     def dying(*arguments):
@@ -161,8 +161,8 @@ def killed_after(monkeypatch, calls, rows, options):
 
 
 @pytest.mark.parametrize("form", [list, iter])
-def test_other_data_are_refused_after_the_subset_was_measured(tmp_path, monkeypatch, form):
-    """Though no position had been saved; what was kept stays, and serves the data that it is of."""
+def test_other_data_is_refused_after_the_subset_was_measured(tmp_path, monkeypatch, form):
+    """Even before the first position is saved; the state stays and serves its own data."""
     options = {**SMALL, "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
     killed_after(monkeypatch, 6, form(POOL), options)  # three chunks of the subset, measured and then featurized
     content = options["keep_state"].read_bytes()
@@ -178,7 +178,7 @@ def test_other_data_are_refused_after_the_subset_was_measured(tmp_path, monkeypa
 
 
 def test_the_seconds_of_a_killed_run_count(tmp_path, monkeypatch):
-    """They are in the state, and in the report of the run that goes on."""
+    """They are stored in the state and added to the resumed run's report."""
     options = {"count": 5, "method": "norm", "batch_size": 1, "keep_state": tmp_path / "state", "state_every": 8}
     distribute = ExampleScorer.distribute
 
@@ -195,8 +195,8 @@ def test_the_seconds_of_a_killed_run_count(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", [list, iter])
-def test_what_was_done_otherwise_is_said_once(tmp_path, form):
-    """However often the state is asked."""
+def test_fallbacks_are_reported_once(tmp_path, form):
+    """However often the run is resumed."""
     rows = [
         {"input_ids": (ids := np.random.default_rng(i).integers(1, 97, 12).tolist()), "labels": ids} for i in range(60)
     ]
@@ -208,8 +208,8 @@ def test_what_was_done_otherwise_is_said_once(tmp_path, form):
     assert few[0] == few[1] == few[2] and len(few[0]) == 1
 
 
-def test_bm25_says_where_no_word_is_in_common():
-    """All are alike to it then."""
+def test_bm25_reports_that_no_word_is_shared():
+    """The first examples are chosen then."""
     rows, target = make_rows(6, low=1, high=40), make_rows(2, low=50, high=90)
     found = select_examples(None, rows, count=2, method="bm25", target=target, progress=False)
     assert found.indices == (0, 1) and "no example shares a word with the target" in found.fallbacks[0]

@@ -1,4 +1,4 @@
-"""Odd data to choose from are refused by name, before the work. Run: pytest tests/data/test_selection_inputs.py"""
+"""Bad input data is refused before the work, with the example's position. Run: pytest tests/data/test_selection_inputs.py"""
 
 import json
 from datetime import date, datetime, time
@@ -40,7 +40,7 @@ def tokenizer(folder):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """Fails the test where a model or tokenizer is asked for."""
+    """Fail the test if a model or tokenizer is loaded."""
 
     def load(*_):
         raise AssertionError("something was loaded")
@@ -50,7 +50,7 @@ def nothing_loads(monkeypatch):
 
 
 def run(folder, *arguments):
-    """How the verb ends; errors other than those of use are raised."""
+    """Run the verb; raise its exception, if any."""
     done = CliRunner().invoke(app, ["select-data", *map(str, (folder, *arguments))])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -58,8 +58,8 @@ def run(folder, *arguments):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_dates_are_written_in_the_iso_form(folder, tmp_path, stream):
-    """As they were in the file, which datasets reads as times."""
+def test_dates_are_written_in_iso_form(folder, tmp_path, stream):
+    """As they were in the file, although datasets parses them."""
     out = tmp_path / "out.jsonl"
     assert (
         run(
@@ -71,8 +71,8 @@ def test_dates_are_written_in_the_iso_form(folder, tmp_path, stream):
     assert [row["made"] for row in found] == [f"2020-01-0{1 + i}T01:02:03" for i in range(9)]
 
 
-def test_json_lines_hold_no_bare_nan(tmp_path):
-    """Numbers that are not finite are null, at any depth; other dates and times are in ISO form."""
+def test_json_lines_hold_null_instead_of_nan(tmp_path):
+    """At any depth; dates and times are in ISO form."""
     rows = [{"a": float("nan"), "b": [1.5, float("inf"), {"c": date(2020, 1, 2)}], "d": time(1, 2)}]
     write_table(tmp_path / "a.jsonl", [*rows, {"a": datetime(2020, 1, 2)}])
     first, second = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
@@ -81,8 +81,8 @@ def test_json_lines_hold_no_bare_nan(tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_loads")
-def test_what_cannot_be_written_is_found_first(folder, tmp_path):
-    """Bytes in JSON; nothing is left behind."""
+def test_values_that_cannot_be_written_are_refused_first(folder, tmp_path):
+    """Such as bytes in JSON; no file is left behind."""
     data, out = tmp_path / "data.parquet", tmp_path / "out.jsonl"
     Dataset.from_list([{"text": "1 2", "raw": b"1"}] * 3).to_parquet(str(data))
     for stream in ([], ["--stream"]):
@@ -98,8 +98,8 @@ def test_what_cannot_be_written_is_found_first(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_loads")
-def test_no_file_that_is_read_is_written(folder, tmp_path):
-    """Nor a folder, nor one file twice; and score columns that are there are kept."""
+def test_input_files_are_not_overwritten(folder, tmp_path):
+    """Nor is a folder, one file twice, or an existing score column."""
     data, target, out = folder / "data.jsonl", tmp_path / "target.jsonl", tmp_path / "out.jsonl"
     scored = tmp_path / "scored.jsonl"
     target.write_text('{"text": "1 2"}\n', encoding="utf-8")
@@ -127,8 +127,8 @@ def test_no_file_that_is_read_is_written(folder, tmp_path):
     assert target.read_text(encoding="utf-8") == '{"text": "1 2"}\n' and not out.exists()
 
 
-def test_the_score_columns_are_those_of_a_selection():
-    """The verb knows their names without torch."""
+def test_score_columns_have_fixed_names():
+    """Which the command line knows without torch."""
     rows = choose(make_rows(4), count=2).apply(make_rows(4), with_scores=True)
     assert set(rows[0]) == {"input_ids", "labels", *SCORE_COLUMNS}
 
@@ -146,8 +146,8 @@ def test_the_score_columns_are_those_of_a_selection():
         ("g.parquet", "xx", "Parquet file size"),
     ],
 )
-def test_a_file_that_is_no_table_says_why(tmp_path, name, content, message, stream):
-    """Read whole or as a stream, by its reason."""
+def test_an_unreadable_file_is_refused_with_the_reason(tmp_path, name, content, message, stream):
+    """Read whole or as a stream."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(BlueprintError, match=rf"The data '.*{name}' .*{message}.*\."):
         list(read_table(str(tmp_path / name), stream=stream))
@@ -164,8 +164,8 @@ def test_a_file_that_is_no_table_says_why(tmp_path, name, content, message, stre
         ([CHAT[0], {"role": "tool", "content": "3"}], "refuses example 1 with the roles 'user', 'tool': no tools"),
     ],
 )
-def test_chats_that_are_none_are_refused_by_position(tokenizer, messages, message):
-    """Also one by the template itself."""
+def test_invalid_chats_are_refused_by_position(tokenizer, messages, message):
+    """Also those that the template itself refuses."""
     tokenizer.chat_template = (
         "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + TEMPLATE
     )
@@ -176,8 +176,8 @@ def test_chats_that_are_none_are_refused_by_position(tokenizer, messages, messag
             choose([{"messages": CHAT}, {"messages": messages}], count=1, tokenizer=tokenizer)
 
 
-def test_a_tokenizer_without_a_chat_template_is_told(tokenizer):
-    """With what to do; a prompt and completion need none."""
+def test_messages_need_a_chat_template(tokenizer):
+    """A prompt and completion do not."""
     with pytest.raises(BlueprintError, match=r"Example 4 has messages, but the tokenizer has no chat template. Set"):
         encode_one({"messages": CHAT}, tokenizer, 16, 4)
     assert encode_one({"prompt": "1", "completion": "2"}, tokenizer, 1) is None
@@ -199,14 +199,14 @@ def test_a_tokenizer_without_a_chat_template_is_told(tokenizer):
         (None, [1, 2], "'input_ids' of example 1 must .*, got NoneType"),
     ],
 )
-def test_token_ids_are_whole_numbers_in_one_row(ids, labels, message):
-    """Anything else is refused by the example's position."""
+def test_token_ids_must_be_one_sequence_of_integers(ids, labels, message):
+    """The error names the example's position."""
     with pytest.raises(BlueprintError, match=message):
         choose([*make_rows(1), {"input_ids": ids, "labels": labels}], count=1)
 
 
-def test_arrays_and_tensors_of_whole_numbers_are_token_ids():
-    """As lists and tuples are; with no ids there is no target."""
+def test_arrays_and_tensors_of_integers_are_token_ids():
+    """Like lists and tuples; without ids there is no target."""
     pool = Pool(make_rows(1))
     for kind in (list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.uint16)):
         one = pool.encode(0, {"input_ids": kind([1, 2, 3]), "labels": kind([1, 2, 3])})
@@ -214,8 +214,8 @@ def test_arrays_and_tensors_of_whole_numbers_are_token_ids():
     assert pool.encode(0, {"input_ids": [], "labels": []}) is None
 
 
-def test_columns_that_are_not_there_are_refused(tokenizer):
-    """An unknown key always, an unknown name of the data's; a target may have other names."""
+def test_unknown_columns_are_refused(tokenizer):
+    """Keys always, names for the data; a target may have other names."""
     rows, columns = [{"text": "1 2 3"}], {"text": "body"}
     require_columns({"messages": "a", "completion": "b"})
     with pytest.raises(BlueprintError, match="unknown keys 'promt'"):
@@ -225,8 +225,8 @@ def test_columns_that_are_not_there_are_refused(tokenizer):
     assert Pool(rows, tokenizer, columns).encode(0, rows[0]) is not None
 
 
-def test_what_has_a_length_and_no_positions_is_refused_at_once():
-    """As a stream it can be chosen from."""
+def test_data_with_a_length_and_no_positions_is_refused():
+    """It works as a stream."""
     rows = dict(enumerate(make_rows(6)))
     with pytest.raises(BlueprintError, match=r"has a length and no positions \(dict_values\)"):
         choose(rows.values(), count=2)

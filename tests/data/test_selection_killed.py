@@ -1,4 +1,4 @@
-"""Choosing from a stream, killed by the operating system: the next run goes on. Run: pytest tests/data/test_selection_killed.py"""
+"""A run killed by the operating system is resumed. Run: pytest tests/data/test_selection_killed.py"""
 
 import os
 import signal
@@ -18,12 +18,12 @@ STUCK = 30  # examples, after which the process that is killed waits for more
 
 
 def rows(count):
-    """Made up, no two alike."""
+    """Distinct rows."""
     return [{"input_ids": [1 + (7 * i + 3 * j) % 90 for j in range(4 + i % 9)], "labels": None} for i in range(count)]
 
 
 def stream(count, waits=False):
-    """One row at a time, each token a target; it may never end."""
+    """One row at a time, each token a target; it may hang."""
     for i, row in enumerate(rows(count)):
         if waits and i == STUCK:
             time.sleep(600)
@@ -35,8 +35,8 @@ def main(path):
     select_examples(tiny_llama(layers=2), stream(40, waits=True), keep_state=path, **OPTIONS)
 
 
-def test_a_killed_process_loses_next_to_nothing(tmp_path):
-    """What it had kept is not measured again, and the selection is what it would have been."""
+def test_a_killed_process_loses_almost_no_work(tmp_path):
+    """Kept results are not measured again, and the selection is the same."""
     path = tmp_path / "state"
     process = subprocess.Popen([sys.executable, __file__, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:

@@ -31,7 +31,7 @@ def shared(method):
 
 
 def scenario(rank, path):
-    """What a process finds."""
+    """Results of one process."""
     from torch.distributed.fsdp import fully_shard
 
     whole = fully_shard(model())
@@ -52,7 +52,7 @@ def failing(inner, batch, rank):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, pytestconfig):
-    """What both processes found."""
+    """Results of both processes."""
     path = tmp_path_factory.mktemp("found")
     in_two_processes(__file__, path)
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -60,7 +60,7 @@ def found(tmp_path_factory, pytestconfig):
 
 @pytest.mark.parametrize("method", SHARED)
 def test_two_processes_choose_what_one_does(found, method):
-    """Each measures its share, and both have the same selection."""
+    """Each measures its share, and both get the same selection."""
     one, other = (of_process[method] for of_process in found)
     alone = choose(POOL, **shared(method))
     assert one.indices == other.indices == alone.indices and one.scores == other.scores
@@ -69,14 +69,14 @@ def test_two_processes_choose_what_one_does(found, method):
 
 
 def test_two_processes_share_streams_and_sharded_models(found):
-    """A stream is read by both and measured by halves; on a model sharded by FSDP2 they stay in step."""
+    """Both read a stream and measure half of it; on a model sharded by FSDP2 they stay in step."""
     for of_process in found:
         assert of_process["stream"].indices == choose(POOL, **shared("norm")).indices
         assert of_process["sharded"].indices == choose(POOL[:37], count=6, method="norm").indices
 
 
 def test_an_error_on_one_process_ends_the_others(found):
-    """With its message; other data on each are no shares."""
+    """With its message; so do different data on each."""
     first, second = (of_process["failing"] for of_process in found)
     assert first.startswith("MeasurementError: Process 1 of 2 failed") and "the device is gone" in first
     assert second == "OSError: the device is gone"
@@ -84,7 +84,7 @@ def test_an_error_on_one_process_ends_the_others(found):
 
 
 def main():
-    """One process of the two."""
+    """Run one of the two processes."""
     dist.init_process_group("gloo")
     path, rank = Path(sys.argv[1]), dist.get_rank()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Words in common. Run: pytest tests/data/test_text_similarity.py"""
+"""Texts are compared by their words. Run: pytest tests/data/test_text_similarity.py"""
 
 import json
 import sys
@@ -17,7 +17,7 @@ LONG = RNG.integers(0, 10_000, 200).tolist()
 
 
 def changed(tokens, share):
-    """A copy with so much of its end replaced that it has this share of shingles in common with the original."""
+    """Replace the end of a copy so that it has this Jaccard similarity with the original."""
     shingles = len(tokens) - 4
     cut = round(shingles * (1 - share) / (1 + share))
     return tokens[: len(tokens) - cut] + RNG.integers(20_000, 90_000, cut).tolist()
@@ -34,8 +34,8 @@ def by_hand(query, documents):
     return scores
 
 
-def test_bm25_is_the_formula():
-    """Each query over its largest score, averaged over queries."""
+def test_bm25_follows_its_formula():
+    """Each query's scores divided by the largest, averaged over queries."""
     documents = [_tokens(document) for document in DOCUMENTS]
     expected = [by_hand(_tokens(query), documents) for query in QUERIES]
     expected = np.mean([scores / scores.max() for scores in expected], axis=0)
@@ -43,8 +43,8 @@ def test_bm25_is_the_formula():
     assert expected[0] == 1 and expected[1:3].tolist() == [0, 0]
 
 
-def test_token_ids_do_as_well():
-    """Whatever their numbers, in lists or arrays, an empty one first."""
+def test_token_ids_work_like_words():
+    """Whatever their values, in lists or arrays, also after an empty document."""
     ids = {word: 10**6 + i for i, word in enumerate(sorted({w for t in (*QUERIES, *DOCUMENTS) for w in _tokens(t)}))}
     queries, documents = ([[ids[w] for w in _tokens(text)] for text in texts] for texts in (QUERIES, DOCUMENTS))
     assert np.allclose(bm25(queries, documents), bm25(QUERIES, DOCUMENTS))
@@ -53,14 +53,14 @@ def test_token_ids_do_as_well():
 
 
 def test_a_query_without_a_match_counts_as_nothing():
-    """And so do documents without words; nothing is divided by zero."""
+    """So do documents without words."""
     assert bm25(["zzz", "France"], DOCUMENTS).tolist() == [0, 0.5, 0, 0]
     assert bm25(["zzz", ""], DOCUMENTS).tolist() == [0] * 4
     assert bm25(["zzz"], ["", "!"]).tolist() == [0, 0]
 
 
-def test_bm25_refuses():
-    """Nothing, and what does not compare."""
+def test_bm25_refuses_empty_and_mixed_input():
+    """Texts and token ids do not compare."""
     for queries, documents in (([], ["a"]), (["a"], [])):
         with pytest.raises(BlueprintError, match="at least one query and one document"):
             bm25(queries, documents)
@@ -71,7 +71,7 @@ def test_bm25_refuses():
 
 
 def test_near_duplicates_are_found():
-    """Nearly all that share 0.9 of their shingles, hardly any that share 0.65, at a threshold of 0.8."""
+    """Nearly all at a similarity of 0.9 and hardly any at 0.65, with a threshold of 0.8."""
     found = {0.9: 0, 0.65: 0}
     for share in found:
         for _ in range(20):
@@ -82,8 +82,8 @@ def test_near_duplicates_are_found():
     assert found[0.9] >= 19 and found[0.65] <= 1
 
 
-def test_copies_are_found_whatever_their_case_and_marks():
-    """Words are compared; a text that was found is not remembered."""
+def test_copies_are_found_despite_case_and_punctuation():
+    """A duplicate is not remembered."""
     guard = NearDuplicates()
     text = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May."
     assert guard.is_new(text)
@@ -92,8 +92,8 @@ def test_copies_are_found_whatever_their_case_and_marks():
     assert len(guard) == 2
 
 
-def test_short_texts_are_compared_whole():
-    """Below the length of a shingle only what is equal is alike; the second empty text is no new one."""
+def test_short_texts_are_compared_exactly():
+    """Texts shorter than a shingle are duplicates only if equal, also empty ones."""
     guard = NearDuplicates()
     for text in ("one two three four", "one two three five", "", [1, 2, 3], [1, 2]):
         assert guard.is_new(text)
@@ -104,19 +104,19 @@ def test_short_texts_are_compared_whole():
 
 
 def test_the_threshold_decides():
-    """The same pair is alike or not."""
+    """For the same pair."""
     pair = [LONG, changed(LONG, 0.7)]
-    assert [news_of(pair, threshold) for threshold in (0.5, 0.95)] == [1, 2]
+    assert [count_new(pair, threshold) for threshold in (0.5, 0.95)] == [1, 2]
 
 
-def news_of(texts, threshold):
-    """How many are new."""
+def count_new(texts, threshold):
+    """Count the new texts."""
     guard = NearDuplicates(threshold)
     return sum(guard.is_new(text) for text in texts)
 
 
 def test_it_continues_from_its_state():
-    """Through JSON, with the same answers; the seed decides the hashes, and the same seed gives the same state."""
+    """Through JSON, with the same answers; the same seed gives the same state."""
     texts = [RNG.integers(0, 50, 8).tolist() for _ in range(30)] + ["a b", "c"]
     guards = [NearDuplicates(0.5, seed=seed) for seed in (1, 1, 2)]
     for guard in guards:
@@ -130,8 +130,8 @@ def test_it_continues_from_its_state():
     assert [resumed.is_new(text) for text in more] == [guards[0].is_new(text) for text in more]
 
 
-def test_near_duplicates_refuses(monkeypatch):
-    """Options out of range, states that are none, and a machine without the extra, which it names."""
+def test_near_duplicates_refuses_bad_options_and_states(monkeypatch):
+    """Without the extra the error names it."""
     for wrong in ({"threshold": 0}, {"threshold": 1.1}, {"shingle": 0}, {"permutations": 4}, {"seed": -1}):
         with pytest.raises(BlueprintError, match="threshold must be in"):
             NearDuplicates(**wrong)
