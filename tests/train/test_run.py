@@ -131,7 +131,7 @@ def test_a_recipe_may_stop_when_training_no_longer_pays(folder, tmp_path):
     [
         ({"model": "nowhere/at-all"}, "'nowhere/at-all' cannot be loaded"),
         ({"train": "nothing.jsonl"}, "nothing.jsonl"),
-        ({"columns": {"prompt": "frage"}}, "frage"),
+        ({"columns": {"prompt": "frage"}}, "must have the columns prompt and completion"),
         ({"max_length": 3}, "None of 64 examples has a target within 3 tokens"),
         ({"output": __file__}, "cannot be written: Not a directory"),
         ({"probe_examples": 0}, "probe_examples: 0 needs a blueprint, or placement: rank_by: even"),
