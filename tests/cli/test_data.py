@@ -113,13 +113,13 @@ def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
     out = tmp_path / "chosen.jsonl"
     for arguments, message in [
         ([*asked, "--count", 3, "--out", tmp_path / "chosen.txt"], "must end in one of"),
-        ([*asked, "--count", 3, "--out", folder / "data.jsonl"], "is the file of --data .*, which would be lost"),
-        ([*asked, "--out", out], "give one of the two"),
-        ([*asked, "--count", 3, "--out", out, "--method", "best"], "no method 'best'"),
-        ([*asked, "--count", 3, "--out", out, "--method", "bm25"], "give target"),
-        ([*asked, "--count", 3, "--out", out, "--placement-fraction", 0.5], "give one with --blueprint"),
+        ([*asked, "--count", 3, "--out", folder / "data.jsonl"], "would overwrite the file of --data"),
+        ([*asked, "--out", out], "Give either fraction or count"),
+        ([*asked, "--count", 3, "--out", out, "--method", "best"], "method must be one of .* got 'best'"),
+        ([*asked, "--count", 3, "--out", out, "--method", "bm25"], "Give target"),
+        ([*asked, "--count", 3, "--out", out, "--placement-fraction", 0.5], "needs the blueprint to place by"),
         ([*asked[:-1], "prompt", "--count", 3, "--out", out], "NAME=COLUMN pairs"),
-        ([folder, "--data", tmp_path / "none.jsonl", "--count", 3, "--out", out], "There is no file"),
+        ([folder, "--data", tmp_path / "none.jsonl", "--count", 3, "--out", out], "does not exist"),
     ]:
         with pytest.raises(BlueprintError, match=message):
             run(*arguments)
