@@ -20,20 +20,20 @@ from .schema import DIGEST, fields_of, record_of
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Gradient norms of a model's submodules, with what is needed to trust and to use them.
+    """Gradient norms of a model's submodules, with their statistics and provenance.
 
     Args:
         model_id: the model, as on the Hub.
         submodules: the entries, in the model's order; a file calls them `layers`.
         training_checkpoint: share of the model's own training that was done, (0, 1]; 1 for a finished model.
-        level: what an entry stands for.
+        level: whether an entry is a submodule, a group or a layer.
         model_revision: commit of the model, when known.
         model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
-        concentration: how the norms are distributed over submodules: the measured retained-mass curve, `gamma_fit`
-            with its residual, α with its standard error.
-        costs: the fixed and variable cost behind `k_star`, and their unit.
-        provenance: the command, data, versions, seed and so on that made it.
-        extra: keys of a file that this version does not know, kept as they are.
+        concentration: distribution of the norms over submodules: the measured retained-mass curve, `gamma_fit` with its
+            residual, α with its standard error.
+        costs: fixed and variable cost behind `k_star`, and their unit.
+        provenance: command, data, versions, seed and so on of the measurement.
+        extra: keys of a file that this version does not know, kept unchanged.
 
     Raises:
         FormatError: for no entries, a name twice, a checkpoint outside (0, 1], or a number that is missing, negative,
@@ -56,8 +56,7 @@ class Blueprint:
             raise FormatError(f"The blueprint of {self.model_id!r} has no entries; it needs at least one.")
         if not 0 < self.training_checkpoint <= 1:
             raise FormatError(
-                f"training_checkpoint={self.training_checkpoint} of {self.model_id!r} is no share of the training: give a "
-                "number above 0 and at most 1."
+                f"training_checkpoint of {self.model_id!r} must be in (0, 1], got {self.training_checkpoint}."
             )
         seen: set[str] = set()
         for entry in self.submodules:
@@ -130,9 +129,9 @@ class Blueprint:
             **kwargs: `domain`, `checkpoint`, `create_pr`, `dry_run`, `token`, …, see `publish.publish`.
 
         Returns:
-            The URL of the commit or pull request; with `dry_run` what would be sent.
+            The URL of the commit or pull request; with `dry_run` the content of the commit.
         """
-        from ..publish import publish
+        from ..publish import publish  # the one import of a room above
 
         return publish(self, repo_id, **kwargs)
 
@@ -144,16 +143,20 @@ class Blueprint:
     def expand(self, submodules: Sequence[Submodule]) -> Blueprint:
         """Expand a group- or layer-level blueprint to submodules; return others unchanged.
 
-        Each submodule takes an even share of the group or layer it belongs to.
-
-        Even in squares, so that coarsening gives back what was expanded: of n members each has the unit's gradient norm
-        over √n; its L1 norms and alignments are over n.
+        Each of the n submodules in a group or layer has its gradient norm over √n, and its L1 norms and alignments over
+        n, so that coarsening restores the original.
 
         Args:
             submodules: of the model, `find_submodules(model)`.
 
         Raises:
             MismatchError: if an entry matches no submodule.
+
+        Example:
+            >>> coarse = Blueprint("org/model", (Submodule("attn.0", 2.0),), level="group")
+            >>> members = [Submodule(f"layers.0.{name}_proj", group="attn.0") for name in "qkvo"]
+            >>> [(entry.name, entry.gradient_norm) for entry in coarse.expand(members)][:2]
+            [('layers.0.q_proj', 1.0), ('layers.0.k_proj', 1.0)]
         """
         if self.level == "submodule":
             return self
@@ -163,7 +166,7 @@ class Blueprint:
         missing = [entry.name for entry in self.submodules if entry.name not in members]
         if missing:
             raise MismatchError(
-                f"The blueprint of {self.model_id!r} speaks of {format_names(missing)}, and the model has "
+                f"The blueprint of {self.model_id!r} names {format_names(missing)}, and the model has "
                 f"{format_names(sorted(members)) if members else 'no such groups'}. Use a blueprint of this model."
             )
         expanded = tuple(
@@ -176,12 +179,17 @@ class Blueprint:
     def coarsen(self, level: Level) -> Blueprint:
         """Sum the entries up to groups or layers.
 
-        A unit's gradient norm is the root of the summed squares of its members' (its gradient is theirs, concatenated;
-        exact for one example, an upper bound for the mean over examples). L1 norms (`adam_gain`, `weight_gradient`) and
-        alignments, which are inner products, add.
+        The gradient norm of a group or layer is the root of its members' summed squares, the norm of their concatenated
+        gradients (exact for one example, an upper bound for the mean over examples). L1 norms (`adam_gain`,
+        `weight_gradient`) and alignments, which are inner products, add.
 
         Raises:
             MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
+
+        Example:
+            >>> entries = (Submodule("q_proj", 3.0, group="attn.0"), Submodule("k_proj", 4.0, group="attn.0"))
+            >>> Blueprint("org/model", entries).coarsen("group")["attn.0"].gradient_norm
+            5.0
         """
         if level == self.level:
             return self
@@ -213,13 +221,17 @@ class Blueprint:
         return replace(self, submodules=tuple(coarse), level=level)
 
     def for_domain(self, tag: str) -> Blueprint:
-        """The same blueprint with each gradient norm weighted by its `domain_tags[tag]`.
+        """Return the blueprint of another domain: each gradient norm times its `domain_tags[tag]`.
 
-        What was measured on the first domain alone (all but the norm and the weight's) is left out, so that ranking goes
-        by the weighted norms.
+        Statistics of the first domain alone are left out: all but the gradient's and the weight's norm.
 
         Raises:
             MismatchError: if an entry has no such tag.
+
+        Example:
+            >>> entry = Submodule("attn.0", 0.5, domain_tags={"law": 2.0})
+            >>> Blueprint("org/model", (entry,), level="group").for_domain("law")["attn.0"].gradient_norm
+            1.0
         """
         missing = [entry.name for entry in self.submodules if tag not in entry.domain_tags]
         if missing:
@@ -243,27 +255,31 @@ class Blueprint:
         return replace(self, submodules=weighted)
 
     def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
-        """Algorithm 1, line 2: G' = weight·Ḡ + (1 − weight)·G̃, this blueprint's norms with a local probe's.
+        """Blend this blueprint's norms with a local probe's: G' = weight·Ḡ + (1 − weight)·G̃ (Algorithm 1, line 2).
 
-        The two are first brought to one scale, this blueprint's, by the ratio of their geometric means: how large
-        gradients are as a whole depends on the loss, the sequence length and the data, carries no information about
-        where to adapt, and would otherwise let the louder side win. The geometric mean is taken because norms are
-        positive and skewed, so that a few large ones do not set the scale. `adam_gain` and `weight_gradient` are
-        blended the same way, and left out unless both have them throughout. Alignments and shares of energy do not
-        blend and are left out.
+        The probe is first scaled by the ratio of the geometric means. The size of the whole gradient depends on the loss,
+        the sequence length and the data, and carries no information about where to adapt. The geometric mean keeps a few
+        large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way where all entries
+        of both have them. Alignments and shares of energy do not blend and are left out.
 
         Args:
             local: the probe; the same submodules, in any order.
             weight: of this blueprint, in [0, 1]: 1 ignores the probe, 0 keeps only its shape.
-            by_uncertainty: weigh each entry by the inverse variance of its two norms on top of `weight`, so that a
-                norm with a wide interval counts less. Entries without intervals keep `weight`.
+            by_uncertainty: weight each entry also by the inverse variance of its two norms, so that a norm with a wide
+                interval counts less. Entries without intervals keep `weight`.
 
         Raises:
             BlueprintError: for a weight outside [0, 1].
             MismatchError: if the two do not name the same submodules.
+
+        Example:
+            >>> published = Blueprint("org/model", (Submodule("a", 1.0), Submodule("b", 4.0)))
+            >>> probe = Blueprint("org/model", (Submodule("a", 20.0), Submodule("b", 20.0)))
+            >>> [round(entry.gradient_norm, 3) for entry in published.blend(probe, 0.5)]
+            [1.5, 3.0]
         """
         if not 0 <= weight <= 1:
-            raise BlueprintError(f"weight={weight} is not a blend weight: give a number from 0 to 1.")
+            raise BlueprintError(f"weight must be in [0, 1], got {weight}.")
         require_same_names(self, local, "blended")
         others = {entry.name: entry for entry in local.submodules}
         scale = _common_scale(self.submodules, others, norm_of)
@@ -291,14 +307,20 @@ class Blueprint:
 
     @staticmethod
     def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
-        """One blueprint from several of the same model, weighted by their numbers of examples.
+        """Merge blueprints of the same model, weighted by their numbers of examples.
 
-        Mean norms merge exactly and their intervals as errors add; medians, signal norms, gains, alignments and exponents
-        do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every file has them.
+        Mean norms merge exactly, and their standard errors add in squares. Medians, signal norms, gains, alignments and
+        exponents do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every
+        blueprint has them.
 
         Raises:
-            MismatchError: if models, checkpoints or submodules differ, or an entry does not say how many examples it
-                is over.
+            MismatchError: if models, checkpoints or submodules differ, or an entry has no number of examples.
+
+        Example:
+            >>> few = Blueprint("org/model", (Submodule("attn.0", 1.0, examples=8),), level="group")
+            >>> many = Blueprint("org/model", (Submodule("attn.0", 2.0, examples=24),), level="group")
+            >>> Blueprint.merge([few, many])["attn.0"].gradient_norm
+            1.75
         """
         if not blueprints:
             raise BlueprintError("Nothing to merge: give at least one blueprint.")
@@ -318,7 +340,7 @@ class Blueprint:
         )
 
     def ranks(self, by: str = "gradient_norm") -> dict[str, int]:
-        """Rank of every entry within its kind, 1 for the largest."""
+        """Return the rank of every entry within its kind, 1 for the largest."""
         by_kind: dict[str | None, list[Submodule]] = {}
         for entry in self.submodules:
             by_kind.setdefault(entry.kind, []).append(entry)
@@ -384,12 +406,12 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
         )
 
 
-# statistics that do not follow from several blueprints' summaries
+# statistics that do not follow from the summaries of several blueprints
 _NOT_COMBINED: dict[str, Any] = dict.fromkeys(("adam_gain", "weight_gradient", "singular_energy", "alignment"))
 
 
 def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
-    """`member` with its part of the statistics of a unit of `count` members."""
+    """Return `member` with its share of the statistics of a group or layer of `count` members."""
     root = math.sqrt(count)
     return replace(
         unit,
@@ -415,21 +437,21 @@ def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
 
 
 def _total_of(values: Sequence[float | None]) -> float | None:
-    """The sum, or None if one is not known."""
+    """Return the sum, or None if a value is None."""
     return None if None in values else math.fsum(value or 0.0 for value in values)
 
 
 def _common_scale(
     mine: Sequence[Submodule], others: Mapping[str, Submodule], value: Callable[[Submodule], float]
 ) -> float:
-    """The ratio of geometric means of a statistic of the same entries on two sides."""
+    """Return the ratio of two blueprints' geometric means of a statistic."""
     pairs = [(value(m), value(others[m.name])) for m in mine]
     logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
     return math.exp(statistics.fmean(logs)) if logs else 1.0
 
 
 def _inverse_variance(weight: float, mine: Submodule, other: Submodule, scale: float) -> float:
-    """`weight` times the inverse variance of each side's norm; `weight` itself where one is not known."""
+    """Return `weight` adjusted by the inverse variances of the two norms; `weight` itself where one is unknown."""
     if not mine.norm_error or not other.norm_error:
         return weight
     precision, other_precision = weight / mine.norm_error**2, (1 - weight) / (scale * other.norm_error) ** 2
@@ -437,14 +459,10 @@ def _inverse_variance(weight: float, mine: Submodule, other: Submodule, scale: f
 
 
 def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
-    """One entry from several of the same submodule, weighted by their numbers of examples.
-
-    Raises:
-        MismatchError: if one does not say how many examples it is over.
-    """
+    """Merge entries of the same submodule, weighted by their numbers of examples."""
     counts = [entry.examples for entry in entries]
     if any(not count for count in counts):
-        raise MismatchError(f"{entries[0].name!r} does not say how many examples it is over, so it cannot be merged.")
+        raise MismatchError(f"{entries[0].name!r} has no number of examples, so it cannot be merged.")
     total = sum(count or 0 for count in counts)
     shares = [(count or 0) / total for count in counts]
     norm = math.fsum(share * norm_of(entry) for share, entry in zip(shares, entries, strict=True))

@@ -1,7 +1,4 @@
-"""One entry of a blueprint: where a submodule is in the model, and how the gradient there behaves.
-
-Plain frozen data and the few questions asked of it. Knows nothing of torch, files or whole blueprints.
-"""
+"""One entry of a blueprint: where a submodule is in the model, and how the gradient there behaves."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
-# Far beyond any model, and such that what is computed from them stays small.
+# Far beyond any model, and small enough to compute with.
 MAX_NAME = 1024  # characters of an id, kind, group or tag
 MAX_BLOCKS = 4096
 MAX_EXAMPLES = 10**12
-MAX_ELEMENTS = 2**53  # of a shape, all that a double counts
+MAX_ELEMENTS = 2**53  # of a shape; a double counts no further
 MAX_DIMENSIONS = 16
 MAX_ALIGNMENT = 64  # columns; 16 are measured
 MAX_TAGS = 256
 
-# What would change how the rest of a line is shown, and halves of characters, which no file can hold.
+# Characters that change how the rest of a line is shown, and surrogates, which no file can hold.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
 _LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
@@ -105,7 +102,7 @@ class Submodule:
 
     @property
     def d_in(self) -> int:
-        """Features of the input: columns of the gradient as a matrix, whose rows are all dimensions before; of a vector 1."""
+        """Columns of the gradient as a matrix, the weight's last dimension; 1 for a vector."""
         return self.shape[-1] if self.shape is not None and len(self.shape) > 1 else 1
 
     @property
@@ -131,19 +128,23 @@ NUMBERS = (
 
 
 def norm_of(entry: Submodule) -> float:
-    """The entry's gradient norm, which every entry of a `Blueprint` has."""
+    """Return the entry's gradient norm, which every entry of a `Blueprint` has."""
     assert entry.gradient_norm is not None
     return entry.gradient_norm
 
 
 def score_of(entry: Submodule, by: str) -> float:
-    """The statistic `by` of an entry.
+    """Return the statistic `by` of an entry.
 
     Raises:
-        BlueprintError: if there is no such statistic, or the entry does not carry it.
+        BlueprintError: if there is no such statistic, or the entry does not have it.
+
+    Example:
+        >>> score_of(Submodule("attn.0", gradient_norm=0.052), "gradient_norm")
+        0.052
     """
     if by not in NUMBERS:
-        raise BlueprintError(f"There is no statistic {by!r} to rank by; choose from {', '.join(NUMBERS)}.")
+        raise BlueprintError(f"by must be one of {', '.join(NUMBERS)}, got {by!r}.")
     value = getattr(entry, by)
     if value is None:
         raise BlueprintError(
@@ -154,7 +155,7 @@ def score_of(entry: Submodule, by: str) -> float:
 
 
 def level_of_ids(ids: Iterable[str]) -> Level:
-    """The level at which a list of entry ids speaks, from their form."""
+    """Return the level of a blueprint from the form of its entries' ids."""
     ids = list(ids)
     if all(_GROUP_ID.fullmatch(i) for i in ids):
         return "group"
@@ -164,7 +165,7 @@ def level_of_ids(ids: Iterable[str]) -> Level:
 
 
 def check_numbers(entry: Submodule, model_id: str) -> None:
-    """Raise FormatError unless every number of an entry is finite and not negative, the norm is there, and sizes are sane."""
+    """Raise FormatError unless an entry has a norm, all its numbers are finite and not negative, and sizes are in bounds."""
     check_bounds(entry, model_id)
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
@@ -180,19 +181,19 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
         raise FormatError(f"{where} has {wrong} in its alignment; numbers must be finite. Measure it again.")
     if entry.singular_energy is not None and entry.singular_energy > 1:
         raise FormatError(
-            f"{where} has singular_energy={entry.singular_energy}; a share is at most 1. Measure it again."
+            f"{where} has singular_energy={entry.singular_energy}; it must be at most 1. Measure it again."
         )
     if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
         raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
 
 
 def check_bounds(entry: Submodule, model_id: str) -> None:
-    """Raise FormatError unless an entry's names can be shown and its counts and sizes are such as models have."""
+    """Raise FormatError unless an entry's names can be printed and its counts and sizes are in bounds."""
     check_text(entry.name, "the id")
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if not entry.name or "\\" in entry.name or entry.name.startswith("/") or ".." in entry.name.split("/"):
         raise FormatError(
-            f"{where} is no name of a submodule: it is empty or reads as a path. Give the module's name, such as "
+            f"{where} is not the name of a submodule: it is empty or a path. Give the module's name, such as "
             "model.layers.3.self_attn.q_proj."
         )
     for name in (entry.kind, entry.group, *entry.domain_tags):
@@ -216,7 +217,7 @@ def check_bounds(entry: Submodule, model_id: str) -> None:
 
 
 def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
-    """Raise FormatError if a name is too long, or has control characters in it, which would rule a terminal."""
+    """Raise FormatError if a name is too long or holds control characters, which a terminal would obey."""
     if len(text) > limit:
         raise FormatError(
             f"{what} {text[:40]!r}… has {len(text):,} characters; at most {limit:,} are read. Shorten it."
@@ -227,7 +228,7 @@ def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
 
 
 def unit_of(entry: Submodule, level: Level) -> str:
-    """The id of the group or layer an entry belongs to, or its own name where it belongs to none."""
+    """Return the id of the entry's group or layer, or its own name where it belongs to none."""
     if level == "group" and entry.group is not None:
         return entry.group
     if level == "layer":

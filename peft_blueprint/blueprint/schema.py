@@ -21,8 +21,8 @@ from .theory import gamma_from_alpha
 
 
 SCHEMA_VERSION = 1
-DIGEST = "digest"  # of a blueprint's own content
-# An entry's keys but the id, the paper's first. A file spells `name` and `extra` otherwise.
+DIGEST = "digest"  # of the record itself
+# An entry's keys except its id, the paper's first
 _PAPER_KEYS = ("gradient_norm", "alpha", "gamma", "k_star", "domain_tags")
 ENTRY_KEYS = (
     *_PAPER_KEYS,
@@ -40,16 +40,16 @@ TOP_KEYS = (
 )
 _KNOWN_KEYS = frozenset(("id", *ENTRY_KEYS))
 MAX_ENTRIES = 100_000
-MAX_PATH = 4096  # characters of a model_id, which may be a folder's
-MAX_GRID = 10**8  # kinds × blocks², what some selections compute with
+MAX_PATH = 4096  # characters of a model_id, which may be a folder
+MAX_GRID = 10**8  # kinds × blocks², the work of some selections
 _MOST = {"shape": MAX_DIMENSIONS, "alignment": MAX_ALIGNMENT, "domain_tags": MAX_TAGS}
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _SHOWN = json.JSONEncoder(default=repr)
-_GAMMA_TOLERANCE = 0.006  # the paper's example prints two digits
+_GAMMA_TOLERANCE = 0.006  # the paper's example has two digits
 
 
 def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the record, with its digest, from the fields of a `Blueprint`; unknown statistics are left out."""
+    """Build the record and its digest from the fields of a `Blueprint`, without unknown statistics."""
     top = {key: _plain(fields[key]) for key in TOP_KEYS}
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -130,7 +130,7 @@ def entry_to_dict(entry: Submodule) -> dict[str, Any]:
     """Build the JSON object of one entry."""
     values = {key: _plain(getattr(entry, key)) for key in ENTRY_KEYS}
     if entry.form == "linear":
-        del values["form"]  # what a reader takes it to be without
+        del values["form"]  # the default of readers
     return {"id": entry.name, **{k: v for k, v in values.items() if _is_known(v)}, **entry.extra}
 
 
@@ -141,7 +141,7 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
     where = repr(data["id"])
     for key, most in _MOST.items():
         value = data.get(key)
-        if isinstance(value, list | dict) and len(value) > most:  # before each entry gets its copy
+        if isinstance(value, list | dict) and len(value) > most:  # before it is copied
             raise FormatError(
                 f"{key} of {where} has {len(value):,} items; at most {most} are read. Leave the others out."
             )
@@ -167,9 +167,9 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
 
 
 def _in_the_papers_gamma(entries: tuple[Submodule, ...]) -> tuple[Submodule, ...]:
-    """A.1's example computes γ as α/(1 + α), its text as 1 − α/(1 + α): read both, keep the text's.
+    """Convert γ = α/(1 + α), as in A.1's example, to 1 − α/(1 + α), as in its text.
 
-    Not asked of files with a `schema_version`, which are ours and follow the text.
+    For files without a `schema_version`; those with one follow the text.
     """
     converted, names = [], []
     for entry in entries:
@@ -183,7 +183,7 @@ def _in_the_papers_gamma(entries: tuple[Submodule, ...]) -> tuple[Submodule, ...
     if names:
         warnings.warn(
             f"gamma of {format_names(names)} follows alpha/(1 + alpha), as the example in the paper's appendix A.1 does; "
-            "its text says 1 - alpha/(1 + alpha), which is what is kept.",
+            "it was converted to the 1 - alpha/(1 + alpha) of its text.",
             stacklevel=2,
         )
     return tuple(converted)
@@ -198,7 +198,7 @@ def _take(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise FormatError(
-                f"{key} of {where} has no room in a double: {_shown(value)}. Measure it again."
+                f"{key} of {where} is beyond a double's range: {_shown(value)}. Measure it again."
             ) from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise FormatError(f"{key} of {where} must be {_NAMES[kind]}, not {_type(value)} {_shown(value)}.")
@@ -240,7 +240,7 @@ def _type(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     shown = ""
-    for piece in _SHOWN.iterencode(value):  # only as much as is shown: there may be a lot
+    for piece in _SHOWN.iterencode(value):  # only as much as is shown
         shown += piece
         if len(shown) > 80:
             break
@@ -257,7 +257,7 @@ def _check_digest(data: Mapping[str, Any]) -> None:
 
 
 def _canonical(record: Mapping[str, Any]) -> Iterator[str]:
-    """The compact JSON of an object, keys in order, in pieces: a piece for every entry of `layers`."""
+    """Yield the compact JSON of an object with sorted keys, in a piece for every entry of `layers`."""
     for count, key in enumerate(sorted(record)):
         yield f"{',' if count else '{'}{_CANONICAL.encode(key)}:"
         value = record[key]
@@ -275,13 +275,13 @@ def _check_grid(entries: tuple[Submodule, ...]) -> None:
     kinds = len({entry.kind for entry in entries})
     if kinds * blocks**2 > MAX_GRID:
         raise FormatError(
-            f"This blueprint speaks of {kinds:,} kinds and {blocks:,} blocks, more than any model has: kinds × blocks² may "
+            f"This blueprint has {kinds:,} kinds and {blocks:,} blocks, more than any model: kinds × blocks² may "
             f"be at most {MAX_GRID:,}. Measure it again."
         )
 
 
 def _in_floats(value: Any) -> Any:
-    """With every whole number that a double holds as a double."""
+    """Return a value with every whole number that a double holds as a double."""
     if type(value) is float or type(value) is str:
         return value
     if isinstance(value, Mapping):
@@ -293,7 +293,7 @@ def _in_floats(value: Any) -> Any:
 
 
 def _is_known(value: Any) -> bool:
-    """What is left out of a file is what a reader takes to be None, false or empty; a zero is written."""
+    """Return whether a value is written; readers take a missing key to be None, false or empty."""
     return not (value is None or value is False or value == {})
 
 

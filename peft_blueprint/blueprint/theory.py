@@ -1,9 +1,8 @@
-"""The paper's formulas as functions of plain numbers.
+"""The formulas of the paper as functions of plain numbers.
 
-Knows nothing of models or files. Equation numbers are those of "AI Progress Should Be Measured by
-Capability-Per-Resource" (McCoy, Wu, Butzin-Dozier 2025); where its printed numbers differ from its own formulas, the
-docstring says so. The cost's coefficients, alpha and beta in the paper, are `fixed_cost` and `variable_cost` here, so
-that `alpha` only ever means the power-law exponent.
+Equation numbers are those of "AI Progress Should Be Measured by Capability-Per-Resource" (McCoy, Wu, Butzin-Dozier
+2025); where its printed numbers differ from its own formulas, the docstring gives both. The cost's coefficients, alpha
+and beta in the paper, are `fixed_cost` and `variable_cost` here, because `alpha` is the power-law exponent.
 """
 
 import math
@@ -18,11 +17,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_share(name: str, value: float) -> None:
-    _require(0 < value <= 1, f"{name}={value} is not a share: give a number above 0 and at most 1.")
+    _require(0 < value <= 1, f"{name} must be in (0, 1], got {value}.")
 
 
 def retained_mass(k: float, n: int, alpha: float) -> float:
-    """Share of the total gradient norm held by the top k·n of n parameters under a power law, by the integral (eq. 7).
+    """Return the share of the gradient norm in the top k·n of n parameters under a power law, by the integral (eq. 7).
 
     ((kN)^(1−α) − 1) / (N^(1−α) − 1). For N = 10,000, α = 1.5, k = 0.1 this is 97.8 %; the paper's §4.1 prints
     "nearly 50 %" for that example.
@@ -34,46 +33,64 @@ def retained_mass(k: float, n: int, alpha: float) -> float:
 
     Raises:
         BlueprintError: for arguments outside these ranges, or fewer than one parameter in the top.
+
+    Example:
+        >>> round(retained_mass(0.1, 10_000, alpha=1.5), 3)
+        0.978
     """
     _require_share("k", k)
-    _require(alpha > 1, f"alpha={alpha}: eq. 7 needs alpha > 1. Use retained_mass_exact for smaller exponents.")
-    _require(k * n >= 1 and n > 1, f"k·n = {k * n:g} of n={n}: eq. 7 needs at least one parameter in the top.")
+    _require(
+        alpha > 1, f"alpha must be above 1 for eq. 7, got {alpha}. Use retained_mass_exact for smaller exponents."
+    )
+    _require(k * n >= 1 and n > 1, f"k·n must be at least 1 and n above 1 for eq. 7, got k·n={k * n:g}, n={n}.")
     return ((k * n) ** (1 - alpha) - 1) / (n ** (1 - alpha) - 1)
 
 
 def retained_mass_exact(k: float, n: int, alpha: float) -> float:
-    """Share of the total gradient norm held by the top round(k·n) of n parameters, by the sums of eq. 3 and 6.
+    """Return the share of the gradient norm in the top round(k·n) of n parameters, by the sums of eq. 3 and 6.
 
     For N = 10,000, α = 1.5, k = 0.1 this is 98.3 %.
 
     Raises:
         BlueprintError: for k outside (0, 1], n below 1, or alpha not positive.
+
+    Example:
+        >>> round(retained_mass_exact(0.1, 10_000, alpha=1.5), 3)
+        0.983
     """
     _require_share("k", k)
-    _require(n >= 1 and alpha > 0, f"n={n}, alpha={alpha}: give n of at least 1 and a positive alpha.")
+    _require(n >= 1 and alpha > 0, f"n must be at least 1 and alpha positive, got n={n}, alpha={alpha}.")
     top = max(1, round(k * n))
     head = math.fsum(r**-alpha for r in range(1, top + 1))
     return head / (head + math.fsum(r**-alpha for r in range(top + 1, n + 1)))
 
 
 def gamma_from_alpha(alpha: float) -> float:
-    """The concentration exponent γ = 1 − α/(1 + α) of appendix A.1's text.
+    """Return the concentration exponent γ = 1 − α/(1 + α) of appendix A.1's text.
 
     A heavier concentration (larger α) gives a smaller γ, as Δ_k ≈ k^γ·Δ_full requires. The example file in A.1 follows
-    α/(1 + α) instead (1.47 → 0.60); `formats` recognises it and converts.
+    α/(1 + α) instead (1.47 → 0.60); `from_dict` recognises and converts it.
 
     Raises:
         BlueprintError: if alpha is not positive.
+
+    Example:
+        >>> gamma_from_alpha(1.0)
+        0.5
     """
-    _require(alpha > 0, f"alpha={alpha} is not a power-law exponent: give a positive number.")
+    _require(alpha > 0, f"alpha, a power-law exponent, must be positive, got {alpha}.")
     return 1 - alpha / (1 + alpha)
 
 
 def gain_per_cost(k: float, gamma: float, fixed_cost: float, variable_cost: float) -> float:
-    """G(k) = k^γ / (fixed + variable·k), the performance-per-resource ratio up to a constant (eq. 12).
+    """Return G(k) = k^γ / (fixed + variable·k), the gain per cost up to a constant (eq. 12).
 
     Raises:
         BlueprintError: for k outside (0, 1] or costs that are not positive.
+
+    Example:
+        >>> round(gain_per_cost(0.375, 0.6, fixed_cost=1, variable_cost=4), 4)
+        0.2221
     """
     _require_share("k", k)
     _require_costs(gamma, fixed_cost, variable_cost)
@@ -81,29 +98,33 @@ def gain_per_cost(k: float, gamma: float, fixed_cost: float, variable_cost: floa
 
 
 def k_star(gamma: float, fixed_cost: float, variable_cost: float) -> float:
-    """The fraction k* that maximises G(k) (eq. 15), never above 1.
+    """Return the fraction k* that maximises G(k) (eq. 15), at most 1.
 
-    k* = γ·fixed / (variable·(1 − γ)) is below 1 only if γ < variable/(fixed + variable) (eq. 16); otherwise G rises
-    all the way and the best fraction is 1, which is what is returned then.
+    k* = γ·fixed / (variable·(1 − γ)) is below 1 only if γ < variable/(fixed + variable) (eq. 16); otherwise G rises up
+    to the best fraction 1.
 
     Raises:
         BlueprintError: for gamma outside (0, 1) or costs that are not positive.
+
+    Example:
+        >>> round(k_star(0.6, fixed_cost=1, variable_cost=4), 3)
+        0.375
     """
     _require_costs(gamma, fixed_cost, variable_cost)
     return min(1.0, gamma * fixed_cost / (variable_cost * (1 - gamma)))
 
 
 def _require_costs(gamma: float, fixed_cost: float, variable_cost: float) -> None:
-    _require(0 < gamma < 1, f"gamma={gamma}: the paper's curve k^gamma needs gamma between 0 and 1.")
+    _require(0 < gamma < 1, f"gamma must be in (0, 1), got {gamma}.")
     _require(
         fixed_cost > 0 and variable_cost > 0,
-        f"fixed_cost={fixed_cost}, variable_cost={variable_cost}: both must be positive.",
+        f"fixed_cost and variable_cost must be positive, got {fixed_cost} and {variable_cost}.",
     )
 
 
 @dataclass(frozen=True)
 class PartialUpdate:
-    """What Proposition B.1 says for given numbers: the best fraction, its ratio, and the ratio of a full update."""
+    """The best fraction of Proposition B.1, its gain per cost, and that of a full update."""
 
     k: float
     gain_per_cost: float
@@ -116,13 +137,17 @@ class PartialUpdate:
 
 
 def partial_update(gamma: float, fixed_cost: float, variable_cost: float) -> PartialUpdate:
-    """Check Proposition B.1: does some k < 1 beat a full update, and which is best?
+    """Find the best fraction of Proposition B.1 and compare it with a full update.
 
     For fixed 1, variable 4, γ = 0.6 the answer is k* = 0.375 with G = 0.2221 against 0.2 (the paper's B.2 prints
     0.228, having rounded 0.375^0.6 = 0.5552 up to 0.57).
 
     Raises:
         BlueprintError: as `k_star`.
+
+    Example:
+        >>> partial_update(0.6, fixed_cost=1, variable_cost=4).beats_full
+        True
     """
     k = k_star(gamma, fixed_cost, variable_cost)
     return PartialUpdate(
@@ -134,7 +159,7 @@ def partial_update(gamma: float, fixed_cost: float, variable_cost: float) -> Par
 
 @dataclass(frozen=True)
 class CombinedGain:
-    """Parameter and data selection together (eq. 35): the share of the gain kept, and of the cost paid."""
+    """Shares of gain and cost of parameter and data selection together (eq. 35)."""
 
     gain: float
     cost: float
@@ -146,13 +171,17 @@ class CombinedGain:
 
 
 def combined_gain(k: float, gamma: float, q: float, delta: float) -> CombinedGain:
-    """The gain k^γ·q^δ at the cost k·q of a fraction k of the parameters trained on a fraction q of the data (B.5).
+    """Return the gain k^γ·q^δ and the cost k·q of training a fraction k of the parameters on a fraction q of the data (B.5).
 
     For γ = 0.6, δ = 0.7, k = 0.2, q = 0.3: gain 0.3807·0.4305 = 0.1639, cost 0.06, ratio 2.73 (the paper prints 0.19
     and 3.17).
 
     Raises:
         BlueprintError: for k or q outside (0, 1].
+
+    Example:
+        >>> round(combined_gain(0.2, 0.6, q=0.3, delta=0.7).ratio, 2)
+        2.73
     """
     _require_share("k", k)
     _require_share("q", q)
@@ -160,12 +189,16 @@ def combined_gain(k: float, gamma: float, q: float, delta: float) -> CombinedGai
 
 
 def optimizer_bytes_saved(parameters: float, frozen_fraction: float, bytes_per_parameter: float = 12) -> float:
-    """Bytes of optimizer state not held when a fraction of the parameters is frozen (§5).
+    """Return the bytes of optimizer state saved by freezing a fraction of the parameters (§5).
 
     The default of 12 bytes is an fp32 master copy and two Adam moments: 80 % of 7 B parameters saves 67.2 GB.
 
     Raises:
         BlueprintError: for frozen_fraction outside [0, 1].
+
+    Example:
+        >>> optimizer_bytes_saved(7e9, 0.8)
+        67200000000.0
     """
-    _require(0 <= frozen_fraction <= 1, f"frozen_fraction={frozen_fraction} is not a share between 0 and 1.")
+    _require(0 <= frozen_fraction <= 1, f"frozen_fraction must be in [0, 1], got {frozen_fraction}.")
     return parameters * frozen_fraction * bytes_per_parameter
