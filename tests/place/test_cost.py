@@ -351,11 +351,11 @@ def test_wrong_names_and_values_are_refused():
         costs.cost({}, ["model.layers.7.mlp"])
     with pytest.raises(MismatchError, match=r"'q_proj' are not in the model"):
         costs.cost({"q_proj": 2})
-    with pytest.raises(MismatchError, match="can have no adapter"):
+    with pytest.raises(MismatchError, match="take no adapter"):
         costs.adapter_cost("model.norm", 2)
-    with pytest.raises(PlacementError, match="at least 1"):
+    with pytest.raises(PlacementError, match="positive integers, got"):
         costs.cost({"model.layers.0.mlp.up_proj": 0})
-    with pytest.raises(PlacementError, match=r"dtype='float8'.*'bfloat16'"):
+    with pytest.raises(PlacementError, match=r"'bfloat16'.*got dtype='float8'"):
         Workload(dtype="float8")
     with pytest.raises(PlacementError, match="batch_size=0"):
         Workload(batch_size=0)

@@ -1,7 +1,4 @@
-"""What training a placement costs on a model: FLOPs per token, step time beside all-linear LoRA's, bytes by part.
-
-Counted from the structure before anything is run. Knows nothing of gradients, scores or PEFT's objects.
-"""
+"""Predict FLOPs, step time and bytes of training a placement, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from .structure import Structure
 from .workload import FLOAT, Array, Workload
 
 
-# Floating-point operations in the time of moving one byte that no large matrix product moves: the time of a step is
-# its FLOPs and so many more for every such byte. "cpu" stands between the 4.5 and the 22 that fit two series of steps of
-# SmolLM2-135M in float32 on two AVX2 cores best; recipes/benchmark_cost.py prints the constant that fits a machine.
-# "cuda" has not been measured: an A100 does 312 TFLOP/s in bfloat16 and moves 2.0 TB/s, an H100 989 and 3.35, of which
-# large products reach about a half and elementwise kernels four fifths.
+# FLOPs that take as long as moving one byte outside of large matrix products; a step's time is its FLOPs plus this
+# many for each such byte. "cpu" lies between 4.5 and 22, the best fits for two series of steps of SmolLM2-135M in float32
+# on two AVX2 cores; `python -m benchmarks cost` prints the constant that fits a machine. "cuda" has not been measured: an
+# A100 does 312 TFLOP/s in bfloat16 and moves 2.0 TB/s, an H100 989 and 3.35, of which large products reach about a half
+# and elementwise kernels four fifths.
 FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 120.0}
 
 _ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, v read, and p, m, v written
@@ -30,28 +27,27 @@ _ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step of a placement costs.
+    """Predicted cost of one training step. FLOPs and bytes moved are per token.
 
     Args:
-        forward: FLOPs per token of the frozen model's forward pass.
-        backward: of its backward pass through activations, down to the lowest trained submodule.
-        adapters: of the adapters' own forward and backward passes.
-        weight_gradients: of the gradients of modules that are trained whole.
-        optimizer: of the optimizer's step, per token of the step.
-        recomputation: of what gradient checkpointing computes again.
-        moved: bytes per token that are read and written outside of large matrix products.
-        moved_by_adapters: those of them that adapters move.
-        trainable: parameters that are trained.
-        lowest: depth of the lowest trained submodule; None where that is in no block, or nothing is trained.
+        forward: FLOPs of the frozen model's forward pass.
+        backward: FLOPs of its backward pass through activations, down to the lowest trained submodule.
+        adapters: FLOPs of the adapters' forward and backward passes.
+        weight_gradients: FLOPs of the gradients of modules that are trained whole.
+        optimizer: FLOPs of the optimizer's step.
+        recomputation: FLOPs of the forward passes that gradient checkpointing repeats.
+        moved: bytes read and written outside of large matrix products.
+        moved_by_adapters: the part of `moved` that adapters cause.
+        trainable: number of trainable parameters.
+        lowest: depth of the lowest trained submodule; None if that is in no block, or nothing is trained.
         weights: bytes of the base model.
-        added: bytes of adapters, and of the copies of modules trained whole that PEFT makes.
-        gradients: bytes of the trained parameters' gradients.
+        added: bytes of adapters, and of PEFT's copies of modules that are trained whole.
+        gradients: bytes of the trainable parameters' gradients.
         states: bytes of the optimizer's states.
-        activations: bytes kept from the forward to the backward pass, by attention's and feed-forward parts' own
-            operations and by adapters.
-        recomputed: bytes of the one block whose activations are there again, under gradient checkpointing.
+        activations: bytes kept from the forward to the backward pass, by the model's operations and by adapters.
+        recomputed: bytes of the activations of the one block that gradient checkpointing recomputes at a time.
         logits: bytes of the loss over the vocabulary, at its peak.
-        workspace: bytes of one layer's weight out of its 4 or 8 bits.
+        workspace: bytes of the largest layer's dequantised weight.
     """
 
     forward: float
@@ -75,32 +71,39 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Per token of a step."""
+        """FLOPs per token."""
         return (
             self.forward + self.backward + self.adapters + self.weight_gradients + self.optimizer + self.recomputation
         )
 
     @property
     def bytes(self) -> int:
-        """At the peak of a step, with the gradients there as under gradient accumulation.
+        """Bytes at the peak of a step, with gradients held as under gradient accumulation.
 
-        Everything at once, but for the logits and the block that is recomputed, of which one is gone before the other
-        comes. What the framework itself takes (CUDA's context, fragmentation) is not counted.
+        The sum of all parts, except that logits and the recomputed block are not held at the same time. The CUDA context
+        and fragmentation are not counted.
         """
         held = self.weights + self.added + self.gradients + self.states + self.activations + self.workspace
         return held + max(self.logits, self.recomputed)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object of all numbers, with `flops` and `bytes`."""
+        """Return a JSON object of all numbers, with `flops` and `bytes`."""
         return asdict(self) | {"flops": self.flops, "bytes": self.bytes}
 
 
 class CostModel:
-    """Predicts what placements cost on one model for one kind of step.
+    """Predict the costs of placements on one model for one workload.
 
     Args:
-        structure: of the model.
-        workload: the step.
+        structure: names and shapes of the model.
+        workload: training step.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> structure = Structure.of(tiny_llama(layers=2))
+        >>> costs = CostModel(structure, Workload())
+        >>> costs.time_ratio(costs.all_linear())
+        1.0
     """
 
     def __init__(self, structure: Structure, workload: Workload) -> None:
@@ -119,8 +122,8 @@ class CostModel:
         self._reference_time = self.step_time(self.all_linear())
 
     def _sum_up(self) -> None:
-        """The frozen model's costs by stage, added from the top, so that entry i is of all stages from i on; by block
-        what checkpointing computes again.
+        """Sum the frozen model's costs from the top, so that entry i covers all stages from i on; and by block for
+        checkpointing.
         """
         structure, load, columns = self.structure, self.workload, self._columns
         operations, n, words = structure.operations, load.number, structure.vocabulary
@@ -136,7 +139,7 @@ class CostModel:
             total[-1] += of_head
             return np.append(np.cumsum(total[::-1])[::-1], 0.0)
 
-        # The loss: the logits are copied to float32, their log-softmax read and written; the gradient likewise.
+        # loss: the logits are copied to float32, their log-softmax is read and written; the gradient likewise
         product, copy = 2.0 * structure.head * words, words * (n + FLOAT) * (n != FLOAT)
         self._forward = from_the_top(columns.products, forward, product + 5 * words)[0]
         self._backward = from_the_top(columns.products, np.array([p.backward for p in prices]), product + 3 * words)
@@ -144,7 +147,7 @@ class CostModel:
         self._moved_backward = from_the_top(
             columns.dequantized, np.array([p.moved_backward for p in prices]), copy + 5 * FLOAT * words
         )
-        # In float32: logits, their log-softmax, and its gradient, all there in the log-softmax's backward pass.
+        # in float32: logits, log-softmax and its gradient, all held during the log-softmax's backward pass
         self._logits = load.tokens * words * 3 * FLOAT
         self._workspace = int(columns.numel[columns.is_quantized].max(initial=0.0) * n)
         self._kept_at, self._kept_block = at, block
@@ -153,8 +156,8 @@ class CostModel:
         self._widths = np.array(structure.blocks, dtype=np.float64)
         blocks = len(self._widths)
         self._block_top = np.full(blocks, -1, dtype=np.int64)
-        for of, stages in ((columns.block, columns.stage), (block, at)):
-            np.maximum.at(self._block_top, of[of >= 0], stages[of >= 0])
+        for index, stages in ((columns.block, columns.stage), (block, at)):
+            np.maximum.at(self._block_top, index[index >= 0], stages[index >= 0])
         self._block_forward = _by_block(columns.block, columns.products, blocks) + _by_block(block, forward, blocks)
         self._block_moved = _by_block(columns.block, columns.dequantized, blocks) + _by_block(block, moved, blocks)
         is_last = columns.is_matrix & (columns.block >= 0)
@@ -164,63 +167,62 @@ class CostModel:
         self._block_last[[operation.block for operation in operations if operation.weighted]] = 0.0
 
     def cost(self, ranks: Mapping[str, int], unfrozen: Collection[str] = ()) -> Cost:
-        """What a placement costs.
+        """Predict the cost of a placement.
 
         Args:
-            ranks: the rank of every adapter, by its submodule's full name.
-            unfrozen: names of modules that are trained whole; a block's name, such as `model.layers.3.mlp`, counts for
+            ranks: rank of each adapter, by its submodule's full name.
+            unfrozen: names of modules that are trained whole; a block's name, such as `model.layers.3.mlp`, includes
                 everything under it.
 
         Raises:
-            MismatchError: for a name that the model does not have, or on which no adapter can be put.
-            PlacementError: for a rank below 1, or an adapter inside of a module that is trained whole.
+            MismatchError: for a name that the model does not have, or that takes no adapter.
+            PlacementError: for a rank below 1, or an adapter inside a module that is trained whole.
         """
         adapted, rank = self._adapted(ranks)
         whole = self._whole(unfrozen)
         inside = [self.structure.parts[i].name for i in adapted if whole[i]]
         if inside:
             raise PlacementError(
-                f"Adapters are asked for on {format_names(inside)}, and {format_names(list(unfrozen))} to be trained whole, which has "
-                "them. Take them out of one of the two."
+                f"Adapters on {format_names(inside)} lie inside modules trained whole, {format_names(list(unfrozen))}. "
+                "Remove the adapters, or do not unfreeze."
             )
         return self._cost(adapted, rank, whole)
 
     def all_linear(self) -> Cost:
-        """LoRA of the workload's rank on every submodule that an adapter can be put on: the reference."""
+        """Predict the cost of the reference: LoRA of the workload's rank on every linear layer and fused expert."""
         adapted = np.flatnonzero(self._columns.is_adaptable)
         rank = np.full(len(adapted), float(self.workload.rank))
         return self._cost(adapted, rank, np.zeros(len(self._index), dtype=bool))
 
     def floor(self) -> Cost:
-        """A forward and backward pass through the whole model of which nothing is trained: what any placement costs
-        that reaches the bottom, before its own adapters.
+        """Predict the cost of a full forward and backward pass with nothing trained.
+
+        Every placement that reaches the lowest layer costs that much before its own adapters.
         """
         nothing = np.zeros(len(self._index), dtype=bool)
         return self._cost(np.zeros(0, dtype=np.int64), np.zeros(0), nothing, to_the_bottom=True)
 
     def time_ratio(self, cost: Cost) -> float:
-        """The predicted time of a step over that of all-linear LoRA."""
+        """Return the predicted step time over that of all-linear LoRA."""
         return self.step_time(cost) / self._reference_time
 
     def adapter_cost(self, name: str, rank: int) -> float:
-        """What one adapter adds to a step's time, in steps of all-linear LoRA, wherever the backward pass stops.
+        """Return what one adapter adds to a step's time, as a share of all-linear LoRA's step.
 
         Raises:
             MismatchError, PlacementError: as `cost`.
         """
         adapted, ranks = self._adapted({name: rank})
-        of = prices_of_adapters(self._columns, adapted, ranks, np.ones(1, dtype=bool), self.workload)
+        price = prices_of_adapters(self._columns, adapted, ranks, np.ones(1, dtype=bool), self.workload)
         flops, moved = self._of_optimizer(
             self._columns.sizes_of_adapters(adapted, ranks), self.workload.adapter_number
         )
-        flops += float(of.forward[0] + of.backward[0])
-        moved += float(of.moved_forward[0] + of.moved_backward[0])
+        flops += float(price.forward[0] + price.backward[0])
+        moved += float(price.moved_forward[0] + price.moved_backward[0])
         return (flops + FLOPS_PER_BYTE[self.workload.device] * moved) / self._reference_time
 
     def step_time(self, cost: Cost) -> float:
-        """A step's time per token, in floating-point operations that a large product would do in it: comparable between
-        workloads of one device.
-        """
+        """Return a step's time per token in FLOPs of a large matrix product, comparable between workloads of a device."""
         return cost.flops + FLOPS_PER_BYTE[self.workload.device] * cost.moved
 
     def _adapted(self, ranks: Mapping[str, int]) -> tuple[Indices, Array]:
@@ -230,16 +232,18 @@ class CostModel:
             self._refuse([name for name in ranks if name not in self._index], "are not in the model")
         rank = np.array(list(ranks.values()), dtype=np.float64)
         if not self._columns.is_adaptable[adapted].all():
-            self._refuse([n for n in ranks if not self._columns.is_adaptable[self._index[n]]], "can have no adapter")
+            self._refuse(
+                [n for n in ranks if not self._columns.is_adaptable[self._index[n]]], "take no adapter in the model"
+            )
         if len(rank) and (rank.min() < 1 or (rank != np.floor(rank)).any()):
             wrong = {name: value for name, value in ranks.items() if value < 1 or value != int(value)}
-            raise PlacementError(f"A rank is a whole number of at least 1, and these are not: {wrong}.")
+            raise PlacementError(f"Ranks must be positive integers, got {wrong}.")
         return adapted, rank
 
-    def _refuse(self, names: list[str], what: str) -> None:
+    def _refuse(self, names: list[str], reason: str) -> None:
         raise MismatchError(
-            f"{format_names(names)} {what}, which has {format_names(self.structure.adaptable)} for adapters. Use full names, as "
-            "find_submodules(model) gives them."
+            f"{format_names(names)} {reason}, which has {format_names(self.structure.adaptable)} for adapters. Use full "
+            "names, as find_submodules(model) returns them."
         )
 
     def _whole(self, unfrozen: Collection[str]) -> Mask:
@@ -253,11 +257,11 @@ class CostModel:
                         whole[i] = True
                         found.add(prefix)
             if names - found:
-                self._refuse(sorted(names - found), "are no modules of the model")
+                self._refuse(sorted(names - found), "are not modules of the model")
         return whole
 
     def _of_optimizer(self, tensors: Array, number: int) -> tuple[float, float]:
-        """FLOPs and bytes moved per token by the optimizer's step for parameters of so many numbers."""
+        """Return FLOPs and bytes moved per token by the optimizer's step, for tensors of these sizes."""
         numel = float(tensors.sum())
         flops = (2 if self.workload.optimizer == "sgd" else _ADAM_FLOPS) * numel
         moved = 3 * numel * number + 2 * self.workload.state_bytes(tensors, number)
@@ -271,11 +275,11 @@ class CostModel:
         if to_the_bottom or (first is not None and load.runs_to_the_bottom):
             lowest = -1
 
-        of = prices_of_adapters(columns, adapted, rank, stage[adapted] > lowest, load)
+        prices = prices_of_adapters(columns, adapted, rank, stage[adapted] > lowest, load)
         tensors, copied = columns.sizes_of_adapters(adapted, rank), columns.numel[whole]
         numbers = float(tensors.sum()), float(copied.sum())
         steps = self._of_optimizer(tensors, load.adapter_number), self._of_optimizer(copied, load.number)
-        moved_by_adapters = float(of.moved_forward.sum() + of.moved_backward.sum())
+        moved_by_adapters = float(prices.moved_forward.sum() + prices.moved_backward.sum())
         moved = float(self._moved_forward + self._moved_backward[lowest + 1]) + moved_by_adapters
         moved += steps[0][1] + steps[1][1] + 2 * load.number * numbers[1] / load.tokens
 
@@ -287,9 +291,9 @@ class CostModel:
             kept = outside + float(self._widths[again].sum()) * load.number * load.tokens
             stops_early = again.copy()
             stops_early[columns.block[trained[self._is_last[trained]]]] = False
-            by_adapters = _by_block(columns.block[adapted], of.forward, len(again))
+            by_adapters = _by_block(columns.block[adapted], prices.forward, len(again))
             recomputation = float((self._block_forward - stops_early * self._block_last + by_adapters)[again].sum())
-            by_adapters = _by_block(columns.block[adapted], of.moved_forward, len(again))
+            by_adapters = _by_block(columns.block[adapted], prices.moved_forward, len(again))
             moved += float((self._block_moved + by_adapters)[again].sum())
 
         added = int(numbers[0] * load.adapter_number + numbers[1] * load.number)
@@ -297,7 +301,7 @@ class CostModel:
         return Cost(
             forward=float(self._forward),
             backward=float(self._backward[lowest + 1]),
-            adapters=float(of.forward.sum() + of.backward.sum()),
+            adapters=float(prices.forward.sum() + prices.backward.sum()),
             weight_gradients=float(columns.products[whole].sum()),
             optimizer=steps[0][0] + steps[1][0],
             recomputation=recomputation,
@@ -316,12 +320,12 @@ class CostModel:
         )
 
     def _kept_for_backward(self, adapted: Indices, rank: Array, whole: Mask, lowest: int) -> tuple[float, Array]:
-        """Bytes kept from the forward to the backward pass, outside of blocks and by block.
+        """Return bytes kept from the forward to the backward pass, outside of blocks and by block.
 
-        Operations above the lowest trained stage keep what `price_of` says. An adapter keeps its input, once for all
-        that read the same, and r numbers; where its dtype is another, PEFT casts the input for each, and each keeps its
-        copy. A module trained whole keeps its input, a norm its result. What attention gives is kept by SDPA already.
-        The new copy of fused experts that an adapter on them makes is kept whole.
+        Operations above the lowest trained stage keep what `price_of` returns. An adapter keeps r numbers and its input,
+        once for all adapters that read the same; if dtypes differ, PEFT casts the input for each adapter, and each keeps
+        its copy. A module trained whole keeps its input, a norm its result. SDPA already keeps attention's output. The
+        new copy of fused experts that an adapter on them makes is kept in full.
         """
         load, columns = self.workload, self._columns
         fused = columns.is_fused[adapted]

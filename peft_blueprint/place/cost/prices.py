@@ -1,7 +1,4 @@
-"""What operations, weights and adapters cost per token: FLOPs, bytes moved, and bytes kept for the backward pass.
-
-Formulas with their sources, and a model's weights as columns of numbers. Knows nothing of placements.
-"""
+"""FLOPs, bytes moved and bytes kept for the backward pass, per token, of operations, weights and adapters."""
 
 from __future__ import annotations
 
@@ -19,16 +16,14 @@ Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-# Inputs' worth of numbers that an activation function keeps for its backward pass; 1 where it is a single kernel.
+# Tensors of its input's size that an activation function keeps for the backward pass; 1 for a single kernel.
 _KEPT_BY_FUNCTION = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 2, "gelu_python": 3, "relu2": 2}
-
-
-_ROUTING = 3 * 8 + 2 * FLOAT  # bytes kept of which expert a token visits, with which weight, where and back
+_ROUTING = 3 * 8 + 2 * FLOAT  # bytes kept of a visit's expert, weight and positions
 
 
 @dataclass(frozen=True)
 class Price:
-    """Of an operation: FLOPs and bytes moved in both directions, and bytes kept, all per token."""
+    """FLOPs and bytes moved of an operation, forward and backward, and bytes kept; all per token."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -38,16 +33,16 @@ class Price:
 
 
 def price_of(operation: Operation, workload: Workload) -> Price:
-    """What an operation between weights costs per token.
+    """Return the price of an operation between weights.
 
-    - A norm of torch's keeps its input and two float32 (Ba et al. 2016's mean and deviation). transformers' RMS norms
-      compute step by step in float32 and keep their input in it, which is a copy where activations are of 2 bytes, and
+    - torch's norm keeps its input and two float32 (mean and deviation; Ba et al. 2016, arXiv:1607.06450). transformers'
+      RMS norms compute step by step in float32 and keep their input in float32, a copy if activations take 2 bytes, and
       the inverse root.
-    - Attention by SDPA keeps queries, keys, values, its output, and a float32 per head (FlashAttention, Dao et al. 2022,
-      arXiv:2205.14135); with padding its mask as well. Eager attention keeps queries, keys, values and the T² scores
-      after the softmax, which is in float32, and their copy in 2 bytes. Rotary embeddings keep nothing of their own.
-    - An activation keeps its input, one that transformers writes out in Python more; the product of a gated unit keeps
-      both of its factors. An expert's output is kept for the gradient of its router's weight.
+    - SDPA keeps queries, keys, values, its output, and a float32 per head (FlashAttention, Dao et al. 2022,
+      arXiv:2205.14135), and with padding its mask. Eager attention keeps queries, keys, values, the T² scores after the
+      softmax in float32, and their copy in 2 bytes. Rotary embeddings keep nothing.
+    - An activation keeps its input, and more if transformers computes it in Python. The product of a gated unit keeps
+      both factors. An expert's output is kept for the gradient of its router's weight.
     - A sum keeps nothing.
     """
     n, w = workload.number, operation.width
@@ -95,15 +90,15 @@ def _price_of_attention(operation: Operation, workload: Workload) -> Price:
 
 @dataclass(frozen=True)
 class Columns:
-    """A model's weights as columns, one number of each for every part.
+    """A model's weights as columns of shape (parts,).
 
     Args:
-        stage, block, source, visits: as of a part.
-        numel, d_in, d_out, experts: sizes; `experts` is 1 where they are not fused.
-        products: FLOPs of the product with one token, experts as often as a token visits them.
-        stored: bytes, in whatever form they are held.
-        dequantized: bytes per token moved to have the weight out of its 4 or 8 bits once.
-        is_adaptable, is_fused, is_matrix, is_norm, is_quantized: what it is.
+        stage, block, source, visits, is_matrix: as in `Part`.
+        numel, d_in, d_out, experts: sizes; `experts` is 1 if they are not fused.
+        products: FLOPs of the product with one token, over all visits.
+        stored: bytes, quantised or not.
+        dequantized: bytes per token moved to dequantise the weight once.
+        is_adaptable, is_fused, is_norm, is_quantized: properties of the part.
     """
 
     stage: Indices
@@ -125,7 +120,7 @@ class Columns:
 
     @classmethod
     def of(cls, parts: tuple[Part, ...], workload: Workload) -> Columns:
-        """The columns of these parts under this workload."""
+        """Compute the columns of parts for a workload."""
         numel = np.array([part.numel for part in parts], dtype=np.float64)
         d_in = np.array([part.shape[-1] if part.shape else 1 for part in parts], dtype=np.float64)
         d_out = np.array([part.shape[-2] if len(part.shape) > 1 else 1 for part in parts], dtype=np.float64)
@@ -146,7 +141,7 @@ class Columns:
             experts=np.where(is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0),
             products=np.where(is_matrix, 2 * np.where(is_fused, d_in * d_out, numel) * visits, 0.0),
             stored=stored,
-            # Read in its bits, and written and read again in the activations' dtype.
+            # read in 4 or 8 bits, written and read again in the activations' dtype
             dequantized=np.where(is_quantized, stored + 2 * whole, 0.0) / workload.tokens,
             is_adaptable=np.array([part.form in ADAPTABLE for part in parts]),
             is_fused=is_fused,
@@ -156,14 +151,14 @@ class Columns:
         )
 
     def sizes_of_adapters(self, adapted: Indices, rank: Array) -> Array:
-        """Numbers of every adapter's A, then of every adapter's B, of all experts together where they are fused."""
+        """Return the elements of each adapter's A, then of each adapter's B, summed over fused experts."""
         ranks = self.experts[adapted] * rank
         return np.concatenate([ranks * self.d_in[adapted], ranks * self.d_out[adapted]])
 
 
 @dataclass(frozen=True)
 class AdapterPrices:
-    """FLOPs and bytes moved per token by every one of some adapters, forward and backward."""
+    """FLOPs and bytes moved per token, forward and backward, each of shape (adapters,)."""
 
     forward: Array
     backward: Array
@@ -174,21 +169,22 @@ class AdapterPrices:
 def prices_of_adapters(
     columns: Columns, adapted: Indices, rank: Array, needed: Mask, workload: Workload
 ) -> AdapterPrices:
-    """What adapters cost per token, as PEFT computes them.
+    """Return the prices of adapters as PEFT computes them.
 
-    A product with A and one with B, 2r(d_in + d_out) FLOPs, twice that backward, less the input's gradient where nothing
-    before needs it. Moved: the input is read (and cast, where dtypes differ), A's result written and read, B's result
-    written, scaled and added to the layer's; backward the same gradients, and the input's added to the layer's own.
+    The products with A and B take 2r(d_in + d_out) FLOPs forward and twice that backward, less the input's gradient if
+    nothing before needs it. Bytes moved: the input is read (and cast if dtypes differ), A's result is written and read,
+    B's result is written, scaled and added to the layer's; backward the same gradients, and the input's gradient is added
+    to the layer's.
 
-    An adapter of fused experts is folded into a new copy of all of them in every pass, and the gradient of the whole
-    copy is taken; both are counted once a step.
+    PEFT merges an adapter of fused experts into a new copy of all experts in each pass and takes the gradient of the
+    whole copy; both are counted once a step.
 
     Args:
-        columns: of the model.
+        columns: weights of the model.
         adapted: indices of the adapted parts.
-        rank: of each.
-        needed: whether something before it needs the gradient of its input.
-        workload: the step.
+        rank: of each adapter.
+        needed: whether something before an adapter needs its input's gradient.
+        workload: training step.
     """
     n, a = workload.number, workload.adapter_number
     cast = (n + a) * workload.is_mixed

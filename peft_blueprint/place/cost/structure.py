@@ -1,10 +1,11 @@
-"""What the cost model needs to know of a model: its weights in the order of computation, and what happens between them.
+"""Names and shapes of a model's weights in the order of computation, and the operations between them.
 
-Reads names, shapes and the config, and no weight; a model may be on the meta device. Knows nothing of prices.
+Reads names, shapes and the config, but no weights: a model may be on the meta device.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ...errors import MismatchError
 from ...measure import class_of, find_submodules, find_weights, unwrap
 
 
-# Stages of a unit, an attention or a feed-forward part of a block, in the order of computation.
+# Stages of a unit (the attention or a feed-forward part of a block) in the order of computation.
 _NORM, _IN, _CORE, _OUT, _STAGES = 0, 1, 2, 3, 4
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"experts\.(\d+)(\.|$)")
@@ -36,15 +37,15 @@ class Part:
     Args:
         name: as in a blueprint.
         form: as in a blueprint.
-        shape: (d_out, d_in) of a linear layer, (experts, d_out, d_in) of fused experts, else the parameter's own.
-        depth: index of its block, if it is in one.
+        shape: (d_out, d_in) of a linear layer, (experts, d_out, d_in) of fused experts, otherwise the parameter's own.
+        depth: index of its block in its stack, if it is in one.
         block: index of its block over all stacks, or -1.
-        stage: when it is used: a gradient that begins at one stage runs through all later ones.
-        source: which input it reads; q, k and v share one, and so do gate and up.
-        visits: how many times a token passes through it; of an expert in a list less than one.
-        is_matrix: whether a token is multiplied with it.
+        stage: position in the order of computation: a gradient that starts at one stage passes all later ones.
+        source: index of the input it reads; q, k and v share one, and so do gate and up.
+        visits: passes of a token through it; below 1 for an expert in a list.
+        is_matrix: whether tokens are multiplied with it.
         is_quantizable: whether a quantised model holds it in 4 or 8 bits.
-        reads_attention: whether its input is the output of an attention's products.
+        reads_attention: whether its input is the output of attention.
     """
 
     name: str
@@ -61,31 +62,27 @@ class Part:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What happens to a token between weights.
+    """An operation on a token between weights.
 
     Args:
-        kind: a norm computed as such or step by step in float32 (`rms_norm`), attention's products, an activation
-            function with the product of a gated unit, the sum with the residual stream.
-        block: as of a part.
-        stage: as of a part.
-        width: numbers that it works on: of a norm its input's, of attention the queries', of an activation one of its
-            inputs'.
-        keys: numbers of keys and of values, each; of attention.
-        heads: of attention.
-        is_causal: whether a token attends to what comes before it only.
-        function: name of the activation function in transformers.
+        kind: a norm as one kernel or step by step in float32 (`rms_norm`), attention, an activation function with the
+            product of a gated unit, or the sum with the residual stream.
+        block: as in `Part`.
+        stage: as in `Part`.
+        width: numbers per token: of a norm's input, of attention's queries, of one input of an activation.
+        keys: numbers per token of attention's keys, and of its values.
+        heads: number of attention heads.
+        is_causal: whether a token attends only to earlier ones.
+        function: transformers' name of the activation function.
         is_gated: whether the activation is multiplied with a second input.
-        weighted: width of an expert's output, which is multiplied with its router's weight; 0 elsewhere.
-        visits: as of a part.
+        weighted: width of an expert's output, which its router's weight multiplies; otherwise 0.
+        visits: as in `Part`.
     """
 
     kind: OperationKind
@@ -106,13 +103,13 @@ class Structure:
     """A model's weights and operations in the order of computation.
 
     Args:
-        parts: every weight once, in the model's order.
-        operations: what happens between them.
-        stages: how many stages there are; the head is at the last.
-        blocks: width of the input of every block.
-        vocabulary: width of the logits; 0 where there is no head.
-        head: width of the head's input; 0 where there is none, or where it is among the parts because it is not tied.
-        is_whole: whether all weights are here, which bytes need.
+        parts: each weight once, in the model's order.
+        operations: between the weights.
+        stages: number of stages; the head is at the last.
+        blocks: input width of each block.
+        vocabulary: width of the logits; 0 without a head.
+        head: input width of a tied head; 0 without a head, or if it is among the parts because it is not tied.
+        is_whole: whether all weights are included, which predictions of memory need.
     """
 
     parts: tuple[Part, ...]
@@ -125,10 +122,10 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        """The structure of a model, with or without adapters, on any device or on none (meta).
+        """Read the structure of a model, with or without adapters, on any device, also meta.
 
-        What cannot be seen from shapes comes from the config of a transformers model: the number of heads, how many
-        experts a token visits, the activation function.
+        The number of heads, the experts that a token visits and the activation function come from the config of a
+        transformers model.
         """
         weights, entries = find_weights(model), find_submodules(model, include="all")
         settings = _settings(model)
@@ -146,33 +143,33 @@ class Structure:
 
     @classmethod
     def of_blueprint(cls, blueprint: Blueprint) -> Structure:
-        """As much of a model's structure as a blueprint tells: enough for ratios of time, not for bytes.
+        """Read from a blueprint as much of the structure as predicts ratios of time, but not bytes.
 
-        A norm is assumed before every attention and feed-forward part, and of fused experts that a token visits two.
-        The head is counted where the blueprint has an entry for it (`include="all"`).
+        Assumes a norm before each attention and feed-forward part, and that a token visits two of the fused experts.
+        Counts the head if the blueprint has an entry for it (`include="all"`).
 
         Raises:
-            MismatchError: if entries carry no shapes, as those of groups and layers.
+            MismatchError: if entries have no shapes, like those of groups and layers.
         """
         entries = tuple(entry for entry in blueprint if entry.form in ADAPTABLE or entry.form == "head")
         without = [entry.name for entry in entries if entry.shape is None]
         if without or not entries:
             raise MismatchError(
                 f"The blueprint of {blueprint.model_id!r} (level {blueprint.level}) has no shape for "
-                f"{without[0] if without else 'any linear layer'!r}, from which costs are counted. Expand it onto its "
-                "model with blueprint.expand(find_submodules(model)), or give Structure.of(model)."
+                f"{without[0] if without else 'any linear layer'!r}, which costs need. Expand it with "
+                "blueprint.expand(find_submodules(model)), or use Structure.of(model)."
             )
         linear = {entry.name for entry in entries if entry.form == "linear"}
         return _Builder(entries, linear, {}, {}, {}).build()
 
     @property
     def adaptable(self) -> tuple[str, ...]:
-        """Names of the parts that an adapter can be put on."""
+        """Names of the parts that can have an adapter."""
         return tuple(part.name for part in self.parts if part.form in ADAPTABLE)
 
 
 class _Builder:
-    """Puts the parts of a model in order. Every block is a sequence of units, and a unit norm, in, core and out."""
+    """Order the parts of a model: a block is a sequence of units, and a unit has the stages norm, in, core and out."""
 
     def __init__(
         self,
@@ -280,7 +277,7 @@ class _Builder:
         return parts
 
     def _rest(self, rest: list[Submodule], parts: dict[str, Part], block: int, starts: list[int], width: int) -> None:
-        """Norms, biases and other parameters of a block; where there are no norms at all, one is assumed a unit."""
+        """Add a block's norms, biases and other parameters; assume one norm a unit if the model has none at all."""
         norms = [entry for entry in rest if entry.form == "norm" and entry.name in self.norms]
         wide = [entry for entry in norms if _width(entry) == width]
         for entry in rest:
@@ -290,7 +287,7 @@ class _Builder:
                 if entry in wide:
                     at = starts[wide.index(entry) * len(starts) // len(wide)]
                     count = width
-                else:  # inside the attention: a norm of every head, or of all of them at once
+                else:  # inside the attention: a norm of each head, or of all heads at once
                     at = starts[0] + _IN
                     count = self._heads_width(entry, block)
                 self._norm(entry, block, at, count)
@@ -343,14 +340,14 @@ def _width(entry: Submodule) -> int:
 
 
 def _block_of(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj`; empty outside of blocks."""
+    """Return `model.layers.3` for `model.layers.3.mlp.up_proj`, and "" outside of blocks."""
     parts = name.split(".")
     found = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
     return "" if found is None else ".".join(parts[: found + 1])
 
 
 def _unit_of(name: str) -> str:
-    """The attention or feed-forward part of its block that a weight belongs to; each expert of a list is its own."""
+    """Return the attention or feed-forward part of a weight's block; each expert of a list is its own."""
     block = _block_of(name)
     path = name[len(block) + 1 :].split(".")
     for i, part in enumerate(path[:-1]):
@@ -366,7 +363,7 @@ def _unit_of(name: str) -> str:
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """The config as a dictionary, its text part before the rest; empty for a model that has none."""
+    """Return the config as a dictionary, overridden by its text part; empty for a model without one."""
     config = vars(unwrap(model)).get("config")
     if config is None:
         return {}
@@ -376,7 +373,7 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _head_of(model: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a transformers model's output embedding, tied or not."""
+    """Return (d_out, d_in) of a transformers model's output embedding, tied or not."""
     base = unwrap(model)
     if "config" not in vars(base):
         return None
@@ -386,7 +383,7 @@ def _head_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _causality(model: nn.Module) -> dict[str, bool]:
-    """Whether each attention, by its unit's name, looks back only; transformers marks that on its modules."""
+    """Return by unit's name whether attention is causal, which transformers marks on its modules."""
     found: dict[str, bool] = {}
     for name, module in unwrap(model).named_modules():
         if "is_causal" in vars(module):

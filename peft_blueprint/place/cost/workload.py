@@ -1,7 +1,4 @@
-"""One training step as the cost model sees it, and the bytes in which its weights and optimizer states are stored.
-
-Plain frozen data and arithmetic on sizes. Knows nothing of models.
-"""
+"""A training step as the cost model sees it, and the bytes of quantised weights and optimizer states."""
 
 from __future__ import annotations
 
@@ -29,34 +26,37 @@ _ATTENTIONS = ("sdpa", "eager")
 # bitsandbytes' sizes
 _BLOCK_OF_4BIT, _BLOCK_OF_SCALES, _BLOCK_OF_8BIT_STATE = 64, 256, 256
 _CODE_OF_4BIT, _CODE_OF_8BIT = 16 * FLOAT, 256 * FLOAT
-_SMALLEST_8BIT_STATE = 4096  # tensors with fewer numbers have states in 32 bits
+_SMALLEST_8BIT_STATE = 4096  # elements; smaller tensors have states in 32 bits
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step as the cost model sees it.
+    """A training step as the cost model sees it.
 
     Args:
-        batch_size: examples of a step.
-        length: tokens of an example, padding included.
+        batch_size: examples in a step.
+        length: tokens in an example, with padding.
         dtype: of unquantised base weights and of activations: "bfloat16", "float16" or "float32".
-        quantization: "nf4", "fp4" or "int8", of linear layers that are not trained whole, the head excluded; or None.
-        double_quant: whether the 4-bit scales are themselves held in 8 bits.
-        checkpointing: whether activations are computed again in the backward pass, block by block.
+        quantization: of linear layers that are neither trained whole nor the head: "nf4", "fp4", "int8" or None.
+        double_quant: whether 4-bit scales are held in 8 bits.
+        checkpointing: whether activations are recomputed in the backward pass, block by block.
         optimizer: "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit" or "sgd" (without momentum).
         rank: of all-linear LoRA, the reference.
-        adapter_dtype: of adapters. PEFT holds them in float32 unless told otherwise.
+        adapter_dtype: of adapters, float32 by PEFT's default.
         attention: "sdpa" or "eager".
-        device: "cuda" or "cpu", which have other constants of time.
-        padded: whether a batch has padding. Attention is then given a mask, and keys and values are repeated for all
-            heads of their group.
-        input_gradients: whether the embeddings' output is made to require a gradient, so that the backward pass runs
-            to the bottom wherever the lowest adapter is. transformers does that when it turns gradient checkpointing
-            on, and PEFT once more in `get_peft_model`; `checkpointing.CheckpointAbove` undoes it. None stands for what
-            they do: the same as `checkpointing`.
+        device: "cuda" or "cpu", which have different time constants.
+        padded: whether a batch has padding: attention then gets a mask, and keys and values are repeated for all heads
+            of their group.
+        input_gradients: whether the embeddings' output requires a gradient, so that the backward pass runs to the bottom
+            wherever the lowest adapter is. transformers (with gradient checkpointing) and PEFT set that, and
+            `CheckpointAbove` undoes it. None is what they do: the same as `checkpointing`.
 
     Raises:
-        PlacementError: for a value that is none of these.
+        PlacementError: for an unknown value.
+
+    Example:
+        >>> Workload(batch_size=4, length=1024).tokens
+        4096
     """
 
     batch_size: int = 8
@@ -85,45 +85,48 @@ class Workload:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise PlacementError(
-                    f"Workload({name}={getattr(self, name)!r}) is not known; choose from {', '.join(map(repr, choices))}."
+                    f"Workload's {name} must be {' or '.join(map(repr, choices))}, got {name}={getattr(self, name)!r}."
                 )
         for name in ("batch_size", "length", "rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlacementError(f"Workload({name}={value!r}) is no count; give a whole number of at least 1.")
+                raise PlacementError(f"Workload's {name} must be a positive integer, got {name}={value!r}.")
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens in a step."""
         return self.batch_size * self.length
 
     @property
     def number(self) -> int:
-        """Bytes of an unquantised weight and of an activation."""
+        """Bytes of an element of unquantised weights and activations."""
         return DTYPES[self.dtype]
 
     @property
     def adapter_number(self) -> int:
-        """Bytes of a number of an adapter."""
+        """Bytes of an element of adapters."""
         return DTYPES[self.adapter_dtype]
 
     @property
     def is_mixed(self) -> bool:
-        """Whether adapters have another dtype than activations, so that PEFT casts every input of theirs."""
+        """Whether adapters and activations differ in dtype, so that PEFT casts each adapter's input."""
         return self.adapter_dtype != self.dtype
 
     @property
     def runs_to_the_bottom(self) -> bool:
-        """Whether the backward pass goes down to the embeddings whatever is trained."""
+        """Whether the backward pass runs down to the embeddings whatever is trained."""
         return self.checkpointing if self.input_gradients is None else self.input_gradients
 
     def quantized_bytes(self, numel: Array, d_out: Array) -> Array:
-        """Of linear layers' weights as bitsandbytes stores them, given how many numbers and rows they have.
+        """Return the bytes of linear layers' weights as bitsandbytes stores them.
 
-        4 bits a number and a scale for every 64, in float32, with a table of 16; with `double_quant` the scales take
-        8 bits each, with a float32 for every 256 of them, a table of 256 and an offset (Dettmers et al. 2023,
-        arXiv:2305.14314, section 3). Or 8 bits a number and a float32 for every row (Dettmers et al. 2022,
-        arXiv:2208.07339).
+        4 bits an element and a float32 scale for each 64, with a table of 16; with `double_quant` scales take 8 bits, with
+        a float32 for each 256 of them, a table of 256 and an offset (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+        Or 8 bits an element and a float32 for each row (Dettmers et al. 2022, arXiv:2208.07339).
+
+        Args:
+            numel: elements of each layer.
+            d_out: rows of each layer.
         """
         if self.quantization is None:
             return numel * self.number
@@ -136,11 +139,15 @@ class Workload:
         return stored + scales + np.ceil(scales / _BLOCK_OF_SCALES) * FLOAT + _CODE_OF_8BIT + FLOAT
 
     def state_bytes(self, numel: Array, number: int) -> float:
-        """Of the optimizer's states for parameters of `numel` numbers each, of `number` bytes.
+        """Return the bytes of the optimizer's states.
 
-        torch's AdamW keeps two states in the parameter's dtype, bitsandbytes' two in float32 or, for parameters of at
-        least 4096 numbers, in 8 bits with a float32 for every 256. Paged states count whole: they leave the
+        torch's AdamW keeps two states in the parameter's dtype; bitsandbytes' keeps two in float32 or, for parameters of
+        at least 4096 elements, in 8 bits with a float32 for each 256. Paged states count in full, because they leave the
         accelerator only when it is short of memory.
+
+        Args:
+            numel: elements of each parameter.
+            number: bytes of an element.
         """
         if self.optimizer == "sgd":
             return 0.0
