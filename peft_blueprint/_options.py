@@ -161,7 +161,8 @@ def _key(first: Mapping[str, Any], data: Any) -> str:
     """Return the path of one pydantic error in the data, without the types that its location also names."""
     names = []
     for part in first["loc"]:
-        if isinstance(data, Mapping) and part in data or isinstance(data, list) and isinstance(part, int):
+        is_index = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if is_index or isinstance(data, Mapping) and part in data:
             names.append(str(part))
             data = data[part]
     if first["type"] == "missing":

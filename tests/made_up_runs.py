@@ -3,7 +3,7 @@
 import math
 import random
 
-from peft_blueprint.runs.figures import UNITS, absent, measured, modelled
+from peft_blueprint.runs.quantity import UNITS, absent, measured, modelled
 from peft_blueprint.runs.record import Point, RunRecord
 
 

@@ -1,12 +1,7 @@
-"""What a piece of work spent: a running tally of time, tokens, operations, memory, energy and carbon.
-
-Every figure says whether it was measured, modelled or is absent. Measures this process and its devices; knows nothing of
-models, of what was gained, or of other processes, and asks nothing of the network.
-"""
+"""Count what a piece of work spends: time, tokens, operations, memory, energy and carbon."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,94 +13,106 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._options import from_mapping
 from ..errors import BlueprintError, FormatError, MeasurementError
-from .figures import UNITS, Figure, absent, largest, measured, modelled, total, weakest
-from .memory import HighWater
-from .meters import Meter, find_meters, local_processes
+from .meters import HighWater, Meter, find_meters, local_processes
+from .quantity import UNITS, Quantity, absent, is_finite_number, largest, measured, modelled, total, weakest
 
 
 GB = 10**9
 JOULES_PER_KWH = 3.6e6
-LOOK_EVERY = 60.0  # seconds after which `add` looks by itself
+LOOK_EVERY = 60.0  # seconds after which `add` reads memory and meters
 
 
 @dataclass
 class _Tally:
-    """What was counted since the start, or since the run was resumed."""
+    """Counts since the start, or since the run was resumed."""
 
     seconds: float = 0.0
     tokens: int | None = None
     tokens_to_price: int = 0
-    flops: Figure | None = None
+    flops: Quantity | None = None
     peak_bytes: int | None = None
     byte_seconds: float = 0.0
     joules: float = 0.0
     optimizer_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class _State:
+    quantities: Mapping[str, Quantity]
+
+    def __post_init__(self) -> None:
+        if self.quantities.keys() != UNITS.keys():
+            raise FormatError(f"quantities must be {', '.join(UNITS)}, got {', '.join(self.quantities) or 'none'}.")
+
+
 class Ledger:
-    """Counts what is spent between `start` and `pause`, or inside a `with`; several may run at once.
+    """Counts what is spent between `start` and `pause`, or inside a `with`; several ledgers may run at once.
 
-    Every step, `add` counts tokens, and does no more than that. Memory and meters are looked at when figures are asked
-    for, at a pause, and once a minute by `add`, so that no counter of energy goes round unseen; without waiting for the
-    device, but at a pause. `memory_gb_hours` sums the peak since the last look times the time since then, and is never
-    too low.
+    `add` counts the tokens of a step and does little else. Memory and meters are read when quantities are asked for, at
+    a pause, and once a minute by `add`, so that no energy counter wraps around unseen. Only a pause waits for the
+    device. `memory_gb_hours` sums the peak since the last reading times the time since then, so it is an upper bound.
 
-    Under several processes each has its ledger and counts its own part: its GPU, and of the processors' energy an equal
-    share.
+    With several processes each has its own ledger and counts its own part: its GPU, and an equal share of the energy of
+    the processors. Nothing is asked of the network.
 
     Args:
-        devices: how many this process occupies. By default the visible GPUs, under torchrun or accelerate the process's
-            own, and 1 on a CPU. If there are more, those on which it holds most are taken to be its own.
-        flops_per_token: what a token costs: of CostModel (`Cost.flops`), or measured once by `counted_flops`. May be
-            set later, and then counts for all tokens since the start.
-        watts: of a device, for a model of the energy where there is no meter.
-        carbon: grams of CO2 equivalent per kWh, as `carbon_factor` gives it.
-        meters: of energy; by default those that there are.
-        gpus: whether the visible GPUs are what works here; False for work on the CPU of a machine that has some.
+        devices: number of devices this process occupies. By default the visible GPUs, one GPU under torchrun or
+            accelerate, and 1 on a CPU. If more GPUs are visible, those with most of this process's memory are counted.
+        flops_per_token: cost of a token, from CostModel (`Cost.flops`) or measured once by `counted_flops`. May be set
+            later, and then counts for all tokens since the start.
+        watts: power of a device, to model energy where there is no meter.
+        carbon: grams of CO2 equivalent per kWh, from `carbon_factor`.
+        meters: energy meters; by default those that `find_meters` returns.
+        gpus: whether the visible GPUs are used; False for work on the CPU of a machine with GPUs.
 
     Raises:
         BlueprintError: for bad values.
+
+    Example:
+        >>> with Ledger(flops_per_token=modelled(6e9, "6 × parameters"), meters=[]) as ledger:
+        ...     ledger.add(tokens=4096)
+        >>> ledger.quantities()["flops"].how
+        'modelled'
     """
 
     def __init__(
         self,
         *,
         devices: int | None = None,
-        flops_per_token: Figure | None = None,
+        flops_per_token: Quantity | None = None,
         watts: float | None = None,
-        carbon: Figure | None = None,
+        carbon: Quantity | None = None,
         meters: Sequence[Meter] | None = None,
         gpus: bool = True,
     ) -> None:
         if devices is not None and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
-            raise BlueprintError(f"devices={devices!r} is no number of devices: give a whole number from 1.")
-        if watts is not None and (
-            isinstance(watts, bool) or not isinstance(watts, int | float) or not 0 < watts < math.inf
-        ):
-            raise BlueprintError(f"watts={watts!r} is no power: give a device's watts, above 0.")
-        for name, figure in (("flops_per_token", flops_per_token), ("carbon", carbon)):
-            if figure is not None and not isinstance(figure, Figure):
-                raise BlueprintError(f"{name}={figure!r} does not say how it came about: give a Figure.")
+            raise BlueprintError(f"devices must be a positive integer, got {devices!r}.")
+        if watts is not None and not (is_finite_number(watts) and watts > 0):
+            raise BlueprintError(f"watts must be a positive number, got {watts!r}.")
+        for name, quantity in (("flops_per_token", flops_per_token), ("carbon", carbon)):
+            if quantity is not None and not isinstance(quantity, Quantity):
+                raise BlueprintError(f"{name} must be a Quantity, got {quantity!r}. Use measured(…) or modelled(…).")
         visible = torch.cuda.device_count() if gpus else 0
         own = 1 if local_processes() > 1 else visible
         self.devices = devices or max(1, own)
-        self.flops_per_token = flops_per_token or absent("nothing says what a token costs")
+        self.flops_per_token = flops_per_token or absent("the cost of a token is not known")
         self.watts = watts
-        self.carbon = carbon or absent("no carbon factor: nothing says where the electricity comes from")
+        self.carbon = carbon or absent("no carbon factor was given")
         self._gpu_count = min(self.devices, visible)
         self._gpus: list[int] = []  # torch's indices, found at the start
         self._memory = HighWater()
         self._meters = None if meters is None else list(meters)
         self._meters_read = 0.0
-        self._no_meter = "no meter of energy was given"
+        self._no_meter = "" if meters else "no energy meter was given"
         self._running = False
         self._last_look = 0.0
-        self._before: dict[str, Figure] = {}  # of the run that is resumed
+        self._before: dict[str, Quantity] = {}  # of the run that is resumed
         self._tally = _Tally()
 
     def start(self) -> Ledger:
-        """Begin, or go on after a pause; nothing if it runs already."""
+        """Start counting, or continue after a pause; no effect while running."""
         if self._running:
             return self
         if self._gpu_count and not self._gpus:
@@ -113,7 +120,7 @@ class Ledger:
             self._gpus = _own_gpus(self._gpu_count)
             self._memory = HighWater(self._gpus)
         if self._meters is None:
-            uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in self._gpus]
+            uuids = {i: f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in self._gpus}
             self._meters, missing = find_meters(uuids)
             self._no_meter = "; ".join(missing)
         self._wait()
@@ -124,7 +131,7 @@ class Ledger:
         return self
 
     def pause(self) -> None:
-        """Wait for the device, count what was spent so far, and no more until `start`."""
+        """Wait for the device, count, and stop counting until `start`."""
         if self._running:
             self._wait()
             self.look()
@@ -137,47 +144,45 @@ class Ledger:
     def __exit__(self, *exception: object) -> None:
         self.pause()
 
-    def add(self, tokens: int = 0, flops: float | Figure | None = None) -> None:
-        """Count a step; at any time, also in a pause.
+    def add(self, tokens: int = 0, flops: float | Quantity | None = None) -> None:
+        """Count a step, also during a pause.
 
         Args:
-            tokens: that went through the model, padding included if it did.
-            flops: of the step, in place of those of its tokens; a bare number counts as modelled.
+            tokens: input positions of the model, padding included.
+            flops: of the step, instead of `flops_per_token` times its tokens; a plain number counts as modelled.
 
         Raises:
-            BlueprintError: for less than nothing.
+            BlueprintError: for a negative number.
         """
         tokens = int(tokens)
         if tokens < 0:
-            raise BlueprintError(f"tokens={tokens} cannot be spent: give a number from 0.")
-        if flops is not None and not isinstance(flops, Figure) and not float(flops) >= 0:
-            raise BlueprintError(f"flops={flops} cannot be spent: give a number from 0.")
+            raise BlueprintError(f"tokens must be at least 0, got {tokens}.")
+        if flops is not None and not isinstance(flops, Quantity) and not float(flops) >= 0:
+            raise BlueprintError(f"flops must be at least 0, got {flops}.")
         self._tally.tokens = tokens + (self._tally.tokens or 0)
         if flops is None:
             self._tally.tokens_to_price += tokens
         else:
-            of_step = flops if isinstance(flops, Figure) else modelled(float(flops), "as given for each step")
+            of_step = flops if isinstance(flops, Quantity) else modelled(float(flops), "as given for each step")
             self._tally.flops = of_step if self._tally.flops is None else total((self._tally.flops, of_step))
         self.look_if_due()
 
     def look_if_due(self) -> None:
-        """Look, if the last time is a minute ago: for long work in which nothing is added, so that no counter of energy
-        goes round unseen.
-        """
+        """Call `look` if the last reading is a minute old; for long work that calls no `add`."""
         if self._running and time.perf_counter() - self._last_look > LOOK_EVERY:
             self.look()
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the bytes that an optimizer's states take in this process; after its first step, when they are there.
+        """Count the bytes of an optimizer's states in this process; call it after the optimizer's first step.
 
-        Of a tensor in parts (sharded, quantised) what lies here is counted; what several parameters share, once.
+        For sharded and quantised tensors the local parts count; tensors that parameters share count once.
         """
         tensors = {id(tensor): tensor for tensor in _tensors_in(optimizer.state)}
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._tally.optimizer_bytes = max(held, self._tally.optimizer_bytes or 0)
 
     def look(self) -> None:
-        """Count the time since the last look, with its memory and energy; nothing in a pause. Waits for no device."""
+        """Count time, memory and energy since the last reading; no effect in a pause. Does not wait for the device."""
         if not self._running:
             return
         now = time.perf_counter()
@@ -191,19 +196,17 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time, without pauses."""
-        return self.figures()["seconds"].value or 0.0
+        """Wall-clock time without pauses."""
+        return self.quantities()["seconds"].value or 0.0
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory held at once: on the fullest of the GPUs if there are any, else by the whole process (on
-        Linux); None where it cannot be measured.
-        """
-        value = self.figures()["peak_bytes"].value
+        """Peak memory: of the fullest GPU, otherwise of the process (on Linux); None where it cannot be measured."""
+        value = self.quantities()["peak_bytes"].value
         return None if value is None else int(value)
 
-    def figures(self) -> dict[str, Figure]:
-        """All that was spent so far, by the names of `figures.UNITS` and in their units."""
+    def quantities(self) -> dict[str, Quantity]:
+        """Return everything spent so far, by the names in `UNITS` and in their units."""
         self.look()
         own = self._own()
         if not self._before:
@@ -211,50 +214,45 @@ class Ledger:
         return {name: self._since_the_beginning(name, own[name]) for name in UNITS}
 
     def totals(self) -> dict[str, float]:
-        """The values of those figures that are there."""
-        return {name: figure.value for name, figure in self.figures().items() if figure.value is not None}
+        """Return the values of the quantities that are not absent."""
+        return {name: quantity.value for name, quantity in self.quantities().items() if quantity.value is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted so far, as a JSON object."""
-        return {"figures": {name: figure.to_dict() for name, figure in self.figures().items()}}
+        """Return the counts so far as a JSON object."""
+        return {"quantities": {name: quantity.to_dict() for name, quantity in self.quantities().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from there, in place of what was counted here.
+        """Continue from a state of `state_dict`, in place of the counts so far.
 
         Raises:
-            FormatError: if it is not what `state_dict` gave.
+            FormatError: for anything else; nothing changes then.
         """
-        figures = state.get("figures") if isinstance(state, Mapping) else None
-        if not isinstance(figures, Mapping) or figures.keys() != UNITS.keys():
-            found = ", ".join(map(str, figures)) if isinstance(figures, Mapping) else f"no figures but {state!r:.100}"
-            raise FormatError(
-                f"A ledger's state has the figures {', '.join(UNITS)}, and this has {found}. Give what "
-                "Ledger.state_dict returned."
-            )
-        before = {name: Figure.from_dict(figures[name]) for name in UNITS}
+        before = dict(from_mapping(_State, state, "The ledger's state", FormatError).quantities)
         self.look()
         self._tally = _Tally()
         self._before = before
 
-    def _since_the_beginning(self, name: str, own: Figure) -> Figure:
+    def _since_the_beginning(self, name: str, own: Quantity) -> Quantity:
         before = self._before[name]
         if name == "optimizer_bytes":
-            there = [figure for figure in (before, own) if figure.value is not None]
+            there = [quantity for quantity in (before, own) if quantity.value is not None]
             return largest(there or [own])
         has_begun = self._tally.tokens is not None if name in ("tokens", "flops") else self._tally.seconds > 0
         if not has_begun:
             return before
         return (largest if name == "peak_bytes" else total)((before, own))
 
-    def _own(self) -> dict[str, Figure]:
-        """All that was spent since the start, or since the run was resumed."""
+    def _own(self) -> dict[str, Quantity]:
+        """Return everything spent since the start, or since the run was resumed."""
         energy = self._energy()
-        memory = peak = absent(self._memory.missing or "nothing was counted yet")
+        memory = peak = absent(self._memory.missing or "nothing has been counted yet")
         if self._tally.peak_bytes is not None:
-            memory = measured(self._tally.byte_seconds / GB / 3600, f"{self._memory.source}, peaks between looks")
-            of_which = ", the fullest" if len(self._gpus) > 1 else ""
-            peak = measured(self._tally.peak_bytes, f"{self._memory.source}{of_which}")
-        tokens = absent("none were counted") if self._tally.tokens is None else measured(self._tally.tokens, "counted")
+            memory = measured(self._tally.byte_seconds / GB / 3600, f"{self._memory.source}, peaks between readings")
+            which = ", the fullest" if len(self._gpus) > 1 else ""
+            peak = measured(self._tally.peak_bytes, f"{self._memory.source}{which}")
+        tokens = (
+            absent("no tokens were counted") if self._tally.tokens is None else measured(self._tally.tokens, "counted")
+        )
         states = absent("no optimizer was noted")
         if self._tally.optimizer_bytes is not None:
             states = measured(self._tally.optimizer_bytes, "the optimizer's state tensors")
@@ -270,7 +268,7 @@ class Ledger:
             "optimizer_bytes": states,
         }
 
-    def _operations(self) -> Figure:
+    def _operations(self) -> Quantity:
         per_token = self.flops_per_token
         if self._tally.tokens is None:
             return absent("no tokens were counted")
@@ -278,10 +276,10 @@ class Ledger:
             return self._tally.flops
         of_tokens = per_token
         if per_token.value is not None:
-            of_tokens = Figure(per_token.value * self._tally.tokens_to_price, per_token.how, per_token.source)
+            of_tokens = Quantity(per_token.value * self._tally.tokens_to_price, per_token.how, per_token.source)
         return of_tokens if self._tally.flops is None else total((self._tally.flops, of_tokens))
 
-    def _energy(self) -> Figure:
+    def _energy(self) -> Quantity:
         if self._meters:
             missing = f"; without the processor: {self._no_meter}" if self._gpus and self._no_meter else ""
             return measured(self._tally.joules, " and ".join(meter.name for meter in self._meters) + missing)
@@ -296,7 +294,7 @@ class Ledger:
         return f"{self.devices} device{'s' * (self.devices > 1)}"
 
     def _read_meters(self) -> float:
-        """Joules since the last time. A meter that fails ends no training: there is none from then on."""
+        """Return the joules since the last reading. A meter that fails is dropped, and the run continues."""
         try:
             now = sum(meter.joules() for meter in self._meters or ())
         except MeasurementError as error:
@@ -311,30 +309,36 @@ class Ledger:
 
 
 class CountedFlops:
-    """What `counted_flops` counts."""
+    """Result of `counted_flops`."""
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self._counter = counter
 
     @property
     def total(self) -> int:
-        """Floating-point operations so far."""
+        """Floating-point operations counted so far."""
         return int(self._counter.get_total_flops())
 
-    def per_token(self, tokens: int) -> Figure:
-        """The same for one of the tokens they were spent on, for `Ledger(flops_per_token=...)`."""
+    def per_token(self, tokens: int) -> Quantity:
+        """Return the operations per token, for `Ledger(flops_per_token=...)`."""
         if tokens < 1:
-            raise BlueprintError(f"{self.total} FLOPs were counted for tokens={tokens}: give a number from 1.")
+            raise BlueprintError(f"tokens must be at least 1, got {tokens}.")
         return measured(self.total / tokens, "torch.utils.flop_counter, one measurement")
 
 
 @contextmanager
 def counted_flops() -> Iterator[CountedFlops]:
-    """Count the floating-point operations of what runs inside the `with`, by `torch.utils.flop_counter`.
+    """Count the floating-point operations inside the `with`, using `torch.utils.flop_counter`.
 
-    It sees matrix products, convolutions and attention, a multiplication and an addition as two; on CPUs too, where
-    torch's own table lacks attention. It does not see compiled code, nor operations it has no formula for, such as
-    products with 4-bit weights. What runs inside is slower: count one step, not all.
+    Matrix products, convolutions and attention are counted, a multiplication and an addition as two operations; on CPUs
+    too, for which torch's own table lacks attention. Compiled code and operations without a formula, such as products
+    with 4-bit weights, are not. Counting is slow: count one step, not all.
+
+    Example:
+        >>> with counted_flops() as counted:
+        ...     _ = torch.ones(4, 4) @ torch.ones(4, 4)
+        >>> counted.total
+        128
     """
     aten = torch.ops.aten
     of_cpu = {
@@ -346,7 +350,7 @@ def counted_flops() -> Iterator[CountedFlops]:
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two products: the scores, and their sum of values. Shapes are (batch, heads, length, width)."""
+    """Count two products: the scores and the weighted values. Shapes are (batch, heads, length, width)."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
@@ -354,27 +358,27 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 def _attention_backward_flops(
     gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Five products: the scores again, and the gradients of scores, values, queries and keys."""
+    """Count five products: the scores again, and the gradients of scores, values, queries and keys."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (3 * width + 2 * value[-1])
 
 
-def _carbon_of(energy: Figure, factor: Figure) -> Figure:
+def _carbon_of(energy: Quantity, factor: Quantity) -> Quantity:
     if energy.value is None or factor.value is None:
-        return absent("; ".join(figure.source for figure in (energy, factor) if figure.value is None))
+        return absent("; ".join(quantity.source for quantity in (energy, factor) if quantity.value is None))
     grams = energy.value / JOULES_PER_KWH * factor.value
-    return Figure(grams, weakest((energy.how, factor.how)), f"{energy.source}; {factor.source}")
+    return Quantity(grams, weakest((energy.how, factor.how)), f"{energy.source}; {factor.source}")
 
 
 def _own_gpus(count: int) -> list[int]:
-    """So many of the visible GPUs: first those on which this process holds most, then its current one."""
+    """Choose `count` visible GPUs: first those with most of this process's memory, then its current one."""
     current = torch.cuda.current_device()
     by_use = sorted(range(torch.cuda.device_count()), key=lambda i: (-torch.cuda.memory_allocated(i), i != current))
     return sorted(by_use[:count])
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in nested lists and mappings, and within tensors that are made of others."""
+    """Yield the plain tensors in nested lists and mappings, and within tensors made of others."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()

@@ -1,7 +1,4 @@
-"""The books of one run: what it spent, what that brought, and whether to go on; for any training loop.
-
-One process or several that torch.distributed has brought together. Knows no Trainer and no PEFT.
-"""
+"""Keep the record of a running training loop: what it spent and gained, and whether to go on."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,41 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from .._files import require_writable
+from .._options import from_mapping
 from .._processes import of_first_process, process_count
 from ..errors import BlueprintError, FormatError
-from .figures import RESOURCES, UNITS, Figure, absent, across_processes
 from .ledger import Ledger
-from .record import RUN_FILE, Direction, Point, RunRecord, direction_of
+from .quantity import RESOURCES, UNITS, Direction, Quantity, absent, across_processes, format_quantity
+from .record import RUN_FILE, Point, RunRecord, direction_of
 from .stopping import Decision, MarginalReturn
 
 
-TIME_BETWEEN_SAVES = 1000  # times what writing the record takes, before an evaluation writes it again
-MOST_LOSSES = 4096  # entries of the training log that are kept; beyond it every second goes
+TIME_BETWEEN_SAVES = 1000  # times the time of one save, before an evaluation saves again
+MOST_LOSSES = 4096  # entries kept of the training log; beyond that every second one is dropped
 
 _LOG = logging.getLogger(__name__)
 
 
-class RunLog:
-    """Keeps a run's ledger and its evaluations, asks the rule whether to stop, and writes `run.json`.
+@dataclass(frozen=True)
+class _State:
+    metric: str
+    resource: str
+    totals: Mapping[str, Quantity]
+    points: tuple[Point, ...]
+    losses: tuple[Point, ...]
+    seconds: Mapping[str, float]
+    decision: Decision | None
+    stop: Mapping[str, Any] | None
 
-    In a loop of your own, under accelerate or torchrun or alone:
+    def __post_init__(self) -> None:
+        if self.totals and self.totals.keys() != UNITS.keys():
+            raise FormatError(f"totals must be {', '.join(UNITS)}, got {', '.join(self.totals)}.")
+
+
+class RunLog:
+    """Keeps a ledger and the evaluations of a run, asks the rule whether to stop, and writes `run.json`.
+
+    In your own loop, under accelerate or torchrun or alone:
 
         log = RunLog("pretraining", metric="loss", stop=MarginalReturn(), output_dir="run")
         with log:
@@ -45,23 +60,23 @@ class RunLog:
                     if decision is not None and decision.stop:
                         break
 
-    Every process gives its own tokens to `step`, and every process must call `evaluate`, `settle` and the end of the
-    `with`: there they add up what they spent, and there the first process's decision becomes that of all. It alone
-    writes. Keeping the books never ends a run: what goes wrong there is said in a warning, and the run goes on.
+    With several processes, each passes its own tokens to `step`, and all must call `evaluate`, `settle` and the end of
+    the `with`, where they add up what they spent and take over the first process's decision. Only the first process
+    writes. An error in the bookkeeping is a warning and never ends the run.
 
     Args:
         name: of the run, for reports.
-        metric: what counts, a name in what `evaluate` is given.
-        direction: whether a lower or a higher metric is better; by default the rule's, else what the name suggests.
-        resource: what counts as spent, one of `figures.RESOURCES`.
+        metric: the metric to judge by, a name in what `evaluate` is given.
+        direction: whether a lower or a higher metric is better; by default the rule's, otherwise guessed from the name.
+        resource: the resource to judge by, one of `RESOURCES`.
         stop: the rule; without it nothing is decided.
-        ledger: of this process; by default one with all meters there are. Tokens and FLOPs come from `step`.
-        output_dir: where the record goes; without it nothing is written.
-        about: what else the record should say; see `RunRecord`.
+        ledger: of this process; by default one with all meters. Tokens and FLOPs come from `step`.
+        output_dir: folder of the record; without it nothing is written.
+        about: further facts for the record; see `RunRecord`.
 
     Raises:
-        BlueprintError: for an unknown resource or direction, a rule with the other direction, no name or metric, or a
-            folder that cannot be written.
+        BlueprintError: for an unknown resource or direction, a rule with the other direction, an empty name or metric,
+            or a folder that cannot be written.
     """
 
     def __init__(
@@ -76,13 +91,13 @@ class RunLog:
         output_dir: str | Path | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        check_resource(resource)
+        if resource not in RESOURCES:
+            raise BlueprintError(f"resource must be one of {', '.join(RESOURCES)}, got {resource!r}.")
         if stop is not None and not isinstance(stop, MarginalReturn):
-            raise BlueprintError(f"stop={stop!r} is no rule: give a MarginalReturn, or None.")
+            raise BlueprintError(f"stop must be a MarginalReturn or None, got {stop!r}.")
         if stop is not None and direction not in (None, stop.direction):
             raise BlueprintError(
-                f"direction={direction!r} of {metric!r} and MarginalReturn(direction={stop.direction!r}) do not agree: "
-                "give both the same."
+                f"direction={direction!r} of {metric!r} and MarginalReturn(direction={stop.direction!r}) must be equal."
             )
         self.metric = metric
         self.resource = resource
@@ -96,14 +111,14 @@ class RunLog:
         self.about: dict[str, Any] = dict(about or {})
         self.decision: Decision | None = None  # the last
         self.stopped_at: int | None = None
-        self.seconds = {"evaluating": 0.0, "saving": 0.0}  # among those spent
+        self.seconds = {"evaluating": 0.0, "saving": 0.0}  # included in the run's seconds
         self.points: list[Point] = []
         self.losses: list[Point] = []
-        self._totals: dict[str, Figure] = {}
+        self._totals: dict[str, Quantity] = {}
         self._warned: set[str] = set()
         self._next_save = 0.0
-        self._said: dict[int, tuple[Point, dict[str, Any]]] = {}  # with the point, so that its id stays its own
-        self.record()  # a wrong direction should not wait
+        self._dicts: dict[int, tuple[Point, dict[str, Any]]] = {}  # the point is kept so that its id is not reused
+        self.record()  # raises for a bad direction, name or metric
 
     def __enter__(self) -> RunLog:
         self.ledger.start()
@@ -112,48 +127,50 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
-        else:  # the other processes may not come to add up
+        else:  # the other processes may not reach the exchange
             self.ledger.pause()
             self.save()
 
     def step(self, tokens: int = 0, flops: float | None = None) -> None:
-        """Count what this process was given since the last call; a few microseconds.
+        """Count the work of this process since the last call; takes microseconds.
 
         Args:
             tokens: input positions, padding included.
-            flops: floating-point operations, if they are known better than tokens times the ledger's FLOPs per token.
+            flops: floating-point operations, instead of tokens times the ledger's FLOPs per token.
         """
         self.ledger.add(tokens=tokens, flops=flops)
 
     def note_optimizer(self, optimizer: Optimizer) -> None:
-        """Count the bytes of an optimizer's states; after its first step."""
-        with self.keeping("the bytes of the optimizer's states"):
+        """Count the bytes of an optimizer's states; call it after the first step."""
+        with self.guarded("the optimizer's bytes"):
             self.ledger.note_optimizer(optimizer)
 
     def note_loss(self, loss: float, *, step: int, learning_rate: float | None = None) -> None:
-        """Keep an entry of the training log, with what had been spent when the processes last added up."""
+        """Add an entry of the training log, with the totals of the last `settle`."""
         self.losses.append(Point(step, self.spent(), {"loss": float(loss)}, learning_rate))
         if len(self.losses) > MOST_LOSSES:
             del self.losses[-2::-2]
-            self._said.clear()
+            self._dicts.clear()
 
-    def settle(self) -> dict[str, Figure]:
-        """What all processes have spent by now, from the run's beginning, resumptions included; of every process."""
-        own: dict[str, Figure] | None = None
-        with self.keeping("what was spent"):
-            own = self.ledger.figures()
-        parts = _everyones(own)
+    def settle(self) -> dict[str, Quantity]:
+        """Add up what all processes have spent since the run began, with resumptions; every process must call it."""
+        own: dict[str, Quantity] | None = None
+        with self.guarded("totals"):
+            own = self.ledger.quantities()
+        parts: list[Any] = [own] * process_count()
+        if len(parts) > 1:
+            dist.all_gather_object(parts, own)
         if all(part is not None for part in parts):
             self._totals = across_processes(parts)
         return self._totals
 
-    def totals(self) -> dict[str, Figure]:
-        """What all processes had spent when they last added up."""
+    def totals(self) -> dict[str, Quantity]:
+        """Return the totals of all processes at the last `settle`."""
         return dict(self._totals)
 
     def spent(self) -> dict[str, float]:
-        """The same as numbers, without what is absent."""
-        return {name: figure.value for name, figure in self._totals.items() if figure.value is not None}
+        """Return the values of the totals that are not absent."""
+        return {name: quantity.value for name, quantity in self._totals.items() if quantity.value is not None}
 
     def evaluate(
         self,
@@ -163,30 +180,29 @@ class RunLog:
         learning_rate: float | None = None,
         progress: float | None = None,
     ) -> Decision | None:
-        """Take in an evaluation, and decide.
+        """Add an evaluation and decide.
 
-        Several of one step, of one data set each say, make one point of the record; the one with the metric decides. Of
-        step 0, of the untrained model, nothing is to be decided.
+        Evaluations of one step, for example of several data sets, make one point; the one with the metric decides. At
+        step 0, for the untrained model, nothing is decided.
 
         Args:
             metrics: the metric, or several by name.
             step: optimizer steps done.
             learning_rate: at this step.
-            progress: share of the planned steps that is done, in [0, 1].
+            progress: share of the planned steps done, in [0, 1].
 
         Returns:
-            The decision, the same in every process; None without a rule, or without the metric among `metrics`.
+            The decision, the same in every process; None without a rule or without the metric.
 
         Raises:
-            BlueprintError: if the step is before the last; in every process, if nothing counts the resource here, with
-                those that are counted.
+            BlueprintError: if the step decreases; in every process, if the resource is absent.
         """
         given = metrics if isinstance(metrics, Mapping) else {self.metric: metrics}
         found = {name: float(value) for name, value in given.items()}
         if self.points and step < self.points[-1].step:
             raise BlueprintError(
-                f"step={step} was evaluated after step {self.points[-1].step}. Give the optimizer steps done since the "
-                "run began; after a resumption load its state."
+                f"step must not decrease, got {step} after {self.points[-1].step}. Count optimizer steps since the run "
+                "began; after a resumption load its state."
             )
         self.settle()
         if self.points and self.points[-1].step == step:
@@ -204,9 +220,9 @@ class RunLog:
         self, rule: MarginalReturn, value: float, step: int, learning_rate: float | None, progress: float | None
     ) -> Decision | None:
         now, last = self.spent().get(self.resource), rule.last_resource
-        if last is not None and (now is None or now < last):  # a meter failed, say; all processes see the same
-            with self.keeping(f"decisions by {self.resource}"):
-                raise BlueprintError(f"{last:g} had been spent at the last check, and {now} is counted now")
+        if last is not None and (now is None or now < last):  # a meter failed, for example; the same in all processes
+            with self.guarded(f"decisions by {self.resource}"):
+                raise BlueprintError(f"{last:g} was spent at the last check and {now} now")
             return None
 
         def ask() -> Decision:
@@ -219,7 +235,7 @@ class RunLog:
         if not _is_first():
             rule.load_state_dict(state)
         self.decision = decision
-        is_over = progress is not None and progress >= 1  # nothing is left to stop
+        is_over = progress is not None and progress >= 1  # there is nothing left to stop
         if decision.stop and self.stopped_at is None and not is_over:
             self.stopped_at = step
             if _is_first():
@@ -227,18 +243,18 @@ class RunLog:
         return decision
 
     def require_resource(self) -> None:
-        """Raise BlueprintError if nothing counts the resource here; names those that are counted."""
-        figure = self._totals.get(self.resource)
-        if figure is None or figure.value is None:
-            there = [name for name in RESOURCES if name in self.spent()]
-            why = f" ({figure.source})" if figure is not None and figure.source else ""
+        """Raise BlueprintError if the resource is absent; the message names those that are counted."""
+        quantity = self._totals.get(self.resource)
+        if quantity is None or quantity.value is None:
+            counted = ", ".join(name for name in RESOURCES if name in self.spent())
+            why = f" ({quantity.source})" if quantity is not None and quantity.source else ""
             raise BlueprintError(
-                f"resource={self.resource!r} is absent here{why}, so that no return on it can be told. Counted are "
-                f"{', '.join(there) or 'none'}: give one of them, or what makes it known (LedgerCallback's watts=, carbon=)."
+                f"resource={self.resource!r} is absent{why}. Use one of {counted or 'none'}, or give what it needs, such "
+                "as LedgerCallback's watts= and carbon=."
             )
 
     def finish(self) -> RunRecord:
-        """Add up for the last time, stop the clock, write the record, and say in the log what the run came to."""
+        """Stop the clock, add up for the last time, write the record, and log the summary."""
         self.ledger.pause()
         self.settle()
         self.save()
@@ -247,12 +263,12 @@ class RunLog:
         return self.record()
 
     def record(self) -> RunRecord:
-        """The run so far."""
+        """Return the record of the run so far."""
         stopping = None
         if self.stop is not None:
-            said = {} if self.decision is None else self.decision.to_dict()
+            decision = {} if self.decision is None else self.decision.to_dict()
             stopped = {"stopped": self.stopped_at is not None, "step": self.stopped_at}
-            stopping = {**said, "settings": self.stop.settings(), **stopped}
+            stopping = {**decision, "settings": self.stop.settings(), **stopped}
         return RunRecord(
             name=self.name,
             metric=self.metric,
@@ -266,21 +282,21 @@ class RunLog:
         )
 
     def save(self, folder: str | Path | None = None) -> None:
-        """Write `run.json` whole or not at all, in the first process; a folder that cannot be written is a warning.
+        """Write `run.json` atomically, in the first process; a folder that cannot be written is a warning.
 
-        Evaluations write it too, unless that would take more than a thousandth of the time.
+        Evaluations write it too, as long as that takes at most a thousandth of the time.
         """
         start = time.perf_counter()
         target = self.output_dir if folder is None else Path(folder)
         if target is not None and _is_first():
-            with self.keeping(f"{target / RUN_FILE}"):
+            with self.guarded(f"{target / RUN_FILE}"):
                 target.mkdir(parents=True, exist_ok=True)
                 self.record().save(target / RUN_FILE)
         end = time.perf_counter()
         self._next_save = end + TIME_BETWEEN_SAVES * (end - start)
 
     def summary(self) -> str:
-        """What the run spent and brought, a line for each figure, with its label and its source."""
+        """Return what the run spent and gained, with one line per quantity, its label and its source."""
         head = self.name
         values = [(p.step, p.metrics[self.metric]) for p in self.points if self.metric in p.metrics]
         if values:
@@ -289,11 +305,11 @@ class RunLog:
             )
         lines = [head]
         for name in UNITS:
-            figure = self._totals.get(name) or absent("not counted yet")
-            amount = "–" if figure.value is None else f"{figure.value:,.4g} {UNITS[name]}"
-            lines.append(f"  {name}: {amount} ({figure.how}{': ' if figure.source else ''}{figure.source})")
-        for what, seconds in self.seconds.items():
-            lines.append(f"  of which {what}: {seconds:,.4g} s (measured)")
+            total = self._totals.get(name) or absent("not counted yet")
+            source = f": {total.source}" if total.source else ""
+            lines.append(f"  {name}: {format_quantity(total.value, name, digits=4)} ({total.how}{source})")
+        for part, seconds in self.seconds.items():
+            lines.append(f"  of these {part}: {format_quantity(seconds, 's', digits=4)} (measured)")
         if self.decision is not None:
             lines.append(f"  {'stopped' if self.stopped_at is not None else 'not stopped'}: {self.decision.reason}")
             if self.decision.proposal:
@@ -301,74 +317,59 @@ class RunLog:
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as a JSON object: totals of all processes when they last added up."""
+        """Return all that a resumed run needs as a JSON object, with the totals of the last `settle`."""
         return {
             "metric": self.metric,
             "resource": self.resource,
-            "totals": {name: figure.to_dict() for name, figure in self._totals.items()},
-            "points": self._dicts(self.points),
-            "losses": self._dicts(self.losses),
+            "totals": {name: total.to_dict() for name, total in self._totals.items()},
+            "points": self._as_dicts(self.points),
+            "losses": self._as_dicts(self.losses),
             "seconds": dict(self.seconds),
             "decision": None if self.decision is None else self.decision.to_dict(),
             "stop": None if self.stop is None else self.stop.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from there, in every process, however many there are now.
+        """Continue from a state of `state_dict`; every process must call it, however many there are now.
 
         Raises:
-            FormatError: if it is no such state; nothing is changed then.
+            FormatError: for anything else; nothing changes then.
         """
-        try:
-            totals = {name: Figure.from_dict(figure) for name, figure in state["totals"].items() if name in UNITS}
-            points = [Point.from_dict(point) for point in state["points"]]
-            losses = [Point.from_dict(point) for point in state["losses"]]
-            seconds = {name: float(state["seconds"][name]) for name in self.seconds}
-            decision = None if state["decision"] is None else Decision(**state["decision"])
-            rule = state["stop"]
-            if totals and totals.keys() != UNITS.keys():
-                raise ValueError(f"totals of {', '.join(totals)}")
-            judged = [state.get(name, getattr(self, name)) for name in ("metric", "resource")]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"This is no state of a RunLog ({type(error).__name__}: {error}). Take one from RunLog.state_dict()."
-            ) from error
-        if judged != [self.metric, self.resource]:
-            _LOG.warning("%s was judged by %s per %s; the rule begins anew", self.name, *judged)
-        elif self.stop is not None and rule is not None:
-            self.stop.load_state_dict(rule)
-        if _is_first():  # of the others, each begins at nought, so that nothing counts twice
-            anew = {"optimizer_bytes": absent("no optimizer was noted")} if process_count() > 1 else {}
-            figures = {name: figure.to_dict() for name, figure in (totals | anew).items()}
-            self.ledger.load_state_dict({"figures": figures})
-        elif "tokens" in totals and totals["tokens"].value is not None:
-            self.ledger.add()  # none yet, which is not the same as absent
-        self._totals = totals
-        self.points, self.losses, self.seconds, self.decision = points, losses, seconds, decision
+        loaded = from_mapping(_State, state, "The state of RunLog", FormatError)
+        if (loaded.metric, loaded.resource) != (self.metric, self.resource):
+            before = f"{loaded.metric} per {loaded.resource}"
+            _LOG.warning("%s was judged by %s before; the stopping rule starts again", self.name, before)
+        elif self.stop is not None and loaded.stop is not None:
+            self.stop.load_state_dict(loaded.stop)
+        totals = dict(loaded.totals)
+        if totals and _is_first():  # the other processes start at zero, so that nothing counts twice
+            own = {"optimizer_bytes": absent("no optimizer was noted")} if process_count() > 1 else {}
+            self.ledger.load_state_dict({"quantities": {name: q.to_dict() for name, q in (totals | own).items()}})
+        elif totals and totals["tokens"].value is not None:
+            self.ledger.add()  # zero tokens, which is not the same as absent
+        self._totals, self.decision = totals, loaded.decision
+        self.points, self.losses = list(loaded.points), list(loaded.losses)
+        self.seconds |= {name: seconds for name, seconds in loaded.seconds.items() if name in self.seconds}
 
-    def _dicts(self, points: list[Point]) -> list[dict[str, Any]]:
-        """Points as JSON objects, each made once: of a long run there are thousands."""
-        return [self._said.setdefault(id(point), (point, point.to_dict()))[1] for point in points]
+    def _as_dicts(self, points: list[Point]) -> list[dict[str, Any]]:
+        """Convert points to JSON objects, each once: a long run has thousands."""
+        return [self._dicts.setdefault(id(point), (point, point.to_dict()))[1] for point in points]
 
     @contextmanager
-    def keeping(self, what: str) -> Iterator[None]:
-        """Let an error in here end nothing: it is said once in a warning."""
+    def guarded(self, what: str) -> Iterator[None]:
+        """Turn an error in the `with` into one warning, because bookkeeping must not end a training run."""
         try:
             yield
-        except Exception as error:  # hours of training are worth more than their books
+        except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
-                _LOG.warning("The books of %s lack %s: %s: %s", self.name, what, type(error).__name__, error)
-
-
-def check_resource(name: str) -> None:
-    """Raise BlueprintError unless it is a resource that adds up while a run goes on."""
-    if name not in RESOURCES:
-        raise BlueprintError(f"resource={name!r} is not known: give one of {', '.join(RESOURCES)}.")
+                _LOG.warning(
+                    "%s continues without %s in its record: %s: %s", self.name, what, type(error).__name__, error
+                )
 
 
 def _of_first(act: Callable[[], Any]) -> Any:
-    """What the first process finds, on all; an error of its is raised on all."""
+    """Return the first process's result in all processes; its error is raised in all of them."""
     found: Any = None
     error: BlueprintError | None = None
     if _is_first():
@@ -380,15 +381,6 @@ def _of_first(act: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return found
-
-
-def _everyones(own: dict[str, Figure] | None) -> list[Any]:
-    """What each process says, by rank."""
-    if process_count() == 1:
-        return [own]
-    said: list[Any] = [None] * process_count()
-    dist.all_gather_object(said, own)
-    return said
 
 
 def _is_first() -> bool:

@@ -1,19 +1,16 @@
-"""What runs gained for what they spent, beside each other: the figures of a report.
-
-Pure: records in, a record out. Knows nothing of how it is shown, and reads no file.
-"""
+"""Compare runs: what each gained for what it spent, as the tables of a report."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BlueprintError, MismatchError
-from .figures import RESOURCES, UNITS, Figure
-from .pareto import pareto_front
-from .record import Direction, Point, RunRecord, direction_of
+from .quantity import RESOURCES, UNITS, Direction, Quantity
+from .record import Point, RunRecord, direction_of
 
 
 WINDOW = 5  # evaluations, as in MarginalReturn
@@ -21,28 +18,28 @@ WINDOW = 5  # evaluations, as in MarginalReturn
 
 @dataclass(frozen=True)
 class Row:
-    """One run in a report. What cannot be said is None.
+    """One run in a report. Values that are not known are None.
 
     Args:
         record: the run; its name is unique in the report.
-        metric: Ψ, of the last evaluation.
-        spent: Γ, of the whole run, with its label.
-        first: the metric of the first evaluation.
-        first_step: its step; 0 if it was of the untrained model.
-        gain: improvement from the first evaluation to the last; positive if better.
-        per_resource: capability per resource: gain over what was spent since the first evaluation.
-        relative: the same as a multiple of the baseline's.
-        ratio: ΔΨ/ΔΓ of the last window, the slope of a line through its evaluations; positive if the metric improved.
+        metric: Ψ at the last evaluation.
+        spent: Γ of the whole run.
+        first: the metric at the first evaluation.
+        first_step: step of the first evaluation; 0 for the untrained model.
+        gain: improvement from the first to the last evaluation; positive if the metric improved.
+        per_resource: gain divided by the resource spent since the first evaluation.
+        relative: `per_resource` as a multiple of the baseline's.
+        ratio: ΔΨ/ΔΓ over the last window, the slope of a fitted line; positive if the metric improved.
         window: evaluations in that window; fewer than asked for if there are no more.
-        to_baseline: what it had spent when it was as good as the baseline in the end, between evaluations by a line.
-        at_budget: Ψ when it had spent what the baseline spent in all, or at its end if it spent less.
-        on_front: whether it is on the Pareto front of (Γ, Ψ); None of a single run, or without either.
+        to_baseline: resource spent when it reached the baseline's last metric, interpolated between evaluations.
+        at_budget: Ψ when it had spent the baseline's total, or at its end if it spent less.
+        on_front: whether it is on the Pareto front of (Γ, Ψ); None for a single run or without Γ or Ψ.
         is_baseline: whether the others are compared with it.
     """
 
     record: RunRecord
     metric: float | None
-    spent: Figure
+    spent: Quantity
     first: float | None = None
     first_step: int | None = None
     gain: float | None = None
@@ -57,11 +54,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return self.record.name
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, as JSON holds them; without the record."""
+        """Return the values as a JSON object, without the record."""
         values = {name: value for name, value in vars(self).items() if name not in ("record", "spent")}
         totals = {name: self.record.total(name).to_dict() for name in UNITS}
         return {"name": self.name, **values, "spent": self.spent.to_dict(), "totals": totals}
@@ -69,14 +66,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Runs beside each other.
+    """A comparison of runs.
 
     Args:
-        metric: Ψ's name.
-        direction: whether a smaller or a larger Ψ is better.
-        resource: Γ's name, of `figures.UNITS`.
-        rows: one for each run, in the order given.
-        notes: what a reader has to know to read the figures right.
+        metric: name of Ψ.
+        direction: whether a lower or a higher Ψ is better.
+        resource: name of Γ in `UNITS`.
+        rows: one per run, in the order given.
+        notes: caveats for the reader.
     """
 
     metric: str
@@ -87,16 +84,16 @@ class Report:
 
     @property
     def baseline(self) -> Row | None:
-        """The run that the others are compared with, if one was named."""
+        """The run that the others are compared with; None if none was named."""
         return next((row for row in self.rows if row.is_baseline), None)
 
     @property
     def unit(self) -> str:
-        """Of the resource."""
+        """Unit of the resource."""
         return UNITS[self.resource]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, as JSON holds them; without the records."""
+        """Return the values as a JSON object, without the records."""
         baseline = self.baseline
         return {
             "metric": self.metric,
@@ -120,35 +117,38 @@ def make_report(
     """Compare runs.
 
     Args:
-        records: at least one. Of those with the same name the second gets " (2)", and so on.
+        records: at least one. A second run of the same name becomes "name (2)".
         baseline: name of the run to compare with.
-        resource: Γ; by default the baseline's or first run's, or the first that all runs have if they lack that.
-        metric: Ψ; by default the runs' own, which must be the same. "loss" finds "eval_loss".
-        window: evaluations that the last ratio is taken over, from 2.
+        resource: Γ; by default that of the baseline or first run, or the first resource that all runs have.
+        metric: Ψ; by default the runs' own metric, which must be the same. "loss" also finds "eval_loss".
+        window: evaluations in the last ratio, at least 2.
 
     Raises:
-        BlueprintError: for no runs, an unknown baseline or resource, or no window.
-        MismatchError: if the runs have no such metric in common, or disagree about what is better.
+        BlueprintError: for no runs, an unknown baseline or resource, or a window below 2.
+        MismatchError: if the runs have no such metric in common, or disagree about its direction.
+
+    Example:
+        >>> run = RunRecord("a", "loss", "minimize", "seconds", {"seconds": Quantity(9.0, "measured")},
+        ...     (Point(0, {}, {"loss": 3.0}), Point(9, {"seconds": 9.0}, {"loss": 2.1})))
+        >>> round(make_report([run]).rows[0].per_resource, 6)
+        0.1
     """
     if not records:
-        raise BlueprintError("There is no run to report on. Give one or more folders of runs.")
+        raise BlueprintError("There is no run to report on. Give at least one folder of a run.")
     if window < 2:
-        raise BlueprintError(f"window={window} is no number of evaluations for a ratio: give a whole number from 2.")
+        raise BlueprintError(f"window must be at least 2 evaluations, got {window}.")
     records = _named_apart(records)
     names = [record.name for record in records]
     if baseline is not None and baseline not in names:
-        raise BlueprintError(
-            f"The baseline {baseline!r} is not among the runs: {', '.join(names)}. Give one of these names, or the "
-            "baseline's folder."
-        )
+        raise BlueprintError(f"baseline must be one of the runs {', '.join(names)}, or its folder, got {baseline!r}.")
     chief = records[0 if baseline is None else names.index(baseline)]
     metric, direction = _metric_of(records, metric)
     resource, notes = _resource_of(records, chief, resource)
     rows = [_row(record, metric, direction, resource, window) for record in records]
     notes += _notes(rows, metric)
     if baseline is not None:
-        rows, said = _against(rows, rows[names.index(baseline)], metric, direction, resource)
-        notes += said
+        rows, more = _against(rows, rows[names.index(baseline)], metric, direction, resource)
+        notes += more
     if len(rows) > 1:
         front = pareto_front(
             [row.spent.value for row in rows],
@@ -162,9 +162,9 @@ def make_report(
 
 
 def series(record: RunRecord, resource: str | None, metric: str) -> tuple[tuple[float, float], ...]:
-    """(spent, metric) at each evaluation that has both, finite; by step if the resource is None."""
+    """Return (spent, metric) of each evaluation that has both, finite; (step, metric) if the resource is None."""
     if resource is not None and not any(resource in point.spent for point in record.points):
-        return ()  # only the untrained model would have a place
+        return ()  # otherwise the untrained model alone would have a point
     pairs = ((_spent_at(point, resource), point.metrics.get(metric)) for point in record.points)
     return tuple((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))  # type: ignore[misc]
 
@@ -190,17 +190,17 @@ def _row(record: RunRecord, metric: str, direction: Direction, resource: str, wi
         before = _spent_at(first, resource)
         since = None if spent.value is None or before is None else spent.value - before
         row = replace(row, gain=gain, per_resource=gain / since if since is not None and since > 0 else None)
-    last_ones = curve[-window:]
-    slope = _slope(last_ones)
+    last_points = curve[-window:]
+    slope = _slope(last_points)
     if slope is not None:
-        row = replace(row, ratio=_sign(direction) * slope, window=len(last_ones))
+        row = replace(row, ratio=_sign(direction) * slope, window=len(last_points))
     return row
 
 
 def _against(
     rows: list[Row], base: Row, metric: str, direction: Direction, resource: str
 ) -> tuple[list[Row], list[str]]:
-    """The rows with what compares them to the baseline."""
+    """Add the comparison with the baseline to the rows; returns notes too."""
     compared = [
         replace(
             row,
@@ -212,14 +212,14 @@ def _against(
         for row in rows
     ]
     if base.per_resource is None:
-        return compared, [f"No run is set against {base.name}: what it gained per resource is not known."]
+        return compared, [f"No run is compared with {base.name}, because its gain per resource is not known."]
     if base.per_resource <= 0:
-        return compared, [f"No multiple of what {base.name} gained can be given: it did not improve."]
+        return compared, [f"No gain is given as a multiple of that of {base.name}, which did not improve."]
     return compared, []
 
 
 def _reached(row: Row, target: float | None, metric: str, direction: Direction, resource: str) -> float | None:
-    """What the run had spent when its metric first was at least as good as the target."""
+    """Return the resource spent when the metric first reached the target."""
     if not _is_finite(target):
         return None
     assert target is not None
@@ -235,7 +235,7 @@ def _reached(row: Row, target: float | None, metric: str, direction: Direction, 
 
 
 def _at(row: Row, budget: float | None, metric: str, resource: str) -> float | None:
-    """The metric when so much was spent: between evaluations by a line, after the last one the last one's."""
+    """Return the metric at a budget, interpolated between evaluations; after the last one, its metric."""
     curve = series(row.record, resource, metric)
     if budget is None or not curve or budget < curve[0][0]:
         return None
@@ -250,46 +250,46 @@ def _metric_of(records: Sequence[RunRecord], wanted: str | None) -> tuple[str, D
         for record in records[1:]:
             if record.metric != records[0].metric:
                 raise MismatchError(
-                    f"{records[0].name} was judged by {records[0].metric} and {record.name} by {record.metric}, which "
-                    f"do not compare. {_common(records)}"
+                    f"The runs must have the same metric, got {records[0].metric} for {records[0].name} and "
+                    f"{record.metric} for {record.name}. {_common(records)}"
                 )
         wanted = records[0].metric
     elif not any(wanted in point.metrics for record in records for point in record.points):
         wanted = f"eval_{wanted}"
-    lacking = [r for r in records if r.points and all(wanted not in point.metrics for point in r.points)]
-    if lacking:
-        have = sorted({name for point in lacking[0].points for name in point.metrics})
+    without = [r for r in records if r.points and all(wanted not in point.metrics for point in r.points)]
+    if without:
+        have = sorted({name for point in without[0].points for name in point.metrics})
         raise MismatchError(
-            f"{lacking[0].name} has no {wanted}; it has {', '.join(have) or 'no metric'}. {_common(records)}"
+            f"{without[0].name} has no {wanted}; it has {', '.join(have) or 'no metric'}. {_common(records)}"
         )
-    said = {record.name: record.direction for record in records if record.metric == wanted}
-    if len(set(said.values())) > 1:
+    directions = {record.name: record.direction for record in records if record.metric == wanted}
+    if len(set(directions.values())) > 1:
         raise MismatchError(
-            f"The runs disagree about which {wanted} is better: "
-            f"{', '.join(f'{name} says {direction}' for name, direction in said.items())}. Correct `direction` in one "
-            "of the records."
+            f"The runs disagree about the direction of {wanted}: "
+            f"{', '.join(f'{name} has {direction}' for name, direction in directions.items())}. Correct `direction` in "
+            "one of the records."
         )
-    return wanted, next(iter(said.values()), direction_of(wanted))
+    return wanted, next(iter(directions.values()), direction_of(wanted))
 
 
 def _common(records: Sequence[RunRecord]) -> str:
     shared = set.intersection(*({name for point in r.points for name in point.metrics} for r in records))
     if shared:
-        return f"Give one that all have: --metric {' or '.join(sorted(shared))}."
-    return "They have no metric in common: report on them one by one."
+        return f"Choose one that all have: --metric {' or '.join(sorted(shared))}."
+    return "They have no metric in common; report on them one by one."
 
 
 def _resource_of(records: Sequence[RunRecord], chief: RunRecord, wanted: str | None) -> tuple[str, list[str]]:
     if wanted is not None:
         if wanted not in UNITS:
-            raise BlueprintError(f"The resource {wanted!r} is not known: give one of {', '.join(UNITS)}.")
+            raise BlueprintError(f"resource must be one of {', '.join(UNITS)}, got {wanted!r}.")
         return wanted, []
     common = [name for name in RESOURCES if all(record.total(name).value is not None for record in records)]
     if chief.resource in common or not common:
         return chief.resource, []
     return common[0], [
-        f"Compared by {common[0]}, the first resource that all runs have: not all have {chief.resource}, by which "
-        f"{chief.name} was judged."
+        f"Compared by {common[0]}, the first resource that all runs have. {chief.name} was judged by {chief.resource}, "
+        "which not all have."
     ]
 
 
@@ -298,45 +298,42 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
     models = list(dict.fromkeys(str(model) for row in rows if (model := row.record.about.get("model_id"))))
     if len(models) > 1:
         notes.append(
-            f"The runs are of different models ({', '.join(models)}): what they spent compares, their gains less so."
+            f"The runs are of different models ({', '.join(models)}): their costs are comparable, their gains less so."
         )
     for row in rows:
         if row.metric is None:
             has = f" with {metric}" if row.record.points else ""
             notes.append(
-                f"{row.name} has no evaluation{has}: its training log has {len(row.record.losses)} entries, and what it "
-                "gained is not known. Train with eval_strategy='steps'."
+                f"{row.name} has no evaluation{has}, only {len(row.record.losses)} entries in its training log, so its "
+                "gain is not known. Train with eval_strategy='steps'."
             )
         elif not math.isfinite(row.metric):
-            notes.append(f"The last {metric} of {row.name} is not a finite number: it diverged.")
+            notes.append(f"The last {metric} of {row.name} is not finite: the run diverged.")
         elif row.gain is None and sum(metric in point.metrics for point in row.record.points) > 1:
-            notes.append(
-                f"The first {metric} of {row.name} is not a finite number: from where it improved is not known."
-            )
+            notes.append(f"The first {metric} of {row.name} is not finite, so its gain is not known.")
         elif row.gain is None:
             notes.append(
-                f"{row.name} was evaluated only once: from where it improved is not known. Evaluate before training too."
+                f"{row.name} was evaluated only once, so its gain is not known. Evaluate before training too."
             )
     late = [row for row in rows if row.gain is not None and row.first_step]
     if late:
-        named = ", ".join(f"{row.name} (step {row.first_step})" for row in late)
+        names = ", ".join(f"{row.name} (step {row.first_step})" for row in late)
         notes.append(
-            f"Gains count from the first evaluation, which is not of the untrained model in {named}. "
-            "eval_on_start=True makes it so."
+            f"Gains count from the first evaluation, which is not of the untrained model in {names}. Use "
+            "eval_on_start=True."
         )
-    for key, act in (("probe", "measuring a blueprint"), ("start", "beginning along the gradient")):
+    for key, act in (("probe", "measuring a blueprint"), ("start", "initialising along the gradient")):
         if charged := [row.name for row in rows if row.record.about.get(key)]:
-            notes.append(f"What {act} spent before training is charged to {', '.join(charged)}.")
-    theirs = [row.name for row in rows if row.spent.source.startswith("the Trainer's")]
-    if 0 < len(theirs) < len(rows):
+            notes.append(f"The cost of {act} before training is charged to {', '.join(charged)}.")
+    trainers = [row.name for row in rows if row.spent.source.startswith("the Trainer's")]
+    if 0 < len(trainers) < len(rows):
         notes.append(
-            f"What {', '.join(theirs)} spent is the Trainer's own count, and that of the others the ledger's: they compare "
-            "roughly."
+            f"The Trainer counted what {', '.join(trainers)} spent, the ledger what the others spent: the comparison is "
+            "approximate."
         )
-    labels = {row.spent.how for row in rows} - {"absent"}
-    if len(labels) > 1:
+    if len({row.spent.how for row in rows} - {"absent"}) > 1:
         modelled = ", ".join(row.name for row in rows if row.spent.how == "modelled")
-        notes.append(f"What was spent is modelled, not measured, in {modelled}.")
+        notes.append(f"The resource spent is modelled, not measured, in {modelled}.")
     return notes
 
 
@@ -353,13 +350,38 @@ def _named_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
     return result
 
 
+def pareto_front(costs: Sequence[float | None], worths: Sequence[float | None]) -> tuple[bool, ...]:
+    """Tell which (cost, worth) pairs are on the Pareto front: no other pair is as good in both and better in one.
+
+    Equal pairs are on the front together. A pair with a number that is missing or not finite is on no front.
+
+    Args:
+        costs: one per run; lower is better.
+        worths: one per run; higher is better.
+
+    Example:
+        >>> pareto_front([1.0, 2.0, 3.0], [0.5, 0.4, 0.9])
+        (True, False, True)
+    """
+    known = [
+        (cost, -worth, i)
+        for i, (cost, worth) in enumerate(zip(costs, worths, strict=True))
+        if cost is not None and worth is not None and math.isfinite(cost) and math.isfinite(worth)
+    ]
+    front = set()
+    best = (math.inf, math.inf)  # negated worth and cost of the best pair so far
+    for cost, negated, i in sorted(known):
+        if negated < best[0] or (negated, cost) == best:
+            front.add(i)
+            best = negated, cost
+    return tuple(i in front for i in range(len(costs)))
+
+
 def _slope(curve: Sequence[tuple[float, float]]) -> float | None:
-    """Of the line of least squares; None if all is at one place."""
-    if len(curve) < 2:
+    """Return the slope of the least-squares line; None if all x are equal."""
+    if len({x for x, _ in curve}) < 2:
         return None
-    x0, y0 = (math.fsum(values) / len(curve) for values in zip(*curve, strict=True))
-    spread = math.fsum((x - x0) ** 2 for x, _ in curve)
-    return math.fsum((x - x0) * (y - y0) for x, y in curve) / spread if spread > 0 else None
+    return statistics.linear_regression(*zip(*curve, strict=True)).slope
 
 
 def _over(a: float | None, b: float | None) -> float | None:

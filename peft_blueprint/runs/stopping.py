@@ -1,8 +1,4 @@
-"""When a run no longer pays: the marginal-return rule, dPsi/dGamma over a moving window, as a pure state machine.
-
-Is told a resource and a metric at every evaluation, and says whether to go on, and why. Knows nothing of loops, models,
-or torch; whoever calls it measures, and does what it says.
-"""
+"""Decide when a training run no longer pays, by the marginal return over a moving window."""
 
 from __future__ import annotations
 
@@ -12,37 +8,37 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from .._options import from_mapping
 from ..errors import BlueprintError, FormatError, MismatchError
-from .schedule import Shorter, phase, shorter
-from .stopping_words import Found, Side, proposal_of, reason_of
-from .trend import Trend, trend, windows
+from .quantity import Direction
+from .trend import Phase, Shorter, Trend, phase, shorter, trend, windows
 
-
-__all__ = ["Decision", "Direction", "MarginalReturn"]
-
-Direction = Literal["minimize", "maximize"]
 
 TENTH = 0.1  # of the budget: the next piece of it that a run has to earn
+
 _ROUNDING = 1e-9  # relative, of sums of a resource
-_TOLERATED = 2.5  # tenths at the threshold's rate that a shorter schedule may lose: 0.5 % of a metric, by default
+_TOLERATED = 2.5  # tenths at the threshold's rate that a shorter schedule may lose: by default 0.5 % of the metric
+_ALIKE = 0.02  # shares of a schedule shown as one
+
+Side = Literal["below", "above", "open"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one check found.
+    """Result of one check.
 
     Args:
         stop: whether to stop now.
-        ratio: the window's marginal return: improvement of the metric per unit of the resource, negative if the metric
-            got worse; None as long as there are too few evaluations.
-        error: its standard error.
-        threshold: what it is compared with, in the same unit; None if it is not known yet.
-        below: how many checks in a row it was below, this one included.
-        expected: the improvement that the next 10 % of the budget would buy at that rate; 10 % of what was spent so
-            far, where no budget is known.
-        reason: all that in words.
-        proposal: a shorter schedule in words, where the learning rate is falling and the metric has stopped paying.
-        proposed_progress: the share of the schedule that would have done.
+        ratio: marginal return of the window: improvement of the metric per unit of the resource, negative if the metric
+            got worse; None for too few evaluations.
+        error: standard error of the ratio.
+        threshold: smallest ratio that pays, in the same unit; None if it is not known yet.
+        below: consecutive checks below the threshold, including this one.
+        expected: improvement that the next 10 % of the budget would buy at this ratio; 10 % of the resource spent so
+            far if no budget is known.
+        reason: the decision in words.
+        proposal: a shorter schedule in words, if the learning rate is falling and the metric has stopped paying.
+        proposed_progress: share of the schedule that would have been enough.
     """
 
     stop: bool
@@ -56,12 +52,12 @@ class Decision:
     proposed_progress: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Return a JSON object."""
         return asdict(self)
 
 
 class _Point(NamedTuple):
-    """One evaluation; `gain` is the metric with its sign turned so that higher is better."""
+    """One evaluation; `gain` is the metric with its sign chosen so that higher is better."""
 
     resource: float
     gain: float
@@ -70,41 +66,72 @@ class _Point(NamedTuple):
     progress: float | None
 
 
+class _Return(NamedTuple):
+    """The marginal return at a check, and what it is compared with."""
+
+    fit: Trend | None  # of the window; None for too few evaluations
+    side: Side  # of the threshold; "open" if noise is too large to tell
+    threshold: float | None
+    phase: Phase  # of the learning rate
+    tenth: float  # of the budget, in units of the resource
+    has_budget: bool
+
+
+@dataclass(frozen=True)
+class _State:
+    direction: Direction
+    below: int
+    lost: int
+    points: tuple[_Point, ...]
+
+    def __post_init__(self) -> None:
+        numbers = [number for point in self.points for number in point if number is not None]
+        if not all(map(math.isfinite, numbers)) or min(self.below, self.lost) < 0:
+            raise FormatError("its numbers must be finite and its counts at least 0.")
+        if any(a.resource >= b.resource for a, b in zip(self.points, self.points[1:], strict=False)):
+            raise FormatError("the resource must rise from point to point.")
+
+
 class MarginalReturn:
-    """Stops a run whose metric no longer improves enough for what it spends.
+    """Stops a run whose metric no longer improves enough for the resource it spends.
 
-    At every check a line is laid through the last `window` evaluations; its slope is the marginal return. A check counts
-    as below if, with 90 % confidence, the slope is below the threshold; after `patience` such checks in a row the run
-    stops. Where noise leaves it open on which side of the threshold the slope is, the window is widened, up to all
-    evaluations, until it is clear; where it never is, the check does not count, and the reason says so. On a curve that
-    flattens, a wider window shows a steeper slope than the present one, so that widening stops later, never sooner.
+    At every check a line is fitted to the last `window` evaluations; its slope is the marginal return. The check is
+    below if the slope is below the threshold with 90 % confidence; after `patience` such checks in a row the run stops.
+    If noise leaves open on which side of the threshold the slope is, the window is widened, up to all evaluations. If
+    it stays open, the check does not count. On a flattening curve a wider window has a steeper slope, so widening only
+    stops later.
 
-    The learning rate, if it is told, is heeded. While it rises, checks do not count. While it falls, a flat curve is no
-    reason to stop, since the fall itself still lowers the loss: the run is never stopped then, and after `patience`
-    checks below, a shorter schedule is proposed. Where it is steady, or not told, the run is stopped.
+    The learning rate matters, if it is given. While it rises, checks do not count. While it falls, the run is never
+    stopped, because the decay itself still lowers the loss; after `patience` checks below, a shorter schedule is
+    proposed instead. While it is steady or unknown, the run is stopped.
 
-    A metric that is nan or infinite is not used; after `patience` such checks in a row the run is stopped, whatever the
-    learning rate does. A check at which nothing was spent since the last does not count, and changes nothing.
+    A metric that is NaN or infinite is not used; after `patience` such checks in a row the run is stopped, whatever the
+    learning rate does. A check at which nothing was spent since the last one has no effect.
 
-    Without `threshold` it is so chosen that the next 10 % of the budget has to improve the metric by `worth` of its
-    present value: where returns diminish, a run that is stopped loses at most that for every tenth that was left. The
-    present value serves better than the gain so far, which counts the fall of the first steps: of a model trained from
-    nothing it would ask so much that it stops in the middle. A metric that may pass nought wants a threshold.
+    Without `threshold`, the next 10 % of the budget has to improve the metric by `worth` times its present value. Where
+    returns diminish, stopping then loses at most that much for every tenth of the budget that was left. A metric that
+    may cross zero needs a threshold.
 
-    Nothing can be told before 10 % of the budget is spent, nor of what comes after a plateau: a metric that stands still,
-    or gets worse, for as long as window and patience last is stopped, though it might have improved again later.
+    Nothing is decided before 10 % of the budget is spent. A metric that stands still or gets worse for as long as window
+    and patience last is stopped, even if it would have improved again later.
 
     Args:
         direction: whether a lower or a higher metric is better.
-        threshold: eta, in units of the metric per unit of the resource.
-        worth: used without a threshold.
-        budget: of the resource, for the whole run. Without it, it is told from `progress`; without that either, 10 % of
-            what was spent so far stands for 10 % of the budget.
-        window: evaluations that a line is laid through, from 3.
-        patience: checks in a row.
+        threshold: in units of the metric per unit of the resource.
+        worth: share of the metric, used without a threshold.
+        budget: of the resource for the whole run. Without it, it is estimated from `progress`; without that either,
+            10 % of the resource spent so far stands for 10 % of the budget.
+        window: number of evaluations in a fit, at least 3.
+        patience: number of checks in a row.
 
     Raises:
         BlueprintError: for bad values.
+
+    Example:
+        >>> rule = MarginalReturn(patience=1)
+        >>> decisions = [rule.check(seconds, 2.0, progress=seconds / 100) for seconds in range(10, 60, 10)]
+        >>> [decision.stop for decision in decisions]
+        [False, False, False, False, True]
     """
 
     def __init__(
@@ -118,18 +145,18 @@ class MarginalReturn:
         patience: int = 3,
     ) -> None:
         if direction not in get_args(Direction):
-            raise BlueprintError(f"direction={direction!r} is not known: give minimize or maximize.")
+            raise BlueprintError(f"direction must be 'minimize' or 'maximize', got {direction!r}.")
         if threshold is not None and not math.isfinite(threshold):
-            raise BlueprintError(f"threshold={threshold} is no number: give metric per unit of the resource, or None.")
+            raise BlueprintError(
+                f"threshold must be finite (metric per unit of the resource) or None, got {threshold}."
+            )
         if not (math.isfinite(worth) and worth > 0):
-            raise BlueprintError(f"worth={worth} is no share of the metric: give a number above 0, as 0.001.")
+            raise BlueprintError(f"worth must be a positive share of the metric such as 0.002, got {worth}.")
         if budget is not None and not (math.isfinite(budget) and budget > 0):
-            raise BlueprintError(f"budget={budget} is none: give an amount of the resource above 0, or None.")
+            raise BlueprintError(f"budget must be a positive amount of the resource or None, got {budget}.")
         for name, value, least in (("window", window, 3), ("patience", patience, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BlueprintError(
-                    f"{name}={value!r} is no number of evaluations: give a whole number from {least}."
-                )
+                raise BlueprintError(f"{name} must be an integer of at least {least}, got {value!r}.")
         self.direction: Direction = direction
         self.threshold = threshold
         self.worth = worth
@@ -141,13 +168,13 @@ class MarginalReturn:
         self._lost = 0
 
     def settings(self) -> dict[str, Any]:
-        """What it was made with, as keyword arguments; a budget that was filled in later is among them."""
+        """Return the settings as keyword arguments, with a budget that was set later."""
         names = ("direction", "threshold", "worth", "budget", "window", "patience")
         return {name: getattr(self, name) for name in names}
 
     @property
     def last_resource(self) -> float | None:
-        """What had been spent at the last check that was taken in."""
+        """Resource spent at the last check that counted."""
         return self._points[-1].resource if self._points else None
 
     def check(
@@ -159,20 +186,30 @@ class MarginalReturn:
         learning_rate: float | None = None,
         progress: float | None = None,
     ) -> Decision:
-        """Take in an evaluation, and decide.
+        """Add an evaluation and decide.
 
         Args:
-            resource: spent since the run began, of whatever counts: seconds, FLOPs, tokens, joules.
-            metric: the evaluation's.
-            step: of training; for the words.
+            resource: spent since the run began: seconds, FLOPs, tokens or joules.
+            metric: of the evaluation.
+            step: of training; named in the reason.
             learning_rate: at this step.
-            progress: share of the planned steps that is done, in [0, 1].
+            progress: share of the planned steps done, in [0, 1].
 
         Raises:
-            BlueprintError: if the resource goes backwards, or a number other than the metric is not finite or out of
-                its range. What was taken in before is untouched.
+            BlueprintError: if the resource decreases, or a number other than the metric is out of range. Nothing
+                changes then.
         """
-        self._require(resource, learning_rate, progress)
+        if not (math.isfinite(resource) and resource >= 0):
+            raise BlueprintError(f"resource must be at least 0, counted since the run began, got {resource}.")
+        if self._points and resource < self._points[-1].resource:
+            raise BlueprintError(
+                f"resource decreased from {self._points[-1].resource:g} to {resource:g}. Give the total since the run "
+                "began; after a resumption load the rule's state, or make a new MarginalReturn."
+            )
+        if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate >= 0):
+            raise BlueprintError(f"learning_rate must be at least 0 or None, got {learning_rate}.")
+        if progress is not None and not 0 <= progress <= 1:
+            raise BlueprintError(f"progress must be a share of the planned steps in [0, 1] or None, got {progress}.")
         last = self._points[-1] if self._points else None
         if last is not None and resource == last.resource:
             return self._decide(last, "idle")
@@ -186,73 +223,41 @@ class MarginalReturn:
         self._points.append(point)
         return self._decide(point, "counted")
 
-    def _require(self, resource: float, learning_rate: float | None, progress: float | None) -> None:
-        if not (math.isfinite(resource) and resource >= 0):
-            raise BlueprintError(
-                f"The resource is {resource}: give what was spent since the run began, as a number from 0."
-            )
-        if self._points and resource < self._points[-1].resource:
-            raise BlueprintError(
-                f"The resource went back, from {self._points[-1].resource:g} to {resource:g}. Give what was spent since "
-                "the run began, not since the last check; after a resumption load its state, or begin a new "
-                "MarginalReturn."
-            )
-        if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise BlueprintError(f"learning_rate={learning_rate} is none: give a number from 0, or None.")
-        if progress is not None and not 0 <= progress <= 1:
-            raise BlueprintError(f"progress={progress} is no share of the planned steps: give 0 to 1, or None.")
-
     def _decide(self, point: _Point, how: Literal["counted", "idle", "lost"]) -> Decision:
-        points = self._points
-        x, y = [p.resource for p in points], [p.gain for p in points]
-        tenth, is_of_budget = self._tenth(point)
-        threshold = self._threshold(tenth)
-        found: Trend | None = None
-        side: Side = "open"
-        shortest = self._shortest(x, tenth)
-        now = phase([p.learning_rate for p in points[-shortest:]])
-        is_early = is_of_budget and point.resource < tenth * (1 - _ROUNDING)
-        if threshold is not None and len(points) >= self.window and not is_early:
-            found, side = _first_clear(x, y, shortest, threshold)
+        found = self._marginal_return(point)
         if how == "counted":
-            self._below = self._below + 1 if side == "below" and now != "rising" else 0
+            self._below = self._below + 1 if found.side == "below" and found.phase != "rising" else 0
         is_flat = self._below >= self.patience
-        stop = self._lost >= self.patience if how == "lost" else is_flat and now != "falling"
-        best = max(range(len(y)), key=y.__getitem__) if y else None
-        said = Found(
-            how=how,
-            stop=stop,
-            phase=now,
-            side=side,
-            trend=found,
-            threshold=threshold,
-            tenth=tenth,
-            is_of_budget=is_of_budget,
-            below=self._below,
-            lost=self._lost,
-            patience=self.patience,
-            window=self.window,
-            checks=len(points),
-            metric=self._signed(point.gain),
-            at=_place(point, len(points)),
-            best=None if best is None else f"{self._signed(y[best]):.4g} at {_place(points[best], best + 1)}",
-            is_best=best == len(y) - 1,
-        )
-        less = self._shorter(found, threshold, tenth) if is_flat and now == "falling" else None
+        stop = self._lost >= self.patience if how == "lost" else is_flat and found.phase != "falling"
+        less = self._shorter(found) if is_flat and found.phase == "falling" else None
+        fit = found.fit
         return Decision(
             stop=stop,
-            ratio=None if found is None else found.slope,
-            error=None if found is None else found.error,
-            threshold=threshold,
+            ratio=None if fit is None else fit.slope,
+            error=None if fit is None else fit.error,
+            threshold=found.threshold,
             below=self._below,
-            expected=None if found is None else found.slope * tenth,
-            reason=reason_of(said),
-            proposal=None if less is None else proposal_of(less, said),
+            expected=None if fit is None else fit.slope * found.tenth,
+            reason=self._reason_of_lost(point, stop) if how == "lost" else self._reason(point, found, how, stop),
+            proposal=None if less is None else _proposal(less) + self._best(),
             proposed_progress=None if less is None else less.share,
         )
 
+    def _marginal_return(self, point: _Point) -> _Return:
+        tenth, has_budget = self._tenth(point)
+        threshold = self._threshold(tenth)
+        x, y = [p.resource for p in self._points], [p.gain for p in self._points]
+        shortest = self._shortest(x, tenth)
+        now = phase([p.learning_rate for p in self._points[-shortest:]])
+        is_early = has_budget and point.resource < tenth * (1 - _ROUNDING)
+        fit: Trend | None = None
+        side: Side = "open"
+        if threshold is not None and len(x) >= self.window and not is_early:
+            fit, side = _first_clear(x, y, shortest, threshold)
+        return _Return(fit, side, threshold, now, tenth, has_budget)
+
     def _tenth(self, point: _Point) -> tuple[float, bool]:
-        """A tenth of the budget, and whether a budget is known."""
+        """Return a tenth of the budget, and whether a budget is known."""
         if self.budget is not None:
             return TENTH * self.budget, True
         if point.progress:
@@ -260,7 +265,7 @@ class MarginalReturn:
         return TENTH * point.resource, False
 
     def _shortest(self, x: list[float], tenth: float) -> int:
-        """Evaluations of the shortest window: `window`, or as many as the last tenth of the budget has."""
+        """Return the length of the shortest window: `window`, or the evaluations of the last tenth of the budget."""
         since = (x[-1] if x else 0.0) - tenth * (1 - _ROUNDING)
         within = next((i for i in range(len(x) - 1, -1, -1) if x[i] <= since), 0)
         return max(self.window, len(x) - within)
@@ -270,32 +275,88 @@ class MarginalReturn:
             return self.threshold
         if tenth <= 0 or not self._points:
             return None
-        # a metric that stands at nought is worth nothing, which is below the least number there is
+        # a metric of zero is worth nothing, but the threshold must stay positive
         return max(self.worth * abs(self._points[-1].gain) / tenth, sys.float_info.min)
 
-    def _shorter(self, found: Trend | None, threshold: float | None, tenth: float) -> Shorter | None:
-        told = [
+    def _shorter(self, found: _Return) -> Shorter | None:
+        known = [
             (p.progress, p.learning_rate, p.gain)
             for p in self._points
             if p.progress is not None and p.learning_rate is not None
         ]
-        if found is None or threshold is None or not told:
+        if found.fit is None or found.threshold is None or not known:
             return None
-        progress, rates, gains = zip(*told, strict=True)
         return shorter(
-            progress,
-            rates,
-            gains,
+            *zip(*known, strict=True),
             judged_by=self.window + self.patience - 1,
-            tolerance=max(0.0, threshold) * _TOLERATED * tenth,
-            noise=found.noise,
+            tolerance=max(0.0, found.threshold) * _TOLERATED * found.tenth,
+            noise=found.fit.noise,
         )
 
     def _signed(self, value: float) -> float:
         return value if self.direction == "maximize" else -value
 
+    def _reason_of_lost(self, point: _Point, stop: bool) -> str:
+        metric, at = self._signed(point.gain), self._place(point)
+        best = self._best(even_if_last=True)
+        if not stop:
+            return f"The metric is {metric} at {at} and is not used.{best}"
+        return (
+            f"Stopped at {at}: the metric is {metric} for the {_ordinal(self._lost)} check in a row, so training has "
+            f"diverged.{best} Return to a checkpoint from then, with a lower learning rate."
+        )
+
+    def _reason(self, point: _Point, found: _Return, how: str, stop: bool) -> str:
+        idle = "Nothing was spent since the last check, so it does not count. " if how == "idle" else ""
+        fit, threshold, tenth = found.fit, found.threshold, found.tenth
+        if fit is None or threshold is None:
+            return (
+                f"{idle}Too early to decide after {len(self._points)} evaluation{'s' * (len(self._points) != 1)}: "
+                f"{self.window} and 10 % of the budget are needed."
+            )
+        did = "improved by" if fit.slope >= 0 else "got worse by"
+        over = (
+            f"{idle}Over the last {fit.points} evaluations the metric {did} {abs(fit.slope):.3g} ± {fit.error:.2g} per "
+            "unit of the resource"
+        )
+        below = f"below the threshold of {threshold:.3g}"
+        if found.side == "below" and found.phase == "rising":
+            return f"{over}, {below}; this does not count because the learning rate is rising."
+        metric = self._signed(point.gain)
+        share = f" ({abs(fit.slope * tenth / metric):.2%} of the metric)" if metric else ""
+        buys = (
+            f"{'the next 10 % of the budget' if found.has_budget else 'another 10 % of the resource spent so far'} "
+            f"{'was' if stop else 'is'} expected to buy {fit.slope * tenth:.3g} ± {fit.error * tenth:.2g}{share}; "
+            f"{threshold * tenth:.3g} would pay"
+        )
+        if found.side == "open":
+            return f"{over}. Noise is too large to tell whether that is {below}: {buys}."
+        if found.side == "above":
+            return f"{over}, above the threshold of {threshold:.3g}: {buys}."
+        below = f"{below} for the {_ordinal(self._below)} check in a row"
+        if stop:
+            return f"Stopped at {self._place(point)}. {over}, {below}; {buys}.{self._best()}"
+        if self._below < self.patience:
+            return f"{over}, {below} of {self.patience}; {buys}.{self._best()}"
+        return (
+            f"{over}, {below}; {buys}. Not stopped because the learning rate is falling: a plateau is expected then, and "
+            f"the end of the decay still lowers a loss.{self._best()}"
+        )
+
+    def _best(self, even_if_last: bool = False) -> str:
+        """Name the best evaluation in a sentence; empty if it is the last one."""
+        if not self._points:
+            return ""
+        i = max(range(len(self._points)), key=lambda i: self._points[i].gain)
+        if i == len(self._points) - 1 and not even_if_last:
+            return ""
+        return f" The best was {self._signed(self._points[i].gain):.4g} at {self._place(self._points[i], i + 1)}."
+
+    def _place(self, point: _Point, number: int | None = None) -> str:
+        return f"check {number or len(self._points)}" if point.step is None else f"step {point.step}"
+
     def state_dict(self) -> dict[str, Any]:
-        """All it has taken in, as a JSON object; a machine that loads it decides as this one would."""
+        """Return all evaluations as a JSON object; a rule that loads it decides as this one would."""
         return {
             "direction": self.direction,
             "below": self._below,
@@ -304,46 +365,41 @@ class MarginalReturn:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another machine was. Settings are not in a state: they stay this machine's own.
+        """Continue from a state of `state_dict`. Settings are not part of it.
 
         Raises:
-            FormatError: if it is no such state; this machine is then untouched.
-            MismatchError: if the other was told that the other direction is better.
+            FormatError: for anything else; nothing changes then.
+            MismatchError: if the state was recorded with the other direction.
         """
-        try:
-            direction, below, lost = state["direction"], state["below"], state["lost"]
-            points = [_Point(*(None if value is None else float(value) for value in row)) for row in state["points"]]  # type: ignore[arg-type]
-            points = [p._replace(step=None if p.step is None else int(p.step)) for p in points]
-            is_sound = all(math.isfinite(p.resource) and math.isfinite(p.gain) for p in points)
-            is_sound &= all(a.resource < b.resource for a, b in zip(points, points[1:], strict=False))
-            is_sound &= all(type(count) is int and count >= 0 for count in (below, lost))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(
-                f"This is no state of a MarginalReturn ({type(error).__name__}: {error}). Give what state_dict() gave."
-            ) from error
-        if not is_sound:
-            raise FormatError(
-                "This is no state of a MarginalReturn: its numbers are not finite, its resource does not rise, or its "
-                "counts are none. Give what state_dict() gave."
-            )
-        if direction != self.direction:
+        loaded = from_mapping(_State, state, "The state of MarginalReturn", FormatError)
+        if loaded.direction != self.direction:
             raise MismatchError(
-                f"The state is of a run with direction={direction!r}, and this one has {self.direction!r}. Make it with "
-                "the same."
+                f"The state of MarginalReturn has direction={loaded.direction!r}, this rule has {self.direction!r}. "
+                "Make the rule with the same direction."
             )
-        self._points, self._below, self._lost = points, below, lost
+        self._points, self._below, self._lost = list(loaded.points), loaded.below, loaded.lost
 
 
 def _first_clear(x: list[float], y: list[float], shortest: int, threshold: float) -> tuple[Trend, Side]:
-    """The shortest window whose slope is clearly on one side of the threshold, or the widest, which leaves it open."""
+    """Return the shortest window whose slope is clearly on one side of the threshold, otherwise the widest."""
     for points in windows(shortest, len(x)):
-        found = trend(x, y, points)
-        if found.slope + found.margin < threshold:
-            return found, "below"
-        if found.slope - found.margin >= threshold:
-            return found, "above"
-    return found, "open"
+        fit = trend(x, y, points)
+        if fit.slope + fit.margin < threshold:
+            return fit, "below"
+        if fit.slope - fit.margin >= threshold:
+            return fit, "above"
+    return fit, "open"
 
 
-def _place(point: _Point, number: int) -> str:
-    return f"check {number}" if point.step is None else f"step {point.step}"
+def _proposal(found: Shorter) -> str:
+    sure = "All curves that fit so far agree"
+    if found.highest - found.lowest >= _ALIKE:
+        sure = f"The curves that fit so far give {found.lowest:.0%} to {found.highest:.0%}"
+    return (
+        f"A schedule of the same shape over {found.share:.0%} of the planned steps would do about as well. {sure}. They "
+        "cannot show the effect of the rest of the decay, so try it before you rely on it."
+    )
+
+
+def _ordinal(count: int) -> str:
+    return f"{count}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(count % 10 if count % 100 not in (11, 12, 13) else 0, 'th') }"

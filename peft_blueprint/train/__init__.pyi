@@ -1,5 +1,6 @@
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
 from .checkpointing import CheckpointAbove as CheckpointAbove
+from .checkpointing import checkpoint_above as checkpoint_above
 from .initialization import initialize_along_gradient as initialize_along_gradient
 from .ledger_callback import LedgerCallback as LedgerCallback
 from .recipe import Recipe as Recipe
@@ -10,5 +11,4 @@ from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
-from .token_counter import Passes as Passes
 from .unfreezing import share_base as share_base

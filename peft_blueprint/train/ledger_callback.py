@@ -1,66 +1,83 @@
-"""`LedgerCallback`, one callback to add: what a run spends and gains, in its log and its record, and when it should stop.
-
-For transformers' Trainer and those made of it, TRL's say. The books themselves are `run_log.py`'s.
-"""
+"""`LedgerCallback`: record what a Trainer's run spends and gains, and stop it when it no longer pays."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import require_writable
 from ..errors import BlueprintError
-from ..runs import Direction, Figure, Ledger, MarginalReturn, RunLog, absent, carbon_factor, direction_of
+from ..runs import (
+    Direction,
+    Ledger,
+    MarginalReturn,
+    Quantity,
+    RunLog,
+    absent,
+    carbon_factor,
+    counted_flops,
+    direction_of,
+    measured,
+    modelled,
+)
 from .run_facts import facts_of, modelled_flops
-from .token_counter import Counted, Passes, is_compiled, per_token
 
 
-PREFIX = "ledger/"  # of the figures in the log
+PREFIX = "ledger/"  # of the entries in the Trainer's log
 STATE_KEY = "peft_blueprint.ledger"  # in trainer_state.json's stateful_callbacks
-COUNTED_STEP = 2  # of a training: what is set up lazily in the first step is out of the way
+COUNTED_STEP = 2  # the first step also sets up what is initialised lazily
 
+_LEAST_SEEN = 0.5  # of the modelled FLOPs; below it the counter has missed kernels
 _NO_METRICS = ("_runtime", "_per_second", "_jit_compilation_time", "_model_preparation_time", "epoch")
 
 
 class LedgerCallback(TrainerCallback):
-    """Keeps a ledger of a training, and stops it when it no longer pays, if asked to.
+    """Keeps a ledger of a training run and, with a rule, stops the run when it no longer pays.
 
-    Add it to a trainer that is there, as in `trainer.add_callback(LedgerCallback(trainer))`, or with
-    `stop=MarginalReturn()`: at the Trainer's logging and evaluation steps its figures go to whatever `report_to` names,
-    as `ledger/seconds` and so on, and at every evaluation and save and at the end `run.json` is written, from which
-    `peft-blueprint report` reads.
+    Its quantities go to the trackers in `report_to` as `ledger/seconds` and so on, at the Trainer's logging and
+    evaluation steps. `run.json`, which `peft-blueprint report` reads, is written at evaluations, saves and the end.
 
-    Tokens are input positions that the model is given in training, padding included. FLOPs are these times what the
-    second step takes per token, counted by torch.utils.flop_counter; where that sees nothing, under
-    torch.compile say, the cost model's. The figure's source has both. Evaluating and saving count as spent, in seconds
-    and energy, and are in the record by themselves; the FLOPs and tokens of evaluations are not counted.
+    Tokens are the model's input positions in training, padding included. FLOPs are tokens times the FLOPs per token of
+    the second step, counted by torch.utils.flop_counter; where that sees nothing, for example under torch.compile, the
+    cost model's. The quantity's source has both. Evaluating and saving count in seconds and energy, and are recorded
+    separately; the tokens and FLOPs of evaluations do not count.
 
-    With a rule, every evaluation is a check of it, in all processes with the first one's decision. The state goes with
-    the Trainer's checkpoints and comes back when training is resumed from one, whatever
-    `restore_callback_states_from_checkpoint` says. Keeping the books never ends a training: what goes wrong there is a
-    warning.
+    With a rule, every evaluation is a check, and all processes follow the first one's decision. The state is saved in
+    the Trainer's checkpoints and restored from them, whatever `restore_callback_states_from_checkpoint` says. An error
+    in the bookkeeping is a warning and never ends the run.
 
     Args:
-        trainer: the Trainer it is added to.
-        stop: the rule; None to keep books only.
-        metric: what counts, with or without "eval_"; by default `metric_for_best_model`, else "eval_loss". "loss" is
-            the training loss, checked whenever it is logged; without a rule and evaluations it is the default.
-        direction: whether a lower or a higher metric is better; by default as `greater_is_better` says if the metric is
-            `metric_for_best_model`, else the rule's or what the name suggests.
-        resource: what counts as spent, one of `figures.RESOURCES`.
-        carbon: grams of CO2e per kWh, or a country's three letters, see `carbon_factor`.
-        watts: of a device, from which energy is modelled where no meter is.
+        trainer: the Trainer that the callback is added to.
+        stop: the rule; None only keeps the record.
+        metric: the metric to judge by, with or without "eval_"; by default `metric_for_best_model`, otherwise
+            "eval_loss". "loss" is the training loss, checked whenever it is logged; it is the default without a rule
+            and evaluations.
+        direction: whether a lower or a higher metric is better; by default as `greater_is_better` says for
+            `metric_for_best_model`, otherwise the rule's or guessed from the name.
+        resource: the resource to judge by, one of `RESOURCES`.
+        carbon: grams of CO2e per kWh, or a country's three letters; see `carbon_factor`.
+        watts: power of a device, to model energy where there is no meter.
         name: of the run, for reports; by default the folder's.
-        output_dir: where `run.json` goes; by default `output_dir` of the training arguments.
+        output_dir: folder of `run.json`; by default the training arguments' `output_dir`.
 
     Raises:
-        BlueprintError: for bad values, and for a rule that has no evaluations; when training begins, if the folder
-            cannot be written or nothing counts the resource; after the first evaluation, if it has not the metric.
+        BlueprintError: for bad values, and for a rule without evaluations; when training begins, if the folder cannot
+            be written or the resource is absent; after the first evaluation, if it lacks the metric.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> arguments = transformers.TrainingArguments(tempfile.mkdtemp(), report_to="none")
+        >>> trainer = transformers.Trainer(tiny_llama(), arguments)
+        >>> trainer.add_callback(LedgerCallback(trainer, carbon=56))
     """
 
     def __init__(
@@ -78,7 +95,7 @@ class LedgerCallback(TrainerCallback):
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise BlueprintError(
-                f"LedgerCallback needs the trainer, not {type(trainer).__name__}: make the trainer first, then "
+                f"trainer must be a Trainer, got {type(trainer).__name__}. Make the trainer first, then call "
                 "trainer.add_callback(LedgerCallback(trainer))."
             )
         self.trainer = trainer
@@ -94,58 +111,58 @@ class LedgerCallback(TrainerCallback):
         }
         self._carbon, self._watts = carbon_factor(carbon), watts
         self._fresh: dict[str, Any] | None = None
-        self._passes = Passes()
+        self._counter = TokenCounter()
         self._begin()
         self._fresh = None if stop is None else stop.state_dict()
 
     @property
     def log(self) -> RunLog:
-        """The books of the training that runs, or of the last."""
+        """Log of the current or last training run."""
         return self._log
 
     def summary(self) -> str:
-        """What was spent and gained so far, in lines to print."""
+        """Return what was spent and gained so far, as lines to print."""
         return self._log.summary()
 
     def _begin(self) -> None:
-        """New books; the rule as it was when it was given."""
-        self._passes.detach()
-        self._passes = Passes()
+        """Start a new log, with the rule in its initial state."""
+        self._counter.detach()
+        self._counter = TokenCounter()
         if self.stop is not None and self._fresh is not None:
             self.stop.load_state_dict(self._fresh)
         on_gpus = self.trainer.args.device.type == "cuda"
         ledger = Ledger(watts=self._watts, carbon=self._carbon, gpus=on_gpus)
         self._log = RunLog(**self._settings, ledger=ledger)
-        self._log.output_dir = self.output_dir  # whether it can be written is asked when training begins
+        self._log.output_dir = self.output_dir  # checked when training begins
         self._pending: dict[str, float] = {}
-        self._per_token: Figure | None = None
+        self._per_token: Quantity | None = None
         self._steps = 0
         self._counted: Counted | None = None
         self._has_begun = False
         self._is_noted = False
-        self._is_refused = False
+        self._lacks_metric = False
         self._mark = time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the books, or go on with those of the checkpoint."""
+        """Start a log, or continue that of the checkpoint."""
         self._begin()
         if state.is_world_process_zero:
             require_writable(self.output_dir)
-        log, books = self._log, state.stateful_callbacks.get(STATE_KEY)  # type: ignore[union-attr]
-        if books is not None and state.global_step:
-            with log.keeping("what was spent before the resumption"):
-                log.load_state_dict(books["log"])
-                if books["flops_per_token"] is not None:
-                    self._set_per_token(Figure.from_dict(books["flops_per_token"]))
-        with log.keeping("what is known of the model"):
+        log, saved = self._log, state.stateful_callbacks.get(STATE_KEY)  # type: ignore[union-attr]
+        if saved is not None and state.global_step:
+            with log.guarded("the totals before the resumption"):
+                log.load_state_dict(saved["log"])
+                if saved["flops_per_token"] is not None:
+                    self._set_per_token(Quantity.from_dict(saved["flops_per_token"]))
+        with log.guarded("the facts about the model"):
             log.about |= facts_of(self._model(), args)
-        with log.keeping("tokens"):
-            self._passes.attach(self.trainer.model_wrapped)
+        with log.guarded("tokens"):
+            self._counter.attach(self.trainer.model_wrapped)
         log.ledger.start()
         log.settle()
-        if self.stop is not None and log.resource not in ("tokens", "flops"):  # these are known with the first step
+        if self.stop is not None and log.resource not in ("tokens", "flops"):  # counted from the first step
             log.require_resource()
         self._has_begun = True
         self._mark = time.perf_counter()
@@ -153,34 +170,38 @@ class LedgerCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Send what the last step left to be logged; count FLOPs in one step."""
-        if self._is_refused:
-            self._refuse_metric()
+        """Log what is pending from the last step; start counting FLOPs in `COUNTED_STEP`."""
+        if self._lacks_metric:
+            point = self._log.points[-1]
+            raise BlueprintError(
+                f"The evaluation at step {point.step} lacks the metric {self.metric!r} that MarginalReturn needs; it has "
+                f"{', '.join(sorted(point.metrics)) or 'none'}. Give LedgerCallback(metric=...) one of these."
+            )
         if self._pending:
             self._send(control)
         self._steps += 1
         if self._steps == COUNTED_STEP and (self._per_token is None or self._per_token.how != "measured"):
-            with self._log.keeping("counted FLOPs"):
+            with self._log.guarded("counted FLOPs"):
                 if not self._is_unseen():
-                    self._passes.start_counting()
+                    self._counter.start_counting()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop counting: all micro-batches of the step went by, and what was generated for them, as TRL's GRPO does."""
-        if self._passes.is_counting:
+        """Stop counting after all micro-batches of the step, and generation for them as in TRL's GRPO."""
+        if self._counter.is_counting:
             self._stop_counting()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step's tokens; add up where the Trainer logs, evaluates or saves."""
-        if tokens := self._passes.take():
+        """Count the tokens of the step; add up where the Trainer logs, evaluates or saves."""
+        if tokens := self._counter.take():
             self._log.step(tokens)
         if self._per_token is None:
             self._model_flops()
         if self._counted is not None and self._per_token is not None:
-            self._set_per_token(per_token(self._counted, self._per_token, state.global_step))
+            self._set_per_token(_flops_per_token(self._counted, self._per_token, state.global_step))
             self._counted = None
         if not self._is_noted:
             self._is_noted = True
@@ -201,12 +222,12 @@ class LedgerCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the training loss; check the rule if that is its metric. With the Trainer's last words send the totals."""
+        """Record the training loss and check the rule if it is the metric; log the totals with the Trainer's summary."""
         if not self._has_begun or not logs:
             return
-        if "train_loss" in logs:  # in on_train_end trackers have ended their runs
+        if "train_loss" in logs:  # the summary; in on_train_end trackers have closed their runs
             self._log.settle()
-            self._pending = self._figures()
+            self._pending = self._spent()
             self._send(control)
         if "loss" not in logs:
             return
@@ -224,7 +245,7 @@ class LedgerCallback(TrainerCallback):
         metrics: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Make a point of the record of it, and check the rule."""
+        """Record the evaluation and check the rule."""
         if not self._has_begun:
             return
         self._log.seconds["evaluating"] += time.perf_counter() - self._mark
@@ -234,18 +255,18 @@ class LedgerCallback(TrainerCallback):
             if isinstance(value, int | float) and not key.endswith(_NO_METRICS)
         }
         self._check(found, state, control)
-        is_of_evaluations = self.stop is not None and self.metric != "loss"
-        # the evaluation of another data set at this step may still bring it
-        self._is_refused = is_of_evaluations and not any(self.metric in point.metrics for point in self._log.points)
+        needs_metric = self.stop is not None and self.metric != "loss"
+        # the evaluation of another data set at this step may still have it
+        self._lacks_metric = needs_metric and not any(self.metric in point.metrics for point in self._log.points)
         self._send(control)
         self._mark = time.perf_counter()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let no counter of energy go round unseen in a long evaluation."""
+        """Read the meters once a minute, so that no energy counter wraps around unseen in a long evaluation."""
         if self._has_begun:
-            with self._log.keeping("the meters"):
+            with self._log.guarded("the meters"):
                 self._log.ledger.look_if_due()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -257,19 +278,19 @@ class LedgerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the books: the last figures, the record, and a line in the log."""
-        self._passes.detach()
+        """Add up for the last time, write the record and log its summary."""
+        self._counter.detach()
         self._note_optimizer()
         self._has_begun = False
         self._log.finish()
 
     def _add_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """In every process alike: what the Trainer itself decides from steps and epochs, it decides in all of them."""
+        """Add up where the schedule logs, evaluates or saves, which all processes do at the same step."""
         is_scheduled = control.should_log or control.should_evaluate
         if is_scheduled or (control.should_save and _saves_now(args, state, control)):
             self._log.settle()
             if is_scheduled:
-                self._pending = self._figures()
+                self._pending = self._spent()
         if is_scheduled or control.should_save:
             self._store(state)
         self._mark = time.perf_counter()
@@ -279,70 +300,57 @@ class LedgerCallback(TrainerCallback):
         decision = self._log.evaluate(
             metrics, step=state.global_step, learning_rate=_learning_rate(self.trainer), progress=progress
         )
-        self._pending = self._figures()
+        self._pending = self._spent()
         if decision is not None:
-            said = {"marginal_return": decision.ratio, "threshold": decision.threshold, "below": decision.below}
-            self._pending |= {PREFIX + key: value for key, value in said.items() if value is not None}
+            logged = {"marginal_return": decision.ratio, "threshold": decision.threshold, "below": decision.below}
+            self._pending |= {PREFIX + key: value for key, value in logged.items() if value is not None}
             if decision.stop:
                 control.should_training_stop = True
         self._store(state)
 
     def _store(self, state: TrainerState) -> None:
-        """Put the books where the Trainer's next checkpoint takes them from."""
+        """Put the state where the Trainer's next checkpoint takes it from."""
         flops = None if self._per_token is None else self._per_token.to_dict()
-        books = {"log": self._log.state_dict(), "flops_per_token": flops}
-        state.stateful_callbacks[STATE_KEY] = books  # type: ignore[index, call-overload]
+        saved = {"log": self._log.state_dict(), "flops_per_token": flops}
+        state.stateful_callbacks[STATE_KEY] = saved  # type: ignore[index, call-overload]
 
-    def _figures(self) -> dict[str, float]:
+    def _spent(self) -> dict[str, float]:
         return {PREFIX + name: value for name, value in self._log.spent().items()}
 
     def _send(self, control: TrainerControl) -> None:
-        """Log what is pending. Not in the event of a logging step itself: TRL's trainers would take their own averages
-        into this record, and have none left for the loss's.
-        """
-        figures, self._pending = self._pending, {}
+        """Log what is pending, outside the logging event: TRL's trainers add their averages to the next record only."""
+        pending, self._pending = self._pending, {}
         should_log = control.should_log
-        if figures:
-            self.trainer.log(figures)
-        control.should_log = should_log  # logging takes it back
-
-    def _refuse_metric(self) -> None:
-        point = self._log.points[-1]
-        raise BlueprintError(
-            f"The evaluation of step {point.step} has no {self.metric!r}, by which MarginalReturn is to judge; it has "
-            f"{', '.join(sorted(point.metrics)) or 'no metric'}. Give LedgerCallback(metric=...) one of these."
-        )
+        if pending:
+            self.trainer.log(pending)
+        control.should_log = should_log  # `Trainer.log` resets it
 
     def _stop_counting(self) -> None:
-        with self._log.keeping("counted FLOPs"):
-            self._counted = self._passes.stop_counting()
+        with self._log.guarded("counted FLOPs"):
+            self._counted = self._counter.stop_counting()
 
     def _note_optimizer(self) -> None:
         if self.trainer.optimizer is not None:
             self._log.note_optimizer(self.trainer.optimizer)
 
     def _is_unseen(self) -> bool:
-        """Whether FLOPs run where the counter does not see them: compiled, or in other threads or processes."""
+        """Whether FLOPs are invisible to the counter: compiled, or in other threads or processes."""
         args = self.trainer.args
         return args.n_gpu > 1 or self.trainer.is_deepspeed_enabled or is_compiled(self.trainer.model_wrapped)
 
     def _model_flops(self) -> None:
-        """The cost model's FLOPs per token, from the shape of the last micro-batch."""
-        shape = self._passes.shape
-        if shape is None:
-            why = (
-                "the model is given no input_ids" if self._passes.calls else "the model was not called by its forward"
-            )
-            self._set_per_token(absent(f"no tokens were seen: {why}"))
-            return
-        figure = absent("no model of the costs")
-        with self._log.keeping("modelled FLOPs"):
-            figure = modelled_flops(self._model(), *shape)
-        self._set_per_token(figure)
+        """Take the cost model's FLOPs per token, for the shape of the last micro-batch."""
+        if self._counter.shape is None:
+            why = "its inputs have no input_ids" if self._counter.calls else "its forward was not called"
+            return self._set_per_token(absent(f"no tokens of the model were seen: {why}"))
+        per_token = absent("the cost model failed")
+        with self._log.guarded("modelled FLOPs"):
+            per_token = modelled_flops(self._model(), *self._counter.shape)
+        self._set_per_token(per_token)
 
-    def _set_per_token(self, figure: Figure) -> None:
-        self._per_token = figure
-        self._log.ledger.flops_per_token = figure
+    def _set_per_token(self, per_token: Quantity) -> None:
+        self._per_token = per_token
+        self._log.ledger.flops_per_token = per_token
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
@@ -354,8 +362,8 @@ def _metric_of(args: TrainingArguments, metric: str | None, stop: MarginalReturn
     if metric is None and not is_evaluated:
         if stop is not None:
             raise BlueprintError(
-                "MarginalReturn judges by evaluations, and eval_strategy is 'no'. Set eval_strategy='steps' and eval_steps "
-                "in the training arguments, or give LedgerCallback(metric='loss') to judge by the training loss."
+                "MarginalReturn needs evaluations, but eval_strategy is 'no'. Set eval_strategy='steps' and eval_steps in "
+                "the training arguments, or use LedgerCallback(metric='loss') to judge by the training loss."
             )
         return "loss"
     if metric == "loss":
@@ -372,7 +380,7 @@ def _direction_of(args: TrainingArguments, metric: str, stop: MarginalReturn | N
 
 
 def _saves_now(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-    """Whether the save that is due is one of the schedule, which all processes know; a signal may reach one alone."""
+    """Whether the schedule asks for this save; a save after a signal may be due in one process only."""
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     on_step = strategy == "steps" and state.save_steps > 0 and state.global_step % state.save_steps == 0
     return on_step or strategy == "epoch" or state.global_step >= state.max_steps
@@ -381,3 +389,110 @@ def _saves_now(args: TrainingArguments, state: TrainerState, control: TrainerCon
 def _learning_rate(trainer: Trainer) -> float | None:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     return float(groups[0]["lr"]) if groups else None
+
+
+class Counted(NamedTuple):
+    """Floating-point operations of a stretch of training, and its tokens."""
+
+    flops: float
+    tokens: int
+
+
+class TokenCounter:
+    """Counts the input positions, and for a while the FLOPs, of a model's training passes.
+
+    A call counts if the model is in training mode and gradients are enabled, so evaluations and the passes of a
+    reference model do not. Positions are those of `input_ids`, otherwise of `inputs_embeds`, otherwise of a first
+    argument of integers, padding included; other inputs count nothing. It does not wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] | None = None  # (batch, length) of the last pass
+        self.calls = 0
+        self._tokens = 0
+        self._taken = 0
+        self._handle: RemovableHandle | None = None
+        self._stack: ExitStack | None = None
+        self._flops: Any = None
+        self._from = 0
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether FLOPs are being counted."""
+        return self._stack is not None
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch the calls of a module: the one that the loop calls, for example a DDP or compiled wrapper."""
+        self.detach()
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Remove the hook and stop counting FLOPs."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    def take(self) -> int:
+        """Return the tokens since the last call."""
+        new, self._taken = self._tokens - self._taken, self._tokens
+        return new
+
+    def start_counting(self) -> None:
+        """Start counting the FLOPs of this process."""
+        self._stack, self._from = ExitStack(), self._tokens
+        self._flops = self._stack.enter_context(counted_flops())
+
+    def stop_counting(self) -> Counted | None:
+        """Return the FLOPs and tokens since `start_counting`; None if either is zero."""
+        if self._stack is None:
+            return None
+        self._stack.close()
+        self._stack = None
+        flops, tokens = float(self._flops.total), self._tokens - self._from
+        return Counted(flops, tokens) if flops > 0 and tokens > 0 else None
+
+    def _see(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.calls += 1
+            shape = _shape_of(args, kwargs)
+            if shape is not None:
+                self.shape = shape
+                self._tokens += shape[0] * shape[1]
+
+
+def _flops_per_token(counted: Counted, model: Quantity, step: int) -> Quantity:
+    """Return the counted FLOPs per token, or the modelled ones if the counter saw less than half of them.
+
+    The counter sees matrix products, convolutions and attention among torch's own operations and no other kernel.
+    """
+    seen = counted.flops / counted.tokens
+    source = f"torch.utils.flop_counter, measured once in step {step} ({seen:.4g} per token"
+    if model.value is None:
+        return measured(seen, f"{source})")
+    if seen < _LEAST_SEEN * model.value:
+        note = f"{model.source} ({model.value:.4g} per token)"
+        return modelled(model.value, f"{note}; torch.utils.flop_counter saw only {seen:.4g}, so not all kernels")
+    return measured(seen, f"{source}; {model.source} gives {model.value:.4g})")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs this module or one inside, which hides the operations from the counter."""
+    optimized = torch._dynamo.OptimizedModule
+    return any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (batch, length) of a model's inputs."""
+    ids = kwargs.get("input_ids")
+    if not (isinstance(ids, Tensor) and ids.dim()):
+        embeds, first = kwargs.get("inputs_embeds"), args[0] if args else None
+        if isinstance(embeds, Tensor) and embeds.dim() > 2:
+            ids = embeds[..., 0]
+        elif isinstance(first, Tensor) and first.dim() and not (first.is_floating_point() or first.is_complex()):
+            ids = first
+        else:
+            return None
+    return ids.shape[0], ids.numel() // max(1, ids.shape[0])

@@ -1,4 +1,4 @@
-"""What a run spent is counted, labelled, and goes on after a resumption. Run: pytest tests/test_ledger.py"""
+"""What a run spent is counted, labelled, and goes on after a resumption. Run: pytest tests/runs/test_ledger.py"""
 
 import json
 import socket
@@ -9,8 +9,8 @@ import torch
 
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError
 from peft_blueprint.runs import ledger as ledger_module
-from peft_blueprint.runs.figures import RESOURCES, UNITS, Figure, absent, measured, modelled
 from peft_blueprint.runs.ledger import Ledger, counted_flops
+from peft_blueprint.runs.quantity import RESOURCES, UNITS, Quantity, absent, measured, modelled
 from peft_blueprint.testing import tiny_llama
 
 
@@ -29,16 +29,16 @@ class FakeMeter:
         return self.shown
 
 
-def test_every_figure_is_there_with_its_label():
+def test_every_quantity_has_its_label():
     """What was not counted is absent and says why; nothing is left out."""
     with Ledger(meters=[]) as spent:
         pass
-    figures = spent.figures()
-    assert list(figures) == list(UNITS)
-    hows = {name: figure.how for name, figure in figures.items()}
+    quantities = spent.quantities()
+    assert list(quantities) == list(UNITS)
+    hows = {name: quantity.how for name, quantity in quantities.items()}
     missing = {"tokens", "flops", "energy_joules", "carbon_grams", "optimizer_bytes"}
     assert hows == {name: "absent" if name in missing else "measured" for name in UNITS}
-    assert all(figure.source for figure in figures.values())
+    assert all(quantity.source for quantity in quantities.values())
     assert spent.totals().keys() == set(UNITS) - missing
 
 
@@ -56,7 +56,7 @@ def test_time_counts_only_while_it_runs(clock):
     with spent:
         clock.now += 26
     assert spent.seconds == 36
-    assert spent.figures()["device_hours"] == measured(36 * 4 / 3600, "clock, 4 devices")
+    assert spent.quantities()["device_hours"] == measured(36 * 4 / 3600, "clock, 4 devices")
 
 
 def test_a_failure_inside_stops_the_clock(clock):
@@ -73,12 +73,12 @@ def test_tokens_cost_what_is_said():
     spent = Ledger(meters=[])
     spent.add(100)
     spent.add(tokens=20)
-    assert spent.figures()["tokens"] == measured(120, "counted")
-    assert spent.figures()["flops"] == absent("nothing says what a token costs")
+    assert spent.quantities()["tokens"] == measured(120, "counted")
+    assert spent.quantities()["flops"] == absent("the cost of a token is not known")
     spent.flops_per_token = modelled(1e6, "CostModel")
-    assert spent.figures()["flops"] == modelled(1.2e8, "CostModel")
+    assert spent.quantities()["flops"] == modelled(1.2e8, "CostModel")
     spent.flops_per_token = measured(2e6, "counter")
-    assert spent.figures()["flops"] == measured(2.4e8, "counter")
+    assert spent.quantities()["flops"] == measured(2.4e8, "counter")
 
 
 def test_a_step_may_have_its_own_flops():
@@ -86,11 +86,11 @@ def test_a_step_may_have_its_own_flops():
     spent = Ledger(meters=[], flops_per_token=measured(10, "counter"))
     for _ in range(3):
         spent.add(100, flops=measured(7, "counter of a step"))
-    assert spent.figures()["flops"] == measured(21, "counter of a step")
+    assert spent.quantities()["flops"] == measured(21, "counter of a step")
     spent.add(1)
-    assert spent.figures()["flops"] == measured(31, "counter of a step; counter")
+    assert spent.quantities()["flops"] == measured(31, "counter of a step; counter")
     spent.add(1, flops=5)
-    assert spent.figures()["flops"].how == "modelled"
+    assert spent.quantities()["flops"].how == "modelled"
     assert spent.totals()["flops"] == 36
     assert spent.totals()["tokens"] == 302
 
@@ -106,28 +106,28 @@ def test_energy_is_the_meters(clock):
     meter.shown += 7e6
     with spent:
         meter.shown += 1e5
-    figures = spent.figures()
-    assert figures["energy_joules"] == measured(1.2e6, "a fake meter and a fake meter")
-    assert figures["carbon_grams"] == modelled(120, "a fake meter and a fake meter; 360 g")
+    quantities = spent.quantities()
+    assert quantities["energy_joules"] == measured(1.2e6, "a fake meter and a fake meter")
+    assert quantities["carbon_grams"] == modelled(120, "a fake meter and a fake meter; 360 g")
 
 
 def test_without_a_meter_energy_is_modelled_or_absent(clock):
     """Watts times seconds times devices, if the watts are known; else it is said what is missing."""
     with Ledger(meters=[], watts=300, devices=2, carbon=modelled(400, "400 g")) as spent:
         clock.now += 60
-    assert spent.figures()["energy_joules"] == modelled(36000, "300 W for 2 devices each, as given")
-    assert spent.figures()["carbon_grams"].value == pytest.approx(4.0)
+    assert spent.quantities()["energy_joules"] == modelled(36000, "300 W for 2 devices each, as given")
+    assert spent.quantities()["carbon_grams"].value == pytest.approx(4.0)
     with Ledger(meters=[], carbon=modelled(400, "400 g")) as spent:
         pass
-    assert spent.figures()["energy_joules"] == absent("no meter of energy was given")
-    assert spent.figures()["carbon_grams"] == absent("no meter of energy was given")
+    assert spent.quantities()["energy_joules"] == absent("no energy meter was given")
+    assert spent.quantities()["carbon_grams"] == absent("no energy meter was given")
     with Ledger(meters=[], watts=300) as spent:
         pass
-    assert "no carbon factor" in spent.figures()["carbon_grams"].source
+    assert "no carbon factor" in spent.quantities()["carbon_grams"].source
 
 
 def test_why_there_is_no_meter_is_said(monkeypatch):
-    """By default meters are looked for, once, and the reasons of those that are not there are the figure's source."""
+    """By default meters are looked for, once, and the reasons of those that are not there are the quantity's source."""
     calls = []
 
     def find(gpus):
@@ -140,7 +140,7 @@ def test_why_there_is_no_meter_is_said(monkeypatch):
         pass
     with spent:
         pass
-    assert spent.figures()["energy_joules"] == absent("no RAPL: root only")
+    assert spent.quantities()["energy_joules"] == absent("no RAPL: root only")
     assert len(calls) == 1
 
 
@@ -154,10 +154,10 @@ def test_a_meter_that_fails_ends_no_run(clock):
             spent.look()
             meter.broken = True
             clock.now += 10
-        figure = spent.figures()["energy_joules"]
-        assert figure.how == how
-        assert figure.value == (200 if watts else None)
-    assert "it fell off the wall" in figure.source
+        quantity = spent.quantities()["energy_joules"]
+        assert quantity.how == how
+        assert quantity.value == (200 if watts else None)
+    assert "it fell off the wall" in quantity.source
 
 
 def test_add_looks_once_a_minute(clock):
@@ -183,7 +183,7 @@ def test_optimizer_states_are_weighed(make, per_number):
     optimizer.step()
     spent.note_optimizer(optimizer)
     steps = 4 * 2 if per_number else 0
-    assert spent.figures()["optimizer_bytes"] == measured(120 * per_number + steps, "the optimizer's state tensors")
+    assert spent.quantities()["optimizer_bytes"] == measured(120 * per_number + steps, "the optimizer's state tensors")
 
 
 def test_shared_and_nested_states_count_once():
@@ -211,7 +211,7 @@ def test_a_resumed_run_goes_on_counting(clock):
     with Ledger(**settings) as second:
         clock.now += 1000
         second.load_state_dict(state)
-        assert second.figures() == {name: Figure.from_dict(f) for name, f in state["figures"].items()}
+        assert second.quantities() == {name: Quantity.from_dict(f) for name, f in state["quantities"].items()}
         second.add(50)
         clock.now += 12
         meter.shown += 1e6
@@ -221,7 +221,7 @@ def test_a_resumed_run_goes_on_counting(clock):
     assert totals["carbon_grams"] == pytest.approx(20)
     assert totals["optimizer_bytes"] == first.totals()["optimizer_bytes"]
     assert second.peak_bytes >= first.peak_bytes
-    assert second.figures()["flops"] == modelled(1500, "CostModel")
+    assert second.quantities()["flops"] == modelled(1500, "CostModel")
 
 
 def test_a_resumption_without_a_meter_takes_the_label_away(clock):
@@ -232,21 +232,21 @@ def test_a_resumption_without_a_meter_takes_the_label_away(clock):
     for watts, expected in ((10, modelled(150, "a fake meter; 10 W for 1 device, as given")), (None, None)):
         second = Ledger(meters=[], watts=watts)
         second.load_state_dict(first.state_dict())
-        assert second.figures()["energy_joules"] == measured(100, "a fake meter"), "nothing was spent yet"
+        assert second.quantities()["energy_joules"] == measured(100, "a fake meter"), "nothing was spent yet"
         with second:
             clock.now += 5
-        found = second.figures()["energy_joules"]
+        found = second.quantities()["energy_joules"]
         assert found == expected if expected else found.how == "absent"
 
 
 @pytest.mark.parametrize(
-    "state", [{}, None, {"figures": {"seconds": {"value": 1, "how": "measured"}}}, {"figures": 3}]
+    "state", [{}, None, {"quantities": {"seconds": {"value": 1, "how": "measured"}}}, {"quantities": 3}]
 )
 def test_what_is_no_state_changes_nothing(state):
     """The error says what is expected and what is there."""
     spent = Ledger(meters=[])
     spent.add(5)
-    with pytest.raises(FormatError, match="Ledger.state_dict"):
+    with pytest.raises(FormatError, match="The ledger's state"):
         spent.load_state_dict(state)
     assert spent.totals()["tokens"] == 5
 
@@ -254,12 +254,12 @@ def test_what_is_no_state_changes_nothing(state):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"devices": 0}, "devices=0 is no number"),
-        ({"devices": 1.5}, "devices=1.5 is no number"),
-        ({"watts": -3}, "watts=-3 is no power"),
-        ({"watts": "300"}, "watts='300' is no power"),
-        ({"flops_per_token": 1e9}, "does not say how it came about"),
-        ({"carbon": 300}, "carbon=300 does not say"),
+        ({"devices": 0}, "devices must be a positive integer, got 0"),
+        ({"devices": 1.5}, "devices must be a positive integer, got 1.5"),
+        ({"watts": -3}, "watts must be a positive number, got -3"),
+        ({"watts": "300"}, "watts must be a positive number, got '300'"),
+        ({"flops_per_token": 1e9}, "flops_per_token must be a Quantity, got 1000000000.0"),
+        ({"carbon": 300}, "carbon must be a Quantity, got 300"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -270,7 +270,7 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_less_than_nothing_cannot_be_spent():
     """A difference taken the wrong way round is found where it is made."""
-    with pytest.raises(BlueprintError, match="tokens=-1"):
+    with pytest.raises(BlueprintError, match="tokens must be at least 0, got -1"):
         Ledger(meters=[]).add(-1)
 
 
@@ -291,13 +291,13 @@ def test_flops_are_counted_with_attention(attention):
     expected = 6 * weights * batch * length + scores * (1 + backward_products / 2)
     assert counted.total == pytest.approx(expected, rel=1e-3)
     assert counted.per_token(80) == measured(counted.total / 80, "torch.utils.flop_counter, one measurement")
-    with pytest.raises(BlueprintError, match="tokens=0"):
+    with pytest.raises(BlueprintError, match="tokens must be at least 1, got 0"):
         counted.per_token(0)
 
 
 def test_keeping_the_ledger_asks_nothing_of_the_network(monkeypatch):
-    """With all meters that there are and a country's carbon factor, from the start to the last figure."""
-    from peft_blueprint.runs.carbon import carbon_factor
+    """With all meters that there are and a country's carbon factor, from the start to the last quantity."""
+    from peft_blueprint.runs.meters import carbon_factor
 
     def refuse(*_, **__):
         raise AssertionError("a socket was made")
@@ -309,7 +309,7 @@ def test_keeping_the_ledger_asks_nothing_of_the_network(monkeypatch):
             torch.ones(4, 4) @ torch.ones(4, 4)
         spent.add(4, flops=counted.per_token(1))
         spent.note_optimizer(stepped_adam())
-    assert spent.figures().keys() == UNITS.keys()
+    assert spent.quantities().keys() == UNITS.keys()
     assert spent.totals().keys() >= set(RESOURCES), "all that a return can be taken on"
     assert spent.totals()["flops"] == 128
     spent.load_state_dict(spent.state_dict())

@@ -1,4 +1,4 @@
-"""Peaks are seen by all ledgers that run, on GPUs and without. Run: pytest tests/test_memory.py"""
+"""Peaks are seen by all ledgers that run, on GPUs and without. Run: pytest tests/runs/test_memory.py"""
 
 import mmap
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from peft_blueprint.runs import ledger as ledger_module
-from peft_blueprint.runs import memory as memory_module
-from peft_blueprint.runs.figures import measured
+from peft_blueprint.runs import meters as meters_module
 from peft_blueprint.runs.ledger import GB, Ledger
+from peft_blueprint.runs.quantity import measured
 
 
 MIB = 2**20
@@ -24,7 +24,7 @@ def occupy(size):
 def test_memory_is_the_peak_between_looks(clock, monkeypatch):
     """Gigabyte-hours sum each stretch's peak times its length; the peak is the largest of all."""
     marks = iter([9e9, 2e9, 4e9, 1e9])
-    monkeypatch.setattr(memory_module, "_read_and_set_back", lambda place: next(marks, 1e9))
+    monkeypatch.setattr(meters_module, "_read_and_reset", lambda place: next(marks, 1e9))
     with Ledger(meters=[]) as spent:  # what was there before the start, 9 GB, does not count
         clock.now += 3600
         spent.look()
@@ -43,7 +43,7 @@ def test_memory_that_was_held_is_seen():
     with Ledger(meters=[]) as after:
         pass
     assert after.peak_bytes < spent.peak_bytes - 32 * MIB
-    assert "resident" in spent.figures()["peak_bytes"].source
+    assert "resident" in spent.quantities()["peak_bytes"].source
 
 
 def test_ledgers_within_each_other_do_not_disturb():
@@ -57,11 +57,11 @@ def test_ledgers_within_each_other_do_not_disturb():
 
 def test_memory_that_cannot_be_measured_is_absent(monkeypatch, tmp_path):
     """Some containers do not let the mark be set back; then there is no peak, and why is said."""
-    monkeypatch.setattr(memory_module, "_CLEAR", tmp_path / "no" / "clear_refs")
+    monkeypatch.setattr(meters_module, "_CLEAR", tmp_path / "no" / "clear_refs")
     with Ledger(meters=[]) as spent:
         pass
     assert spent.peak_bytes is None
-    assert "set back" in spent.figures()["memory_gb_hours"].source
+    assert "does not allow resetting" in spent.quantities()["memory_gb_hours"].source
 
 
 @pytest.fixture
@@ -101,10 +101,10 @@ def test_gpus_are_counted(gpus, clock):
         spent.look()
         assert gpus.waited_for == []
     assert gpus.waited_for == [0, 1, 2]
-    figures = spent.figures()
-    assert figures["device_hours"].value == 3
-    assert figures["memory_gb_hours"] == measured(60, "torch's CUDA allocator, 3 GPUs, peaks between looks")
-    assert figures["peak_bytes"] == measured(30 * GB, "torch's CUDA allocator, 3 GPUs, the fullest")
+    quantities = spent.quantities()
+    assert quantities["device_hours"].value == 3
+    assert quantities["memory_gb_hours"] == measured(60, "torch's CUDA allocator, 3 GPUs, peaks between readings")
+    assert quantities["peak_bytes"] == measured(30 * GB, "torch's CUDA allocator, 3 GPUs, the fullest")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_process_counts_its_own_gpus(gpus, clock, monkeypatch, held, processes
 
 
 def test_the_gpus_meters_are_asked_for(gpus, monkeypatch):
-    """By UUID, whatever CUDA_VISIBLE_DEVICES has made of their order; what is missing beside them is said."""
+    """By UUID, whatever their order in CUDA_VISIBLE_DEVICES; a missing meter of the processor is named."""
 
     class Meter:
         name = "a fake meter"
@@ -132,8 +132,8 @@ def test_the_gpus_meters_are_asked_for(gpus, monkeypatch):
             return 0.0
 
     asked = []
-    monkeypatch.setattr(ledger_module, "find_meters", lambda ids: asked.extend(ids) or ([Meter()], ["no RAPL"]))
+    monkeypatch.setattr(ledger_module, "find_meters", lambda gpus: asked.append(gpus) or ([Meter()], ["no RAPL"]))
     with Ledger() as spent:
         pass
-    assert asked == ["GPU-5ad1"] * 3
-    assert spent.figures()["energy_joules"] == measured(0, "a fake meter; without the processor: no RAPL")
+    assert asked == [{0: "GPU-5ad1", 1: "GPU-5ad1", 2: "GPU-5ad1"}]
+    assert spent.quantities()["energy_joules"] == measured(0, "a fake meter; without the processor: no RAPL")

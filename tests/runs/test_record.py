@@ -1,14 +1,19 @@
-"""Records of runs, written and read. Run: pytest tests/test_run_record.py"""
+"""Records of runs, written and read. Run: pytest tests/runs/test_record.py"""
 
+import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from peft_blueprint.errors import BlueprintError, FormatError
-from peft_blueprint.runs.record import RUN_FILE, Point, RunRecord, direction_of
+from peft_blueprint.errors import BlueprintError, FormatError, MismatchError
+from peft_blueprint.runs.record import RUN_FILE, Point, RunRecord, direction_of, jsonable
+from peft_blueprint.runs.report import make_report
 from tests.made_up_runs import made_up_run
 
 
@@ -104,16 +109,19 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        (lambda d: d["points"][3]["metrics"].update(eval_loss="low"), r"points\[3\]\.metrics\.eval_loss is 'low'"),
-        (lambda d: d["points"][2].update(step=1.5), r"points\[2\]\.step is 1\.5"),
-        (lambda d: d["points"].reverse(), r"points\[1\] is of step 550 and stands after one of step 600"),
-        (lambda d: d.update(points=7), "points is 7, not a list"),
-        (lambda d: d["totals"]["tokens"].update(how="guessed"), r"totals\.tokens"),
-        (lambda d: d.update(direction="up"), "direction is 'up'"),
-        (lambda d: d.update(resource="money"), "resource is 'money'"),
-        (lambda d: d.update(name=""), "name is ''"),
-        (lambda d: d.update(schema_version=2), "schema_version is 2"),
-        (lambda d: d.clear(), "schema_version is None"),
+        (
+            lambda d: d["points"][3]["metrics"].update(eval_loss="low"),
+            r"points\.3\.metrics\.eval_loss must be a number, got 'low'",
+        ),
+        (lambda d: d["points"][2].update(step=1.5), r"points\.2\.step must be a whole number, got 1\.5"),
+        (lambda d: d["points"].reverse(), "points must have rising steps, got 550 after 600"),
+        (lambda d: d.update(points=7), "points must be a list, got 7"),
+        (lambda d: d["totals"]["tokens"].update(how="guessed"), r"totals\.tokens\.how must be one of"),
+        (lambda d: d.update(direction="up"), "direction must be one of 'minimize', 'maximize', got 'up'"),
+        (lambda d: d.update(resource="money"), "resource must be one of seconds, .*, got 'money'"),
+        (lambda d: d.update(name=""), "name must not be empty"),
+        (lambda d: d.update(schema_version=2), "schema_version must be 1, got 2"),
+        (lambda d: d.clear(), "schema_version must be 1, got None"),
     ],
 )
 def test_a_broken_record_says_where(tmp_path, change, place):
@@ -133,10 +141,62 @@ def test_what_is_no_record_at_all_names_the_file(tmp_path, text):
         RunRecord.load(tmp_path)
 
 
+def paths(value, path=()):
+    """Every place in nested lists and objects."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from paths(item, (*path, key))
+
+
+SOUND = json.loads(json.dumps(replace(made_up_run(evaluations=3), stopping={"stopped": False}).to_dict()))
+STATE = {"global_step": 20, "total_flos": 8e12, "log_history": HISTORY}
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -1, "", "a", "\ud800", math.inf, math.nan])
+)
+ANYTHING = st.recursive(
+    SCALARS | st.floats(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), sound=st.sampled_from([SOUND, STATE]))
+def test_a_mutated_record_is_sound_or_a_format_error(tmp_path_factory, data, sound):
+    """Whatever stands at any place: what is read can be written, reported on and read again."""
+    changed = copy.deepcopy(sound)
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from([p for p in paths(changed) if p] or [()]))
+        if not path:
+            break
+        inner = changed
+        for key in path[:-1]:
+            inner = inner[key]
+        if data.draw(st.booleans()):
+            inner[path[-1]] = data.draw(ANYTHING)
+        elif isinstance(inner, dict):
+            del inner[path[-1]]
+        else:
+            inner.insert(path[-1], inner[path[-1]])
+    folder = tmp_path_factory.mktemp("run")
+    file = folder / ("run.json" if sound is SOUND else "trainer_state.json")
+    file.write_text(json.dumps(changed))
+    try:
+        record = RunRecord.load(file)
+    except FormatError as error:
+        assert str(file) in str(error)
+        return
+    again = RunRecord.load(record.save(folder / "again.json"))
+    assert jsonable(again.to_dict()) == jsonable(record.to_dict())
+    assert not any(math.isinf(value) for point in record.points for value in point.metrics.values())
+    with suppress(MismatchError):  # a metric of another name
+        make_report([record])
+
+
 def test_a_broken_trainers_state_says_where(tmp_path):
     """An entry without a step."""
     trainers(tmp_path / "sft", [{"loss": 1.0}])
-    with pytest.raises(FormatError, match=r"log_history\[0\]\.step is missing"):
+    with pytest.raises(FormatError, match=r"log_history\.0\.step is missing"):
         RunRecord.load(tmp_path / "sft")
 
 

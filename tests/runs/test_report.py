@@ -1,17 +1,19 @@
-"""What a report finds in runs, in words and as PEFT's results. Run: pytest tests/test_report.py"""
+"""What a report finds in runs, in words and as PEFT's results. Run: pytest tests/runs/test_report.py"""
 
 import json
 import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_blueprint.errors import BlueprintError, MismatchError
 from peft_blueprint.publish.method_comparison import method_comparison_json
-from peft_blueprint.publish.words import headline, number, quantity, sentence, stopping_words
-from peft_blueprint.runs.figures import absent, measured, modelled
+from peft_blueprint.publish.words import describe_run, describe_stop, headline
+from peft_blueprint.runs.quantity import absent, measured, modelled
 from peft_blueprint.runs.record import Point, RunRecord
-from peft_blueprint.runs.report import make_report
+from peft_blueprint.runs.report import make_report, pareto_front
 from tests.made_up_runs import made_up_run
 
 
@@ -76,8 +78,10 @@ def test_runs_without_evaluation_are_shown_with_what_there_is():
     assert [row.on_front for row in report.rows] == [None, True, None, True]
     said = " ".join(report.notes)
     assert "none has no evaluation" in said and "once was evaluated only once" in said and "diverged" in said
-    assert all(row.relative is None for row in report.rows) and "No run is set against none" in said
-    assert "no evaluation" in sentence(report.rows[0], report) and "diverged" in sentence(report.rows[2], report)
+    assert all(row.relative is None for row in report.rows) and "No run is compared with none" in said
+    assert "not evaluated" in describe_run(report.rows[0], report) and "diverged" in describe_run(
+        report.rows[2], report
+    )
 
 
 def test_a_baseline_that_did_not_improve_gives_no_multiple():
@@ -90,16 +94,14 @@ def test_a_baseline_that_did_not_improve_gives_no_multiple():
 def test_different_metrics_do_not_compare_unless_one_is_common():
     """The error names both runs, both metrics and what they share."""
     both = made_up_run("a"), replace(made_up_run("b"), metric="eval_accuracy", direction="maximize")
-    with pytest.raises(
-        MismatchError, match=r"a was judged by eval_loss and b by eval_accuracy.*--metric eval_accuracy"
-    ):
+    with pytest.raises(MismatchError, match=r"got eval_loss for a and eval_accuracy for b.*--metric eval_accuracy"):
         make_report(both)
     assert make_report(both, metric="accuracy").direction == "maximize"
     with pytest.raises(MismatchError, match="no metric in common"):
         make_report([BASE, run("other", [(0, 1.0), (5, 0.5)], metric="wer")])
     with pytest.raises(MismatchError, match="base has no eval_bleu; it has eval_loss"):
         make_report([BASE, FAST], metric="bleu")
-    with pytest.raises(MismatchError, match="base says minimize, fast says maximize"):
+    with pytest.raises(MismatchError, match="base has minimize, fast has maximize"):
         make_report([BASE, replace(FAST, direction="maximize")])
 
 
@@ -114,9 +116,9 @@ def test_the_resource_is_one_that_all_runs_have():
     tokens = replace(FAST, totals={"tokens": measured(5.0, "count")}, resource="tokens")
     both = replace(BASE, totals={**BASE.totals, "tokens": modelled(9.0, "batches")})
     report = make_report([both, tokens])
-    assert report.resource == "tokens" and "not all have seconds" in report.notes[0]
+    assert report.resource == "tokens" and "base was judged by seconds, which not all have" in report.notes[0]
     assert any("modelled, not measured, in base" in note for note in report.notes)
-    with pytest.raises(BlueprintError, match="The resource 'money' is not known: give one of seconds"):
+    with pytest.raises(BlueprintError, match="resource must be one of seconds, .*, got 'money'"):
         make_report([BASE], resource="money")
     row = make_report([BASE], resource="energy_joules").rows[0]
     assert row.spent.how == "absent" and row.per_resource is None and row.ratio is None
@@ -126,9 +128,9 @@ def test_bad_wishes_are_refused():
     """No runs, a window of one, a baseline that is none of the runs."""
     with pytest.raises(BlueprintError, match="no run"):
         make_report([])
-    with pytest.raises(BlueprintError, match="window=1"):
+    with pytest.raises(BlueprintError, match="window must be at least 2 evaluations, got 1"):
         make_report([BASE], window=1)
-    with pytest.raises(BlueprintError, match="'best' is not among the runs: base, fast"):
+    with pytest.raises(BlueprintError, match="baseline must be one of the runs base, fast, .*, got 'best'"):
         make_report([BASE, FAST], baseline="best")
 
 
@@ -140,49 +142,22 @@ def test_runs_of_one_name_are_told_apart():
 def test_the_headline_says_what_was_gained_for_what_was_spent():
     """Against the baseline, without one, and alone."""
     assert headline(make_report([BASE, FAST], baseline="base")) == (
-        "In eval_loss, fast gained 3.67 × as much per second as base. It was as good as base in the end after 9 s, 22 % "
-        "of that run's time."
+        "fast improved eval_loss 3.67 × as much per second as base. It reached the final eval_loss of base after 9 s, "
+        "22 % of that run's time."
     )
     assert headline(make_report([BASE, FAST])).startswith("The largest gain of 2 runs: fast: eval_loss fell")
-    alone = "base: eval_loss fell from 3.000 of the untrained model to 2.000 for 40 s (measured)."
+    alone = "base: eval_loss fell from 3.000 before training to 2.000 for 40 s (measured)."
     assert headline(make_report([BASE])) == alone
     unknown = replace(BASE, totals={"seconds": absent("no clock")})
-    assert headline(make_report([unknown])).endswith("; what it spent in time is absent.")
+    assert headline(make_report([unknown])).endswith("; its time is absent.")
 
 
 def test_the_decision_to_stop_is_in_the_rules_own_words():
     """Whether, when, why, and what it proposes; nothing of a run without a rule."""
     stopping = {"stopped": False, "step": None, "reason": "It still pays.", "proposal": "Half the schedule would do."}
     row = make_report([replace(BASE, stopping=stopping)]).rows[0]
-    assert stopping_words(row) == ["Not stopped by the rule.", "It still pays.", "Half the schedule would do."]
-    assert stopping_words(make_report([BASE]).rows[0]) == []
-
-
-@pytest.mark.parametrize(
-    ("value", "name", "shown"),
-    [
-        (59.94, "seconds", "59.9 s"),
-        (605, "seconds", "10 min 5 s"),
-        (7260, "seconds", "2 h 1 min"),
-        (3.66e16, "flops", "36.6 PFLOP"),
-        (4_915_200, "tokens", "4.92 million tokens"),
-        (900, "tokens", "900 tokens"),
-        (9.4e9, "peak_bytes", "8.75 GiB"),
-        (1999, "carbon_grams", "2 kg CO₂e"),
-        (0.0001, "carbon_grams", "1.00 × 10⁻⁴ g CO₂e"),
-        (None, "energy_joules", "–"),
-    ],
-)
-def test_quantities_read_as_a_person_writes_them(value, name, shown):
-    """With the unit that suits the size."""
-    assert quantity(value, name) == shown
-
-
-def test_numbers_have_no_exponents_where_they_read_better():
-    """Nor are those that are not finite hidden."""
-    assert [number(x) for x in (0, 1.23456, 12345.6, 2.5e-5, math.nan, None)] == [
-        *("0", "1.235", "12,346", "2.50 × 10⁻⁵", "not finite", "–"),
-    ]
+    assert describe_stop(row) == ["Not stopped by the rule.", "It still pays.", "Half the schedule would do."]
+    assert describe_stop(make_report([BASE]).rows[0]) == []
 
 
 def read_as_peft_does(result):
@@ -237,3 +212,21 @@ def test_a_probe_that_is_charged_is_said():
     probed, plain = made_up_run("probed", probe={"seconds": {"value": 9.0, "how": "measured"}}), made_up_run("plain")
     assert any("charged to probed." in note for note in make_report([probed, plain]).notes)
     assert not any("charged" in note for note in make_report([plain]).notes)
+
+
+NUMBERS = st.none() | st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan, math.inf]) | st.floats(-5, 5)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
+def test_on_the_front_is_what_no_other_beats(pairs):
+    """As the definition says it, pair by pair: at least as good in both, and better in one."""
+    known = [all(value is not None and math.isfinite(value) for value in pair) for pair in pairs]
+
+    def is_beaten(i):
+        return any(
+            known[j] and pairs[j][0] <= pairs[i][0] and pairs[j][1] >= pairs[i][1] and pairs[j] != pairs[i]
+            for j in range(len(pairs))
+        )
+
+    expected = tuple(known[i] and not is_beaten(i) for i in range(len(pairs)))
+    assert pareto_front([cost for cost, _ in pairs], [worth for _, worth in pairs]) == expected

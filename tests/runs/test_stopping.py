@@ -1,4 +1,4 @@
-"""The marginal-return rule, case by case. Run: pytest tests/test_stopping.py"""
+"""The marginal-return rule, case by case. Run: pytest tests/runs/test_stopping.py"""
 
 import json
 import math
@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_blueprint.errors import BlueprintError, FormatError, MismatchError
-from peft_blueprint.runs.schedule import phase, spent_rate
 from peft_blueprint.runs.stopping import MarginalReturn
-from peft_blueprint.runs.trend import noise, trend, windows
+from peft_blueprint.runs.trend import noise, phase, spent_rate, trend, windows
 
 
 FLAT = [2.0, 1.5, 1.2, 1.1] + [1.0] * 16  # twenty evaluations
@@ -77,7 +76,7 @@ def test_the_budget_is_told_or_read_off_the_progress_or_what_was_spent():
     alone = MarginalReturn()
     for i, metric in enumerate(line):
         last = alone.check(10.0 * (i + 1), metric)
-    assert last.expected == pytest.approx(0.1) and "another 10 % of what was spent" in last.reason
+    assert last.expected == pytest.approx(0.1) and "another 10 % of the resource spent so far" in last.reason
 
 
 def test_nothing_is_told_too_early():
@@ -85,7 +84,7 @@ def test_nothing_is_told_too_early():
     machine = MarginalReturn(budget=1000.0, patience=1)
     found = [machine.check(10.0 * i, 1.0) for i in range(1, 11)]
     assert [decision.stop for decision in found] == [False] * 9 + [True]
-    assert found[0].ratio is None and "too early to tell" in found[8].reason
+    assert found[0].ratio is None and "Too early to decide after 9 evaluations" in found[8].reason
 
 
 def test_many_evaluations_are_judged_over_a_tenth_of_the_budget():
@@ -98,7 +97,7 @@ def test_noise_is_no_reason_to_stop():
     """A curve that falls by little, under noise that is larger: ten evaluations cannot tell, and it says so."""
     noisy = [2 - 0.004 * i + 0.03 * (-1) ** i for i in range(20)]
     last = feed(MarginalReturn(patience=1), noisy)[9]
-    assert not last.stop and last.below == 0 and "Noise is too great to tell" in last.reason
+    assert not last.stop and last.below == 0 and "Noise is too large to tell" in last.reason
 
 
 def test_noise_is_averaged_away_where_there_is_more_to_see():
@@ -160,7 +159,7 @@ def test_a_metric_that_is_no_number_is_not_used_and_stops_if_it_stays(wrong, dir
     """One is passed over; as many in a row as patience are divergence, under any schedule."""
     machine = MarginalReturn(direction=direction)
     machine.check(1, 2.0, step=1, learning_rate=1.0)
-    assert "is not used" in machine.check(2, wrong, step=2, learning_rate=0.9).reason
+    assert "and is not used" in machine.check(2, wrong, step=2, learning_rate=0.9).reason
     assert not machine.check(3, 1.9, step=3, learning_rate=0.8).stop
     found = [machine.check(3 + i, wrong, step=3 + i, learning_rate=0.7) for i in (1, 2, 3)]
     assert [decision.stop for decision in found] == [False, False, True]
@@ -175,7 +174,7 @@ def test_a_check_at_which_nothing_was_spent_changes_nothing():
         a = once.check(i, metric)
         b = twice.check(i, metric)
         idle = twice.check(i, metric - 1)
-        assert a == b and (idle.below, idle.stop) == (b.below, b.stop) and "Nothing was spent" in idle.reason
+        assert a == b and (idle.below, idle.stop) == (b.below, b.stop) and "Nothing was spent since" in idle.reason
     assert once.state_dict() == twice.state_dict()
 
 
@@ -184,7 +183,7 @@ def test_a_resource_that_goes_back_is_refused_and_nothing_changes():
     machine = MarginalReturn()
     machine.check(10, 1.0)
     before = machine.state_dict()
-    with pytest.raises(BlueprintError, match="went back, from 10 to 3.*after a resumption load its state"):
+    with pytest.raises(BlueprintError, match="decreased from 10 to 3.*after a resumption load the rule's state"):
         machine.check(3, 1.0)
     assert machine.state_dict() == before
 
@@ -192,10 +191,10 @@ def test_a_resource_that_goes_back_is_refused_and_nothing_changes():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"resource": math.nan}, "The resource is nan"),
-        ({"resource": -1.0}, "The resource is -1.0"),
-        ({"learning_rate": -1e-3}, "learning_rate=-0.001 is none"),
-        ({"progress": 1.5}, "progress=1.5 is no share"),
+        ({"resource": math.nan}, "resource must be at least 0.*, got nan"),
+        ({"resource": -1.0}, "resource must be at least 0.*, got -1.0"),
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0 or None, got -0.001"),
+        ({"progress": 1.5}, "progress must be a share .*, got 1.5"),
     ],
 )
 def test_bad_checks_are_refused(call, says):
@@ -207,12 +206,12 @@ def test_bad_checks_are_refused(call, says):
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        ({"direction": "down"}, "give minimize or maximize"),
-        ({"threshold": math.inf}, "threshold=inf is no number"),
-        ({"worth": 0.0}, "worth=0.0 is no share"),
-        ({"budget": -1.0}, "budget=-1.0 is none"),
-        ({"window": 2}, "window=2 .* from 3"),
-        ({"patience": True}, "patience=True .* from 1"),
+        ({"direction": "down"}, "direction must be 'minimize' or 'maximize', got 'down'"),
+        ({"threshold": math.inf}, "threshold must be finite .*, got inf"),
+        ({"worth": 0.0}, "worth must be a positive share .*, got 0.0"),
+        ({"budget": -1.0}, "budget must be a positive amount .*, got -1.0"),
+        ({"window": 2}, "window must be an integer of at least 3, got 2"),
+        ({"patience": True}, "patience must be an integer of at least 1, got True"),
     ],
 )
 def test_bad_settings_are_refused(wish, says):
@@ -254,14 +253,14 @@ def test_a_state_that_is_none_is_refused(change):
     machine = MarginalReturn()
     machine.check(1, 1.0)
     before = machine.state_dict()
-    with pytest.raises(FormatError, match="no state of a MarginalReturn"):
+    with pytest.raises(FormatError, match="The state of MarginalReturn"):
         machine.load_state_dict(before | change)
     assert machine.state_dict() == before
 
 
 def test_a_state_of_the_other_direction_is_refused():
     """Its best would be the worst."""
-    with pytest.raises(MismatchError, match="direction='minimize', and this one has 'maximize'"):
+    with pytest.raises(MismatchError, match="direction='minimize', this rule has 'maximize'"):
         MarginalReturn(direction="maximize").load_state_dict(MarginalReturn().state_dict())
 
 

@@ -1,4 +1,7 @@
-"""One callback keeps a run's books, and stops it when it no longer pays. Run: pytest tests/test_accounting.py"""
+"""One callback records a run and stops it when it no longer pays.
+
+Run: pytest tests/train/test_ledger_callback.py
+"""
 
 import json
 import logging
@@ -11,9 +14,9 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from peft_blueprint import BlueprintConfig, BlueprintError
 from peft_blueprint.errors import FormatError
-from peft_blueprint.runs.figures import UNITS, modelled
 from peft_blueprint.runs.ledger import Ledger, counted_flops
 from peft_blueprint.runs.log import RunLog
+from peft_blueprint.runs.quantity import UNITS, modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_t5, tiny_vit, toy_batches
@@ -99,7 +102,7 @@ def test_flops_are_counted_once_by_torch(accumulation, tmp_path):
     _, callback = train(tmp_path, arguments=arguments)
     flops = callback.log.totals()["flops"]
     assert flops.how == "measured" and flops.value == flops_by_hand(lora()) * 3 * accumulation
-    assert "measured once in step 2" in flops.source and "CostModel for 4 × 12 tokens says" in flops.source
+    assert "measured once in step 2" in flops.source and "CostModel for 4 × 12 tokens gives" in flops.source
 
 
 def test_where_nothing_is_seen_flops_are_modelled(tmp_path, monkeypatch):
@@ -111,7 +114,9 @@ def test_where_nothing_is_seen_flops_are_modelled(tmp_path, monkeypatch):
     assert figure.how == "modelled" and figure.source.startswith("CostModel for 4 × 12 tokens")
     assert figure.value == pytest.approx(measured.log.totals()["flops"].value, rel=0.5)
     monkeypatch.setattr(module, "is_compiled", lambda model: False)
-    monkeypatch.setattr(module.Passes, "stop_counting", lambda self: self._stack.close() or module.Counted(48.0, 48))
+    monkeypatch.setattr(
+        module.TokenCounter, "stop_counting", lambda self: self._stack.close() or module.Counted(48.0, 48)
+    )
     _, blind = train(tmp_path, arguments={"max_steps": 3})
     said = blind.log.totals()["flops"]
     assert (said.how, said.value) == ("modelled", figure.value) and "saw only 1, so not all kernels" in said.source
@@ -205,7 +210,7 @@ def test_direction_is_the_trainers(tmp_path):
     assert LedgerCallback(make_trainer(tmp_path, **accuracy)).log.direction == "maximize"
     assert LedgerCallback(make_trainer(tmp_path, **accuracy)).metric == "eval_accuracy"
     assert LedgerCallback(make_trainer(tmp_path), metric="perplexity").log.direction == "minimize"
-    with pytest.raises(BlueprintError, match="'maximize'.*'eval_accuracy'.*'minimize'.*give both the same"):
+    with pytest.raises(BlueprintError, match="'maximize'.*'eval_accuracy'.*'minimize'.*must be equal"):
         LedgerCallback(make_trainer(tmp_path, **accuracy), stop=MarginalReturn())
     stop = MarginalReturn(direction="maximize")
     assert LedgerCallback(make_trainer(tmp_path, **accuracy), stop=stop).log.direction == "maximize"
@@ -215,17 +220,17 @@ def test_direction_is_the_trainers(tmp_path):
 def test_wrong_arguments_are_errors_before_training(tmp_path):
     """With what was given and what to give."""
     trainer = make_trainer(tmp_path)
-    with pytest.raises(BlueprintError, match="needs the trainer, not PeftModelForCausalLM.*add_callback"):
+    with pytest.raises(BlueprintError, match="trainer must be a Trainer, got PeftModelForCausalLM.*add_callback"):
         LedgerCallback(lora())
-    with pytest.raises(BlueprintError, match="resource='gpus' is not known: give one of seconds,"):
+    with pytest.raises(BlueprintError, match="resource must be one of seconds, .*, got 'gpus'"):
         LedgerCallback(trainer, resource="gpus")
-    with pytest.raises(BlueprintError, match="resource='peak_bytes' is not known"):
+    with pytest.raises(BlueprintError, match="resource must be one of .*, got 'peak_bytes'"):
         LedgerCallback(trainer, resource="peak_bytes")
-    with pytest.raises(BlueprintError, match="stop=3 is no rule: give a MarginalReturn"):
+    with pytest.raises(BlueprintError, match="stop must be a MarginalReturn or None, got 3"):
         LedgerCallback(trainer, stop=3)
     with pytest.raises(BlueprintError, match="eval_strategy is 'no'.*metric='loss'"):
         LedgerCallback(make_trainer(tmp_path, eval_strategy="no"), stop=MarginalReturn())
-    with pytest.raises(BlueprintError, match="direction is 'up': give one of minimize, maximize"):
+    with pytest.raises(BlueprintError, match="direction must be one of minimize, maximize, got 'up'"):
         LedgerCallback(trainer, direction="up")
     with pytest.raises(BlueprintError, match="watts"):
         LedgerCallback(trainer, watts=-1)
@@ -238,12 +243,10 @@ def test_wrong_arguments_are_errors_before_training(tmp_path):
 
 def test_what_cannot_be_judged_is_an_error_at_once(tmp_path):
     """A resource that nothing counts, before the first step; a metric that is not there, after one evaluation."""
-    with pytest.raises(
-        BlueprintError, match="'carbon_grams' is absent here.*Counted are seconds, device_hours"
-    ) as found:
+    with pytest.raises(BlueprintError, match="'carbon_grams' is absent .*Use one of seconds, device_hours") as found:
         train(tmp_path, stop=MarginalReturn(), resource="carbon_grams")
     assert "watts=" in str(found.value)
-    with pytest.raises(BlueprintError, match="step 2 has no 'eval_f1'.*it has eval_loss"):
+    with pytest.raises(BlueprintError, match="step 2 lacks the metric 'eval_f1'.*it has eval_loss"):
         train(tmp_path, stop=MarginalReturn(direction="maximize"), metric="f1")
     _, callback = train(tmp_path, metric="f1", direction="maximize")
     assert [point.step for point in callback.log.points] == [2, 4, 6, 8, 10], "without a rule it is not needed"
@@ -266,17 +269,17 @@ def test_books_that_fail_end_nothing(tmp_path, monkeypatch, caplog):
         raise OSError("the meter is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "figures", broken)
+        patch.setattr(Ledger, "quantities", broken)
         patch.setattr(module, "facts_of", broken)
         patch.setattr(module, "modelled_flops", broken)
         trainer, _ = train(tmp_path)
     assert trainer.state.global_step == 10
-    said = [record.getMessage() for record in caplog.records if "The books of" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "continues without" in record.getMessage()]
     assert len(said) == 3 and all("OSError: the meter is gone" in message for message in said)
     caplog.clear()
     monkeypatch.setattr(RunRecord, "save", broken)
     train(tmp_path)
-    assert len([r for r in caplog.records if "run.json: OSError" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "run.json in its record: OSError" in r.getMessage()]) == 1
 
 
 def test_it_leaves_nothing_behind_and_begins_anew(tmp_path):
@@ -383,7 +386,7 @@ def test_a_loop_of_ones_own_has_the_same_books(tmp_path):
     assert decision.stop and rest.stopped_at == 4 and rest.evaluate({"other": 2.0}, step=4) is None
     assert RunRecord.load(tmp_path / "b").totals["tokens"].value == 400
     assert "stopped: " in rest.summary() and "flops: 800 FLOP (modelled: " in rest.summary()
-    with pytest.raises(BlueprintError, match="step=3 was evaluated after step 4"):
+    with pytest.raises(BlueprintError, match="step must not decrease, got 3 after 4"):
         rest.evaluate(1.0, step=3)
-    with pytest.raises(FormatError, match="no state of a RunLog"):
+    with pytest.raises(FormatError, match="The state of RunLog: metric is missing"):
         rest.load_state_dict({"points": []})

@@ -1,4 +1,4 @@
-"""Several processes keep one run's books and take one decision. Run: pytest tests/test_accounting_processes.py
+"""Several processes keep one record and take one decision. Run: pytest tests/train/test_ledger_callback_processes.py
 
 They run once, as two gloo processes that `torchrun` starts with this very file as their script.
 """
@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from peft_blueprint.runs.figures import UNITS, modelled
 from peft_blueprint.runs.ledger import Ledger
 from peft_blueprint.runs.log import RunLog
+from peft_blueprint.runs.quantity import UNITS, modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
 from tests.accounts import LENGTH, At, end, logged, train
@@ -31,7 +31,7 @@ def outcome(trainer, callback):
         "step": trainer.state.global_step,
         "stopped": callback.log.stopped_at,
         "totals": callback.log.totals(),
-        "own": callback.log.ledger.figures(),
+        "own": callback.log.ledger.quantities(),
         "logged": logged(trainer),
         "points": callback.log.points,
         "rule": callback.stop.state_dict(),
@@ -81,7 +81,7 @@ def scenario_failing(rank, path):
         log.step(tokens=5)
         log.evaluate(1.0, step=1)
         if rank == 1:
-            log.ledger.figures = lambda: 1 / 0
+            log.ledger.quantities = lambda: 1 / 0
         log.step(tokens=5)
         log.evaluate(1.0, step=2)
     return log.totals()["tokens"].value
@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own_decides_as_one(found):
 def test_an_error_is_every_processs(found):
     """A resource that is absent ends all of them with the same words, and none waits for another."""
     first, second = found["absent"]
-    assert first == second and "'energy_joules' is absent here" in first and "Counted are seconds" in first
+    assert first == second and "'energy_joules' is absent" in first and "Use one of seconds" in first
 
 
 def test_a_ledger_that_fails_on_one_process_ends_no_run(found):

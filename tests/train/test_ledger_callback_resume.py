@@ -1,4 +1,4 @@
-"""A run that is resumed has the books of one that was not. Run: pytest tests/test_accounting_resume.py"""
+"""A resumed run has the record of an uninterrupted one. Run: pytest tests/train/test_ledger_callback_resume.py"""
 
 import json
 import logging
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_books_can_be_resumed(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         resumed, callback = train(tmp_path, arguments=SAVING, resume=str(tmp_path / "checkpoint-6"))
     assert resumed.state.global_step == 10 and [p.step for p in callback.log.points] == [8, 10]
-    assert "no state of a RunLog" in caplog.text
+    assert "The state of RunLog: points must be a list" in caplog.text
 
 
 def test_a_checkpoint_with_books_can_be_resumed_without_them(tmp_path):

@@ -1,4 +1,7 @@
-"""Trouble on the way ends no run, and no figure turns wrong in it. Run: pytest tests/test_accounting_trouble.py"""
+"""Failures in bookkeeping end no run and make no wrong number.
+
+Run: pytest tests/train/test_ledger_callback_trouble.py
+"""
 
 import numpy as np
 import pytest
@@ -6,9 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError
-from peft_blueprint.runs.figures import modelled
 from peft_blueprint.runs.ledger import LOOK_EVERY, Ledger
 from peft_blueprint.runs.log import RunLog
+from peft_blueprint.runs.quantity import modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
 from peft_blueprint.train.ledger_callback import LedgerCallback
@@ -73,7 +76,7 @@ def test_numbers_of_any_kind_are_taken(tmp_path):
     record = RunRecord.load(tmp_path)
     assert record.points[0].metrics == {"loss": 1.5, "accuracy": 0.5}
     assert (record.totals["tokens"].value, record.totals["flops"].value) == (20, 7.0)
-    with pytest.raises(BlueprintError, match="flops=-5.0 cannot be spent"):
+    with pytest.raises(BlueprintError, match="flops must be at least 0, got -5.0"):
         Ledger(meters=[]).add(1, flops=-5.0)
 
 
@@ -90,7 +93,7 @@ def test_the_rule_begins_anew_where_something_else_is_counted(caplog):
     state = some_steps(log_of("tokens"), 1, 6).state_dict()
     other = log_of("flops")
     other.load_state_dict(state)
-    assert "the rule begins anew" in caplog.text and other.stop.last_resource is None
+    assert "the stopping rule starts again" in caplog.text and other.stop.last_resource is None
     assert some_steps(other, 6, 8).totals()["tokens"].value == 70
     same = log_of("tokens")
     same.load_state_dict(state)
@@ -102,7 +105,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
     state = some_steps(log_of(), 1, 6).state_dict()
     del state["totals"]["energy_joules"]
     log = log_of()
-    with pytest.raises(FormatError, match="This is no state of a RunLog"):
+    with pytest.raises(FormatError, match="The state of RunLog: totals must be"):
         log.load_state_dict(state)
     assert log.stop.last_resource is None and some_steps(log, 1, 2).totals()["tokens"].value == 10
 
@@ -136,7 +139,7 @@ def test_work_on_the_cpu_counts_no_gpu(monkeypatch):
     with Ledger(meters=[], gpus=False) as ledger:
         pass
     assert ledger.devices == 1 and ledger.peak_bytes > 0
-    assert "resident" in ledger.figures()["peak_bytes"].source
+    assert "resident" in ledger.quantities()["peak_bytes"].source
 
 
 def test_what_is_stored_is_made_once():

@@ -1,6 +1,6 @@
-"""A carbon factor comes from who knows it or from CodeCarbon's files, never from the network.
+"""A carbon factor is given or comes from CodeCarbon's files, never from the network.
 
-Run: pytest tests/test_carbon.py
+Run: pytest tests/runs/test_carbon_factor.py
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from peft_blueprint.errors import BlueprintError
-from peft_blueprint.runs.carbon import ENERGY_MIX, carbon_factor
+from peft_blueprint.runs.meters import ENERGY_MIX, carbon_factor
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def codecarbon(tmp_path, monkeypatch):
 
 def test_a_number_is_taken():
     """Who buys wind power knows better; a factor is a mean all the same, so it is modelled."""
-    figure = carbon_factor(45)
-    assert (figure.value, figure.how, figure.source) == (45.0, "modelled", "45 g CO2e/kWh, as given")
+    quantity = carbon_factor(45)
+    assert (quantity.value, quantity.how, quantity.source) == (45.0, "modelled", "45 g CO2e/kWh, as given")
     assert carbon_factor(0).value == 0
 
 
@@ -44,23 +44,23 @@ def test_nothing_is_assumed():
 
 
 @pytest.mark.parametrize("where", [-1, float("nan"), float("inf"), True, [300]])
-def test_what_is_no_factor_is_refused(where):
-    """The error says what would do."""
-    with pytest.raises(BlueprintError, match="give grams of CO2 equivalent per kWh"):
+def test_other_values_are_refused(where):
+    """The error names the forms that are accepted."""
+    with pytest.raises(BlueprintError, match="carbon must be grams of CO2 equivalent per kWh"):
         carbon_factor(where)
 
 
 def test_a_country_is_looked_up_without_running_codecarbon(codecarbon):
     """The files are read; the package is not imported. The source has its version and the year."""
-    figure = carbon_factor("atl")
-    assert (figure.value, figure.how) == (12.5, "modelled")
-    assert figure.source == "12.5 g CO2e/kWh, CodeCarbon 9.9, ATL, 2023"
+    quantity = carbon_factor("atl")
+    assert (quantity.value, quantity.how) == (12.5, "modelled")
+    assert quantity.source == "12.5 g CO2e/kWh, CodeCarbon 9.9, ATL, 2023"
 
 
 @pytest.mark.parametrize("where", ["XYZ", "Atlantis", "", "300"])
 def test_an_unknown_country_is_no_world_mean(codecarbon, where):
     """CodeCarbon would take a mean of the world; here it is an error."""
-    with pytest.raises(BlueprintError, match="has no country .* among its 2. Give three letters"):
+    with pytest.raises(BlueprintError, match="is not among the 2 countries of CodeCarbon 9.9. Give three letters"):
         carbon_factor(where)
 
 
@@ -96,10 +96,10 @@ def test_codecarbon_itself_is_read_without_network(monkeypatch):
 
 
 def test_looking_up_a_country_imports_nothing_heavy():
-    """Neither torch nor CodeCarbon nor NVML, so that a report starts fast."""
+    """Neither torch nor CodeCarbon nor zeus, so that a report starts fast."""
     script = (
-        "import sys, peft_blueprint.figures, peft_blueprint.meters; from peft_blueprint.carbon import carbon_factor;"
-        "carbon_factor('FRA'); print(sorted({'torch', 'codecarbon', 'pandas', 'pynvml'} & set(sys.modules)))"
+        "import sys; from peft_blueprint.runs import carbon_factor;"
+        "carbon_factor('FRA'); print(sorted({'torch', 'codecarbon', 'pandas', 'zeus', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
