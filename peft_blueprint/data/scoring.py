@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
-from .._processes import process_count
+from .._processes import of_every_process, process_count
 from ..errors import MeasurementError
 from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, measure_influence
 from .alignment import Target, alignment_scores, find_rows, gradient_points
@@ -151,10 +151,9 @@ class ExampleScorer:
         try:
             found = score([candidates[i] for i in padded])[: len(own)]
         except Exception as error:
-            if count > 1:
-                _gather((f"{type(error).__name__}: {error}", "", None))
+            of_every_process((f"{type(error).__name__}: {error}", "", None))
             raise
-        shares = _gather((None, _digest(candidates), found)) if count > 1 else [(None, "", found)]
+        shares = of_every_process((None, _digest(candidates) if count > 1 else "", found))
         _check_shares(shares)
         values = np.empty((len(order), *found.shape[1:]))
         for other, (_, _, theirs) in enumerate(shares):
@@ -169,7 +168,7 @@ class ExampleScorer:
 
     def total_cost(self) -> Cost:
         """Return the tokens of all processes, and the wall-clock time of this one."""
-        costs = _gather(self.cost) if process_count() > 1 else [self.cost]
+        costs = of_every_process(self.cost)
         counts = ("forward_tokens", "measured_tokens", "trained_tokens")
         return replace(self.cost, **{name: sum(getattr(cost, name) for cost in costs) for name in counts})
 
@@ -190,12 +189,6 @@ def random_scores(candidates: Sequence[Candidate], seed: int) -> np.ndarray:
 
 def _digest(candidates: Sequence[Candidate]) -> str:
     return hashlib.sha256(repr([(one.index, one.row["input_ids"]) for one in candidates]).encode()).hexdigest()
-
-
-def _gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * process_count()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _check_shares(shares: Sequence[tuple[str | None, str, Any]]) -> None:
