@@ -61,13 +61,13 @@ def from_arrays_bytes(data: bytes, source: str = "the bytes") -> Any:
     header = parse_header(data, source, len(data))
     text = header.metadata.get(JSON_KEY)
     if text is None:
-        raise FormatError(f"{source} is a safetensors file without {JSON_KEY} in its metadata, so it is no blueprint.")
+        raise FormatError(f"{source} is a safetensors file without {JSON_KEY} in its metadata, not a blueprint.")
     require_version(header.metadata, source)
     record = loads(text, source)
     columns = record["layers"] if has_arrays(record) else {}
     listed = columns.pop("arrays", None)
     if not isinstance(listed, list) or sorted(map(str, listed)) != sorted(header.tensors):
-        raise FormatError(f"{source}: its JSON does not list its arrays; it is no blueprint.safetensors.")
+        raise FormatError(f"{source}: its JSON does not list its arrays, so it is not a blueprint.safetensors.")
     try:
         _require_shapes(listed, header.tensors, columns.get("id"))
         for name, tensor in deserialize(data):

@@ -20,6 +20,9 @@ from ..errors import BlueprintError, FormatError
 from .strict_json import loads, unique_keys
 
 
+if sys.platform != "win32":
+    import fcntl
+
 HEADER_LIMIT = 25_000_000  # bytes of JSON; the Hub's client refuses more
 FIRST_READ = 100_000  # bytes; the Hub's client starts with as many
 
@@ -272,8 +275,6 @@ def _lock(file: FileIO, path: Path) -> None:
     """Keep other processes from taking this lock on the file until it is closed."""
     if sys.platform == "win32":
         return
-    import fcntl  # not on Windows
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

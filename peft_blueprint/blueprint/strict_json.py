@@ -56,15 +56,13 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
     except FileNotFoundError:
         raise BlueprintError(f"There is no blueprint at {path}. Make one with `peft-blueprint generate`.") from None
     except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{path} is not text ({error.reason} at byte {error.start}), so it is no blueprint."
-        ) from None
+        raise FormatError(f"{path} is not text ({error.reason} at byte {error.start}). Give a blueprint.") from None
     except OSError as error:
         raise BlueprintError(f"{path} cannot be read: {error.strerror}.") from error
     except BlueprintError:
         raise
     except ValueError as error:  # a zero character in it
-        raise BlueprintError(f"{str(path)!r} is no path: {error}. Check the name.") from error
+        raise BlueprintError(f"{str(path)!r} is not a path: {error}. Check the name.") from error
 
 
 def loads(text: str, source: str = "the text") -> Any:
@@ -107,7 +105,7 @@ def csv_rows(text: str) -> Iterator[dict[str | None, Any]]:
             raise FormatError(f"the column {_quoted(twice)} stands twice; keep one.")
         yield from reader
     except csv.Error as error:
-        raise FormatError(f"this is no CSV: {error}, line {reader.line_num}.") from error
+        raise FormatError(f"this is not valid CSV: {error}, line {reader.line_num}.") from error
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
@@ -185,12 +183,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    """The beginning of a text, for an error that can be printed."""
+    """Return the beginning of a text, printable in an error."""
     return repr(text[:60].encode("utf-8", "replace").decode())
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """The first that is there more than once."""
+    """Return the first name that occurs more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 

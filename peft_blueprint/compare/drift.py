@@ -34,7 +34,7 @@ class Drift:
             the number of entries.
         by_kind: Spearman's correlation of every kind with at least 4 entries.
         threshold: below which the local blueprint counts as drifted.
-        level: what was compared.
+        level: of the comparison.
     """
 
     correlation: float
@@ -63,7 +63,7 @@ def check_drift(
     number of examples: each draw takes every norm from its own confidence interval and computes the correlation again.
 
     Args:
-        local: a probe on one's own data.
+        local: a probe on your own data.
         published: the blueprint that came with the model.
         threshold: see `Drift`.
         draws: for the interval.
@@ -116,7 +116,7 @@ def reconcile(
 
     Args:
         published: the blueprint that came with the model.
-        local: a probe on one's own data, at submodule level.
+        local: a probe on your own data, at submodule level.
         weight: of the published one in the blend.
         policy: for drifted blueprints. `warn` blends them all the same; `error` raises; `refresh` returns the probe;
             `coarsen` blends groups, or otherwise whole layers, at the first level where the two agree, gives each

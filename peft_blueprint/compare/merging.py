@@ -125,7 +125,7 @@ def _why_apart(blueprint: Blueprint) -> str | None:
             "use Blueprint.merge"
         )
     missing = [entry.name for entry in blueprint if not entry.examples]
-    return f"{format_names(missing)} does not say how many examples it is over" if missing else None
+    return f"{format_names(missing)} has no number of examples" if missing else None
 
 
 def _data_of(blueprint: Blueprint) -> frozenset[str]:
@@ -190,7 +190,7 @@ def _merged(cluster: Sequence[_Named], notes: list[str]) -> Blueprint:
     for i, what in enumerate(_UNSURE):
         silent = [name for name, values in zip(names, known, strict=True) if values[i] is None]
         if 0 < len(silent) < len(names):
-            notes.append(f"{format_names(silent)} does not say its {what}; taken to be that of the others.")
+            notes.append(f"{format_names(silent)} has no {what}; taken to be that of the others.")
     weights = next((digest for _, digest in known if digest is not None), None)
     if weights is not None:
         merged = replace(merged, provenance={**merged.provenance, "weights_digest": weights})
@@ -215,13 +215,13 @@ def _differences(groups: Iterable[_Group]) -> list[str]:
         differing = [what for what in _Group._fields if len({getattr(group, what) for group in of_model}) > 1]
         if differing:
             shown = [_shown(what, [getattr(group, what) for group in of_model]) for what in differing]
-            said.append(f"Blueprints of {model_id!r} stay apart that differ in {' and '.join(shown)}.")
+            said.append(f"Blueprints of {model_id!r} stay apart: they differ in {' and '.join(shown)}.")
     return said
 
 
 def _shown(what: str, values: Sequence[Any]) -> str:
     if what == "quantized":
-        return "what is quantised"
+        return "quantised submodules"
     if what == "submodules":
         return f"submodules ({', '.join(dict.fromkeys(str(len(names)) for names in values))} of them)"
     return f"{what} ({', '.join(dict.fromkeys('unknown' if v is None else str(v) for v in values))})"

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from tqdm import tqdm
 
 from .._files import replacing
 from .._text import shape_str
@@ -134,8 +135,8 @@ def read_sources(
 
 
 def describe_skipped(skipped: Mapping[str, str]) -> str:
-    """Return one text of which sources were skipped and why."""
-    return f"{len(skipped)} of the sources skipped. " + " ".join(skipped.values())
+    """Return a text that names the skipped sources and the reasons."""
+    return f"Sources skipped: {len(skipped)}. " + " ".join(skipped.values())
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -186,16 +187,13 @@ def require_table_format(path: Path) -> None:
 def _each(
     sources: Sources, on_error: OnError, skipped: dict[str, str], progress: bool = False
 ) -> Iterator[tuple[str, Blueprint]]:
-    """Yield names and blueprints, and write the reason for each skipped source into `skipped`."""
+    """Yield each blueprint with its name, and write the reason for each skipped source into `skipped`."""
     if on_error not in get_args(OnError):
-        raise BlueprintError(f"on_error={on_error!r}: choose one of {', '.join(get_args(OnError))}.")
+        raise BlueprintError(f"on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}.")
     named = _named([sources] if isinstance(sources, str | Path) else sources)
     if not named:
         raise BlueprintError("There is nothing to aggregate: give at least one file, folder or repository id.")
-    if progress:
-        from tqdm import tqdm
-
-    for name, source in tqdm(named.items(), "reading", unit=" blueprints", leave=False) if progress else named.items():
+    for name, source in tqdm(named.items(), "reading", unit=" blueprints", leave=False, disable=not progress):
         try:
             yield name, source if isinstance(source, Blueprint) else _read(name, source)
         except BlueprintError as error:
@@ -220,8 +218,8 @@ def _named(sources: Sources) -> dict[str, Blueprint | str | Path]:
     for name, source in sources.items() if isinstance(sources, Mapping) else ((None, s) for s in sources):
         if not isinstance(source, str | Path | Blueprint) or (name is None and isinstance(source, Blueprint)):
             raise BlueprintError(
-                f"{'A source' if name is None else name} is a {type(source).__name__}: give paths and repository ids, or "
-                "a mapping from names to those or to blueprints."
+                f"{'A source' if name is None else name} must be a path or repository id, or a blueprint in a mapping from "
+                f"names, got {type(source).__name__}."
             )
         files = [] if isinstance(source, Blueprint) else _files_of(source)
         named |= {str(file) if name is None else f"{name}/{file.name}": file for file in files}

@@ -254,7 +254,11 @@ def test_only_files_are_read_and_only_so_much_of_them(tmp_path):
     (tmp_path / "wide.json").write_text("é" * 40)
     with pytest.raises(FormatError, match="80 bytes with characters beyond ASCII.*at most 25"):
         read_text(tmp_path / "wide.json", limit=100)
-    for path, message in ((tmp_path, "Is a directory"), ("a\0b", "is no path"), (tmp_path / "none", "no blueprint")):
+    for path, message in (
+        (tmp_path, "Is a directory"),
+        ("a\0b", "is not a path"),
+        (tmp_path / "none", "no blueprint"),
+    ):
         with pytest.raises(BlueprintError, match=message):
             read_text(path)
 

@@ -52,8 +52,8 @@ def test_one_name_of_the_data_twice_is_said():
         ({"training_checkpoint": 0.5}, r"differ in training_checkpoint \(0\.8, 0\.5\)"),
         ({"model_digest": "sha256:f"}, r"differ in model_digest \(unknown, sha256:f\)"),
         ({"submodules": measured({"0.q": 1.0}).submodules}, r"submodules \(12, 1 of them\)"),
-        ({"submodules": tuple(replace(e, quantized=True) for e in measured(UP))}, "what is quantised"),
-        ({"submodules": tuple(replace(e, examples=None) for e in measured(UP))}, "'0.q', .* how many examples"),
+        ({"submodules": tuple(replace(e, quantized=True) for e in measured(UP))}, "quantised submodules"),
+        ({"submodules": tuple(replace(e, examples=None) for e in measured(UP))}, "'0.q', .* no number of examples"),
         ({"provenance": {}}, "no data digest"),
         ({"provenance": {"method": "training"}}, "training batches"),
         ({"provenance": {**measured(UP, data="b").provenance, "blend": {"weight": 0.5}}}, "a blend"),
@@ -81,7 +81,7 @@ def test_revisions_are_kept_apart_where_both_are_known():
     assert notes == ("second stays apart from first: model_revision 2222 is not 1111.",)
     merged, notes = merge_all({"silent": silent, "first": first})
     assert len(merged) == 1 and merged[0].model_revision == "1111" and merged[0]["0.q"].examples == 16
-    assert notes[0] == "'silent' does not say its model_revision; taken to be that of the others."
+    assert notes[0] == "'silent' has no model_revision; taken to be that of the others."
     merged, notes = merge_all({"silent": silent, "first": first, "second": second})
     assert len(merged) == 3 and "silent stays apart: it could be of the weights of first or second." in notes
 

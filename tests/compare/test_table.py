@@ -99,7 +99,7 @@ def test_one_bad_file_is_named_or_skipped(tmp_path):
         aggregate([good, bad])
     with pytest.raises(BlueprintError, match=r"^lab 3: .*no such file or folder"):
         aggregate({"lab 3": "no such thing"})
-    with pytest.warns(UserWarning, match=r"2 of the sources skipped.*bad\.json.*gone\.json"):
+    with pytest.warns(UserWarning, match=r"Sources skipped: 2.*bad\.json.*gone\.json"):
         rows = aggregate([bad, good, gone], on_error="skip")
     assert {row["source"] for row in rows} == {str(good)}
     blueprints, skipped = read_sources([bad, good], on_error="skip")
@@ -112,11 +112,11 @@ def test_bad_use_is_refused():
     """No source, a blueprint without a name, an unknown on_error."""
     with pytest.raises(BlueprintError, match="nothing to aggregate"):
         aggregate([])
-    with pytest.raises(BlueprintError, match="A source is a Blueprint: .*mapping"):
+    with pytest.raises(BlueprintError, match="A source must be .* in a mapping .* got Blueprint"):
         aggregate([measured(UP)])
-    with pytest.raises(BlueprintError, match="lab is a int"):
+    with pytest.raises(BlueprintError, match="lab must be .* got int"):
         aggregate({"lab": 3})
-    with pytest.raises(BlueprintError, match="on_error='ignore': choose one of raise, skip"):
+    with pytest.raises(BlueprintError, match="on_error must be one of raise, skip, got 'ignore'"):
         aggregate(["a"], on_error="ignore")
 
 
