@@ -1,7 +1,7 @@
-"""`BlueprintConfig`, what `get_peft_model` is given: a `LoraConfig` whose targets come from a blueprint.
+"""`BlueprintConfig`: a `LoraConfig` whose targets come from a blueprint, registered with PEFT.
 
-BLUEPRINT is what the user writes and what a recipe serialises to; LORA is what the adapter is, live and on disk. So
-everything PEFT does with LoRA works, and a saved adapter loads where this package was never installed.
+BLUEPRINT is what a user writes and what a recipe serialises to; LORA is what the adapter is, live and on disk. So all of
+PEFT's operations on LoRA work, and a saved adapter loads where this package is not installed.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .trainer_configs import lora_settings, whole_if_exact
 
 
 SIDECAR = "blueprint_config.json"
-# PEFT's adapter of a whole parameter, which fused experts need, has none of these
+# PEFT's adapters on parameters, which fused experts need, support none of these
 _NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's enumeration of methods, or return the one that is there.
+    """Add a member to PEFT's enumeration of methods, or return an existing one.
 
-    `PeftType` is closed, and `register_peft_method` wants a member. The steps are those of `enum` itself on CPython
-    3.11 to 3.14; a test covers what PEFT and transformers do with members.
+    `register_peft_method` needs a member, and `PeftType` cannot be extended by subclassing. The steps are those of
+    CPython's own `enum`, 3.11 to 3.14; a test covers what PEFT and transformers do with members.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -60,7 +60,7 @@ BLUEPRINT = extend_peft_type("BLUEPRINT")
 
 
 @dataclass
-class BlueprintConfig(PlacementOptions, LoraConfig):
+class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r may be None until it is settled
     """LoRA adapters and unfrozen blocks where a blueprint says that they pay.
 
     Has the fields of `PlacementOptions` and of `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`, …). The targets
@@ -132,17 +132,17 @@ class BlueprintConfig(PlacementOptions, LoraConfig):
 
     @property
     def selection(self) -> tuple[str, ...]:
-        """Full names of what is adapted, adapters and unfrozen modules, once that is settled."""
+        """Full names of submodules with an adapter and of unfrozen modules; empty until the config is settled."""
         return (*self.placement.lora, *self.placement.unfreeze) if isinstance(self.placement, Placement) else ()
 
     def resolve(self, model: nn.Module) -> BlueprintConfig:
-        """Settle the targets on a model and check that they fit it. PEFT's functions do this by themselves.
+        """Settle the targets on a model and check that they fit it. PEFT calls this when it puts the adapter on.
 
         Returns:
-            The config itself.
+            This config.
 
         Raises:
-            MismatchError: if the blueprint is of another model.
+            MismatchError: if the blueprint belongs to another model.
             PlacementError: if a quantised block would be unfrozen.
         """
         if self.placement is None and self.target_modules is None:
@@ -158,16 +158,16 @@ class BlueprintConfig(PlacementOptions, LoraConfig):
         return self
 
     def to_lora_config(self) -> LoraConfig:
-        """A plain `LoraConfig` with the same adapter, every target by its full name."""
+        """Return a plain `LoraConfig` for the same adapter, with full names as targets."""
         values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         if isinstance(self.placement, Placement) and self.placement.lora:
-            # PEFT abbreviates the live config's targets to endings that fit this model's depth and no other's
+            # PEFT abbreviates the live config's targets to suffixes that are right only for a model of this depth
             values["target_modules"] = sorted(self.placement.target_modules)
             values["target_parameters"] = sorted(self.placement.target_parameters) or None
         return LoraConfig(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe: `peft_type` BLUEPRINT, and the blueprint as it was given or as its JSON object."""
+        """Return the recipe: `peft_type` BLUEPRINT, and the blueprint as it was given or as a JSON object."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LoraConfig.__dataclass_fields__}
         if isinstance(self.blueprint, Blueprint):
             own["blueprint"] = to_dict(self.blueprint)
@@ -178,34 +178,33 @@ class BlueprintConfig(PlacementOptions, LoraConfig):
         return {**self.to_lora_config().to_dict(), **own, "peft_type": BLUEPRINT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write a plain LORA `adapter_config.json`, and beside it `blueprint_config.json`: the recipe and its reasons.
+        """Write a plain LORA `adapter_config.json`, and beside it the recipe, `blueprint_config.json`.
 
         Raises:
             BlueprintError: if the folder cannot be written.
         """
         folder = Path(save_directory)
         if folder.is_file():
-            raise BlueprintError(f"{folder} is a file, and an adapter needs a folder. Choose another.")
+            raise BlueprintError(f"{folder} is a file, and an adapter needs a folder. Choose another path.")
         try:
             self.to_lora_config().save_pretrained(save_directory, **kwargs)
         except OSError as error:
             raise BlueprintError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
         path = folder / "adapter_config.json"
         saved = json.loads(path.read_text())
-        # a set comes out in the order of its hashes
         for key in ("target_modules", "target_parameters", "modules_to_save"):
             if isinstance(saved.get(key), list):
-                saved[key] = sorted(saved[key])
+                saved[key] = sorted(saved[key])  # PEFT writes sets in the order of their hashes
         write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))
         recipe = {key: sorted(v) if isinstance(v, set) else v for key, v in self.to_dict().items()}
         write_atomically(folder / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True))
 
     def _read(self) -> Blueprint | None:
-        """The blueprint as a record, read once."""
+        """Return the blueprint, which is read once."""
         if self.blueprint is None:
             if self.placement is None and self.target_modules is None:
                 raise PlacementError(
-                    "BlueprintConfig needs a blueprint (or a placement): a Blueprint, a file, a folder or a Hub id."
+                    "BlueprintConfig needs a blueprint (an object, file, folder or Hub id) or a placement."
                 )
             return None
         if isinstance(self.blueprint, Blueprint):
@@ -229,8 +228,8 @@ class BlueprintConfig(PlacementOptions, LoraConfig):
             if placement.target_parameters and getattr(self, name):
                 raise PlacementError(
                     f"{name}={getattr(self, name)} does not work on fused experts, which PEFT adapts as whole parameters, "
-                    f"and {len(placement.target_parameters)} are placed: {format_names(placement.target_parameters)}. Leave "
-                    f"{name} at {default}, or give a placement of linear layers alone."
+                    f"and {len(placement.target_parameters)} are placed: {format_names(placement.target_parameters)}. Set "
+                    f"{name}={default}, or place linear layers only."
                 )
         self.placement = placement
         self.target_modules, self.target_parameters = _targets(placement)
@@ -267,13 +266,13 @@ class BlueprintConfig(PlacementOptions, LoraConfig):
 
 
 def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:
-    """PEFT's target_modules and target_parameters."""
+    """Return PEFT's `target_modules` and `target_parameters`."""
     modules, parameters = list(placement.target_modules), list(placement.target_parameters)
     return (modules if modules or parameters else DUMMY_TARGET_MODULES), parameters or None
 
 
 def _matches(targets: Collection[str] | str | None, names: Collection[str] | str | None) -> bool:
-    """Whether a config's targets are these names, or the endings to which PEFT abbreviates many."""
+    """Whether a config's targets are these names, or the suffixes to which PEFT abbreviates many names."""
     if isinstance(targets, str) or isinstance(names, str):
         return targets == names
     targets, names = set(targets or ()), set(names or ())
@@ -284,7 +283,7 @@ def _matches(targets: Collection[str] | str | None, names: Collection[str] | str
 
 
 def _check_placement(placement: Placement, model: nn.Module) -> None:
-    """Raise unless every name is one part of the model that can be adapted so, and what is unfrozen can be."""
+    """Raise unless each name is exactly one part of the model that can be adapted or unfrozen."""
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
     weights = {weight.name: weight for weight in find_weights(model)}
     missing = [name for name in (*placement.target_modules, *placement.unfreeze) if name not in modules]
@@ -293,13 +292,13 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
         known = [name for name, weight in weights.items() if weight.form in ADAPTABLE]
         raise MismatchError(
             f"{format_names(missing)} of the placement for {placement.model_id!r} are not in this "
-            f"{type(unwrap(model)).__name__}, which has {format_names(known)}. Plan it for this model."
+            f"{type(unwrap(model)).__name__}, which has {format_names(known)}. Plan a placement for this model."
         )
     forms = {name: weights[name].form if name in weights else "tied to another" for name in placement.lora}
-    spoiled = {name: form for name, form in forms.items() if form not in (*ADAPTABLE, "head")}
-    if spoiled:
+    unadaptable = {name: form for name, form in forms.items() if form not in (*ADAPTABLE, "head")}
+    if unadaptable:
         raise PlacementError(
-            f"No adapter can be put on {format_names([f'{name} ({form})' for name, form in spoiled.items()])} of the placement "
+            f"No adapter can be put on {format_names([f'{name} ({form})' for name, form in unadaptable.items()])} of the placement "
             f"for {placement.model_id!r}: only on linear layers and fused experts, and not on weights that are shared "
             "with another module. Plan it again with the model: plan_placement(blueprint, model)."
         )
@@ -310,8 +309,8 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
     )
     if ambiguous:
         raise MismatchError(
-            f"PEFT matches names by their endings, so that the placement would also reach {format_names(ambiguous)}. "
-            "Add exclude_modules for those, or adapt the inner model by itself."
+            f"PEFT matches names by suffix, so the placement would also reach {format_names(ambiguous)}. Add them to "
+            "exclude_modules, or adapt the inner model by itself."
         )
     for name in placement.unfreeze:
         quantized = [
@@ -320,8 +319,8 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
         if quantized:
             raise PlacementError(
                 f"{name!r} is held in 4 or 8 bits, which cannot be trained. Load the model with "
-                f"BitsAndBytesConfig(..., llm_int8_skip_modules={placement.quantization_skip_modules()}) to keep what "
-                "is unfrozen in floating point, or use mode='lora'."
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={placement.quantization_skip_modules()}), or use "
+                "mode='lora'."
             )
 
 
@@ -331,10 +330,10 @@ def _also_matched(names: Sequence[str], known: Iterable[str], boundary: str) -> 
 
 
 def _checked_injection(inject: Any) -> Any:
-    """PEFT's one funnel for putting a LoRA adapter on a model, with a blueprint's check before it.
+    """Wrap `LoraModel.inject_adapter`, through which every LoRA adapter is put on, to resolve a `BlueprintConfig` first.
 
-    PEFT passes over target names that a model does not have, as long as one matches; a blueprint of a smaller sibling
-    would place its adapters on half a model without a word. Other configs go through untouched.
+    PEFT ignores target names that a model does not have as long as one matches, so the blueprint of a smaller sibling
+    would silently adapt half of a model. Other configs are not affected.
     """
 
     @functools.wraps(inject)

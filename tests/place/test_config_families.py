@@ -109,9 +109,9 @@ def test_experts_are_adapted_where_the_blueprint_says_and_reload_as_plain_lora(b
     [
         (
             {"lora_dropout": 0.1},
-            r"lora_dropout=0.1 does not work on fused experts.* 6 are placed.* Leave lora_dropout at 0.0",
+            r"lora_dropout=0.1 does not work on fused experts.* 6 are placed.* Set lora_dropout=0.0",
         ),
-        ({"use_dora": True}, "use_dora=True does not work.*Leave use_dora at False"),
+        ({"use_dora": True}, "use_dora=True does not work.*Set use_dora=False"),
         ({"lora_bias": True}, "lora_bias=True does not work"),
     ],
 )
