@@ -1,7 +1,6 @@
-"""Tiny random models, toy batches and a Hub on loopback, for this project's tests and for yours.
+"""Build tiny random models and toy batches for tests. Models take milliseconds to build and to run."""
 
-Models take milliseconds to build and to run. The Hub is that of `loopback.py`, under a second name.
-"""
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ VOCABULARY = 97
 
 
 def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48."""
+    """Build a random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48."""
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -61,13 +60,13 @@ def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausal
 
 
 def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """A random GPT-2, whose linear layers are transformers' `Conv1D`."""
+    """Build a random GPT-2, whose linear layers are transformers' `Conv1D`."""
     settings: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
     return random_model(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
 
 
 def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCausalLM:
-    """A random mixture of 4 experts, of which each token sees 2; fused into one parameter in transformers 5."""
+    """Build a random Mixtral with 4 experts, 2 for each token; transformers 5 fuses them into one parameter."""
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 24,
@@ -81,7 +80,7 @@ def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCa
 
 
 def tiny_t5(layers: int = 2, seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
-    """A random T5, with as many encoder as decoder layers."""
+    """Build a random T5 with as many encoder as decoder layers."""
     settings: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
     return random_model(
         T5ForConditionalGeneration, T5Config(num_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -89,7 +88,7 @@ def tiny_t5(layers: int = 2, seed: int = 0, **changes: Any) -> T5ForConditionalG
 
 
 def tiny_vit(layers: int = 2, seed: int = 0, labels: int = 3, **changes: Any) -> ViTForImageClassification:
-    """A random vision transformer that classifies images of 16 × 16 in patches of 8 × 8."""
+    """Build a random vision transformer that classifies images of 16 × 16 in patches of 8 × 8."""
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -102,7 +101,7 @@ def tiny_vit(layers: int = 2, seed: int = 0, labels: int = 3, **changes: Any) ->
 
 
 def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int = 3) -> PreTrainedModel:
-    """A random BERT that classifies sequences, or tokens."""
+    """Build a random BERT that classifies sequences, or tokens."""
     config = BertConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -114,9 +113,7 @@ def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int 
 
 
 def random_model(cls: type[nn.Module], config: Any, seed: int = 0) -> Any:
-    """A model of a transformers class with weights large enough that its gradients differ between layers, in evaluation
-    mode; the same for the same seed.
-    """
+    """Build a transformers model in evaluation mode, with weights large enough that gradients differ between layers."""
     generator = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -132,15 +129,15 @@ def random_model(cls: type[nn.Module], config: Any, seed: int = 0) -> Any:
 def toy_batches(
     examples: int = 8, length: int = 12, batch_size: int = 4, padding: str = "right", seed: int = 0, prompt: int = 3
 ) -> list[dict[str, Tensor]]:
-    """Random token batches for a causal model, of varied lengths, with targets after a prompt.
+    """Make random token batches of varied lengths for a causal model, with targets after a prompt.
 
     Args:
-        examples: how many in all.
-        length: the longest; the shortest has `prompt + 2` tokens.
+        examples: number of examples.
+        length: tokens of the longest; the shortest has `prompt + 2`.
         batch_size: rows of a batch; the last may have fewer.
         padding: "right", "left" or "none" (all of full length).
-        seed: of the tokens and lengths.
-        prompt: tokens at the start of every example that are no targets.
+        seed: seed of the tokens and lengths.
+        prompt: tokens at the start of every example that are not targets.
     """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1, VOCABULARY, (examples, length), generator=generator)
@@ -156,8 +153,12 @@ def toy_batches(
 
 
 def quantize(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
-    """Replace every linear layer but the head by bitsandbytes' of its weights, on the CPU: "nf4", "fp4" or "int8"; those
-    in 4 bits with `nested` scales (double quantisation) or plain ones.
+    """Quantize every linear layer except the head with bitsandbytes, on the CPU.
+
+    Args:
+        model: changed in place.
+        kind: "nf4", "fp4" or "int8".
+        nested: double quantization of the scales, in 4 bits.
     """
     import bitsandbytes as bnb
 
@@ -178,7 +179,7 @@ def quantize(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
 
 
 def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Give LoRA's B, and what else is trained, values that change a model's logits; training begins without such."""
+    """Randomize LoRA's B, and other trainable weights, so that adapters change the model's logits."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

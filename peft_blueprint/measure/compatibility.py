@@ -1,7 +1,6 @@
-"""Whether a blueprint is of the model at hand: by names and shapes always, by id and revision, by its weights on request.
+"""Check that a blueprint belongs to a model: by names, shapes, id and revision, and on request by weights."""
 
-Reads a model; never changes it. Knows nothing of where the blueprint came from.
-"""
+from __future__ import annotations
 
 import hashlib
 import re
@@ -22,13 +21,12 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
-    """Require that every entry of a blueprint is a submodule of the model, of the same shape.
+    """Require that every entry of a blueprint is a submodule of the model with the same shape.
 
-    Warns where it fits and is still of another model: one with more submodules, under another repository's id, or at
-    another revision.
+    Warns if the blueprint fits but the model has other submodules too, another repository id or another revision.
 
     Raises:
-        MismatchError: if an entry is not in the model, or of another shape there.
+        MismatchError: if an entry is missing in the model or has another shape.
     """
     shapes = {weight.name: weight.shape for weight in find_weights(model)}
     missing = [entry.name for entry in blueprint if entry.name not in shapes]
@@ -43,19 +41,19 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
         if entry.shape is not None and entry.shape != shapes[entry.name]:
             raise MismatchError(
                 f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r} and "
-                f"{shape_str(shapes[entry.name])} in this model: it is a blueprint of another size of it. Use this model's own, "
-                "or measure one with generate_blueprint(model, batches)."
+                f"{shape_str(shapes[entry.name])} in this model, which has another size. Use this model's own blueprint, or "
+                "measure one with generate_blueprint(model, batches)."
             )
     _warn_of_another_model(blueprint, model)
 
 
 def weights_digest(model: nn.Module) -> str:
-    """`sha256:…` over the names, shapes and values of what an adapter can be put on.
+    """Return `sha256:…` over the names, shapes and values of adaptable weights.
 
-    Values count as float32, so that a model held in bfloat16 and the same model held in float32 agree.
+    Values are converted to float32, so that a model in bfloat16 and the same model in float32 agree.
 
     Raises:
-        MismatchError: if the weights are quantised, sharded or not there, and their values so not known.
+        MismatchError: if a weight is quantized, sharded or not loaded.
     """
     digest = hashlib.sha256()
     adaptable = {submodule.name for submodule in find_submodules(model)}
@@ -63,8 +61,8 @@ def weights_digest(model: nn.Module) -> str:
         values = weight.tensor
         if is_quantized(values) or is_sharded(values) or values.is_meta:
             raise MismatchError(
-                f"The weight of {weight.name!r} is quantised, sharded or not loaded, so that its values cannot be compared. "
-                "Load the model whole, in float32, bfloat16 or float16."
+                f"The weight of {weight.name!r} is quantized, sharded or not loaded, so its values cannot be compared. Load "
+                "the whole model in float32, bfloat16 or float16."
             )
         digest.update(f"{weight.name} {shape_str(weight.shape)}\n".encode())
         digest.update(values.detach().to("cpu", torch.float32).contiguous().numpy().data)
@@ -72,16 +70,16 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def check_weights(blueprint: Blueprint, model: nn.Module) -> None:
-    """Require that a model's weights are those that the blueprint was measured on.
+    """Require that the blueprint was measured on a model's weights.
 
     Raises:
-        MismatchError: if they are others, or the blueprint does not say.
+        MismatchError: if it was measured on others, or holds no digest of the weights.
     """
     written = blueprint.provenance.get(WEIGHTS_DIGEST)
     if not isinstance(written, str):
         raise MismatchError(
             f"The blueprint of {blueprint.model_id!r} has no {WEIGHTS_DIGEST} in its provenance. Measure it with "
-            "generate_blueprint(..., digest_weights=True) to have its weights compared."
+            "generate_blueprint(..., digest_weights=True)."
         )
     found = weights_digest(model)
     if found != written:
@@ -97,25 +95,25 @@ def _warn_of_another_model(blueprint: Blueprint, model: nn.Module) -> None:
         known = set(blueprint.names)
         others = [submodule.name for submodule in submodules if submodule.name not in known]
         warnings.warn(
-            f"The blueprint of {blueprint.model_id!r} is of a model with other submodules than this one"
-            f"{f', which also has {format_names(others)}: nothing will be placed there' if others else ''}. Measure this model to "
-            "have all of it.",
+            f"The blueprint of {blueprint.model_id!r} was measured on a model with other submodules than this one"
+            f"{f', which also has {format_names(others)}: nothing will be placed there' if others else ''}. Measure this "
+            "model to cover all of it.",
             stacklevel=3,
         )
     config = getattr(unwrap(model), "config", None)
     name, revision = getattr(config, "_name_or_path", "") or "", getattr(config, "_commit_hash", None)
     if not _is_repository(name) or not _is_repository(blueprint.model_id):
-        return  # a folder's name says nothing of what is in it
+        return  # the name of a folder does not identify a model
     if name != blueprint.model_id:
         warnings.warn(
-            f"The blueprint is of {blueprint.model_id!r}, and this model is {name!r}. If one was trained from the other, "
-            "ask check_drift with a probe of a few examples whether it still holds.",
+            f"The blueprint is of {blueprint.model_id!r}, but this model is {name!r}. If one was trained from the other, "
+            "measure a probe of a few examples and compare with check_drift.",
             stacklevel=3,
         )
     elif None not in (revision, blueprint.model_revision) and revision != blueprint.model_revision:
         warnings.warn(
-            f"The blueprint of {name!r} is of its revision {blueprint.model_revision}, and this model is revision "
-            f"{revision}. Load that one, or ask check_drift with a probe of a few examples whether it still holds.",
+            f"The blueprint of {name!r} is of revision {blueprint.model_revision}, but this model is of revision "
+            f"{revision}. Load that one, or measure a probe of a few examples and compare with check_drift.",
             stacklevel=3,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .._processes import of_every_process, process_count
 from ..errors import MeasurementError
@@ -187,20 +187,19 @@ def reshard(model: nn.Module) -> None:
     A forward pass alone leaves some gathered, and attributes set on those are lost.
     """
     for module in model.modules():
-        if _is_fsdp_module(module):
-            module.reshard()  # type: ignore[operator]
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _is_fully_sharded(model: nn.Module) -> bool:
     """Return whether FSDP2 holds the model; raise for other ways to split its weights."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise MeasurementError(
             "The model is wrapped in FullyShardedDataParallel, which flattens the weights of many submodules into one. "
             "Shard it with torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate's configuration), or "
             "measure before wrapping it."
         )
-    sharded = any(_is_fsdp_module(module) for module in model.modules())
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     for name, parameter in model.named_parameters():
         if not is_sharded(parameter):
             continue
@@ -211,11 +210,6 @@ def _is_fully_sharded(model: nn.Module) -> bool:
                 "part of every gradient. Load the model for measuring with FSDP2 or device_map='auto' instead."
             )
     return sharded
-
-
-def _is_fsdp_module(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _sum(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -1,12 +1,13 @@
-"""Per-example gradients of a linear layer, as free functions on its input and its output's gradient.
+"""Compute per-example gradient statistics of a linear layer from its input and its output's gradient.
 
 For an example with inputs X (T × d_in) and output gradients dY (T × d_out) the weight's gradient is G = dYᵀX. Its norm
 needs no G: ‖G‖² = Σ (XXᵀ)∘(dY dYᵀ), the Gram form (Goodfellow 2015, arXiv:1510.01799; for sequences Li et al. 2021,
-arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. Where the tokens'
-contributions nearly cancel it loses digits, its terms being squares (RESULTS.md has what that came to). And G·Ω =
-dYᵀ(XΩ) for a thin Ω keeps the mean gradient's row norms at a few per cent of G's cost. Knows nothing of modules or
-models.
+arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. It loses digits
+if the tokens' contributions nearly cancel (measured in RESULTS.md). G·Ω = dYᵀ(XΩ) for a thin Ω keeps the mean
+gradient's row norms at a few per cent of G's cost.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -16,25 +17,20 @@ import torch
 from torch import Tensor
 
 
-# Operations that take as long as moving one number to memory and back: large matrix products run some ten times nearer
-# to a machine's peak than elementwise passes do.
+# matrix-product operations in the time of moving one number to memory and back
 _OPERATIONS_PER_NUMBER = 16
-# The share of a layer's own two passes up to which exact norms are taken without being asked for.
-_NEARLY_FREE = 0.05
-# Products are formed for as many examples at a time as keep the intermediate result below this many numbers.
-NUMBERS_AT_A_TIME = 1 << 24
+_NEARLY_FREE = 0.05  # share of a layer's own two passes that method="auto" spends on exact norms
+NUMBERS_AT_A_TIME = 1 << 24  # maximum size of an intermediate result
 _FOLDS = 1 << 12  # rows of the table of signs
 
-# (B, n) → (B, m), as `fold` does
-Fold = Callable[[Tensor], Tensor]
+Fold = Callable[[Tensor], Tensor]  # (B, n) → (B, m), see `fold`
 
 
 def by_example(tensor: Tensor, examples: int, lengths: Collection[int] = ()) -> Tensor | None:
-    """A layer's input or output gradient as (examples, tokens, features), or None if its rows do not say whose they
-    are.
+    """Reshape a layer's input or output gradient to (examples, tokens, features); None if rows do not show examples.
 
-    Accepts (B, ..., d), and (B·T, d) from layers that flatten the batch, for T among the batch's `lengths`. The rows
-    of a single example are its own, whatever their shape.
+    Accepts (B, ..., d), and (B·T, d) from layers that flatten the batch, for T among the batch's `lengths`. A single
+    example may have any shape.
     """
     rows = tensor.shape[0]
     if (
@@ -48,7 +44,7 @@ def by_example(tensor: Tensor, examples: int, lengths: Collection[int] = ()) -> 
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision to compute statistics in: bfloat16 stays where the hardware multiplies it, all else is float32."""
+    """Return the dtype of statistics: bfloat16 if the tensor is and the hardware multiplies it, otherwise float32."""
     if tensor.dtype != torch.bfloat16:
         return torch.float32
     if tensor.device.type == "cpu":
@@ -57,7 +53,7 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def prefers_gram(tokens: int, d_in: int, d_out: int, gram_is_known: bool = False) -> bool:
-    """Whether the Gram form is cheaper than forming the gradient, by operations and by numbers written.
+    """Return whether the Gram form is cheaper than forming the gradient, by operations and by numbers written.
 
     Without memory traffic the crossover is at T* = d_in·d_out/(d_in + d_out) tokens.
 
@@ -72,7 +68,7 @@ def prefers_gram(tokens: int, d_in: int, d_out: int, gram_is_known: bool = False
 
 
 def gram_is_nearly_free(tokens: int, d_in: int, d_out: int, size: int) -> bool:
-    """Whether exact norms by the Gram form cost no more than a sketch of this size, or little beside the layer itself.
+    """Return whether the Gram form costs no more than a sketch of this size, or little beside the layer itself.
 
     The Gram form takes T²(d_in + d_out) multiply-adds; a sketch takes s instead of one T, the layer's own two passes
     2·T·d_in·d_out.
@@ -81,12 +77,12 @@ def gram_is_nearly_free(tokens: int, d_in: int, d_out: int, size: int) -> bool:
 
 
 def gram(x: Tensor) -> Tensor:
-    """XXᵀ of every example: (B, T, d) → (B, T, T)."""
+    """Return XXᵀ of every example: (B, T, d) → (B, T, T)."""
     return torch.bmm(x, x.transpose(1, 2))
 
 
 def gram_norms(x_gram: Tensor, dy: Tensor) -> Tensor:
-    """Norms of the per-example gradients, by the Gram form. (B, T, T), (B, T, d_out) → (B,) float32."""
+    """Return norms of the per-example gradients by the Gram form. (B, T, T), (B, T, d_out) → (B,) float32."""
     step = max(1, NUMBERS_AT_A_TIME // (dy.shape[1] ** 2 or 1))
     squares = [
         (x_gram[i : i + step] * gram(dy[i : i + step])).sum(dim=(1, 2), dtype=torch.float32)
@@ -96,24 +92,24 @@ def gram_norms(x_gram: Tensor, dy: Tensor) -> Tensor:
 
 
 def per_example_gradients(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradients dYᵀX themselves. (B, T, d_in), (B, T, d_out) → (B, d_out, d_in)."""
-    return torch.bmm(x.transpose(1, 2), dy).transpose(1, 2)  # faster this way round where x is a narrow sketch
+    """Return the gradients dYᵀX. (B, T, d_in), (B, T, d_out) → (B, d_out, d_in)."""
+    return torch.bmm(x.transpose(1, 2), dy).transpose(1, 2)  # this order is faster if x is a narrow sketch
 
 
 def materialized(
     kept: Tensor, dy: Tensor, d_in: int, fold: Fold | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What forming every example's dYᵀK says, a few examples at a time.
+    """Form every example's product dYᵀK, a few examples at a time, and return its statistics.
 
     Args:
         kept: K, (B, T, d_in) the inputs X, or (B, T, s) their sketch XΩ.
         dy: (B, T, d_out).
-        d_in: features of the input, to tell the one from the other.
-        fold: what projects a product, or None.
+        d_in: features of the input, which distinguishes X from a sketch.
+        fold: projects a product, or None.
 
     Returns:
-        Norms and errors as `norms_of` gives them; the sum over examples (d_out, d_in or s), float32; and the examples'
-        projections (B, m), if asked for.
+        Norms and errors as `norms_of`; the sum over examples (d_out, d_in or s), float32; and with `fold` the examples'
+        projections (B, m).
     """
     norms: list[Tensor] = []
     errors: list[Tensor] = []
@@ -129,7 +125,7 @@ def materialized(
 
 
 def summed(kept: Tensor, dy: Tensor, fold: Fold | None) -> tuple[Tensor, Tensor | None]:
-    """The sum and the projections that `materialized` gives, without the norms."""
+    """Return the sum and the projections of `materialized`, without the norms."""
     if fold is None:
         return sketched_gradient(kept, dy), None
     projections: list[Tensor] = []
@@ -141,20 +137,19 @@ def summed(kept: Tensor, dy: Tensor, fold: Fold | None) -> tuple[Tensor, Tensor 
 
 
 def folded(products: Tensor, fold: Fold) -> Tensor:
-    """Projections of per-example gradients or their sketches, (B, d_out, columns) → (B, m)."""
-    return fold(products.mT.flatten(1))  # as `per_example_gradients` lays them out in memory
+    """Project per-example gradients or their sketches, (B, d_out, columns) → (B, m)."""
+    return fold(products.mT.flatten(1))  # the memory layout of `per_example_gradients`
 
 
 def fold(vectors: Tensor, size: int, seed: int) -> Tensor:
-    """Vectors a of n numbers projected on m = `size`, (B, n) → (B, m) float32; n numbers or fewer stay as they are.
+    """Project vectors of n numbers on m = `size`, (B, n) → (B, m) float32; vectors of at most m numbers stay.
 
-    Number p goes to place p mod m with a random sign, and each place adds up what comes to it (count sketch: Charikar,
-    Chen and Farach-Colton 2002, doi:10.1016/S0304-3975(03)00400-6; as a projection Weinberger et al. 2009,
-    arXiv:0902.2206). So ⟨fold(a), fold(a′)⟩ estimates ⟨a, a′⟩ without bias over the signs, with a standard error of
-    √((‖a‖²‖a′‖² + ⟨a, a′⟩²)/m) where the vectors' squares are spread evenly over the places. For that m should be a
-    prime: the numbers of one row, and of one column, of a flattened matrix then come to different places. The signs
-    are those of a table of 4096·m, and of every further such stretch of the vector once more a sign. One pass over the
-    numbers, where a dense projection would take m.
+    Number p is added to place p mod m with a random sign (count sketch: Charikar, Chen and Farach-Colton 2002,
+    doi:10.1016/S0304-3975(03)00400-6; as a projection Weinberger et al. 2009, arXiv:0902.2206). ⟨fold(a), fold(a′)⟩
+    estimates ⟨a, a′⟩ without bias over the signs. Its standard error is √((‖a‖²‖a′‖² + ⟨a, a′⟩²)/m) if the vectors'
+    squares are spread evenly over the places. For this m should be a prime, so that the numbers of a row, and of a
+    column, of a flattened matrix go to different places. The signs come from a table of 4096·m; each further stretch of
+    that length has one more sign. It takes one pass over the numbers, where a dense projection takes m.
     """
     if vectors.shape[1] <= size or not size:
         short = vectors[:, :size].float()
@@ -185,14 +180,14 @@ def _products(kept: Tensor, dy: Tensor) -> Iterator[Tensor]:
 
 
 def norms_of(products: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
-    """Norms of per-example gradients G, or of their sketches GΩ, and their predicted relative standard errors.
+    """Return norms of per-example gradients G or sketches GΩ, and their predicted relative standard errors.
 
     Args:
         products: (B, d_out, d_in) or (B, d_out, s).
-        d_in: features of the input, to tell the one from the other.
+        d_in: features of the input, which distinguishes G from GΩ.
 
     Returns:
-        (B,) and (B,) float32: norms, exact, or unbiased in their squares; errors, 0 where exact.
+        Norms (B,) float32, exact or with unbiased squares; errors (B,) float32, 0 if exact.
     """
     if products.shape[2] == d_in:
         norms = torch.linalg.vector_norm(products, dim=(1, 2), dtype=torch.float32)
@@ -202,13 +197,12 @@ def norms_of(products: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
 
 
 def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
-    """Ω, (d_in, size) float32 with orthogonal columns and E[ΩΩᵀ] = I, or None where the sketch would be no smaller.
+    """Return Ω, (d_in, size) float32 with orthogonal columns and E[ΩΩᵀ] = I, or None if d_in ≤ 2·size.
 
-    ‖GΩ‖² estimates ‖G‖² without bias, for every row of G too. Orthogonal columns (of uniformly random direction,
+    ‖GΩ‖² estimates ‖G‖² without bias, also for every row of G. Orthogonal columns (of uniformly random direction,
     scaled by √(d_in/size)) have a smaller variance than Gaussian ones, by the factor 1 − size/d_in. Up to twice the
-    sketch's size the identity stands in for Ω: the result is then exact at a like cost. A fixed seed gives the same Ω
-    for every layer of the same d_in, so that layers with the same input share XΩ and that sketches add over batches
-    and workers.
+    sketch's size, exact statistics cost about the same. A fixed seed gives every layer of the same d_in the same Ω, so
+    that layers with the same input share XΩ and sketches add over batches and workers.
     """
     if size is None or d_in <= 2 * size:
         return None
@@ -217,21 +211,21 @@ def sketch_matrix(d_in: int, size: int | None, seed: int) -> Tensor | None:
 
 
 def sketched_gradient(x_sketch: Tensor, dy: Tensor) -> Tensor:
-    """(Σ_b G_b)Ω in float32. XΩ as (B, T, s), dY as (B, T, d_out) → (d_out, s)."""
+    """Return (Σ_b G_b)Ω in float32. XΩ (B, T, s), dY (B, T, d_out) → (d_out, s)."""
     return (dy.flatten(0, 1).T @ x_sketch.flatten(0, 1)).float()
 
 
 def sketch_errors(squares: Tensor, d_in: int) -> Tensor:
-    """Relative standard error of ‖GΩ‖ as an estimate of ‖G‖, predicted from the sketch alone. (B, s, s) → (B,).
+    """Predict the relative standard error of ‖GΩ‖ as an estimate of ‖G‖ from the sketch. (B, s, s) → (B,).
 
     With A = GᵀG and Ω = √(d/s)·P for a uniformly random P with orthonormal columns, the relative variance of the
     squared norm tr(ΩᵀAΩ) is 2d(d − s)/(s(d − 1)(d + 2))·(1/ρ − 1/d), where ρ = (tr A)²/tr A² is A's effective rank: at
-    most about 2/s, for a gradient of rank 1, and less the more directions it has. Both traces are estimated from W =
+    most about 2/s, for a gradient of rank 1, and smaller the more directions it has. Both traces are estimated from W =
     ΩᵀAΩ by the method of moments (second moments of Haar projections). The norm's relative error is half of the
     square's.
 
     Args:
-        squares: W = (GΩ)ᵀGΩ of every example.
+        squares: (B, s, s), W = (GΩ)ᵀGΩ of every example.
         d_in: features of the input, d.
     """
     d, s = float(d_in), float(squares.shape[1])

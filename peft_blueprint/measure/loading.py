@@ -44,9 +44,12 @@ def load_model(
         BlueprintError: if the model cannot be loaded, or the dtype is unknown.
 
     Example:
-        >>> load_model("no/such/folder")
-        Traceback (most recent call last):
-        peft_blueprint.errors.BlueprintError: The model 'no/such/folder' cannot be loaded: ...
+        >>> import pathlib, tempfile
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model, tokenizer = load_model(str(save_tiny_model(pathlib.Path(folder))), "float32")
+        >>> model.dtype
+        torch.float32
     """
     kind = dtype_of(dtype, bool(quantization))
     settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind}

@@ -1,7 +1,6 @@
-"""What in a model can be adapted: names, kinds, depths, groups, shapes, quantised or not.
+"""Find a model's weights and adaptable submodules: names, kinds, depths, groups, shapes and storage."""
 
-Reads a model's structure and, for norms, its weights; never changes it. Knows nothing of gradients.
-"""
+from __future__ import annotations
 
 import hashlib
 import math
@@ -10,9 +9,12 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from .._text import format_names, shape_str
 from ..blueprint import ADAPTABLE, Form, Submodule
@@ -21,56 +23,50 @@ from .bnb_cpu import undo_cpu_repack
 from .options import Include
 
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-
 # Heads are trained whole or not at all: PEFT adds these to modules_to_save for classification tasks.
 _CLASSIFIER_HEADS = {"classifier", "score", "qa_outputs", "classification_head"}
 _READ_BY_MAMBA = ("dt_proj", "out_proj")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # bitsandbytes'; 4-bit weights may be stored as any dtype
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-# PEFT's around what it adapts, PyTorch's around what it checkpoints or compiles
+# path components that PEFT, activation checkpointing and torch.compile insert
 _WRAPPERS = ("base_layer", "original_module", "_checkpoint_wrapped_module", "_orig_mod")
 _ADAPTER_PART = re.compile(r"(^|\.)(lora_\w+|modules_to_save)(\.|$)")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`, and both inside `DistributedDataParallel`; any other as it is."""
+    """Return the model inside a `DistributedDataParallel` and a `PeftModel`; any other unchanged."""
     model = without_ddp(model)
     peft = sys.modules.get("peft")  # a PeftModel cannot exist before peft was imported
     return cast(Any, model).get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel` or `DataParallel`; any other as it is."""
+    """Return the model inside a `DistributedDataParallel` or `DataParallel`; any other unchanged."""
     is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     return cast(nn.Module, model.module) if is_wrapped else model
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """A module's class; the one it had before, where FSDP2 made it one of its own."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # no module can be sharded before that was imported
-    classes = type(module).__mro__
-    return classes[0] if fsdp is None else next(c for c in classes if not issubclass(c, fsdp.FSDPModule))
+    """Return a module's class, before FSDP2 replaced it by a subclass."""
+    return cast(type[nn.Module], next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule)))
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear module with its name in the unwrapped model, adapters' own matrices left out.
+    """Yield every linear module with its name in the unwrapped model, without adapters' own matrices.
 
-    Linear here means `nn.Linear` (bitsandbytes' 4- and 8-bit layers are subclasses of it) and GPT-2's `Conv1D`.
+    These are `nn.Linear`, its 4- and 8-bit subclasses of bitsandbytes, and GPT-2's `Conv1D`.
     """
     for name, module in unwrap(model).named_modules():
         if _ADAPTER_PART.search(name):
             continue
         if isinstance(module, nn.Linear) or is_conv1d(module):
-            yield _plain_name(name), cast(nn.Linear, module)  # Conv1D has a weight too, the other way round
+            yield _plain_name(name), cast(nn.Linear, module)  # Conv1D has a transposed weight
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where one weight of a model is: `parameter` of `module`, called `name` in the unwrapped model."""
+    """One weight of a model: `parameter` of `module`, called `name` in the unwrapped model."""
 
     name: str
     module: nn.Module
@@ -79,17 +75,17 @@ class Weight:
 
     @property
     def tensor(self) -> nn.Parameter:
-        """The parameter itself, in whatever storage."""
+        """The parameter itself, also if it is quantized or sharded."""
         return cast(nn.Parameter, getattr(self.module, self.parameter))
 
     @property
     def is_transposed(self) -> bool:
-        """Whether these are experts stored as (experts, d_in, d_out), which transformers marks so."""
+        """Whether these are experts stored as (experts, d_in, d_out)."""
         return self.form == "experts" and vars(self.module).get("is_transposed") is True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(d_out, d_in) of a linear module's, (experts, d_out, d_in) of fused experts; the parameter's own otherwise."""
+        """(d_out, d_in) of linear modules, (experts, d_out, d_in) of fused experts, otherwise the parameter's own."""
         if self.form in ("linear", "head"):
             return shape_of(cast(nn.Linear, self.module))
         shape = tuple(self.tensor.shape)
@@ -97,13 +93,13 @@ class Weight:
 
 
 def find_weights(model: nn.Module) -> tuple[Weight, ...]:
-    """Every weight of a model once, in the model's order: a tied one under its first name, adapters' left out.
+    """Return every weight of a model once, in the model's order, without adapters; a tied one under its first name.
 
-    A module's `weight` goes by the name of the module, any other parameter, and fused experts, by its own.
+    A `weight` has the name of its module. Other parameters, and fused experts, have their own.
     """
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
-    head = base.get_output_embeddings() if _is_transformers(base) else None
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     heads = set() if head is None else {id(module) for module in head.modules()}  # PEFT may have wrapped it
     places = _places_of_parameters(base)
     seen: set[int] = set()
@@ -117,11 +113,11 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
             seen.add(id(parameter))
             name = _plain_name(f"{path}.{key}" if path else key)
             form = _form_of(module, key, id(module) in linear)
-            if form == "linear" and _is_linear_by_name_alone(base, path, module):
+            if form == "linear" and _must_not_be_adapted(base, path, module):
                 form = "parameter"
-            if key == "weight" and form != "experts":  # PEFT wants those by their parameter's name
+            if key == "weight" and form != "experts":  # PEFT addresses those by their parameter's name
                 name = name.removesuffix(".weight")
-            if form == "linear" and places[id(parameter)] > 1:  # an adapter on one would be missing from the other
+            if form == "linear" and places[id(parameter)] > 1:  # an adapter on one place would be missing at the other
                 form = "parameter"
             elif form == "linear" and (id(module) in heads or not _CLASSIFIER_HEADS.isdisjoint(name.split("."))):
                 form = "head"
@@ -130,12 +126,17 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
 
 
 def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[Submodule, ...]:
-    """The weights of a model in its order, without statistics.
+    """Return the weights of a model in its order, without statistics.
 
     Args:
         model: with or without adapters.
-        include: "adaptable", those that an adapter may be put on: linear layers, and experts that are fused into one
-            parameter. "all": embeddings, norms, biases, convolutions and heads too.
+        include: "adaptable" for weights that an adapter can be put on, which are linear layers and fused experts; "all"
+            for embeddings, norms, biases, convolutions and heads too.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> [submodule.kind for submodule in find_submodules(tiny_llama())][:4]
+        ['q_proj', 'k_proj', 'v_proj', 'o_proj']
     """
     weights = find_weights(model)
     places = _places([weight.name for weight in weights])
@@ -160,8 +161,12 @@ def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[S
 
 
 def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = None) -> tuple[int, int]:
-    """How many weights each token is multiplied with, those of linear layers and the head, a tied one included; and how
-    many of them come with or after the first of some submodules, all for None. Experts count as if all were asked.
+    """Count the weights of linear layers and of the head, a tied one included, that each token is multiplied with.
+
+    Experts count as if every token used all of them.
+
+    Returns:
+        The number of all of them, and of those from the first of `submodules` on (of all by default).
     """
     weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
     counts = [math.prod(weight.shape) for weight in weights]
@@ -174,15 +179,15 @@ def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = No
 
 
 def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:
-    """Those of these names, in their own order; all for None.
+    """Select submodules by name, in the model's order; all for None.
 
     Raises:
-        MismatchError: for a name that is not among them, or for none at all.
+        MismatchError: for an unknown name, or no names.
     """
     if names is None:
         return tuple(submodules)
     if isinstance(names, str):
-        raise MismatchError(f"submodules={names!r} is one name: give a list, [{names!r}].")
+        raise MismatchError(f"submodules must be a list of names, got {names!r}. Give [{names!r}].")
     missing = sorted(set(names) - {submodule.name for submodule in submodules})
     if missing or not names:
         raise MismatchError(
@@ -193,7 +198,7 @@ def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | 
 
 
 def shape_of(module: nn.Linear) -> tuple[int, int]:
-    """(d_out, d_in) of a linear module, whatever its storage."""
+    """Return (d_out, d_in) of a linear module, also if it is quantized or a `Conv1D`."""
     if is_conv1d(module):
         d_in, d_out = module.weight.shape
         return int(d_out), int(d_in)
@@ -201,27 +206,25 @@ def shape_of(module: nn.Linear) -> tuple[int, int]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear layer whose weight is stored as (d_in, d_out)."""
+    """Return whether this is transformers' Conv1D, a linear layer whose weight is stored as (d_in, d_out)."""
     own = class_of(module)
     return own.__name__ == "Conv1D" and own.__module__ == "transformers.pytorch_utils"
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is held in a form that cannot take a gradient (4 or 8 bits)."""
+    """Return whether a weight is stored in 4 or 8 bits, which cannot take a gradient."""
     return type(weight).__name__ in _QUANTIZED_WEIGHTS or not weight.is_floating_point()
 
 
-def is_sharded(weight: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this is a DTensor, of which every process holds a part."""
-    tensor = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before that was imported
-    return tensor is not None and isinstance(weight, tensor.DTensor)
+def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
+    """Return whether this is a DTensor, of which every process holds a part."""
+    return isinstance(weight, DTensor)
 
 
 def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """The weight in floating point: of shape (d_out, d_in), or as stored for Conv1D and what is not linear.
+    """Return a weight in floating point, (d_out, d_in); as stored if it is a `Conv1D`'s or not linear.
 
-    One that accelerate keeps elsewhere is fetched. One that is sharded over processes is gathered, so that all of them
-    must ask for it.
+    A weight that accelerate offloads is fetched. A sharded weight is gathered, so every process must call this.
     """
     weight: Any = getattr(module, parameter)
     hook = vars(module).get("_hf_hook") if weight.is_meta else None
@@ -232,7 +235,7 @@ def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
             return cast(Tensor, fetched.data) if fetched.is_meta else dequantized_weight(module, parameter)
         finally:
             hook.post_forward(module, None)
-    if is_sharded(weight):  # its processes meet on the mesh's device, from which FSDP may have offloaded it
+    if is_sharded(weight):  # gathered on the mesh's device, from which FSDP may have offloaded it
         gathered: Any = weight.detach().to(weight.device_mesh.device_type)
         return _from_4bit(gathered.full_tensor(), _state_of_4bit(module, parameter))
     if not is_quantized(weight):
@@ -247,9 +250,9 @@ def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
 
 
 def _state_of_4bit(module: nn.Module, parameter: str) -> Any:
-    """How a linear layer's weight is held in 4 bits, as bitsandbytes notes on the layer; None where it is not.
+    """Return bitsandbytes' quantization state of a layer's 4-bit weight, or None.
 
-    The weight itself no longer says so once FSDP shards it.
+    It is read from the layer, because the weight loses it when FSDP shards it.
     """
     return vars(module).get("quant_state") if parameter == "weight" else None
 
@@ -263,23 +266,18 @@ def _from_4bit(weight: Tensor, state: Any) -> Tensor:
 
 
 def structure_digest(submodules: Sequence[Submodule]) -> str:
-    """`sha256:…` over the names and shapes of a model's linear submodules, the same however they are quantised."""
+    """Return `sha256:…` over the names and shapes of a model's submodules, independent of quantization."""
     lines = sorted(f"{s.name} {shape_str(s.shape)}\n" for s in submodules if s.shape is not None)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _is_transformers(model: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
-
-
 def _plain_name(path: str) -> str:
-    """A path in an adapted or wrapped model as it is in the plain one."""
+    """Return a path of an adapted or wrapped model as it is in the plain one."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _places_of_parameters(model: nn.Module) -> Counter[int]:
-    """At how many places of a model each parameter (by its id) stands. A block that is called many times is one."""
+    """Count the places of a model that hold each parameter (by id). A block that is called repeatedly is one place."""
     holders: Counter[int] = Counter(
         id(child) for module in model.modules() for child in vars(module)["_modules"].values()
     )
@@ -290,11 +288,10 @@ def _places_of_parameters(model: nn.Module) -> Counter[int]:
     return places
 
 
-def _is_linear_by_name_alone(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether an adapter on this linear layer would go unheard, or unsettle which experts are chosen.
+def _must_not_be_adapted(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Return whether an adapter on this linear layer would have no effect, or would change the routing of experts.
 
-    `nn.MultiheadAttention` reads its output projection's weight without calling it, and so do Mamba's kernels. A router
-    stands beside its experts.
+    `nn.MultiheadAttention` and Mamba's kernels read weights without calling the layer. Routers stand beside experts.
     """
     *parents, own = (part for part in path.split(".") if part not in _WRAPPERS[:2])
     parent = model.get_submodule(".".join(parents))
@@ -320,11 +317,11 @@ def _form_of(module: nn.Module, parameter: str, is_linear: bool) -> Form:
 
 
 def _places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str | None]]:
-    """Kind, depth and group of every name.
+    """Return kind, depth and group of every name.
 
     A name is split at its first number: `model.layers` is the stack, 3 the depth, `self_attn.q_proj` the path in the
-    block. The kind is the shortest ending of that path that no other path of the stack shares (`q_proj`; GPT-2 has
-    `attn.c_proj` and `mlp.c_proj`), with the stack's name before it where a model has several (T5: `encoder.…`).
+    block. The kind is the shortest suffix of that path that is unique in the stack (`q_proj`; GPT-2 has `attn.c_proj`
+    and `mlp.c_proj`). If a model has several stacks, their names precede it (T5: `encoder.…`).
     """
     split = {name: _split(name) for name in names}
     stacks = {stack for stack, depth, _ in split.values() if depth is not None}
@@ -334,7 +331,7 @@ def _places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str | None
     places = {}
     for name, (stack, depth, path) in split.items():
         prefix = f"{_short_stack(stack, stacks)}." if len(stacks) > 1 and depth is not None else ""
-        kind = prefix + _shortest_unique_ending(path, paths[stack])
+        kind = prefix + _shortest_unique_suffix(path, paths[stack])
         role = "attn" if re.search(r"attn|attention", path, re.IGNORECASE) else "ffn"
         places[name] = (kind, depth, None if depth is None else f"{prefix}{role}.{depth}")
     return places
@@ -349,7 +346,7 @@ def _split(name: str) -> tuple[str, int | None, str]:
 
 
 def _short_stack(stack: str, stacks: set[str]) -> str:
-    """The first component of a stack's name in which the stacks differ."""
+    """Return the first component of a stack's name in which the stacks differ."""
     columns = zip(*(s.split(".") for s in sorted(stacks)), strict=False)
     for i, column in enumerate(columns):
         if len(set(column)) > 1:
@@ -357,7 +354,7 @@ def _short_stack(stack: str, stacks: set[str]) -> str:
     return stack.replace(".", "_")
 
 
-def _shortest_unique_ending(path: str, paths: set[str]) -> str:
+def _shortest_unique_suffix(path: str, paths: set[str]) -> str:
     parts = path.split(".")
     for length in range(1, len(parts)):
         ending = ".".join(parts[-length:])

@@ -40,8 +40,8 @@ def test_names_and_shapes_must_be_the_models(blueprint):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (named("org/other"), "is of 'org/model', and this model is 'org/other'.*check_drift"),
-        (named("org/model", "b" * 40), "'org/model' is of its revision aaaa.*this model is revision bbbb"),
+        (named("org/other"), "is of 'org/model', but this model is 'org/other'.*check_drift"),
+        (named("org/model", "b" * 40), "'org/model' is of revision aaaa.*this model is of revision bbbb"),
     ],
     ids=["another id", "another revision"],
 )
@@ -68,7 +68,7 @@ def test_weights_are_compared_on_request():
     check_weights(measured, model)
     with pytest.raises(MismatchError, match="measured on other weights.*than this model's"):
         check_weights(measured, tiny_llama(layers=2, seed=1))
-    with pytest.raises(MismatchError, match="quantised, sharded or not loaded"):
+    with pytest.raises(MismatchError, match="quantized, sharded or not loaded"):
         check_weights(measured, quantize(tiny_llama(layers=2), "nf4"))
     with pytest.raises(MismatchError, match="no weights_digest in its provenance.*digest_weights=True"):
         check_weights(replace(measured, provenance={}), model)

@@ -1,4 +1,4 @@
-"""What is said of a tail is so, and what cannot be told is not said. Run: pytest tests/test_tails.py"""
+"""What is said of a tail is so, and what cannot be told is not said. Run: pytest tests/measure/test_concentration.py"""
 
 import json
 import math
@@ -289,17 +289,17 @@ def test_a_blueprint_carries_the_reports():
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        (lambda: tail_report([]), "no values to describe.*give at least one"),
-        (lambda: tail_report([1.0, math.nan]), "Value 1 is nan, which is not finite: give norms"),
+        (lambda: tail_report([]), "There are no values. Give at least one"),
+        (lambda: tail_report([1.0, math.nan]), "Value 1 is nan, which is not finite. Give measured norms"),
         (lambda: tail_report([1.0, 2.0, math.inf]), "Value 2 is inf, which is not finite"),
         (lambda: tail_report([1.0, -2.0]), "Value 1 is -2.0, which is negative"),
         (lambda: tail_report(np.zeros(5)), "All 5 values are zero.*Check the data"),
-        (lambda: tail_report([1.0], resamples=99), "resamples=99 are too few.*100 or more"),
-        (lambda: entries_report([]), "no values to describe"),
+        (lambda: tail_report([1.0], resamples=99), "resamples must be at least 100, got 99"),
+        (lambda: entries_report([]), "There are no values"),
         (lambda: entries_report([[1.0, math.nan]]), "Value 1 is nan"),
         (lambda: entries_report(np.zeros((2, 3))), "All 6 values are zero"),
-        (lambda: entries_report([1.0], sample=0), "sample=0 leaves no entries: give a number from 1"),
-        (lambda: normalize_within([1.0, 2.0], ["q"]), "2 values and 1 kinds do not pair"),
+        (lambda: entries_report([1.0], sample=0), "sample must be a positive integer, got 0"),
+        (lambda: normalize_within([1.0, 2.0], ["q"]), "got 2 values and 1 kinds"),
     ],
 )
 def test_values_that_cannot_be_described_are_named(report, message):

@@ -55,7 +55,11 @@ def test_some_submodules_are_measured_as_among_all_without_the_passes_before_the
     rows = [[s.name for s in whole.submodules].index(name) for name in names[::-1]]
     torch.testing.assert_close(part.norms, whole.norms[rows])
     assert len(reached) == 2 * len(batches)
-    for wrong, said in ((["model.layers.9.mlp.up_proj"], "1 of 1"), ([], "none was named"), ("x", "one name")):
+    for wrong, said in (
+        (["model.layers.9.mlp.up_proj"], "1 of 1"),
+        ([], "none was named"),
+        ("x", "must be a list of names"),
+    ):
         with pytest.raises(MismatchError, match=said):
             measure_influence(model, batches, submodules=wrong, progress=False)
 
