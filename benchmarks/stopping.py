@@ -1,51 +1,48 @@
 """Does stopping pay? Held-out loss of SmolLM2-135M along short trainings, and where the marginal-return rule ends them.
 
-    python -m benchmarks stopping --data FOLDER [--curves NAME ...] [--steps N] [--resource flops|seconds|tokens] [--print]
+    python -m benchmarks stopping --data FOLDER [--curves NAME ...] [--steps N] [--resource flops|seconds|tokens]
 
-FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`, whose answers alone are trained on, as texts; the other set is the
-demo's, docstrings of Python's standard library. Every curve trains a placement (keep=0.85) on batches of 4 short examples,
-AdamW without decay, three steps of warm-up and then a constant rate or a cosine to nought, and is evaluated every few
-steps on the same 8 held-out examples. On 16 or 32 examples it comes to a plateau, or overfits; "many" sees every example
-once, is still falling at the end, and should not be stopped. Finished curves go to --out and are not trained again.
+Two sets: answers of GSM8K as texts, and docstrings of Python's standard library. Every curve trains a placement
+(keep=0.85) on batches of 4 short examples, AdamW without decay, three steps of warm-up and then a constant rate or a
+cosine to zero, and is evaluated every few steps on the same 8 held-out examples. On 16 or 32 examples it comes to a
+plateau, or overfits; "many" sees every example once, is still falling at the end, and should not be stopped. Finished
+curves are appended to --out and not trained again; --print trains nothing.
 
-Then every curve is replayed through MarginalReturn and through what transformers' EarlyStoppingCallback(patience=3) does:
-the share of the resource that is saved, and how much higher than at the end of the budget the loss is at the stop. Under a
-cosine the rule never stops; the schedule that it last proposed is then trained as a curve of its own, and compared. What
-evaluations cost is counted to nobody. --print trains nothing.
+Then every curve is replayed through MarginalReturn and through transformers' EarlyStoppingCallback(patience=3): the share
+of the resource that is saved, and how much higher than at the end of the budget the loss is at the stop. Under a cosine
+the rule never stops; the schedule that it last proposed is then trained as a curve of its own, and compared. What
+evaluations cost is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
 import math
-import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from peft_blueprint.data import Row, collate, encode, make_batches, pad_token_of
-from peft_blueprint.measure import empty_model
-from peft_blueprint.place import CostModel, Structure, Workload
+from peft_blueprint.data import Row, encode, make_batches
+from peft_blueprint.place import CostModel, Structure
 from peft_blueprint.runs import Decision, MarginalReturn
 from peft_blueprint.train import held_out_loss
-from recipes import smollm2, stdlib_docs
 
-from .measure import device_name
-from .placement import BASE_LEARNING_RATE, RANK, WARM_UP, Bench, one_step
+from . import setup
+from .study.ground import Ground
+from .study.plan import Study, digest
 
 
-PLACEMENT = "keep 0.85"
-BATCH, STEPS, EVERY, HELD_OUT, PATIENCE = 4, 48, 2, 8, 3
-LENGTHS = {"docs": 40, "gsm8k": 54}  # tokens of an example at most: so short that a curve's training is about 5 TFLOP
+KEEP = 0.85
+BATCH, STEPS, EVERY, HELD_OUT, PATIENCE, WARM_UP = 4, 48, 2, 8, 3, 3
+LEARNING_RATE = 2e-3
+LENGTHS = {"demo": 40, "gsm8k": 54, "numbers": 16}  # tokens of an example at most: about 5 TFLOP a curve
 MANY = 10**6
+QUICK = {"curves": ["numbers, 8", "numbers, 8, cosine"], "steps": 12}
 
 Record = dict[str, Any]
 
@@ -55,182 +52,163 @@ class Curve:
     """One training.
 
     Args:
-        data: "docs" or "gsm8k".
+        data: a set.
         examples: of the training set; MANY for all that the steps have room for, each once.
-        schedule: of the learning rate after warm-up.
+        schedule: of the learning rate after warm-up, "constant" or "cosine".
         rate: the highest learning rate, over the placement's own.
         steps: None for what --steps says.
     """
 
     data: str
     examples: int
-    schedule: Literal["constant", "cosine"]
+    schedule: str = "constant"
     rate: float = 1.0
     steps: int | None = None
 
 
 CURVES = {
-    "docs, 16": Curve("docs", 16, "constant"),
-    "docs, 32": Curve("docs", 32, "constant", 0.5),
-    "docs, many": Curve("docs", MANY, "constant"),
-    "docs, 16, cosine": Curve("docs", 16, "cosine"),
-    "docs, 32, cosine": Curve("docs", 32, "cosine", 0.5),
-    "gsm8k, 16": Curve("gsm8k", 16, "constant"),
-    "gsm8k, 32": Curve("gsm8k", 32, "constant", 0.5),
-    "gsm8k, many": Curve("gsm8k", MANY, "constant"),
-    "gsm8k, 16, cosine": Curve("gsm8k", 16, "cosine"),
-    "gsm8k, 32, cosine": Curve("gsm8k", 32, "cosine", 0.5),
+    **{f"{name}, many": Curve(data, MANY) for name, data in (("docs", "demo"), ("gsm8k", "gsm8k"))},
+    **{
+        f"{name}, {examples}{', cosine' if schedule == 'cosine' else ''}": Curve(data, examples, schedule, rate)
+        for name, data in (("docs", "demo"), ("gsm8k", "gsm8k"))
+        for schedule in ("constant", "cosine")
+        for examples, rate in ((16, 1.0), (32, 0.5))
+    },
 }
+QUICK_CURVES = {"numbers, 8": Curve("numbers", 8), "numbers, 8, cosine": Curve("numbers", 8, "cosine")}
 
 
-def main() -> None:
-    """Parse, train what is missing, replay, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's options."""
     parser.add_argument("--curves", nargs="+", choices=list(CURVES), default=list(CURVES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=STEPS, help="the fixed budget")
     parser.add_argument("--every", type=int, default=EVERY, help="steps from one evaluation to the next")
     parser.add_argument("--seed", type=int, default=0, help="of the draw, the order and the adapters")
     parser.add_argument("--resource", choices=["flops", "seconds", "tokens"], default="flops")
-    parser.add_argument("--out", type=Path, default=Path(".cache/benchmark_stopping.jsonl"))
+    parser.add_argument("--out", type=Path, default=setup.CACHE / "stopping.jsonl")
     parser.add_argument("--print", action="store_true", dest="prints", help="train nothing")
-    options = parser.parse_args()
 
-    torch.set_num_threads(2)
-    track = Track(Bench(options.data), options.seed, options.every)
-    pairs: list[tuple[str, Record, Record | None]] = []
+
+def main(options: argparse.Namespace) -> None:
+    """Train what is missing, replay, and print the table."""
+    if options.quick:
+        options.out = setup.CACHE / "quick" / "stopping.jsonl"
+        options.out.unlink(missing_ok=True)
+    track = Track(options)
+    records = setup.Records(options.out)
+
+    def recorded(curve: Curve) -> Record | None:
+        make = None if options.prints else functools.partial(track.train, curve)
+        return records.get(track.key(curve), make)
+
+    found: list[tuple[str, Record, Record | None]] = []
     for name in options.curves:
-        curve = replace(CURVES[name], steps=options.steps)
-        record = recorded(track, name, curve, options.out, options.prints)
-        if record is None:
-            continue
-        again = None
-        share = proposed(decisions(record, options.resource))
-        if curve.schedule == "cosine" and share is not None:
-            less = replace(curve, steps=max(1, round(share * options.steps)))
-            again = recorded(track, f"{name}, shorter", less, options.out, options.prints)
-        pairs.append((name, record, again))
-    print(
-        f"Batches of {BATCH}, {options.steps} steps, an evaluation every {options.every}, float32, {device_name()}\n"
-    )
-    report(pairs, options.resource)
+        curve = replace((QUICK_CURVES if options.quick else CURVES)[name], steps=options.steps)
+        record = recorded(curve)
+        if record is not None:
+            share = _proposed(_decisions(record, options.resource))
+            is_again = curve.schedule == "cosine" and share is not None
+            again = recorded(replace(curve, steps=max(1, round((share or 0) * options.steps)))) if is_again else None
+            found.append((name, record, again))
+    print(f"Batches of {BATCH}, {options.steps} steps, an evaluation every {options.every}, {setup.device_name()}\n")
+    _report(found, options.resource)
 
 
 class Track:
-    """The model and both sets' batches, made when first asked for."""
+    """The model and the sets' batches, made when first asked for."""
 
-    def __init__(self, bench: Bench, seed: int, every: int):
-        self.bench = bench
-        self.seed = seed
-        self.every = every
+    def __init__(self, options: argparse.Namespace):
+        # the placement is by 64 examples of GSM8K, for both sets
+        sizes: dict[str, Any] = {"data": "gsm8k", "length": 100}
+        if options.quick:
+            sizes = {"data": "numbers", "model": "tiny", "length": 16, "rank": 4, "measured": 4}
+        self.ground = Ground(Study("stopping", **sizes), options.data, setup.CACHE / "measured")
+        self.seed = options.seed
+        self.every = options.every
+
+    @functools.cached_property
+    def placement(self) -> Any:
+        """The same for all curves."""
+        return self.ground.plan(keep=KEEP)
 
     @functools.cache  # noqa: B019  one track lives as long as the process
-    def rows(self, data: str, split: Literal["train", "held_out"]) -> list[Row]:
-        """Of a set, those of at most so many tokens, shuffled."""
-        if data == "docs":
-            examples = stdlib_docs.examples(split)
-        else:
-            path = self.bench.data / f"gsm8k_{'train' if split == 'train' else 'test'}.jsonl"
-            examples = [{"text": json.loads(line)["answer"]} for line in path.read_text().splitlines()]
-        rows = [row for row in encode(examples, self.bench.tokenizer, 4096) if len(row["input_ids"]) <= LENGTHS[data]]
-        random.Random(self.seed if split == "train" else 0).shuffle(rows)  # all seeds are evaluated on the same
-        return rows
+    def rows(self, data: str, split: setup.Split) -> list[Row]:
+        """Short rows of a set, shuffled; of GSM8K the answers alone. All seeds are evaluated on the same."""
+        seed = self.seed if split == "train" else 0
+        folder, tokenizer = self.ground.folder, self.ground.tokenizer
+        if data != "gsm8k":
+            return setup.read_rows(data, folder, split, tokenizer, LENGTHS[data], seed)
+        texts = [{"text": one["completion"]} for one in setup.read_examples(data, folder, split)]
+        rows = [row for row in encode(texts, tokenizer, setup.LONGEST) if len(row["input_ids"]) <= LENGTHS[data]]
+        return setup.shuffled(rows, seed)
 
-    def batches(self, curve: Curve) -> list[list[Row]]:
-        """One for every step; the curve's examples in a new order at every pass."""
+    @functools.cache  # noqa: B019
+    def per_token(self, data: str) -> float:
+        """FLOPs of a training step per token, padding included, by the cost model."""
+        workload = replace(self.ground.workload, batch_size=BATCH, length=LENGTHS[data])
+        costs = CostModel(Structure.of(self.ground.shell), workload)
+        return float(costs.cost(dict.fromkeys(self.placement.lora, self.placement.rank)).flops)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of a curve of rate 1."""
+        return LEARNING_RATE * float(self.placement.learning_rate_scale or 1.0)
+
+    def key(self, curve: Curve) -> str:
+        """Return a digest of all that bears on a curve."""
+        own = [self.seed, self.every, LENGTHS[curve.data], BATCH, HELD_OUT, WARM_UP, self.rate]
+        return digest([asdict(curve), *own, list(self.placement.lora), self.placement.rank])
+
+    def train(self, curve: Curve) -> Record:
+        """Train a curve; its points are step, held-out loss, learning rate and what was spent by then."""
         assert curve.steps is not None
         rows = self.rows(curve.data, "train")
         wanted = curve.steps * BATCH if curve.examples == MANY else curve.examples
         if len(rows) < wanted:
             raise SystemExit(
                 f"{curve.data} has {len(rows)} examples of at most {LENGTHS[curve.data]} tokens, and {wanted} are "
-                "needed: ask for fewer steps."
+                "needed. Ask for fewer steps."
             )
-        order: list[Row] = []
-        generator = random.Random(self.seed)
-        while len(order) < curve.steps * BATCH:
-            order += generator.sample(rows[:wanted], wanted)
-        return [order[i * BATCH : (i + 1) * BATCH] for i in range(curve.steps)]
-
-    @functools.cache  # noqa: B019
-    def per_token(self, data: str) -> float:
-        """FLOPs of a training step per token, padding included, by the cost model."""
-        placement = self.bench.placement(PLACEMENT)
-        load = Workload(batch_size=BATCH, length=LENGTHS[data], dtype="float32", rank=RANK)
-        model = CostModel(Structure.of(empty_model(str(smollm2.FOLDER))), load)
-        return model.cost(dict.fromkeys(placement.lora, placement.rank or RANK)).flops
-
-    def key(self, curve: Curve) -> str:
-        """Of all that bears on a curve."""
-        placement = self.bench.placement(PLACEMENT)
-        rate = BASE_LEARNING_RATE * placement.learning_rate_scale
-        matters = [asdict(curve), self.seed, self.every, LENGTHS[curve.data], BATCH, HELD_OUT, WARM_UP, rate]
-        text = json.dumps([*matters, list(placement.lora), placement.rank])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def train(self, curve: Curve) -> list[dict[str, float]]:
-        """A curve's evaluations: step, what was spent by then, the loss and the learning rate."""
-        assert curve.steps is not None
-        pad = pad_token_of(self.bench.tokenizer)
-        batches = self.batches(curve)
-        test = make_batches(self.rows(curve.data, "held_out")[:HELD_OUT], BATCH, pad)
-        model = self.bench.adapted(PLACEMENT, self.seed)
-        peak = BASE_LEARNING_RATE * self.bench.placement(PLACEMENT).learning_rate_scale * curve.rate
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
+        test = make_batches(self.rows(curve.data, "test")[:HELD_OUT], BATCH, self.ground.pad)
+        model = self.ground.adapted(self.placement, self.seed)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
         tokens, seconds, points = 0, 0.0, []
-        for step, rows in enumerate(batches, start=1):
-            rate = peak * factor(curve.schedule, step, curve.steps)
+        batches = setup.random_batches(rows[:wanted], BATCH, self.seed, curve.steps)
+        for step, part in enumerate(batches, start=1):
+            rate = self.rate * curve.rate * _factor(curve.schedule, step, curve.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = collate(rows, pad)
+            batch = setup.on_device(part, self.ground.pad)
             start = time.perf_counter()
-            one_step(model, optimizer, batch)
+            setup.train_step(model, optimizer, batch)
             seconds += time.perf_counter() - start
             tokens += batch["input_ids"].numel()
             if step % self.every == 0 or step == curve.steps:
-                flops = tokens * self.per_token(curve.data)
-                spent = {"seconds": seconds, "tokens": tokens, "flops": flops, "learning_rate": rate}
+                spent = {"seconds": seconds, "tokens": tokens, "flops": tokens * self.per_token(curve.data)}
                 loss = held_out_loss(model, test, progress=False)
-                points.append({"step": step, "eval_loss": loss, **spent})
-                print(points[-1], file=sys.stderr, flush=True)
-        return points
+                points.append({"step": step, "eval_loss": loss, "learning_rate": rate, **spent})
+        return {"curve": asdict(curve), "steps": curve.steps, "points": points}
 
 
-def factor(schedule: str, step: int, steps: int) -> float:
-    """Of the highest learning rate, at a step from 1."""
+def _factor(schedule: str, step: int, steps: int) -> float:
+    """Return the share of the highest learning rate at a step, counted from 1."""
     if step <= WARM_UP or schedule == "constant":
         return min(1.0, step / WARM_UP)
     return (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP + 1))) / 2
 
 
-def recorded(track: Track, name: str, curve: Curve, out: Path, prints: bool) -> Record | None:
-    """A curve that is in the file, or is trained now and added; None if it is not there and may not be trained."""
-    key = track.key(curve)
-    known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    found: Record | None = next((record for record in known if record["key"] == key), None)
-    if found is None and not prints:
-        print(f"{name}: {curve}", file=sys.stderr, flush=True)
-        found = {"key": key, "name": name, "steps": curve.steps, "curve": asdict(curve), "points": track.train(curve)}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-    return found
-
-
-def decisions(record: Record, resource: str) -> list[Decision]:
-    """What MarginalReturn says at every evaluation, up to its stop; the budget is the whole curve's."""
+def _decisions(record: Record, resource: str) -> list[Decision]:
+    """Return MarginalReturn's decision at every evaluation, up to its stop; the budget is the whole curve's."""
     points = record["points"]
     rule = MarginalReturn(budget=points[-1][resource])
     found = []
     for point in points:
-        done = point["step"] / record["steps"]
         said = rule.check(
             point[resource],
             point["eval_loss"],
             step=point["step"],
             learning_rate=point["learning_rate"],
-            progress=done,
+            progress=point["step"] / record["steps"],
         )
         found.append(said)
         if said.stop:
@@ -238,13 +216,13 @@ def decisions(record: Record, resource: str) -> list[Decision]:
     return found
 
 
-def proposed(said: Sequence[Decision]) -> float | None:
-    """The share of the schedule that was proposed last."""
+def _proposed(said: Sequence[Decision]) -> float | None:
+    """Return the share of the schedule that was proposed last."""
     return next((d.proposed_progress for d in reversed(said) if d.proposed_progress is not None), None)
 
 
 def early_stop(losses: Sequence[float]) -> int:
-    """The evaluation at which EarlyStoppingCallback stops: the third in a row that is no better than the best."""
+    """Return the evaluation at which EarlyStoppingCallback stops: the third in a row that is no better than the best."""
     best, waited = math.inf, 0
     for i, loss in enumerate(losses):
         best, waited = (loss, 0) if loss < best else (best, waited + 1)
@@ -253,46 +231,31 @@ def early_stop(losses: Sequence[float]) -> int:
     return len(losses) - 1
 
 
-def report(pairs: Sequence[tuple[str, Record, Record | None]], resource: str) -> None:
-    """The table, and what the rule said of every curve."""
-    if not pairs:
-        print("There are no curves yet: run without --print.")
-        return
-    print(
-        "| curve | loss at the end | best | marginal return: ends at | saved | loss against the end | "
-        f"EarlyStopping({PATIENCE}): ends at | saved | loss against the end |"
-    )
-    print("|---" * 9 + "|")
-    said = {}
-    for name, record, again in pairs:
+def _report(found: Sequence[tuple[str, Record, Record | None]], resource: str) -> None:
+    """Print the table, and the rule's reason for every curve."""
+    rows, reasons = [], []
+    for name, record, again in found:
         points = record["points"]
         losses = [point["eval_loss"] for point in points]
-        found = decisions(record, resource)
-        said[name] = found[-1].reason
+        said = _decisions(record, resource)
         best = min(range(len(losses)), key=losses.__getitem__)
-        ours = outcome(points, len(found) - 1, resource)
+        reason, ours = said[-1].reason, _cells(points, points[len(said) - 1], resource)
         if again is not None:
-            last = again["points"][-1]
-            ours = cells(f"a schedule of {again['steps']}", last, points[-1], resource)
-            said[name] = next(d.proposal for d in reversed(found) if d.proposal) or ""
-        theirs = outcome(points, early_stop(losses), resource)
-        print(f"| {name} | {losses[-1]:.4f} | {losses[best]:.4f} at {points[best]['step']} | {ours} | {theirs} |")
-    print()
-    for name, words in said.items():
-        print(f"- **{name}**: {words}")
+            reason = next((d.proposal for d in reversed(said) if d.proposal), reason)
+            ours = _cells(points, again["points"][-1], resource)
+            ours[0] = f"a schedule of {again['steps']}"
+        theirs = _cells(points, points[early_stop(losses)], resource)
+        rows.append([name, f"{losses[-1]:.4f}", f"{losses[best]:.4f} at {points[best]['step']}", *ours, *theirs])
+        reasons.append(f"- **{name}**: {reason}")
+    outcome = ["saved", "loss against the end"]
+    columns = ["curve", "loss at the end", "best", "marginal return: ends at", *outcome]
+    setup.print_table([*columns, f"EarlyStopping({PATIENCE}): ends at", *outcome], rows)
+    print("\n" + "\n".join(reasons))
 
 
-def outcome(points: Sequence[dict[str, float]], at: int, resource: str) -> str:
-    """Three cells of the table: an end at one of a curve's own evaluations."""
-    end = "the end" if at == len(points) - 1 else f"step {points[at]['step']}"
-    return cells(end, points[at], points[-1], resource)
-
-
-def cells(end: str, reached: dict[str, float], whole: dict[str, float], resource: str) -> str:
-    """Where a training ended, what that saved, and what it lost."""
-    saved = 1 - reached[resource] / whole[resource]
-    return f"{end} | {saved:.0%} | {reached['eval_loss'] / whole['eval_loss'] - 1:+.2%}"
-
-
-if __name__ == "__main__":
-    main()
+def _cells(points: Sequence[Record], reached: Record, resource: str) -> list[str]:
+    """Return where a training ended, what that saved, and what it lost."""
+    whole = points[-1]
+    end = "the end" if reached is whole else f"step {reached['step']}"
+    loss = f"{reached['eval_loss'] / whole['eval_loss'] - 1:+.2%}"
+    return [end, f"{1 - reached[resource] / whole[resource]:.0%}", loss]

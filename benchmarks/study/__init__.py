@@ -1,1 +1,1 @@
-"""The benchmark that decides what the library recommends: studies, arms, jobs, and what they say; see `benchmark.py`."""
+"""Studies of placements: read (plan), choose (ground, arms), train (training), keep (store), report, run."""

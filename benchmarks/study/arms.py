@@ -1,6 +1,16 @@
-"""The arms: what each rule adapts, at which ranks and with what start, within so many trainable parameters.
+"""Read an arm's name as a rule: what is adapted, at which ranks and with which start, within a number of parameters.
 
-Knows what can be chosen from. Knows nothing of training.
+    NAME[ x COUNT][, MODIFIER ...][ #DRAW]
+
+NAME: `all-linear`, `attention only`, `MLP only`, `planner` or `cover` (the library's default), a score of
+`plan_placement(rank_by=…)` such as `gradient_norm`, `random`, `even`, `KappaTune`, `Spectrum`, `AdaLoRA`,
+`full fine-tuning`, `unfreeze top` or `unfreeze by gain`. COUNT: adapters. Modifiers:
+
+- `as shipped`: with all-linear LoRA's parameters instead of a budget's; `as many`: as many adapters as the planner's
+- `within kind`, `pooled`: coverage
+- `keep 0.9`, `0.7x`: what `plan_placement` keeps or may spend
+- `along the gradient[ x EXAMPLES]`, `EVA`, `LoRA-GA`: the start of the adapters
+- `LoRA+`: B learns eight times as fast as A
 """
 
 from __future__ import annotations
@@ -8,29 +18,72 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_blueprint.blueprint import Submodule, norm_of
-from peft_blueprint.place import CONTROLS, Choosing, Cost, Wish, rank_of_equal_parameters, spreading
+from peft_blueprint import Placement
+from peft_blueprint.blueprint import Submodule
+from peft_blueprint.place import CONTROLS, SCORES
 
 from .ground import Charge, Ground
+from .plan import UNTRAINED, Entry
 
 
 Taking = Callable[[int], Sequence[Submodule]]
 
-RAISED = 4  # times fewer adapters, in arms whose ranks are raised
 NEARLY = 0.95  # of a budget, below which ranks are raised
-TOP_BLOCKS = 2
-ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same
-STEEPEST = 4.0  # most that a submodule's learning rate is raised or lowered
+ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same rank
 GRADIENT = "gradient x "  # start along the gradient, of so many examples
 AHEAD = 8.0  # LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)
+GROUPS = {"all-linear": "", "attention only": "attn", "MLP only": "ffn"}
+PLANNERS = ("planner", "cover")
+WEIGHTS = ("KappaTune", "Spectrum")
+UNFREEZE = {"unfreeze top": "last", "unfreeze by gain": "adam_gain"}
+STARTS = {"EVA": "eva", "LoRA-GA": "lora_ga"}
+WHOLE = (UNTRAINED, "full fine-tuning")
+# octaves added to where a ladder of learning rates begins
+OCTAVES = {"MLP only": 1, "full fine-tuning": -4, "unfreeze top": -2, "unfreeze by gain": -2}
 
 
 class Infeasible(Exception):
     """An arm that cannot be had within a budget."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parsed name.
+
+    Args:
+        base: the name without modifiers.
+        is_shipped: whether it has all-linear's parameters instead of a budget's.
+        count: of adapters; None for as many as fit or as the planner chooses; 0 for as many as the planner.
+        coverage: "kind+depth", "kind" or "none".
+        wish: `keep` or `budget` of the planner.
+        start: "lora", "eva", "lora_ga", "adalora" or "gradient x 64".
+        ahead: factor on the learning rate of every B.
+        draw: seed of a random choice.
+    """
+
+    base: str
+    is_shipped: bool = False
+    count: int | None = None
+    coverage: str = "kind+depth"
+    wish: tuple[tuple[str, Any], ...] = ()
+    start: str = "lora"
+    ahead: float = 1.0
+    draw: int = 0
+
+    @property
+    def is_budgeted(self) -> bool:
+        """Whether it fills a budget; other rules have a size of their own."""
+        return not (self.is_shipped or self.base in WHOLE)
+
+    @property
+    def octaves(self) -> int:
+        """Octaves added to where its ladder of learning rates begins."""
+        return (OCTAVES.get(self.base, 0) if self.is_budgeted or self.base in WHOLE else 0) - 2 * (self.ahead > 1)
 
 
 @dataclass(frozen=True)
@@ -40,76 +93,202 @@ class Choice:
     Args:
         ranks: of adapters, by submodule.
         whole: names of modules that are trained whole.
-        start: "lora", "eva", "lora_ga", "directions", "gradient x 64" or "adalora".
-        factors: on the learning rate, by submodule; 1 for others.
-        ahead: further factor on that of every B.
-        scale: of the learning rate that suits all-linear LoRA, as far as Adam's gain predicts it.
-        charges: what had to be measured: "blueprint", "weights", "eva", "lora_ga", "directions", "gradient x 64".
+        start: as `Rule.start`.
+        ahead: as `Rule.ahead`.
+        charges: what had to be measured: "blueprint", "weights", or a start.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     start: str = "lora"
-    factors: Mapping[str, float] = field(default_factory=dict)
     ahead: float = 1.0
-    scale: float = 1.0
     charges: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
+
+@functools.cache
+def rule_of(name: str) -> Rule:
+    """Parse an arm's name.
+
+    Raises:
+        SystemExit: for a name that no rule has.
+
+    Example:
+        >>> rule_of("random x 50, within kind, as shipped #2")
+        Rule(base='random', is_shipped=True, count=50, coverage='kind', wish=(), start='lora', ahead=1.0, draw=2)
+    """
+    text, _, draw = name.partition(" #")
+    found: dict[str, Any] = {"draw": int(draw or 0)}
+    bases: list[str] = []
+    for part in text.split(", "):
+        word, _, number = part.rpartition(" x ")
+        if part == "as shipped":
+            found["is_shipped"] = True
+        elif part == "as many":
+            found["count"] = 0
+        elif part.startswith("along the gradient"):
+            found["start"] = f"{GRADIENT}{number or 64}"
+        elif part in ("within kind", "pooled") or word == "within kind":
+            found["coverage"] = "none" if part == "pooled" else "kind"
+            found |= {"count": int(number)} if number and word else {}
+        elif part in STARTS:
+            found["start"] = STARTS[part]
+        elif part == "LoRA+":
+            found["ahead"] = AHEAD
+        elif re.fullmatch(r"keep [\d.]+", part):
+            found["wish"] = (("keep", float(part[5:])),)
+        elif re.fullmatch(r"[\d.]+x", part):
+            found["wish"] = (("budget", part),)
+        elif part != "low rank":  # all-linear at a budget, as archived runs call it
+            bases.append(word or part)
+            found |= {"count": int(number)} if word else {}
+    known = (*GROUPS, *PLANNERS, *WEIGHTS, *UNFREEZE, *WHOLE, *SCORES, *CONTROLS, "cover_gain", "set_gain", "AdaLoRA")
+    if len(bases) != 1 or bases[0] not in known:
+        raise SystemExit(f"Unknown arm {name!r}: its rule must be one of {', '.join(dict.fromkeys(known))}.")
+    if text == "all-linear" or (bases == ["all-linear"] and "ahead" in found):
+        found["is_shipped"] = True
+    if bases[0] == "even" or (bases[0] == "random" and found.get("is_shipped")):
+        found.setdefault("coverage", "kind")
+    if bases[0] == "AdaLoRA":
+        found["start"] = "adalora"
+    return Rule(bases[0], **found)
 
 
-def cost_of(ground: Ground, choice: Choice) -> Cost:
-    """Of a training step."""
-    return ground.costs.cost(dict(choice.ranks), choice.whole)
+def choice_of(ground: Ground, entry: Entry, budget: float | None) -> Choice:
+    """Choose what an entry trains within a share of all-linear's parameters.
+
+    Raises:
+        Infeasible: if nothing fits, with the reason.
+    """
+    rule = rule_of(entry.arm)
+    limit = ground.whole if budget is None else math.floor(budget * ground.whole)
+    choice = _chosen(ground, rule, limit, entry.blueprint)
+    if rule.start in ONE_RANK:
+        choice = replace(choice, ranks=dict.fromkeys(choice.ranks, min(choice.ranks.values())))
+    charges = (*choice.charges, *([rule.start] if rule.start not in ("lora", "adalora") else []))
+    return replace(choice, start=rule.start, ahead=rule.ahead, charges=charges)
+
+
+def guess_of(ground: Ground, entry: Entry, choice: Choice) -> int:
+    """Return the octave at which to begin with learning rates: the root of all-linear's summed ranks over the choice's."""
+    summed = sum(choice.ranks.values())
+    scale = ground.study.rank * len(ground.entries) / summed if summed else 1.0
+    return max(-3, min(3, round(math.log2(scale) / 2))) + rule_of(entry.arm).octaves
 
 
 def charge_of(ground: Ground, choice: Choice, blueprint: str) -> Charge:
-    """What was spent before training. EVA's and LoRA-GA's starts are counted as one look at the measured examples."""
-    rows, spent = ground.data.measured, Charge()
+    """Sum what was spent before training; EVA's and LoRA-GA's starts count as one pass over the measured examples."""
+    rows, spent = ground.data_of(0).measured, Charge()
     for what in choice.charges:
         if what.startswith(GRADIENT):
             spent += ground.passes(rows[: int(what.removeprefix(GRADIENT))], forward=1, backward=1)
-            continue
-        spent += {
-            "blueprint": lambda: ground.charge(blueprint),
-            "weights": lambda: ground.of_weights,
-            "eva": lambda: ground.passes(rows, forward=1),
-            "lora_ga": lambda: ground.passes(rows, forward=1, backward=1, weights=1),
-            "directions": lambda: ground.passes(rows, forward=1, backward=1, weights=1),
-        }[what]()
+        elif what == "blueprint":
+            spent += ground.charge(blueprint)
+        elif what == "weights":
+            spent += ground.of_weights
+        else:
+            once = 1.0 if what == "lora_ga" else 0.0
+            spent += ground.passes(rows, forward=1, backward=once, weights=once)
     return spent
 
 
-# ---- how much
+# ---- rules
+
+
+def _chosen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
+    if rule.base == UNTRAINED:
+        return Choice()
+    if rule.base == "full fine-tuning":
+        return Choice(whole=tuple(sorted({name.partition(".")[0] for name, _ in ground.shell.named_parameters()})))
+    if rule.base in UNFREEZE:
+        return _unfrozen(ground, rule, limit, blueprint)
+    if rule.base in GROUPS or rule.base == "AdaLoRA":
+        part = GROUPS.get(rule.base, "")
+        chosen = [entry for entry in ground.entries if (entry.group or "").startswith(part)]
+        if rule.base == "all-linear" and rule.is_shipped:
+            return Choice(dict.fromkeys((entry.name for entry in chosen), ground.study.rank))
+        return Choice(filled(chosen, limit))
+    if rule.base in WEIGHTS:
+        scores = ground.weight_scores(rule.base)
+        order = sorted(ground.entries, key=lambda entry: -scores[entry.name])
+        if rule.base == "Spectrum":  # in turn from every kind
+            kinds = [entry.kind for entry in order]
+            places = {entry.name: kinds[:i].count(entry.kind) for i, entry in enumerate(order)}
+            order.sort(key=lambda entry: places[entry.name])
+        return Choice(_fitting(ground, lambda count: order[:count], limit), charges=("weights",))
+    charges = () if rule.base in CONTROLS else ("blueprint",)
+    options: dict[str, Any] = dict(rule.wish)
+    if rule.base not in PLANNERS:
+        options |= {"rank_by": rule.base, "coverage": rule.coverage, "seed": rule.draw}
+        if rule.count is None and not rule.is_shipped:
+
+            @functools.cache
+            def take(count: int) -> Sequence[Submodule]:
+                return _adapted(ground, ground.plan(blueprint, num_modules=count, ranks="uniform", **options))
+
+            return Choice(_fitting(ground, take, limit), charges=charges)
+        count = rule.count or len(ground.plan().lora)
+        options["num_modules"] = min(count, len(ground.entries))
+    placement = ground.plan(blueprint, ranks="equal_parameters", **options)
+    if not rule.is_shipped:
+        return Choice(filled(_adapted(ground, placement), limit), charges=charges)
+    return Choice({name: placement.ranks.get(name, placement.rank) for name in placement.lora}, charges=charges)
+
+
+def _adapted(ground: Ground, placement: Placement) -> list[Submodule]:
+    """Return the submodules that a placement puts adapters on."""
+    names = set(placement.lora)
+    return [entry for entry in ground.entries if entry.name in names]
+
+
+def _unfrozen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
+    """Take attention and feed-forward blocks in the order of their score, except those that do not fit."""
+    options: dict[str, Any] = {"mode": "unfreeze", "rank_by": UNFREEZE[rule.base], "coverage": "none"}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in ground.shell.named_modules()}
+    units: list[str] = []
+    before: tuple[str, ...] = ()
+    for count in range(1, 2 * (1 + max(e.depth or 0 for e in ground.entries)) + 1):
+        names = ground.plan(blueprint, num_modules=count, **options).unfreeze
+        new = [name for name in names if name not in before]
+        if sum(sizes[name] for name in [*units, *new]) <= limit:
+            units += new
+        before = names
+    if not units:
+        raise Infeasible(f"the smallest block has more than the {limit:,} parameters that are allowed")
+    return Choice(whole=tuple(units), charges=() if UNFREEZE[rule.base] in CONTROLS else ("blueprint",))
+
+
+# ---- sizes
 
 
 def width(entry: Submodule) -> int:
-    """Parameters of an adapter of rank 1."""
+    """Return the parameters of an adapter of rank 1."""
     assert entry.shape is not None
     *experts, d_out, d_in = entry.shape
     return math.prod(experts) * (d_out + d_in)
 
 
-def largest(take: Taking, count: int, limit: float, size: Callable[[Sequence[Submodule]], float]) -> list[Submodule]:
-    """The most that a rule takes within a limit: by bisection, and one by one from there, since sizes differ.
+def _fitting(ground: Ground, take: Taking, limit: int) -> dict[str, int]:
+    """Take as many adapters of the study's rank as fit; raise ranks where the next one would leave much of a budget."""
+    rank = ground.study.rank
 
-    Raises:
-        Infeasible: if already one is too large.
-    """
-    low, high = 0, count
+    def size(count: int) -> int:
+        return rank * sum(map(width, take(count)))
+
+    low, high = 0, len(ground.entries)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(take(middle)) <= limit else (low, middle - 1)
-    best = max((n for n in range(max(1, low), min(count, low + 8) + 1) if size(take(n)) <= limit), default=0)
+        low, high = (middle, high) if size(middle) <= limit else (low, middle - 1)
+    # sizes differ, so that a few more may fit where one more does not
+    best = max((n for n in range(max(1, low), min(len(ground.entries), low + 8) + 1) if size(n) <= limit), default=0)
     if not best:
-        raise Infeasible(f"the smallest choice has {size(take(1)):,.0f} parameters, and {limit:,.0f} are allowed")
-    return list(take(best))
+        raise Infeasible(f"the smallest choice has {size(1):,} parameters, and {limit:,} are allowed")
+    if size(best) < NEARLY * limit:
+        return filled(take(best), limit)
+    return dict.fromkeys((entry.name for entry in take(best)), rank)
 
 
 def filled(chosen: Sequence[Submodule], limit: float) -> dict[str, int]:
-    """As nearly one rank for all of these as fills a limit: the largest that fits, and one more on as many as fit.
+    """Return the largest rank that fits for all, and one more on as many adapters as fit.
 
     Raises:
         Infeasible: if rank 1 is too much.
@@ -125,176 +304,3 @@ def filled(chosen: Sequence[Submodule], limit: float) -> dict[str, int]:
             ranks[entry.name] += 1
             left -= width(entry)
     return ranks
-
-
-def with_scale(ground: Ground, choice: Choice) -> Choice:
-    """With the learning rate that the same first step as all-linear LoRA's asks for."""
-    gains = {entry.name: entry.adam_gain or 0.0 for entry in ground.entries()}
-    first = math.fsum(rank * gains[name] for name, rank in choice.ranks.items())
-    whole = ground.study.rank * math.fsum(gains.values())
-    return replace(choice, scale=whole / first if first and whole else 1.0)
-
-
-def taking(
-    ground: Ground, take: Taking, limit: float, charges: tuple[str, ...] = (), raised: bool = False, **options: Any
-) -> Choice:
-    """A rule that takes any number: as many adapters of the study's rank as fit, or fewer of a higher rank; higher ones too
-    where the last adapter that does not fit leaves much of a small budget.
-    """
-    rank, count = ground.study.rank, len(ground.entries())
-    chosen = largest(take, count, limit / (RAISED if raised else 1), lambda some: rank * sum(map(width, some)))
-    is_short = rank * sum(map(width, chosen)) < NEARLY * limit  # so few adapters that one more is too many
-    ranks = filled(chosen, limit) if raised or is_short else dict.fromkeys((e.name for e in chosen), rank)
-    return with_scale(ground, Choice(ranks, charges=charges, **options))
-
-
-# ---- rules
-
-
-def choosing(ground: Ground, blueprint: str, **wishes: Any) -> Choosing:
-    """The library's own chooser."""
-    settings: dict[str, Any] = {
-        "rank_by": "adam_gain",
-        "per_cost": False,
-        "coverage": "kind+depth",
-        "ranks": "uniform",
-        "rank": ground.study.rank,
-        "seed": 0,
-        **wishes,
-    }
-    return Choosing(ground.entries(blueprint), costs=ground.costs, **settings)
-
-
-def by_wish(ground: Ground, limit: int, blueprint: str, raised: bool = False, **wishes: Any) -> Choice:
-    """What `plan_placement` chooses for these wishes, as many as fit."""
-    found = choosing(ground, blueprint, **wishes)
-
-    @functools.cache
-    def take(count: int) -> tuple[Submodule, ...]:
-        return found.adapters(Wish({"num_modules": count}), ()).units
-
-    charges = () if found.rank_by in CONTROLS else ("blueprint",)
-    if found.ranks == "influence":
-        chosen = largest(take, len(found.entries), limit, lambda some: found.price(some, ())["parameters"])
-        return with_scale(ground, Choice(found.ranks_of(chosen), charges=charges))
-    return taking(ground, take, limit, charges, raised)
-
-
-def planner(
-    ground: Ground,
-    limit: int,
-    blueprint: str,
-    is_shipped: bool = False,
-    budget: str | None = None,
-    keep: float | None = None,
-    **wishes: Any,
-) -> Choice:
-    """What `plan_placement` does without a selector; as shipped with all-linear's parameters, else within the limit."""
-    found = choosing(ground, blueprint, **{"ranks": "equal_parameters", "rank_by": "cover_gain", **wishes})
-    wish = Wish.of(budget, keep, {}).or_default(knows_costs=True, is_sparse=found.rank_by == "cover_gain")
-    chosen = found.adapters(wish, ()).units
-    if is_shipped:
-        rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
-        ranks = dict.fromkeys((entry.name for entry in chosen), rank)
-    else:
-        ranks = filled(chosen, limit)
-    return with_scale(ground, Choice(ranks, charges=("blueprint",)))
-
-
-def control(
-    ground: Ground, limit: int, blueprint: str, is_shipped: bool = False, number: int | None = None, **wishes: Any
-) -> Choice:
-    """As many adapters as the planner's default has, or as said, and as many parameters, chosen by another rule."""
-    found = choosing(ground, blueprint, **wishes)
-    number = min(number or len(planner(ground, ground.whole, blueprint).ranks), len(found.entries))
-    chosen = found.adapters(Wish({"num_modules": number}), ()).units
-    if is_shipped:
-        rank = rank_of_equal_parameters(chosen, found.entries, ground.study.rank)
-        ranks = dict.fromkeys((entry.name for entry in chosen), rank)
-    else:
-        ranks = filled(chosen, limit)
-    return with_scale(ground, Choice(ranks, charges=() if found.rank_by in CONTROLS else ("blueprint",)))
-
-
-def group(ground: Ground, limit: int, part: str, above: str = "", **options: Any) -> Choice:
-    """LoRA of one rank on all linear layers, or on those of attention or the feed-forward part alone; above a blueprint's
-    name, only in layers no lower than the planner's default has adapters in by it.
-    """
-    chosen = [e for e in ground.entries() if (e.group or "").startswith(part)]
-    if above:
-        reached = planner(ground, ground.whole, above).ranks
-        lowest = min(e.depth for e in ground.entries() if e.name in reached and e.depth is not None)
-        chosen = [e for e in chosen if e.depth is not None and e.depth >= lowest]
-        options["charges"] = ("blueprint",)
-    return with_scale(ground, Choice(filled(chosen, limit), **options))
-
-
-def all_linear(ground: Ground, limit: int, blueprint: str) -> Choice:
-    """The reference."""
-    return Choice(dict.fromkeys((entry.name for entry in ground.entries()), ground.study.rank))
-
-
-def strata_bottom(ground: Ground, limit: int, blueprint: str) -> Choice:
-    """The smallest norm of each kind and stratum of depth."""
-    take = spreading(ground.entries(blueprint), lambda e: 1 / max(norm_of(e), 1e-30), "kind+depth", False)
-    return taking(ground, take, limit, ("blueprint",))
-
-
-def by_weights(ground: Ground, limit: int, of: Callable[[Ground], Mapping[str, float]], coverage: Any) -> Choice:
-    """A score of weights alone."""
-    scores, entries = of(ground), ground.entries()
-    return taking(ground, spreading(entries, lambda e: scores[e.name], coverage, True), limit, ("weights",))
-
-
-def unfrozen(ground: Ground, limit: int | None, blueprint: str, rank_by: str) -> Choice:
-    """Attention and feed-forward parts trained whole: the best, less those that do not fit, or the top blocks."""
-    found = choosing(ground, blueprint, rank_by=rank_by, coverage="none")
-    blocks = len(found.members)
-    taken = [found.blocks(Wish({"num_modules": count})).units for count in range(1, blocks + 1)]
-    if limit is None:
-        units = list(taken[min(blocks, 2 * TOP_BLOCKS) - 1])
-    else:
-        units = []
-        for best, before in zip(taken, [(), *taken], strict=False):
-            new = next(unit for unit in best if unit not in before)
-            if found.price((), found.modules_of([*units, new]))["parameters"] <= limit:
-                units.append(new)
-    if not units:
-        raise Infeasible(f"the smallest block has more than the {limit:,} parameters that are allowed")
-    return Choice(whole=found.modules_of(units), charges=() if rank_by in CONTROLS else ("blueprint",))
-
-
-def full(ground: Ground, limit: int, blueprint: str) -> Choice:
-    """Everything is trained, embeddings and norms too."""
-    roots = {part.name.partition(".")[0] for part in ground.structure.parts}
-    return Choice(whole=tuple(sorted(roots)))
-
-
-def begun(arm: Callable[[Ground, int, str], Choice], start: str) -> Callable[[Ground, int, str], Choice]:
-    """The same adapters with another start, which has its own charge."""
-
-    def choose(ground: Ground, limit: int, blueprint: str) -> Choice:
-        choice = arm(ground, limit, blueprint)
-        if start in ONE_RANK:
-            choice = replace(choice, ranks=dict.fromkeys(choice.ranks, min(choice.ranks.values())))
-        return replace(choice, start=start, charges=(*choice.charges, *([start] if start != "adalora" else [])))
-
-    return choose
-
-
-def stepped(arm: Callable[[Ground, int, str], Choice], start: str = "lora") -> Callable[[Ground, int, str], Choice]:
-    """The same adapters, from a start, every B with a higher learning rate than its A."""
-
-    def choose(ground: Ground, limit: int, blueprint: str) -> Choice:
-        return replace((arm if start == "lora" else begun(arm, start))(ground, limit, blueprint), ahead=AHEAD)
-
-    return choose
-
-
-def rates_by_gain(ground: Ground, limit: int, blueprint: str, power: float) -> Choice:
-    """The planner's placement, each adapter's learning rate by a power of its gain over the mean."""
-    choice = planner(ground, limit, blueprint)
-    gains = {e.name: e.adam_gain or 0.0 for e in ground.entries(blueprint) if e.name in choice.ranks}
-    mean = math.fsum(gains.values()) / len(gains) or 1.0
-    factors = {n: min(STEEPEST, max(1 / STEEPEST, (max(g, 1e-30) / mean) ** power)) for n, g in gains.items()}
-    return replace(choice, factors=factors)

@@ -1,273 +1,316 @@
-"""The tables and the picture of a study, from its summary alone.
-
-Knows the summary's JSON and Markdown. Knows nothing of result files.
-"""
+"""Print a study's records as tables: every arm at its best learning rate, compared with others seed by seed."""
 
 from __future__ import annotations
 
-import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .further import combined, flops_of, kept_of, own_of, transferred
-from .paired import Row, difference, done, paired_loss, reference_of
-from .verdict import (
-    WITHIN,
-    Rule,
-    control_of,
-    final_of_few,
-    less_in_same_time,
-    paragraph,
-    recommendation,
-    rules_of,
-    time_of,
-    time_to_reach,
-)
+import numpy as np
+
+from .plan import UNTRAINED, Entry, Job, Study, best_octave, row_label
+from .store import outcome
 
 
-T = TypeVar("T")
-
+ROUNDS = 3  # of measured step times, from which on they stand for predicted ones
 FILLED = 0.9  # of a budget, below which a row says so
 
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """All of a study's tables, with its paragraph first."""
-    facts = summary["facts"]
-    said = [
-        f"{summary['study']}: {facts['data']}, {facts['steps']} steps of {facts['batch']} x at most {facts['length']} tokens, "
-        f"{facts['dtype']}, {facts['held_out']} held-out examples, {summary['jobs']} jobs on {summary['device']}"
-    ]
-    kinds = {"contest": (paragraph, in_use, contest), "transfer": (transferred, transfer)}
-    kinds["multiplication"] = (combined, multiplication)
-    said += filter(None, (tell(summary) for tell in kinds[summary["kind"]]))
-    if failed := [row for row in summary["rows"] if not row["seeds"]]:
-        said.append(
-            "\n".join(
-                f"- {row['label']}{_share(row)}: {row['status']}, {row['error'] or 'at every rate tried'}"
-                for row in failed
-            )
-        )
-    if summary["not_run"]:
-        said.append(f"Not run: {'; '.join(summary['not_run'])}.")
-    return "\n\n".join(said)
+Record = Mapping[str, Any]
+Run = tuple[Job, Record]
 
 
-def in_short(summary: Mapping[str, Any]) -> str:
-    """What bears on what to use, for those who read nothing else."""
-    return "\n\n".join(filter(None, (recommendation(summary), in_use(summary))))
+@dataclass(frozen=True)
+class Row:
+    """One arm at one budget, at its best learning rate.
+
+    Args:
+        entry: the arm.
+        budget: share of all-linear's parameters, or None.
+        tried: octaves that ran with the first seed.
+        octave: the best; None where none ended well.
+        runs: records at the best octave by seed.
+        error: status and reason where there are none.
+    """
+
+    entry: Entry
+    budget: float | None
+    tried: frozenset[int] = frozenset()
+    octave: int | None = None
+    runs: Mapping[int, Record] | None = None
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name in tables."""
+        return row_label(self.entry.label, self.budget)
+
+    @property
+    def first(self) -> Record:
+        """The record of the first seed."""
+        assert self.runs is not None
+        return self.runs[0]
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        assert self.runs is not None
+        return statistics.mean(run["loss"] for run in self.runs.values())
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether learning rates on both sides of the best were tried."""
+        return self.octave is not None and {self.octave - 1, self.octave + 1} <= self.tried
+
+    @classmethod
+    def of(cls, entry: Entry, budget: float | None, runs: Sequence[Run]) -> Row:
+        """Collect an arm's runs."""
+        runs = _alike(runs)
+        losses: dict[int, dict[int, float]] = {}
+        for job, record in runs:
+            loss = outcome(record)
+            losses.setdefault(job.octave, {})[job.seed] = math.nan if loss is None else loss
+        tried = frozenset(job.octave for job, _ in runs if job.seed == 0)
+        sound = {k: of for k, of in losses.items() if math.isfinite(of.get(0, math.nan))}
+        best = best_octave(sound)
+        if best is None:
+            _, record = runs[0]
+            reason = "not yet with the first seed" if record["status"] == "done" else record.get("error", "diverged")
+            return cls(entry, budget, tried, error=f"{record['status']}, {reason}")
+        at_best = {job.seed: r for job, r in runs if job.octave == best and r["status"] == "done"}
+        return cls(entry, budget, tried, best, dict(sorted(at_best.items())))
 
 
-def in_use(summary: Mapping[str, Any]) -> str:
-    """Rules with several seeds, the lowest first; empty where there are less than two."""
-    rules, reference = rules_of(summary), summary["reference"]
-    columns: dict[str, Callable[[Rule], str]] = {
-        "rule": lambda rule: rule.title,
-        "seeds": lambda rule: str(rule.seeds),
-        "loss less the lowest": lambda rule: _shown(rule.of_lowest),
-        f"less {reference}'s": lambda rule: "–" if rule.title == reference else str(rule.of_reference),
-        f"step time, of {reference}'s": lambda rule: f"{rule.step_time:.2f}",
-        "memory": lambda rule: f"{rule.memory:.2f}",
-    }
-    return table(columns, rules) if len(rules) > 1 else ""
+def _alike(runs: Sequence[Run]) -> Sequence[Run]:
+    """Keep the runs that train what the newest trains, for as long: older rules and blueprints leave records behind."""
+
+    def trained(job: Job, record: Record) -> tuple[Any, Any, int]:
+        return record.get("ranks"), record.get("whole"), job.steps
+
+    known = [(job, record) for job, record in runs if record["status"] != "failed" or "ranks" in record]
+    newest = max(known or runs, key=lambda run: run[1]["created"])
+    return [run for run in runs if trained(*run) == trained(*newest)]
 
 
-def contest(summary: Mapping[str, Any]) -> str:
-    """Every arm at its own best learning rate, by budget."""
-    reference = reference_of(summary)
-    before = summary["untrained"]
-    names = list(before["unrelated"]) if before else []
-    has_accuracy = any(one["accuracy"] is not None for row in done(summary) for one in row["seeds"].values())
-    columns: dict[str, Callable[[Row], str]] = {
-        "arm": lambda row: row["label"],
-        "modules": lambda row: str(row["modules"]),
-        "rank": lambda row: "–".join(map(str, sorted({*row["ranks"][:1], *row["ranks"][-1:]}))) or "whole",
-        "parameters": lambda row: _parameters(row, reference),
-        "from layer": lambda row: "–" if row["lowest"] is None else str(row["lowest"]),
-        "predicted gain": lambda row: "–" if row.get("kept") is None else f"{row['kept']:.2f}",
-        "learning rate": lambda row: _rate(row),
-        "seeds": lambda row: str(len(row["seeds"])),
-        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
-        "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
-        "less random's": lambda row: _less_random(summary, row),
-        "less all-linear's in the same time": lambda row: _signed(less_in_same_time(summary, row)),
-        "step time": lambda row: f"{row['step_time']:.2f}{_measured(summary, row)}",
-        f"time to all-linear's loss + {100 * WITHIN:g} %": lambda row: _reach(summary, row, reference),
-        "MiB": lambda row: f"{row['memory'] / 2**20:.0f}",
-        "TFLOP": lambda row: f"{(row['flops'] + row['charged_flops']) / 1e12:.1f}",
-    }
-    for name in names:
-        columns[f"{name} text"] = functools.partial(_forgotten, name=name, before=before["unrelated"][name])
-    if all(row.get("kept") is None for row in done(summary)):  # results of before it was recorded
-        del columns["predicted gain"]
-    if has_accuracy:
-        columns["accuracy, given the long answer"] = lambda row: f"{_accuracy(row):.2f}"
-    parts = []
-    for budget in dict.fromkeys(row["budget"] for row in done(summary)):
-        rows = [row for row in done(summary) if row["budget"] == budget]
-        title = "Arms with a size of their own" if budget is None else f"At {budget:.0%} of all-linear's parameters"
-        parts.append(f"{title}\n\n{table(columns, sorted(rows, key=lambda row: paired_loss(summary, row)))}")
-    if any(control_of(summary, row) for row in done(summary)):
-        parts.append(
-            "Random's is the mean over draws of one random rule: of those at the same budget the one whose number of "
-            "modules is nearest."
-        )
-    if before:
-        accuracy = "" if before["accuracy"] is None else f", accuracy, given the long answer, {before['accuracy']:.2f}"
-        parts.append(f"Untrained: loss {before['loss']:.4f}{accuracy}.")
-    return "\n\n".join(parts)
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms' losses, paired by seed and held-out example.
+
+    Args:
+        mean: negative where the first is lower.
+        error: standard error over seeds, over examples where all seeds share them, and over random draws.
+        seeds: that both have; with one seed nothing is decided.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f}{' (1 seed)' if self.seeds == 1 else ''}"
 
 
-def transfer(summary: Mapping[str, Any]) -> str:
-    """Blueprints of other data, of few examples, of the 4-bit model, and later in training."""
-    reference = reference_of(summary)
+def difference(row: Row, others: Sequence[Row]) -> Difference | None:
+    """Return a row's loss minus the mean of another arm's draws, over the seeds they share; None where there are none.
 
-    def agreement(row: Row, key: str) -> str:
-        found = (row.get("agreement") or {}).get(key)
-        return "–" if found is None else f"{found:.2f}"
-
-    columns: dict[str, Callable[[Row], str]] = {
-        "arm [blueprint]": lambda row: row["label"] + _share(row),
-        "same adapters (Jaccard)": lambda row: agreement(row, "jaccard"),
-        "rank correlation": lambda row: agreement(row, "correlation"),
-        "learning rate": lambda row: _rate(row),
-        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
-        "less its own blueprint's": lambda row: _shown(
-            (mine := own_of(summary, row)) and difference(summary, row, [mine])
-        ),
-        "less all-linear's": lambda row: _shown(reference and difference(summary, row, [reference])),
-        "measuring, in steps": lambda row: f"{row['charged_time']:.1f}",
-    }
-    return table(columns, done(summary))
-
-
-def multiplication(summary: Mapping[str, Any]) -> str:
-    """What remains of all-linear's gain, at what share of its cost."""
-    reference, before = reference_of(summary), summary["untrained"]
-    if reference is None or before is None:
-        return f"{summary['reference']} or the untrained model has not run yet."
-    rows, cost = done(summary), flops_of(reference)
-
-    def seen(row: Row) -> int:
-        return int(min(row["examples"], row["steps"] * summary["facts"]["batch"]))
-
-    columns: dict[str, Callable[[Row], str]] = {"arm": lambda row: row["label"]}
-    columns["examples"] = lambda row: str(row["examples"])
-    if any(seen(row) < row["examples"] for row in rows):
-        columns["of them seen"] = lambda row: str(seen(row))
-    columns |= {
-        "steps": lambda row: str(row["steps"]),
-        "learning rate": lambda row: _rate(row),
-        "seeds": lambda row: str(len(row["seeds"])),
-        "loss": lambda row: f"{paired_loss(summary, row):.4f}",
-        "less all-linear's": lambda row: _shown(difference(summary, row, [reference])),
-        "gain kept": lambda row: f"{kept_of(summary, row, reference):.0%}",
-        "FLOPs": lambda row: f"{flops_of(row) / cost:.0%}",
-        "of them measuring and choosing": lambda row: f"{row['charged_flops'] / cost:.0%}",
-        "FLOPs, that run counted": lambda row: f"{(flops_of(row) + cost * row['entry']['stop']) / cost:.0%}",
-        "time": lambda row: f"{time_of(summary, row) / time_of(summary, reference):.2f}",
-    }
-    stopped = next((row["stopped_by"] for row in rows if row.get("stopped_by")), None)
-    told = f"Stopping is at {stopped[0]:.0%} of the steps, by {stopped[1]}. " if stopped else ""
-    return (
-        f"{table(columns, rows)}\n\n{told}Shares are of {reference['label']} on everything. When to stop is told by a "
-        f"whole run of it, which is not in the cost of the arms that stop, but for the FLOPs with that run counted."
-    )
+    Args:
+        row: of one arm.
+        others: the draws of one arm, or its only row.
+    """
+    by_draw: list[dict[int, np.ndarray]] = []
+    counts = []
+    for other in others:
+        draw = {}
+        for seed, run in (row.runs or {}).items():
+            if seed in (other.runs or {}):
+                weights = np.array(run["counts"], dtype=float)
+                apart = np.array(run["losses"]) - np.array(other.runs[seed]["losses"])  # type: ignore[index]
+                draw[seed] = apart * weights / weights.mean()
+                counts.append(run["counts"])
+        by_draw += [draw] if draw else []
+    if not by_draw:
+        return None
+    seeds = sorted({seed for draw in by_draw for seed in draw})
+    of_seeds = [statistics.mean(float(draw[seed].mean()) for draw in by_draw if seed in draw) for seed in seeds]
+    of_draws = [statistics.mean(float(one.mean()) for one in draw.values()) for draw in by_draw]
+    errors = [_error(of_seeds), _error(of_draws)]
+    if all(one == counts[0] for one in counts):  # the same held-out examples
+        of_examples = np.mean([np.mean(list(draw.values()), axis=0) for draw in by_draw], axis=0)
+        errors.append(_error(of_examples.tolist()))
+    return Difference(statistics.mean(of_draws), math.hypot(*errors), len(seeds))
 
 
-def table(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T]) -> str:
-    """Rows in Markdown."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows)])
+def _error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def picture(summary: Mapping[str, Any], path: Path) -> None:
-    """Loss against time (measured where it was) and predicted memory, with the front of those that nothing beats in both."""
-    import matplotlib
+class Report:
+    """A study's rows, with what their tables need.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Args:
+        study: whose they are.
+        runs: every job with its record.
+        times: measured step times over the reference's by row, one ratio a round.
+    """
 
-    rows, reference = done(summary), reference_of(summary)
-    if reference is None:
-        return
-    losses = {id(row): paired_loss(summary, row) for row in rows}
-    whole = time_of(summary, reference)
-    costs = {
-        "time, measuring counted": {id(row): time_of(summary, row) / whole for row in rows},
-        "predicted peak memory": {id(row): row["memory"] / reference["memory"] for row in rows},
-    }
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
-    for axis, (title, cost) in zip(axes, costs.items(), strict=True):
-        budgets = list(dict.fromkeys(row["budget"] for row in rows))
-        for i, budget in enumerate(budgets):
-            some = [id(row) for row in rows if row["budget"] == budget]
-            label = "own size" if budget is None else f"{budget:.0%} of the parameters"
-            axis.scatter([cost[one] for one in some], [losses[one] for one in some], 18, f"C{i}", label=label)
-        front = [
-            r for r in rows if not any(cost[id(o)] <= cost[id(r)] and losses[id(o)] < losses[id(r)] for o in rows)
+    def __init__(self, study: Study, runs: Sequence[Run], times: Mapping[str, Sequence[float]]):
+        self.study = study
+        self.runs = runs
+        self.times = times
+        self.untrained = next((r for job, r in runs if job.entry.arm == UNTRAINED and r["status"] == "done"), None)
+        by_row: dict[tuple[Entry, float | None], list[Run]] = {}
+        for job, record in runs:
+            if job.entry.arm != UNTRAINED:
+                by_row.setdefault((job.entry, job.budget), []).append((job, record))
+        rows = [Row.of(entry, budget, of) for (entry, budget), of in by_row.items()]
+        self.rows = [row for row in rows if row.runs]
+        self.failed = [row for row in rows if not row.runs]
+        self.reference = self.named(study.reference)
+        self.rows.sort(key=lambda row: (row.budget is not None, -(row.budget or 0), self.paired_loss(row)))
+
+    def named(self, label: str, budget: float | None = None) -> list[Row]:
+        """Return an arm's row, or those of its draws: at the budget, or of its own size."""
+        rows = [row for row in self.rows if row.entry.label.partition(" #")[0] == label]
+        return [row for row in rows if row.budget == budget] or [row for row in rows if row.budget is None]
+
+    def paired_loss(self, row: Row) -> float:
+        """Return the reference's mean loss plus the row's difference from it, so that few and many seeds compare."""
+        apart = difference(row, self.reference)
+        return row.loss if apart is None else self.reference[0].loss + apart.mean
+
+    def step_time(self, row: Row) -> tuple[float, bool]:
+        """Return the step time over the reference's, and whether it was measured."""
+        measured = self.times.get(row.label, [])
+        is_measured = len(measured) >= ROUNDS and row not in self.reference
+        return (statistics.median(measured) if is_measured else float(row.first["step_time"])), is_measured
+
+    def markdown(self) -> str:
+        """Return the tables, by budget, then what failed and what has not run."""
+        study = self.study
+        text = [
+            f"{study.name}: {study.data}, {study.steps} steps of {study.batch} x at most {study.length} tokens, "
+            f"{study.dtype}, {study.held_out} held-out examples, {len(self.runs)} jobs. Losses per token; differences "
+            "are paired by seed, ± one standard error; those of one seed decide nothing."
         ]
-        front.sort(key=lambda row: cost[id(row)])
-        axis.plot([cost[id(row)] for row in front], [losses[id(row)] for row in front], color="0.6", lw=1)
-        for row in front:
-            axis.annotate(row["label"] + _share(row), (cost[id(row)], losses[id(row)]), fontsize=7)
-        axis.set_xlabel(f"{title} / {reference['label']}'s")
-    axes[0].set_ylabel("held-out loss per token")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        columns = self.columns()
+        for budget in dict.fromkeys(row.budget for row in self.rows):
+            title = (
+                "Arms with a size of their own" if budget is None else f"At {budget:.0%} of all-linear's parameters"
+            )
+            lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            for row in (row for row in self.rows if row.budget == budget):
+                lines.append(f"| {' | '.join(cell(row) for cell in columns.values())} |")
+            text.append("\n".join([title, "", *lines]))
+        if self.untrained:
+            text.append(f"Untrained: loss {self.untrained['loss']:.4f}.")
+        text += ["\n".join(f"- {row.label}: {row.error}" for row in self.failed)] if self.failed else []
+        missing = self.not_run()
+        text += [f"Not run: {'; '.join(missing)}."] if missing else []
+        return "\n\n".join(text)
+
+    def columns(self) -> dict[str, Callable[[Row], str]]:
+        """Return the columns; those that no row has anything for are left out."""
+
+        def less(label: str) -> Callable[[Row], str]:
+            return lambda row: _shown(difference(row, [o for o in self.named(label, row.budget) if o is not row]))
+
+        found: dict[str, Callable[[Row], str]] = {
+            "arm": lambda row: row.entry.label,
+            "modules": lambda row: str(row.first["modules"]),
+            "rank": lambda row: _span(row.first["ranks"].values()) or "whole",
+            "parameters": self._parameters,
+            "from layer": lambda row: _shown(row.first["lowest"]),
+            "predicted gain": lambda row: _number(row.first.get("kept")),
+            "learning rate": lambda row: (
+                f"{row.first['rate']:.2g} of {len(row.tried)}{'' if row.is_inside else ' (edge)'}"
+            ),
+            "seeds": lambda row: str(len(row.runs or {})),
+            "loss": lambda row: f"{self.paired_loss(row):.4f}",
+            **{f"less {label}'s": less(label) for label in self.study.compare},
+            "step time": lambda row: "{:.2f}{}".format(*self._told_time(row)),
+            "MiB, predicted": lambda row: f"{row.first['memory'] / 2**20:.0f}",
+            "TFLOP": lambda row: f"{(row.first['flops'] + row.first['charged_flops']) / 1e12:.1f}",
+            "before training": lambda row: f"{row.first['charged_flops'] / 1e12:.1f}",
+            "same adapters (Jaccard)": lambda row: _number((row.first.get("agreement") or {}).get("jaccard")),
+        }
+        for name in (self.untrained or {}).get("unrelated", {}):
+            found[f"{name} text"] = lambda row, name=name: self._forgotten(row, name)  # type: ignore[misc]
+        if any(row.first.get("accuracy") is not None for row in self.rows):
+            found["accuracy"] = lambda row: _number(_mean(row, "accuracy"))
+        return {k: cell for k, cell in found.items() if any(cell(row) != "–" for row in self.rows)}
+
+    def not_run(self) -> list[str]:
+        """Return the rows that the study names and that have no record."""
+        ran = {row.label for row in (*self.rows, *self.failed)}
+        wanted: dict[str, None] = {}
+        for phase in self.study.order:
+            for entry in (entry for entry in phase.arms if entry.label not in ran):
+                wanted |= dict.fromkeys(row_label(entry.label, budget) for budget in phase.budgets or (None,))
+        return [label for label in wanted if label not in ran]
+
+    def picture(self, path: Path) -> None:
+        """Draw loss against step time and predicted memory; name the arms that none beats in both."""
+        from matplotlib.figure import Figure
+
+        if not self.reference:
+            raise SystemExit(f"{self.study.reference} has not run yet, and the picture is drawn relative to it.")
+        losses = {row.label: self.paired_loss(row) for row in self.rows}
+        costs = {
+            "step time": {row.label: self.step_time(row)[0] for row in self.rows},
+            "predicted peak memory": {
+                row.label: row.first["memory"] / self.reference[0].first["memory"] for row in self.rows
+            },
+        }
+        figure = Figure(figsize=(13, 6))
+        for axis, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+            for i, budget in enumerate(dict.fromkeys(row.budget for row in self.rows)):
+                names = [row.label for row in self.rows if row.budget == budget]
+                label = "own size" if budget is None else f"{budget:.0%} of the parameters"
+                axis.scatter([cost[n] for n in names], [losses[n] for n in names], 18, f"C{i}", label=label)
+            front = [a for a in losses if not any(cost[b] <= cost[a] and losses[b] < losses[a] for b in losses)]
+            front.sort(key=cost.__getitem__)
+            axis.plot([cost[n] for n in front], [losses[n] for n in front], color="0.6", lw=1)
+            for name in front:
+                axis.annotate(name, (cost[name], losses[name]), fontsize=7)
+            axis.set_xlabel(f"{title} / {self.study.reference}'s")
+        figure.axes[0].set_ylabel("held-out loss per token")
+        figure.axes[0].legend()
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+    def _told_time(self, row: Row) -> tuple[float, str]:
+        time, is_measured = self.step_time(row)
+        return time, " (measured)" if is_measured else ""
+
+    def _parameters(self, row: Row) -> str:
+        """Return the parameters, and how much of the budget they are where it is much less."""
+        text = f"{row.first['parameters'] / 1e6:.2f} M"
+        if not self.reference or row.budget is None:
+            return text
+        share = row.first["parameters"] / (row.budget * self.reference[0].first["parameters"])
+        return text if share >= FILLED else f"{text} ({share:.2f} of the budget)"
+
+    def _forgotten(self, row: Row, name: str) -> str:
+        """Return how far the loss on an unrelated text has risen."""
+        assert self.untrained is not None and row.runs is not None
+        return f"{statistics.mean(r['unrelated'][name] for r in row.runs.values()) - self.untrained['unrelated'][name]:+.3f}"
 
 
-def _rate(row: Row) -> str:
-    """The best, of how many, and whether it is at the edge of them."""
-    is_at_edge = len(row["tried"]) > 2 and not row["is_inside"]
-    return f"{row['rate']:.2g} of {len(row['tried'])}{' (edge)' if is_at_edge else ''}"
+def _mean(row: Row, key: str) -> float | None:
+    found = [run[key] for run in (row.runs or {}).values() if run.get(key) is not None]
+    return statistics.mean(found) if found else None
 
 
-def _share(row: Row) -> str:
-    return "" if row["budget"] is None else f" at {row['budget']:.0%}"
+def _span(values: Any) -> str:
+    ends = sorted({min(values, default=0), max(values, default=0)})
+    return "–".join(map(str, ends)) if ends[-1] else ""
 
 
-def _shown(one: object) -> str:
-    return "–" if one is None else str(one)
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
-def _parameters(row: Row, reference: Row | None) -> str:
-    """And how much of the budget that is, where it is much less."""
-    text = f"{row['parameters'] / 1e6:.2f} M"
-    if reference is None or row["budget"] is None:
-        return text
-    share = row["parameters"] / (row["budget"] * reference["parameters"])
-    return text if share >= FILLED else f"{text} ({share:.2f} of the budget)"
-
-
-def _signed(one: float | None) -> str:
-    return "–" if one is None else f"{one:+.4f}"
-
-
-def _less_random(summary: Mapping[str, Any], row: Row) -> str:
-    return _shown(difference(summary, row, control_of(summary, row)))
-
-
-def _reach(summary: Mapping[str, Any], row: Row, reference: Row | None) -> str:
-    loss = None if reference is None else final_of_few(reference)
-    found = None if loss is None else time_to_reach(summary, row, loss * (1 + WITHIN))
-    return "–" if found is None else f"{found:.2f}"
-
-
-def _measured(summary: Mapping[str, Any], row: Row) -> str:
-    ratios = summary["times"].get(row["label"] + _share(row))
-    return f" ({statistics.median(ratios):.2f} measured)" if ratios else ""
-
-
-def _forgotten(row: Row, name: str, before: float) -> str:
-    """How far the loss on an unrelated text has risen."""
-    found = [one["unrelated"][name] for one in row["seeds"].values()]
-    return f"{sum(found) / len(found) - before:+.3f}"
-
-
-def _accuracy(row: Row) -> float:
-    found = [one["accuracy"] for one in row["seeds"].values()]
-    return float(sum(found) / len(found))
+def _shown(value: object) -> str:
+    return "–" if value is None else str(value)

@@ -1,0 +1,353 @@
+"""Studies of placements: arms by name, jobs in order, runs that resume, one archive. On a tiny model and made-up rows."""
+
+import gzip
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from benchmarks.study import run as running
+from benchmarks.study.arms import Infeasible, choice_of, filled, rule_of
+from benchmarks.study.plan import UNTRAINED, Entry, Job, Schedule, Study, best_octave, next_octaves
+from benchmarks.study.report import Report
+from benchmarks.study.run import Runner
+from benchmarks.study.store import Store
+from benchmarks.study.training import losses_of, mean_of, prepare
+from tests import ROOT
+
+
+SIZES = {"length": 16, "batch": 2, "steps": 2, "warm_up": 1, "rank": 4, "measured": 4, "held_out": 4}
+SIZES |= {"data": "numbers", "model": "tiny", "few": 2, "every": 1, "unrelated": 1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the tiny model and its blueprint are kept."""
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(autouse=True)
+def _in_cache(cache, monkeypatch):
+    monkeypatch.chdir(cache)
+
+
+def study_of(folder, order: list, **changes) -> Study:
+    """A study of the tiny model, read from a YAML."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"order": order, **SIZES, **changes}))
+    return Study.read(path)
+
+
+def runner_of(study: Study, folder, cache) -> Runner:
+    """A runner with its log in a folder, and no archive."""
+    store = Store(study, folder / "runs.jsonl", folder / "runs.jsonl.gz")
+    return Runner(study, store, cache, cache / "measured")
+
+
+ARMS = ["all-linear", "even", "random"]
+
+
+# ---- order
+
+
+def test_learning_rates_go_on_until_the_best_is_not_at_an_edge():
+    """At least three rates, then on beyond the edge at which the best is, and not without end."""
+    assert next_octaves({}, 1) == [1]
+    assert sorted(next_octaves({1: 0.7}, 1)) == [0, 2]
+    assert next_octaves({0: 0.8, 1: 0.7, 2: 0.9}, 1) == []
+    assert next_octaves({0: 0.8, 1: 0.7, 2: 0.6}, 1) == [3]
+    assert next_octaves({0: 0.5, 1: 0.7, 2: 0.6}, 1) == [-1]
+    assert next_octaves({0: 0.8, 1: 0.7, 2: math.inf}, 1) == []
+    assert next_octaves(dict.fromkeys((0, 1, 2), math.inf), 1) == [-1]
+    assert next_octaves({0: math.nan}, 0) == []
+    assert next_octaves({k: -float(k) for k in range(-1, 6)}, 0) == []
+
+
+def test_one_lucky_seed_does_not_choose_a_learning_rate_where_there_are_more():
+    """Rates compare by the mean of the seeds that both ran with."""
+    assert best_octave({}) is None and best_octave({0: {1: 0.5}, 1: {0: math.nan}}) is None
+    assert best_octave({0: {0: 0.7}, 1: {0: 0.6, 1: 0.9}, 2: {0: math.inf}}) == 1
+    assert best_octave({0: {0: 0.7, 1: 0.7}, 1: {0: 0.6, 1: 0.9, 2: 0.1}}) == 0
+    assert best_octave({0: {0: 0.7, 1: 0.7}, 1: {0: 0.6, 1: 0.7}, 2: {0: 0.65, 1: math.inf}}) == 1
+
+
+def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_path):
+    """Ladders grow with what is known; further seeds go to the arms of the lowest loss, at their best rate."""
+    order = [
+        {"arms": ARMS, "budgets": [0.2], "rates": "best"},
+        {"arms": ["random #1", {"arm": "even", "blueprint": "task x 8"}], "budgets": [0.2]},
+        {"arms": ["all-linear"], "closest": 1, "budgets": [0.2], "seeds": [1, 2]},
+    ]
+    wanted = study_of(tmp_path, order)
+    best = {"all-linear": 0, "even": 2, "random": -1, "random #1": 0, UNTRAINED: 0}
+    known: dict[Job, float] = {}
+    while True:
+        schedule = Schedule(wanted, known.get, lambda *_: 0, lambda arm: arm != "all-linear")
+        job = next((j for j in schedule.jobs() if j not in known), None)
+        if job is None:
+            break
+        known[job] = 1.0 + abs(job.octave - best[job.entry.arm]) / 10 - 0.01 * (job.entry.arm == "even")
+    jobs = list(known)
+    assert jobs[0].entry == Entry(UNTRAINED)
+    assert [j.octave for j in jobs if j.entry == Entry("even") and j.seed == 0] == [0, 1, -1, 2, 3]
+    assert [j.octave for j in jobs if j.entry.blueprint == "task x 8"] == [2], "another blueprint takes its arm's rate"
+    assert [j.octave for j in jobs if j.entry.arm == "random #1"] == [-1], "a further draw takes its family's rate"
+    seeds = {(j.entry.arm, j.octave, j.seed) for j in jobs if j.seed}
+    assert seeds == {("all-linear", 0, 1), ("all-linear", 0, 2), ("even", 2, 1), ("even", 2, 2)}
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    """With its name, what is wrong and what to do; all studies in the repository can be read."""
+    with pytest.raises(SystemExit, match=r"Cannot read .*missing.yaml: .*No such file.* benchmarks/studies"):
+        Study.read(tmp_path / "missing.yaml")
+    cases = {
+        "a: [": "Cannot read",
+        "just words": "must be a mapping with the keys data and order",
+        "{data: gsm8k, order: [], stride: 3}": "bad.yaml has no option 'stride'",
+        "{data: gsm8k, order: [], flops_per_second: 1e13}": "flops_per_second must be a number, got '1e13'",
+        "{data: gsm8k, order: [], steps: true}": "steps must be a whole number, got True",
+        "{data: gsm8k, order: [{arm: planner}]}": "bad.yaml, order has no option 'arm'. Did you mean 'arms'",
+        "{data: gsm8k, order: [{arms: [{arm: even, part: 0.2}]}]}": "bad.yaml, order has no option 'part'",
+        "{data: gsm8k, order: [even]}": "bad.yaml, order must be a mapping, got 'even'",
+    }
+    for text, said in cases.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SystemExit, match=said):
+            Study.read(tmp_path / "bad.yaml")
+    for path in (ROOT / "benchmarks" / "studies").glob("*.yaml"):
+        found = Study.read(path)
+        assert found.name == path.stem and found.entries
+
+
+# ---- arms
+
+
+def test_an_arms_name_says_what_is_adapted():
+    """Base, number, modifiers and draw in any combination; an unknown part is refused."""
+    assert rule_of("planner").is_budgeted and not rule_of("planner, as shipped").is_budgeted
+    found = rule_of("random, within kind x 50, along the gradient x 16, as shipped #2")
+    assert (found.base, found.coverage, found.count, found.draw) == ("random", "kind", 50, 2)
+    assert found.start == "gradient x 16" and found.is_shipped
+    assert rule_of("cover, keep 0.9, as shipped").wish == (("keep", 0.9),)
+    assert rule_of("planner, 0.7x, as shipped").wish == (("budget", "0.7x"),)
+    assert rule_of("gradient_norm, pooled").coverage == "none"
+    assert rule_of("all-linear, LoRA+").ahead == 8.0 and not rule_of("all-linear, LoRA+").is_budgeted
+    assert rule_of("all-linear, low rank").is_budgeted and rule_of("AdaLoRA").start == "adalora"
+    for name in ("strata, as shipped", "planner, rates by gain", "luck"):
+        with pytest.raises(SystemExit, match="Unknown arm"):
+            rule_of(name)
+
+
+def test_budgets_are_filled_from_below(tmp_path, cache):
+    """Every kind of arm stays within its parameters and comes near to them."""
+    ground = runner_of(study_of(tmp_path, [{"arms": ARMS}]), tmp_path, cache).ground
+    sizes = {entry.name: sum(entry.shape) for entry in ground.entries}
+    names = ["planner", "gradient_norm, pooled", "even", "random", "MLP only", "all-linear, low rank", "KappaTune"]
+    for name in [*names, "Spectrum", "planner, along the gradient x 4", "random, within kind, as many"]:
+        choice = choice_of(ground, Entry(name), 0.5)
+        total = sum(rank * sizes[module] for module, rank in choice.ranks.items())
+        assert 0.8 * 0.5 * ground.whole < total <= 0.5 * ground.whole, name
+    whole = {name: choice_of(ground, Entry(name), None) for name in ("all-linear", "planner, as shipped")}
+    assert set(whole["all-linear"].ranks.values()) == {4} and len(whole["planner, as shipped"].ranks) < 28
+    with pytest.raises(Infeasible, match="the smallest block has more than the .* parameters that are allowed"):
+        choice_of(ground, Entry("unfreeze top"), 0.01)
+    with pytest.raises(Infeasible, match="rank 1 on 28 submodules has .* parameters, and 5 are allowed"):
+        filled(ground.entries, 5)
+
+
+def test_every_start_trains(tmp_path, cache):
+    """PEFT's and the library's ways to begin, and modules that are trained whole, run as arms."""
+    starts = ["all-linear, EVA", "all-linear, LoRA-GA", "AdaLoRA", "planner, along the gradient x 4"]
+    others = ["full fine-tuning", "unfreeze by gain", "all-linear, LoRA+"]
+    wanted = study_of(
+        tmp_path, [{"arms": [*starts, *others], "budgets": [0.5]}], attention="eager", batch=8, measured=8
+    )
+    runner = runner_of(wanted, tmp_path, cache)
+    assert runner.ground.model().config._attn_implementation == "eager"
+    runner.run(math.inf)
+    records = {job.entry.arm: record for job, record in runner.store.jobs()}
+    failed = {name: r["error"] for name, r in records.items() if r["status"] == "failed"}
+    assert failed == {} and set(records) == {UNTRAINED, *starts, *others}
+    charged = {name for name, r in records.items() if r["status"] == "done" and r["charged_flops"]}
+    assert {"all-linear, EVA", "all-linear, LoRA-GA", "planner, along the gradient x 4"} <= charged
+    assert not charged & {UNTRAINED, "AdaLoRA", "all-linear, LoRA+"}
+    begun = prepare(runner.ground, choice_of(runner.ground, Entry("all-linear, LoRA+"), None), 2, 0)
+    names = {id(p): name for name, p in begun.model.named_parameters()}
+    groups = begun.optimizer(1.0).param_groups
+    rates = {(".lora_B." in names[id(p)], group["factor"]) for group in groups for p in group["params"]}
+    assert rates == {(True, 8.0), (False, 1.0)}
+
+
+# ---- runs
+
+
+def test_an_interrupted_run_resumes_with_what_is_missing(tmp_path, cache, monkeypatch):
+    """A killed run leaves no half result, and the next runs only what has none; a failure is run again when asked."""
+    wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
+    ran: list[str] = []
+    run = running.run
+
+    def counted(ground, job, choice):
+        ran.append(job.entry.arm)
+        if ran == [UNTRAINED, "all-linear", "even"]:
+            raise KeyboardInterrupt
+        if ran[-1] == "random" and "random" not in ran[:-1]:
+            raise RuntimeError("out of luck")
+        return run(ground, job, choice)
+
+    monkeypatch.setattr(running, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        runner_of(wanted, tmp_path, cache).run(math.inf)
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"cut')  # a process that was killed while it wrote
+    assert runner_of(wanted, tmp_path, cache).run(math.inf) == 2 and ran[3:] == ["even", "random"]
+    assert runner_of(wanted, tmp_path, cache).run(math.inf) == 0
+    store = runner_of(wanted, tmp_path, cache).store
+    [failed] = [r for _, r in store.jobs() if r["status"] == "failed"]
+    assert failed["error"] == "RuntimeError: out of luck" and len(store.jobs()) == 4
+    assert runner_of(wanted, tmp_path, cache).run(math.inf, retry=True) == 1
+    assert {r["status"] for _, r in runner_of(wanted, tmp_path, cache).store.jobs()} == {"done"}
+    longer = runner_of(replace(wanted, steps=3), tmp_path, cache)
+    assert longer.run(0.0) == 0 and longer.store.jobs() == [], (
+        "other sizes are other results, and need more than no time"
+    )
+
+
+def test_processes_share_a_study_and_none_runs_what_another_is_running(tmp_path, cache, monkeypatch):
+    """A claimed job is passed over, and waited for: what is not run by the time its process is gone is run here."""
+    wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
+    here, there = (runner_of(wanted, tmp_path, cache) for _ in range(2))
+    taken = {name: next(j for j in there.schedule.jobs() if j.entry.arm == name) for name in ("even", "all-linear")}
+    claims = [there.store.claim(job, there._trained(job)) for job in taken.values()]
+    assert all(claims) and here.store.claim(taken["even"], here._trained(taken["even"])) is None
+    ran: list[str] = []
+
+    def wait(seconds):
+        ran.extend(sorted(job.entry.arm for job, _ in here.store.jobs()))
+        there._one(taken["all-linear"])
+        for claim in claims:
+            claim.release()
+
+    monkeypatch.setattr(running.time, "sleep", wait)
+    assert here.run(math.inf) == 3 and ran == ["random", UNTRAINED]
+    assert len(there.store.jobs()) == 4
+
+
+def test_the_log_moves_into_the_archive_and_studies_resume_from_it(tmp_path, cache):
+    """Each record once and with its date; what an arm would not train now runs again, and its old record stays."""
+    wanted = study_of(tmp_path, [{"arms": ["all-linear", "even"], "budgets": [0.5]}])
+    first = runner_of(wanted, tmp_path, cache)
+    first.run(math.inf)
+    first.store.append({"status": "step time", "row": "even at 50%", "ratio": 0.8, "round": 1})
+    before = first.store.jobs()
+    assert first.store.keep() == 4 and not first.store.log.exists()
+    second = runner_of(wanted, tmp_path, cache)
+    assert second.run(math.inf) == 0 and dict(second.store.jobs()) == dict(before)
+    assert second.store.step_times() == {"even at 50%": [0.8]}
+    lines = [json.loads(line) for line in gzip.open(second.store.archive, "rt")]
+    for record in (r for r in lines if r.get("job", {}).get("entry", {}).get("arm") == "even"):
+        record["ranks"] = {"model.layers.0.mlp.up_proj": 1}
+    second.store.archive.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in lines).encode()))
+    third = runner_of(wanted, tmp_path, cache)
+    assert third.run(math.inf) == 1 and third.store.keep() == 5 and first.store.log.exists() is False
+
+
+def test_a_choice_that_fails_is_that_jobs_failure(tmp_path, cache, monkeypatch):
+    """The process goes on; what failed runs again when asked, and a record that JSON cannot hold is a failure too."""
+    wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
+    run, choose = running.run, running.choice_of
+
+    def choice(ground, entry, budget):
+        return {}["no such module"] if entry.arm == "even" else choose(ground, entry, budget)
+
+    def trained(ground, job, choice):
+        return {**run(ground, job, choice), **({"seconds": math.nan} if job.entry.arm == "random" else {})}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "choice_of", choice)
+        patch.setattr(running, "run", trained)
+        assert runner_of(wanted, tmp_path, cache).run(math.inf) == 4
+        assert runner_of(wanted, tmp_path, cache).run(math.inf) == 0
+    failed = {j.entry.arm: r["error"] for j, r in runner_of(wanted, tmp_path, cache).store.jobs() if "error" in r}
+    assert failed["even"] == "KeyError: 'no such module'" and failed["random"].startswith("ValueError: Out of range")
+    runner = runner_of(wanted, tmp_path, cache)
+    assert runner.run(math.inf, retry=True) == 2
+    report = Report(wanted, runner.store.jobs(), {})
+    assert len(report.rows) == 3 and not report.failed
+
+
+def test_resampling_gives_every_seed_rows_of_its_own(tmp_path, cache):
+    """None of them is measured on or in another seed's; without resampling all seeds share theirs."""
+    shared, own = (study_of(tmp_path, [{"arms": ARMS}], spare=3, **more) for more in ({}, {"resample": True}))
+    assert "resample" not in shared.facts() and own.facts()["resample"] is True
+    grounds = [runner_of(study, tmp_path, cache).ground for study in (shared, own)]
+    assert grounds[0].data_of(0).train == grounds[0].data_of(1).train
+    parts = [grounds[1].data_of(seed) for seed in (0, 1)]
+    ids = [[row["input_ids"] for row in rows] for part in parts for rows in (part.train, part.test)]
+    ids += [[row["input_ids"] for row in rows] for rows in (parts[0].measured, parts[0].spare)]
+    flat = [tuple(row) for rows in ids for row in rows]
+    assert len(flat) == 2 * (4 + 4) + 4 + 3 == len(set(flat)) and parts[0].train == grounds[0].data_of(0).train
+    with pytest.raises(SystemExit, match="numbers has 400 training examples .* needs 811"):
+        grounds[1].data_of(200)
+
+
+def test_the_curve_is_of_spare_examples_where_there_are_some(tmp_path, cache):
+    """The untrained model's only point is its loss on them."""
+    wanted = study_of(tmp_path, [{"arms": ["all-linear"]}], spare=3)
+    runner = runner_of(wanted, tmp_path, cache)
+    runner.run(math.inf)
+    [untrained] = [r for job, r in runner.store.jobs() if job.entry.arm == UNTRAINED]
+    ready = prepare(runner.ground, choice_of(runner.ground, Entry(UNTRAINED), None), 0, 0)
+    expected = mean_of(*losses_of(ready, runner.ground.data_of(0).spare))
+    assert untrained["curve"] == [[0, pytest.approx(expected)]]
+
+
+def test_other_blueprints_and_chosen_data_run_as_arms(tmp_path, cache, capsys):
+    """With what measuring and choosing cost, and how far placements agree; --jobs and --times work on them."""
+    arms = ["all-linear", "planner", *({"arm": "planner", "blueprint": b} for b in ("task x 2", "after 1 x 4"))]
+    arms += [{"arm": "planner", "blueprint": "nf4 x 4"}, {"arm": "planner", "select": "alignment", "share": 0.5}]
+    runner = runner_of(study_of(tmp_path, [{"arms": arms, "budgets": [0.5]}]), tmp_path, cache)
+    runner.run(math.inf)
+    runner.times(1, "planner at *")
+    records = {job.entry.label: r for job, r in runner.store.jobs()}
+    assert {r["status"] for r in records.values()} == {"done"}
+    assert 0 < records["planner [after 1 x 4]"]["agreement"]["jaccard"] <= 1
+    chosen = records["planner + alignment 0.5"]
+    assert chosen["examples"] == 2 and chosen["charged_flops"] > records["planner"]["charged_flops"]
+    assert {name: len(ratios) for name, ratios in runner.store.step_times().items()} == {"planner at 50%": 1}
+    runner.show("planner + *")
+    assert capsys.readouterr().out.startswith("done")
+    ground = runner.ground
+    before, after = ground.charge("task x 4"), ground.charge("after 3 x 4")
+    assert after.steps - before.steps == pytest.approx(3.0)
+    with pytest.raises(SystemExit, match="Unknown blueprint 'luck x 3'. Write 'task x 8'"):
+        ground.measured("luck x 3")
+
+
+def test_a_job_of_fewer_steps_warms_up_for_as_many_fewer(tmp_path, cache, monkeypatch):
+    """The warm-up is a share of a job's own steps."""
+    from benchmarks.study import training
+
+    ground = runner_of(study_of(tmp_path, [{"arms": ARMS}], steps=8, warm_up=4, every=99), tmp_path, cache).ground
+    rates: list[float] = []
+    step = training.Ready.step
+
+    def noted(self, optimizer, rows, number=1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(self, optimizer, rows, number)
+
+    monkeypatch.setattr(training.Ready, "step", noted)
+    for steps, peak in ((8, 4), (4, 2), (1, 1)):
+        rates.clear()
+        ready = prepare(ground, choice_of(ground, Entry("all-linear"), None), steps, 0)
+        training.train(ready, [ground.data_of(0).train[:2]] * steps, 1e-6, [])
+        assert rates.index(1e-6) + 1 == peak == rates.index(max(rates)) + 1 and len(rates) == steps
+
+
+def test_jobs_are_read_back_as_they_were_written():
+    """Archived jobs that stopped early keep their label and are not run again."""
+    job = Job(Entry("planner", stop=True, select="random", share=0.3), 0.2, 1, 0, 9)
+    assert Job.of(json.loads(json.dumps(asdict(job)))) == job
+    assert job.label == "planner + random 0.3 + stop at 20% 2^+1 seed 0"
