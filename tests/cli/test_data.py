@@ -118,11 +118,12 @@ def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
         ([*asked, "--count", 3, "--out", out, "--method", "best"], "method must be one of .* got 'best'"),
         ([*asked, "--count", 3, "--out", out, "--method", "bm25"], "Give target"),
         ([*asked, "--count", 3, "--out", out, "--placement-fraction", 0.5], "needs the blueprint to place by"),
-        ([*asked[:-1], "prompt", "--count", 3, "--out", out], "NAME=COLUMN pairs"),
         ([folder, "--data", tmp_path / "none.jsonl", "--count", 3, "--out", out], "does not exist"),
     ]:
         with pytest.raises(BlueprintError, match=message):
             run(*arguments)
+    usage = CliRunner().invoke(app, ["select-data", *map(str, [*asked[:-1], "prompt", "--count", 3, "--out", out])])
+    assert usage.exit_code == 2 and "NAME=COLUMN pairs" in usage.output
     assert not out.exists() and len((folder / "data.jsonl").read_text(encoding="utf-8").splitlines()) == 24
 
 
