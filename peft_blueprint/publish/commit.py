@@ -140,6 +140,11 @@ def publish(
 
     Raises:
         BlueprintError: if it cannot be published. No commit is made then, except that a broken connection may hide one.
+
+    Example:
+        >>> print(publish(blueprint, "org/model", domain="math", dry_run=True))  # doctest: +SKIP
+        One commit to org/model: Add gradient blueprint blueprint-math.json
+          blueprint-math.json  41,203 bytes
     """
     if not dry_run:
         require_token(repo_id, token)

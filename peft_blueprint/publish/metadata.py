@@ -85,9 +85,9 @@ def add_metadata(card: str, data: ModelCardData) -> str:
         BlueprintError: if the front matter is not a closed YAML mapping, or cannot be changed safely.
 
     Example:
-        >>> print(add_metadata("---\\ntags: [lora]  # mine\\n---\\n", ModelCardData(tags=["peft"], license="mit")))
+        >>> print(add_metadata("---\\ntags: [lora] # mine\\n---\\n", ModelCardData(tags=["peft"], license="mit")))
         ---
-        tags: [lora, peft]  # mine
+        tags: [lora, peft] # mine
         license: mit
         ---
         <BLANKLINE>

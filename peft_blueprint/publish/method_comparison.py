@@ -1,32 +1,39 @@
-"""A run in the form of the results of PEFT's `method_comparison`, so that their tools read it.
-
-What is not known is null; our own figures stand under the key `peft_blueprint`. Knows nothing of files.
-"""
+"""Convert a run to a result of PEFT's `method_comparison`, so that its tools read it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..runs import Point, Report, Row, RunRecord, jsonable
+from ..runs import Report, Row, RunRecord, jsonable
 
 
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 _ACCURACIES = ("eval_accuracy", "accuracy", "eval_mean_token_accuracy")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 def method_comparison_json(row: Row, report: Report) -> dict[str, Any]:
-    """A run's result as `method_comparison/MetaMathQA/results/*.json` of huggingface/peft have it.
+    """Return a run's result in the form of `method_comparison/MetaMathQA/results/*.json` of huggingface/peft.
 
-    Its `valid accuracy` and `test accuracy` are filled from metrics called accuracy only. Every metric, figure and label
-    is under `peft_blueprint`. `train samples` counts every batch as a full one.
+    Unknown values are null. `valid accuracy` and `test accuracy` come only from metrics that are called accuracy; all
+    metrics, figures and labels are under the key `peft_blueprint`. `train samples` counts every batch as a full one.
 
     Returns:
         A JSON object with `run_info`, `train_info`, `meta_info` and `peft_blueprint`.
+
+    Example:
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(60.0, "clock")})
+        >>> report = make_report([run])
+        >>> method_comparison_json(report.rows[0], report)["run_info"]["total_time"]
+        60.0
     """
     record, about = row.record, row.record.about
-    seconds = record.total("seconds").value
-    peak = record.total("peak_bytes").value
+    seconds, peak = record.total("seconds").value, record.total("peak_bytes").value
+    versions, system = _mapping(about.get("versions")), _mapping(about.get("system"))
+    devices = system.get("devices")
     result = {
         "run_info": {
             "created_at": about.get("created"),
@@ -34,7 +41,7 @@ def method_comparison_json(row: Row, report: Report) -> dict[str, Any]:
             "experiment_name": record.name,
             "peft_branch": None,
             "train_config": {"model_id": about.get("model_id"), **_mapping(about.get("train_config"))},
-            "peft_config": _peft_config(record),
+            "peft_config": _peft_config(about),
             "error_msg": "",
         },
         "train_info": {
@@ -51,8 +58,17 @@ def method_comparison_json(row: Row, report: Report) -> dict[str, Any]:
         "meta_info": {
             "model_info": {"sha": about.get("model_revision"), "created_at": None},
             "dataset_info": {},
-            "package_info": _packages(_mapping(about.get("versions"))),
-            "system_info": _system(_mapping(about.get("system"))),
+            "package_info": {
+                key: value
+                for name in _PACKAGES
+                for key, value in ((f"{name}-version", versions.get(name)), (f"{name}-commit-hash", None))
+            },
+            "system_info": {
+                **{name: system.get(name) for name in ("system", "release", "version", "machine", "processor")},
+                "accelerator": system.get("accelerator")
+                or (devices[0] if isinstance(devices, list | tuple) and devices else None),
+                "platform": system.get("platform"),
+            },
             "pytorch_info": None,
         },
         "peft_blueprint": {
@@ -63,82 +79,56 @@ def method_comparison_json(row: Row, report: Report) -> dict[str, Any]:
             "placement": about.get("placement"),
         },
     }
-    found: dict[str, Any] = jsonable(result)
-    return found
+    converted: dict[str, Any] = jsonable(result)
+    return converted
 
 
 def _metrics(record: RunRecord) -> list[dict[str, Any]]:
-    """An entry for each evaluation, and a last one for the end of the training, as PEFT's have it."""
-    batch = _batch(_mapping(record.about.get("train_config")))
-    entries = [
-        {
-            "step": point.step,
+    """Return an entry for each evaluation, and a last one for the end of the training, as in PEFT's files."""
+    config = _mapping(record.about.get("train_config"))
+    sizes: list[Any] = [config.get(name) for name in _BATCH]
+    batch = math.prod(sizes) if all(type(size) is int for size in sizes) else None
+    last = max((point.step for point in (*record.points, *record.losses)), default=0)
+    tokens = record.total("tokens").value
+    accuracies = [point.metrics["test_accuracy"] for point in record.points if "test_accuracy" in point.metrics]
+
+    def at(step: int) -> dict[str, Any]:
+        losses = [p.metrics["loss"] for p in record.losses if p.step <= step and "loss" in p.metrics]
+        return {
+            "step": step,
+            "train loss": losses[-1] if losses else None,
+            "train samples": None if batch is None else batch * step,
+        }
+
+    evaluations = [
+        at(point.step)
+        | {
             "valid accuracy": next((point.metrics[name] for name in _ACCURACIES if name in point.metrics), None),
-            "train loss": _loss_at(record, point.step),
-            "train samples": None if batch is None else batch * point.step,
             "elapsed time": point.spent.get("seconds"),
         }
         for point in record.points
     ]
-    known: list[Point] = [*record.points, *record.losses]
-    last = max((point.step for point in known), default=0)
-    test = next((p.metrics["test_accuracy"] for p in reversed(record.points) if "test_accuracy" in p.metrics), None)
-    tokens = record.total("tokens").value
     end = {
-        "step": last,
-        "test accuracy": test,
-        "train loss": _loss_at(record, last),
-        "train samples": None if batch is None else batch * last,
+        "test accuracy": accuracies[-1] if accuracies else None,
         "train total tokens": None if tokens is None else int(tokens),
     }
-    return [*entries, end]
+    return [*evaluations, at(last) | end]
 
 
-def _loss_at(record: RunRecord, step: int) -> float | None:
-    """The last training loss that was logged by then."""
-    return next((p.metrics["loss"] for p in reversed(record.losses) if p.step <= step and "loss" in p.metrics), None)
-
-
-def _batch(config: Mapping[str, Any]) -> int | None:
-    """Examples of an optimizer step; None if it is not known."""
-    product = 1
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "processes"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            return None
-        product *= value
-    return product
-
-
-def _peft_config(record: RunRecord) -> dict[str, Any] | None:
-    """The adapter's, with the `peft_type` that PEFT's own reader asks for; None if nothing is known of one."""
-    config = _mapping(record.about.get("peft_config"))
-    lora = _mapping(_mapping(record.about.get("placement")).get("lora"))
-    if not config and not lora:
-        return None
-    return {"peft_type": "LORA" if lora else None, **config}
+def _peft_config(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the adapter's config with the `peft_type` that PEFT's reader needs; None without an adapter."""
+    config = _mapping(about.get("peft_config"))
+    lora = _mapping(_mapping(about.get("placement")).get("lora"))
+    return {"peft_type": "LORA" if lora else None, **config} if config or lora else None
 
 
 def _train_time(seconds: float | None, about: Mapping[str, Any]) -> float | None:
-    """Without evaluating and saving; None if these are not known."""
+    """Return the seconds without evaluating and saving; None if those are unknown."""
     parts = _mapping(about.get("seconds_of_which"))
-    if seconds is None or not all(isinstance(parts.get(name), int | float) for name in ("evaluating", "saving")):
+    others = [parts.get(name) for name in ("evaluating", "saving")]
+    if seconds is None or not all(isinstance(part, int | float) for part in others):
         return None
-    return max(0.0, seconds - float(parts["evaluating"]) - float(parts["saving"]))
-
-
-def _packages(versions: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in _PACKAGES:
-        found |= {f"{name}-version": versions.get(name), f"{name}-commit-hash": None}
-    return found
-
-
-def _system(system: Mapping[str, Any]) -> dict[str, Any]:
-    devices = system.get("devices")
-    first = devices[0] if isinstance(devices, list | tuple) and devices else None
-    known = {name: system.get(name) for name in ("system", "release", "version", "machine", "processor")}
-    return known | {"accelerator": system.get("accelerator") or first, "platform": system.get("platform")}
+    return max(0.0, seconds - math.fsum(others))  # type: ignore[arg-type]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

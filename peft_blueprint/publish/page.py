@@ -110,6 +110,14 @@ def save_page(report: Report, path: str | Path) -> Path:
 
     Raises:
         BlueprintError: without matplotlib, or if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(60.0, "clock")})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_page(make_report([run]), f"{folder}/report.html").name
+        'report.html'
     """
     path = Path(path)
     write_atomically(path, render_page(report).encode("utf-8", "replace"))

@@ -61,6 +61,13 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
 
     Raises:
         BlueprintError: without matplotlib, or if no entry has a kind and a depth.
+
+    Example:
+        >>> from peft_blueprint.blueprint import Submodule
+        >>> entries = [Submodule(f"layers.{i}.q_proj", 1.0 + i, kind="q_proj", depth=i) for i in range(4)]
+        >>> figure = plot_blueprint(Blueprint("org/model", tuple(entries)))
+        >>> figure.axes[0].get_title()
+        'org/model: gradient norm'
     """
     by = by or (placement.rank_by if placement is not None and placement.rank_by in NUMBERS else "gradient_norm")
     entries = [entry for entry in blueprint if entry.kind is not None and entry.depth is not None]
@@ -112,6 +119,13 @@ def save_plot(figure: Figure, path: str | Path) -> Path:
 
     Raises:
         BlueprintError: if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from matplotlib.figure import Figure
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_plot(Figure(), f"{folder}/empty.png").name
+        'empty.png'
     """
     path = Path(path)
     try:

@@ -54,6 +54,12 @@ def cost_section(report: Report, row: Row | None = None) -> str:
     Args:
         report: of one run or several.
         row: the run that the card belongs to; by default the only one. Without it there is only the table of runs.
+
+    Example:
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(60.0, "clock")})
+        >>> print(cost_section(make_report([run])).split("\\n\\n")[1])
+        lora was not evaluated, so its gain is unknown. It spent 60 s (measured).
     """
     row = report.rows[0] if row is None and len(report.rows) == 1 else row
     longest = 4 * MAX_CHARACTERS
@@ -92,6 +98,16 @@ def update_card(folder: str | Path, report: Report, row: Row) -> tuple[Path, lis
 
     Raises:
         BlueprintError: if there is no such folder, or the card cannot be read, edited or written; it stays as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(60.0, "clock")})
+        >>> report = make_report([run])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path, notes = update_card(folder, report, report.rows[0])
+        ...     path.read_text().splitlines()[:2]
+        ['# lora', '']
     """
     path = Path(folder) / CARD_FILE
     if not path.parent.is_dir():

@@ -101,6 +101,18 @@ def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank
         FormatError: if there is no LoRA adapter in the folder, or its tensors and its config do not agree.
         BlueprintError: if servers cannot load it, `rank` is below a rank in it, or the folder is the adapter's own or
             cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     get_peft_model(tiny_llama(), config).save_pretrained(f"{folder}/adapter")
+        ...     served = export_uniform_lora(f"{folder}/adapter", f"{folder}/served")
+        ...     uniform = json.loads((served / CONFIG_NAME).read_text())
+        >>> uniform["r"], uniform["rank_pattern"]
+        (4, {})
     """
     source, out = Path(adapter_folder), Path(out_folder)
     if out.exists() and source.exists() and out.samefile(source):

@@ -64,7 +64,14 @@ def per_unit(resource: str) -> str:
 
 
 def headline(report: Report) -> str:
-    """Say in one or two sentences what the runs gained for what they spent."""
+    """Say in one or two sentences what the runs gained for what they spent.
+
+    Example:
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(60.0, "clock")})
+        >>> headline(make_report([run]))
+        'lora was not evaluated, so its gain is unknown. It spent 60 s (measured).'
+    """
     base = report.baseline
     others = [row for row in report.rows if not row.is_baseline]
     if base is None or not others:
@@ -95,21 +102,23 @@ def headline(report: Report) -> str:
 def describe_run(row: Row, report: Report) -> str:
     """Say in one sentence what a run reached and what it spent."""
     if row.spent.value is None:
-        spent = f"; its {RESOURCE_NAMES[report.resource]} is absent"
+        spent, cost = "", f" Its {RESOURCE_NAMES[report.resource]} is unknown."
     else:
-        spent = f" for {format_labelled(row.spent, report.resource)}"
+        amount = format_labelled(row.spent, report.resource)
+        spent, cost = f" for {amount}", f" It spent {amount}."
     if row.metric is None:
-        return f"{row.name} was not evaluated, so its gain is unknown{spent}."
+        return f"{row.name} was not evaluated, so its gain is unknown.{cost}"
     if not math.isfinite(row.metric):
-        return f"{row.name} diverged: its last {report.metric} is not a finite number{spent}."
+        return f"{row.name} diverged: its last {report.metric} is not a finite number.{cost}"
+    unknown = "" if spent else cost
     if row.gain is None or row.first is None:
-        return f"{row.name} reached {report.metric} {format_score(row.metric)}{spent}."
+        return f"{row.name} reached {report.metric} {format_score(row.metric)}{spent}.{unknown}"
     change = "rose" if row.metric > row.first else "fell" if row.metric < row.first else "stayed"
     start = "before training" if row.first_step == 0 else f"at step {row.first_step:,}"
     verdict = "" if row.gain > 0 else ": no gain" if row.gain == 0 else ": it got worse"
     return (
         f"{row.name}: {report.metric} {change} from {format_score(row.first)} {start} to {format_score(row.metric)}{spent}"
-        f"{verdict}."
+        f"{verdict}.{unknown}"
     )
 
 

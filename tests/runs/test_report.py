@@ -1,6 +1,5 @@
 """What a report finds in runs, in words and as PEFT's results. Run: pytest tests/runs/test_report.py"""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_blueprint.errors import BlueprintError, MismatchError
-from peft_blueprint.publish.method_comparison import method_comparison_json
-from peft_blueprint.publish.words import describe_run, describe_stop, headline
-from peft_blueprint.runs.quantity import absent, measured, modelled
+from peft_blueprint.publish.words import describe_run
+from peft_blueprint.runs.quantity import measured, modelled
 from peft_blueprint.runs.record import Point, RunRecord
 from peft_blueprint.runs.report import make_report, pareto_front
 from tests.made_up_runs import made_up_run
@@ -46,7 +44,7 @@ def test_a_metric_that_rises_is_better_when_it_rises():
     row = make_report([rising, replace(rising, name="b")], baseline="b").rows[0]
     assert row.gain == pytest.approx(0.4) and row.ratio == pytest.approx(0.02) and row.to_baseline == pytest.approx(20)
     falling = make_report([run("worse", [(0, 0.5), (10, 0.4)], metric="accuracy", direction="maximize")])
-    assert falling.rows[0].gain == pytest.approx(-0.1) and headline(falling).endswith("it got worse.")
+    assert falling.rows[0].gain == pytest.approx(-0.1)
 
 
 def test_the_last_ratio_is_the_slope_over_the_window():
@@ -137,74 +135,6 @@ def test_bad_wishes_are_refused():
 def test_runs_of_one_name_are_told_apart():
     """By a number."""
     assert [row.name for row in make_report([BASE, BASE, BASE]).rows] == ["base", "base (2)", "base (3)"]
-
-
-def test_the_headline_says_what_was_gained_for_what_was_spent():
-    """Against the baseline, without one, and alone."""
-    assert headline(make_report([BASE, FAST], baseline="base")) == (
-        "fast improved eval_loss 3.67 × as much per second as base. It reached the final eval_loss of base after 9 s, "
-        "22 % of that run's time."
-    )
-    assert headline(make_report([BASE, FAST])).startswith("The largest gain of 2 runs: fast: eval_loss fell")
-    alone = "base: eval_loss fell from 3.000 before training to 2.000 for 40 s (measured)."
-    assert headline(make_report([BASE])) == alone
-    unknown = replace(BASE, totals={"seconds": absent("no clock")})
-    assert headline(make_report([unknown])).endswith("; its time is absent.")
-
-
-def test_the_decision_to_stop_is_in_the_rules_own_words():
-    """Whether, when, why, and what it proposes; nothing of a run without a rule."""
-    stopping = {"stopped": False, "step": None, "reason": "It still pays.", "proposal": "Half the schedule would do."}
-    row = make_report([replace(BASE, stopping=stopping)]).rows[0]
-    assert describe_stop(row) == ["Not stopped by the rule.", "It still pays.", "Half the schedule would do."]
-    assert describe_stop(make_report([BASE]).rows[0]) == []
-
-
-def read_as_peft_does(result):
-    """The fields that PEFT's method_comparison/processing.py takes from a result, by the same keys."""
-    run_info, train_info, meta = result["run_info"], result["train_info"], result["meta_info"]
-    last = train_info["metrics"][-1]
-    packages = [f"{name}-version" for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")]
-    return {
-        "peft_type": run_info["peft_config"]["peft_type"] if run_info["peft_config"] else "full-finetuning",
-        "status": train_info["status"],
-        "model_id": run_info["train_config"]["model_id"],
-        **{name: run_info[name] for name in ("experiment_name", "total_time", "peft_branch", "created_at")},
-        **{f"accelerator_memory_{name}": train_info[f"accelerator_memory_{name}"] for name in ("max", "reserved_avg")},
-        "accelerator_memory_reserved_99th": train_info["accelerator_memory_reserved_99th"],
-        **{name: train_info[name] for name in ("train_time", "file_size")},
-        **{name: last[name] for name in ("test accuracy", "train loss", "train samples", "train total tokens")},
-        **{name: meta["package_info"][name] for name in packages},
-        "system_info": meta["system_info"],
-    }
-
-
-def test_the_results_are_in_the_form_that_pefts_tools_read():
-    """Every key they take is there, what is known under it, what is not is null, and ours stand apart."""
-    record = made_up_run("lora/r16", seconds_of_which={"evaluating": 10.0, "saving": 1.0})
-    report = make_report([record])
-    result = method_comparison_json(report.rows[0], report)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    read = read_as_peft_does(result)
-    assert read["experiment_name"] == "lora/r16" and read["peft_type"] == "LORA" and read["status"] == "success"
-    assert read["total_time"] == 604 and read["train_time"] == 593
-    assert read["train samples"] == 8 * 600 and read["train total tokens"] == 600 * 8192
-    assert read["test accuracy"] is None and read["bitsandbytes-version"] is None and read["peft-version"] == "0.21.0"
-    assert read["system_info"]["accelerator"] == "NVIDIA L40S" and read["file_size"] == 7_372_800
-    metrics = result["train_info"]["metrics"]
-    assert metrics[1]["step"] == 50 and metrics[1]["valid accuracy"] == record.points[1].metrics["eval_accuracy"]
-    ours = result["peft_blueprint"]
-    assert ours["run"]["totals"]["energy_joules"]["how"] == "measured" and ours["metric"] == "eval_loss"
-
-
-def test_of_a_run_of_which_little_is_known_the_rest_is_null():
-    """The same keys, without a figure made up, and a metric that was not finite as null."""
-    bare = run("bare", [(0, 3.0), (10, math.nan)])
-    report = make_report([bare])
-    result = method_comparison_json(report.rows[0], report)
-    read = read_as_peft_does(json.loads(json.dumps(result, allow_nan=False)))
-    assert read["model_id"] is None and read["train_time"] is None and read["train samples"] is None
-    assert result["peft_blueprint"]["run"]["metric"] is None
 
 
 def test_a_probe_that_is_charged_is_said():
