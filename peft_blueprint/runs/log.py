@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .._files import require_writable
 from .._options import from_mapping
-from .._processes import of_first_process, process_count
+from .._processes import of_every_process, of_first_process, process_count
 from ..errors import BlueprintError, FormatError
 from .ledger import Ledger
 from .quantity import RESOURCES, UNITS, Direction, Quantity, absent, across_processes, format_quantity
@@ -157,10 +157,8 @@ class RunLog:
         own: dict[str, Quantity] | None = None
         with self.guarded("totals"):
             own = self.ledger.quantities()
-        parts: list[Any] = [own] * process_count()
-        if len(parts) > 1:
-            dist.all_gather_object(parts, own)
-        if all(part is not None for part in parts):
+        parts = of_every_process(own)
+        if None not in parts:
             self._totals = across_processes(parts)
         return self._totals
 

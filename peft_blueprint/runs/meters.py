@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..errors import BlueprintError, MeasurementError
 from .quantity import Quantity, absent, is_finite_number, modelled
@@ -291,36 +291,30 @@ def carbon_factor(where: str | float | None) -> Quantity:
 
 
 def _of_country(country: str) -> Quantity:
+    instead = "Or give the grams of CO2 equivalent per kWh as a number."
     spec = importlib.util.find_spec(CODECARBON)  # finds a package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise BlueprintError(
-            "A country's carbon factor needs CodeCarbon: pip install 'peft-blueprint[carbon]'. Or give the grams of CO2 "
-            "equivalent per kWh as a number."
+            f"A country's carbon factor needs CodeCarbon: pip install 'peft-blueprint[carbon]'. {instead}"
         )
-    path, version = Path(spec.submodule_search_locations[0], ENERGY_MIX), metadata.version(CODECARBON)
+    path, version = Path(spec.submodule_search_locations[0], ENERGY_MIX), f"CodeCarbon {metadata.version(CODECARBON)}"
     try:
-        countries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        countries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(countries, dict):
             raise ValueError("not an object of countries")
     except (OSError, ValueError) as error:
-        raise BlueprintError(
-            f"CodeCarbon {version} has no table of countries at {path}: {error}. Give the grams of CO2 equivalent per "
-            "kWh as a number."
-        ) from error
+        raise BlueprintError(f"{version} has no table of countries at {path}: {error}. {instead}") from error
     entry = countries.get(country)
     if not isinstance(entry, dict):
         raise BlueprintError(
-            f"carbon={country!r} is not among the {len(countries)} countries of CodeCarbon {version}. Give three "
-            "letters, such as DEU, FRA or USA, or the grams of CO2 equivalent per kWh as a number."
+            f"carbon={country!r} is not among the {len(countries)} countries of {version}. Give three letters, such as "
+            f"DEU, FRA or USA. {instead}"
         )
     grams = entry.get("carbon_intensity")
     if not is_finite_number(grams) or grams < 0:
-        raise BlueprintError(
-            f"CodeCarbon {version} has no carbon intensity of {country}, got {grams!r}. Give the grams of CO2 "
-            "equivalent per kWh as a number."
-        )
+        raise BlueprintError(f"{version} has no carbon intensity of {country}, got {grams!r}. {instead}")
     year = f", {entry['year']}" if "year" in entry else ""
-    return modelled(float(grams), f"{grams:g} g CO2e/kWh, CodeCarbon {version}, {country}{year}")
+    return modelled(float(grams), f"{grams:g} g CO2e/kWh, {version}, {country}{year}")
 
 
 def _guarded(read: Callable[[], float]) -> Callable[[], float]:

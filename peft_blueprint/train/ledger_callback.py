@@ -143,9 +143,7 @@ class LedgerCallback(TrainerCallback):
         self._lacks_metric = False
         self._mark = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start a log, or continue that of the checkpoint."""
         self._begin()
         if state.is_world_process_zero:
@@ -167,9 +165,7 @@ class LedgerCallback(TrainerCallback):
         self._has_begun = True
         self._mark = time.perf_counter()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log what is pending from the last step; start counting FLOPs in `COUNTED_STEP`."""
         if self._lacks_metric:
             point = self._log.points[-1]
@@ -186,15 +182,14 @@ class LedgerCallback(TrainerCallback):
                     self._counter.start_counting()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Stop counting after all micro-batches of the step, and generation for them as in TRL's GRPO."""
         if self._counter.is_counting:
-            self._stop_counting()
+            with self._log.guarded("counted FLOPs"):
+                self._counted = self._counter.stop_counting()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the tokens of the step; add up where the Trainer logs, evaluates or saves."""
         if tokens := self._counter.take():
             self._log.step(tokens)
@@ -208,9 +203,7 @@ class LedgerCallback(TrainerCallback):
             self._note_optimizer()
         self._add_up(args, state, control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add up where the Trainer logs, evaluates or saves."""
         self._add_up(args, state, control)
 
@@ -220,7 +213,7 @@ class LedgerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Record the training loss and check the rule if it is the metric; log the totals with the Trainer's summary."""
         if not self._has_begun or not logs:
@@ -243,7 +236,7 @@ class LedgerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Record the evaluation and check the rule."""
         if not self._has_begun:
@@ -262,22 +255,20 @@ class LedgerCallback(TrainerCallback):
         self._mark = time.perf_counter()
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Read the meters once a minute, so that no energy counter wraps around unseen in a long evaluation."""
         if self._has_begun:
             with self._log.guarded("the meters"):
                 self._log.ledger.look_if_due()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the record."""
         self._log.seconds["saving"] += time.perf_counter() - self._mark
         self._log.save()
         self._mark = time.perf_counter()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add up for the last time, write the record and log its summary."""
         self._counter.detach()
         self._note_optimizer()
@@ -324,10 +315,6 @@ class LedgerCallback(TrainerCallback):
         if pending:
             self.trainer.log(pending)
         control.should_log = should_log  # `Trainer.log` resets it
-
-    def _stop_counting(self) -> None:
-        with self._log.guarded("counted FLOPs"):
-            self._counted = self._counter.stop_counting()
 
     def _note_optimizer(self) -> None:
         if self.trainer.optimizer is not None:
