@@ -12,13 +12,11 @@ from huggingface_hub import ModelCardData
 from ..blueprint import Blueprint, file_name, norm_of, score_of
 from ..errors import BlueprintError
 from .card_sections import MAX_CHARACTERS, as_code, as_text, marked
-from .metadata import add_metadata, is_hub_id
+from .metadata import add_metadata, is_dataset_id, is_hub_id
 
 
 TAG = "gradient-blueprint"
 MAX_ROWS = 20  # of a table, and of the parts of a statement
-
-_DATA_FILE = re.compile(r".*\.(?:jsonl?|csv|tsv|txt|md|parquet|arrow|gz|zst|zip|py|ya?ml)", re.IGNORECASE)
 
 
 def card_section(
@@ -87,7 +85,7 @@ def datasets_of(blueprint: Blueprint) -> list[str]:
     values = data.values() if isinstance(data, Mapping) else [data]
     texts = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
     names = [name.strip() for text in texts if isinstance(text, str) for name in text.split(",")]
-    return list(dict.fromkeys(name for name in names if is_hub_id(name) and not _DATA_FILE.fullmatch(name)))
+    return list(dict.fromkeys(name for name in names if is_dataset_id(name)))
 
 
 def _parse_file_name(name: str) -> tuple[str | None, str | None]:

@@ -24,6 +24,7 @@ MAX_DEPTH = 40  # nested lists and mappings
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPENING = re.compile(r"\ufeff?\s*---[ \t]*(?:\r\n|\n|\r)")
 _CLOSING = re.compile(r"^---[ \t]*(?=[\r\n]|\Z)", re.MULTILINE)
+_DATA_FILE = re.compile(r".*\.(?:jsonl?|csv|tsv|txt|md|parquet|arrow|gz|zst|zip|py|ya?ml)", re.IGNORECASE)
 _COMMENT = re.compile(r"(?:^|(?<=\s))#.*$", re.MULTILINE)
 _INDENTED = re.compile(r"^ +- ", re.MULTILINE)
 
@@ -61,7 +62,7 @@ def is_hub_id(text: str) -> bool:
     """Return whether a text has the form `org/name` of a repository on the Hub.
 
     Example:
-        >>> is_hub_id("openai/gsm8k"), is_hub_id("data/train.jsonl/x")
+        >>> is_hub_id("openai/gsm8k"), is_hub_id("../model")
         (True, False)
     """
     try:
@@ -69,6 +70,16 @@ def is_hub_id(text: str) -> bool:
     except HFValidationError:
         return False
     return text.isascii() and text.count("/") == 1 and text == text.strip() and text[0].isalnum()
+
+
+def is_dataset_id(text: str) -> bool:
+    """Return whether a text has the form of a data set's id on the Hub, and not of a file's path.
+
+    Example:
+        >>> is_dataset_id("openai/gsm8k"), is_dataset_id("data/train.jsonl")
+        (True, False)
+    """
+    return is_hub_id(text) and not _DATA_FILE.fullmatch(text)
 
 
 def add_metadata(card: str, data: ModelCardData) -> str:

@@ -15,7 +15,7 @@ from .._files import write_atomically
 from ..errors import BlueprintError
 from ..runs import UNITS, Report, Row, RunRecord, format_number, format_quantity
 from .card_sections import MAX_CHARACTERS, as_text, marked, one_line, with_section
-from .metadata import Metadata, add_metadata, edit_metadata, is_hub_id, read_metadata
+from .metadata import Metadata, add_metadata, edit_metadata, is_dataset_id, is_hub_id, read_metadata
 from .words import (
     ABSENT,
     RESOURCE_NAMES,
@@ -238,15 +238,15 @@ def emissions_of(record: RunRecord) -> dict[str, Any] | None:
 
 
 def eval_results(record: RunRecord) -> list[EvalResult]:
-    """Return the metrics of a run's last evaluation; none if `about["eval_dataset"]` does not name its data set.
+    """Return the metrics of a run's last evaluation; none if `about["held_out"]` does not name its data set.
 
     That is an id on the Hub, or a file, of which only the name is published. The task follows from PEFT's `task_type`;
     by default it is text generation.
     """
-    dataset = record.about.get("eval_dataset")
+    dataset = record.about.get("held_out")
     if not record.points or not isinstance(dataset, str) or not dataset.strip():
         return []
-    name = one_line(dataset if is_hub_id(dataset) else re.split(r"[/\\]", dataset)[-1])
+    name = one_line(dataset if is_dataset_id(dataset) else re.split(r"[/\\]", dataset)[-1])
     adapter = record.about.get("peft_config")
     task = adapter.get("task_type") if isinstance(adapter, Mapping) else None
     last = record.points[-1]
@@ -255,7 +255,7 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
             task_type=_TASKS.get(str(task), "text-generation"),
             dataset_type=name,
             dataset_name=name,
-            metric_type=one_line(metric.removeprefix("eval_")),
+            metric_type=one_line(metric.removeprefix("eval_").removeprefix("held_out_")),
             metric_value=float(f"{value:.6g}"),
             metric_name=f"{one_line(metric)} at step {last.step} ({SOURCE})",
         )

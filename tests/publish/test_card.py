@@ -113,7 +113,7 @@ def test_the_strongest_are_the_first_of_every_kind(blueprint):
         assert float(high) == pytest.approx(entry.norm_interval[1], rel=0.01)
         assert float(gain) == pytest.approx(entry.adam_gain, rel=0.01)
     assert "by adam gain" in card_section(blueprint, FILE, by="adam_gain")
-    with pytest.raises(BlueprintError, match="no statistic 'beauty'"):
+    with pytest.raises(BlueprintError, match="by must be one of.*got 'beauty'"):
         card_section(blueprint, FILE, by="beauty")
 
 

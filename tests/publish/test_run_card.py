@@ -81,7 +81,7 @@ def test_fine_tuning_is_said_where_it_is_known():
 
 def test_results_are_as_the_hub_reads_them():
     """Each finite metric of the last evaluation, for its data set and PEFT's task."""
-    run = made_up_run(eval_dataset="openai/gsm8k", peft_config={"task_type": "CAUSAL_LM"})
+    run = made_up_run(held_out="openai/gsm8k", peft_config={"task_type": "CAUSAL_LM"})
     card, notes = put(PLAIN, run)
     loss, accuracy = ModelCard(card).data.eval_results
     last = run.points[-1].metrics
@@ -95,20 +95,20 @@ def test_results_are_as_the_hub_reads_them():
         metric_name="eval_loss at step 600 (peft-blueprint)",
     )
     assert accuracy.metric_type == "accuracy" and ModelCard(card).data.model_name == "lora-r16"
-    assert [result.dataset_name for result in eval_results(made_up_run(eval_dataset="/home/me/test.jsonl"))][0] == (
+    assert [result.dataset_name for result in eval_results(made_up_run(held_out="data/test.jsonl"))][0] == (
         "test.jsonl"
     )
-    assert eval_results(made_up_run(eval_dataset="a/b", peft_config={"task_type": "SEQ_CLS"}))[0].task_type == (
+    assert eval_results(made_up_run(held_out="a/b", peft_config={"task_type": "SEQ_CLS"}))[0].task_type == (
         "text-classification"
     )
     diverged = replace(run, points=(replace(run.points[-1], metrics={"eval_loss": float("nan")}),))
-    assert eval_results(diverged) == eval_results(made_up_run()) == eval_results(made_up_run(eval_dataset=3)) == []
+    assert eval_results(diverged) == eval_results(made_up_run()) == eval_results(made_up_run(held_out=3)) == []
 
 
 def test_results_of_others_stay_beside_ours():
     """Twice is once; a later run replaces ours alone, and one without results removes them; comments stay."""
     plain = PLAIN.replace("tags:", INDEX + "tags:")
-    run = without_carbon(eval_dataset="openai/gsm8k")
+    run = without_carbon(held_out="openai/gsm8k")
     card, _ = put(plain, run)
     results = ModelCard(card).data.eval_results
     assert [result.metric_type for result in results] == ["exact_match", "loss", "accuracy"]
@@ -125,7 +125,7 @@ def test_results_of_others_stay_beside_ours():
 def test_an_odd_index_is_left_alone(index):
     """A note says so."""
     card = PLAIN.replace("tags:", f"model-index: {index}\ntags:")
-    changed, notes = put(card, without_carbon(eval_dataset="openai/gsm8k"))
+    changed, notes = put(card, without_carbon(held_out="openai/gsm8k"))
     assert changed == card and "model-index in the card is not a list" in notes[0]
 
 
