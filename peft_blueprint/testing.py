@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -18,6 +19,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -190,10 +192,7 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def save_tiny_model(folder: Path, layers: int = 3) -> Path:
-    """Write a tiny Llama with a tokenizer whose words are the numbers 0 to 89. Returns the folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    """Save a tiny Llama with a tokenizer of the numbers 0 to 89, and return the folder."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *map(str, range(90))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

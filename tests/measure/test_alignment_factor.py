@@ -1,5 +1,5 @@
 """Projections of examples' gradients, how examples and submodules agree, and what a set of submodules gains together.
-Run: pytest tests/test_alignment.py
+Run: pytest tests/measure/test_alignment_factor.py
 """
 
 import itertools

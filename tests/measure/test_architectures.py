@@ -1,4 +1,4 @@
-"""Every family of models is measured rightly, nothing dropped in silence. Run: pytest tests/test_architectures.py"""
+"""Every family of models is measured rightly, nothing dropped in silence. Run: pytest tests/measure/test_architectures.py"""
 
 from collections import Counter
 from collections.abc import Callable

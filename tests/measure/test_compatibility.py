@@ -1,4 +1,4 @@
-"""A blueprint is bound to its model: by names and shapes, id and revision, and weights. Run: pytest tests/test_binding.py"""
+"""A blueprint is bound to its model: by names and shapes, id and revision, and weights. Run: pytest tests/measure/test_compatibility.py"""
 
 import warnings
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Several processes, and models sharded over them, measure what one process does. Run: pytest tests/test_distributed.py
+"""Several processes, and models sharded over them, measure what one process does. Run: pytest tests/measure/test_distributed.py
 
 What needs two processes runs once, in two gloo processes that `torchrun` starts with this very file as their script:
 each scenario below returns what it found, and the tests compare.

@@ -1,4 +1,4 @@
-"""The measurement that fills the record. Run: pytest tests/test_generate.py"""
+"""The measurement that fills the record. Run: pytest tests/measure/test_generate.py"""
 
 import json
 from dataclasses import fields

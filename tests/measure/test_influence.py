@@ -1,4 +1,4 @@
-"""The measurement agrees with plain autograd, one example at a time. Run: pytest tests/test_influence.py"""
+"""The measurement agrees with plain autograd, one example at a time. Run: pytest tests/measure/test_influence.py"""
 
 import pytest
 import torch

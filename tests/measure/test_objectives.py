@@ -1,4 +1,4 @@
-"""Whatever is minimised is what is measured, or an error says why not. Run: pytest tests/test_objectives.py"""
+"""Whatever is minimised is what is measured, or an error says why not. Run: pytest tests/measure/test_objectives.py"""
 
 import pytest
 import torch

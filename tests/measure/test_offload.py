@@ -1,4 +1,4 @@
-"""A model that accelerate keeps in memory or on a disk is measured as one at hand. Run: pytest tests/test_offload.py"""
+"""A model that accelerate keeps in memory or on a disk is measured as one at hand. Run: pytest tests/measure/test_offload.py"""
 
 import accelerate
 import pytest

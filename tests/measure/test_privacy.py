@@ -1,4 +1,4 @@
-"""What a private release guarantees, what it says, and what it must not say. Run: pytest tests/test_privacy.py"""
+"""What a private release guarantees, what it says, and what it must not say. Run: pytest tests/measure/test_privacy.py"""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Sketched norms estimate exact ones, and say how well. Run: pytest tests/test_sketch.py"""
+"""Sketched norms estimate exact ones, and say how well. Run: pytest tests/measure/test_sketch.py"""
 
 import math
 
