@@ -378,10 +378,12 @@ def pareto_front(costs: Sequence[float | None], worths: Sequence[float | None]) 
 
 
 def _slope(curve: Sequence[tuple[float, float]]) -> float | None:
-    """Return the slope of the least-squares line; None if all x are equal."""
-    if len({x for x, _ in curve}) < 2:
+    """Return the slope of the least-squares line; None for fewer than two different x, or beyond the range of floats."""
+    try:
+        slope = statistics.linear_regression([x for x, _ in curve], [y for _, y in curve]).slope
+    except (statistics.StatisticsError, OverflowError):
         return None
-    return statistics.linear_regression(*zip(*curve, strict=True)).slope
+    return slope if math.isfinite(slope) else None
 
 
 def _over(a: float | None, b: float | None) -> float | None:

@@ -17,7 +17,7 @@ from tests.made_up_runs import made_up_run
 
 def run(name, curve, *, metric="eval_loss", direction="minimize", total=None, **about):
     """A run whose points are (seconds, metric); the steps are the seconds."""
-    points = tuple(Point(int(x), {"seconds": float(x)}, {metric: y}) for x, y in curve)
+    points = tuple(Point(min(int(x), 10**9), {"seconds": float(x)}, {metric: y}) for x, y in curve)
     spent = measured(float(total if total is not None else curve[-1][0]), "clock")
     return RunRecord(name, metric, direction, "seconds", {"seconds": spent}, points, about=about)
 
@@ -55,6 +55,11 @@ def test_the_last_ratio_is_the_slope_over_the_window():
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
     row = make_report([BASE], window=9).rows[0]
     assert row.ratio == pytest.approx(-slope) and row.window == 4
+
+
+def test_a_slope_beyond_the_range_of_floats_is_not_known():
+    """A damaged record ends no report."""
+    assert make_report([run("huge", [(0, 1.0), (1e300, 2.0), (2e300, 1e300)])]).rows[0].ratio is None
 
 
 def test_gain_counts_from_the_first_evaluation_and_so_does_what_it_took():
