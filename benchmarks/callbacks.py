@@ -71,8 +71,8 @@ def main(options: argparse.Namespace) -> None:
     if "ledger" in options.callback:
         with Ledger(flops_per_token=modelled(1e9, "CostModel")) as ledger:
             add = _each(lambda: ledger.add(tokens=512), options.calls)
-            figures = _each(ledger.figures, max(1, options.calls // 20))
-        print(f"\nLedger.add {1e6 * add:.2f} µs, Ledger.figures {1e6 * figures:.0f} µs")
+            quantities = _each(ledger.quantities, max(1, options.calls // 20))
+        print(f"\nLedger.add {1e6 * add:.2f} µs, Ledger.quantities {1e6 * quantities:.0f} µs")
 
 
 @dataclass
