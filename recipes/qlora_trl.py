@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     prepared = prepare(recipe, config)
     if prepared.learning_rate is not None:
         config.learning_rate = prepared.learning_rate
-    if prepared.plan.placement is not None:
-        print(prepared.plan.placement, file=sys.stderr)
+    if prepared.placement is not None:
+        print(prepared.placement, file=sys.stderr)
 
     trainer = SFTTrainer(
         model=prepared.model,
@@ -76,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "measure_seconds": sum(part["seconds"].value or 0.0 for part in (prepared.probe, initialization) if part),
         "train_seconds": spent.seconds,
         "peak_bytes": spent.peak_bytes,
-        "predicted_bytes": prepared.plan.memory,
-        "predicted_time": prepared.plan.time,
-        "gain_retained": prepared.plan.gain_retained,
-        "lowest": prepared.plan.lowest,
+        **prepared.predicted,
         "output": recipe.output,
     }
     text = json.dumps(report, indent=2)

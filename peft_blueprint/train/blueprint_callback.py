@@ -115,9 +115,7 @@ class BlueprintCallback(TrainerCallback):
         self._find_trained()
         self._start()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Find what is trained, and the steps of the milestones to come."""
         accelerator = self.trainer.accelerator
         if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -135,7 +133,7 @@ class BlueprintCallback(TrainerCallback):
             require_writable(self.output_dir)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start computing the norms, if this step is to be measured."""
         step = state.global_step + 1
@@ -157,9 +155,7 @@ class BlueprintCallback(TrainerCallback):
         order, norms = start_norms([gradient for _, gradient in read])
         self._pending = [read[i][0] for i in order], norms
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log the norms of a measured step, and write the blueprints that are due."""
         if self._pending is None:
             return

@@ -76,14 +76,9 @@ class CheckpointAbove(TrainerCallback):
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Call `checkpoint_above` with the arguments' checkpointing options."""
-        if args.gradient_checkpointing and model is not None:
+        if args.gradient_checkpointing and kwargs.get("model") is not None:
             options = args.gradient_checkpointing_kwargs
-            checkpoint_above(model, **(options if isinstance(options, dict) else {}))
+            checkpoint_above(kwargs["model"], **(options if isinstance(options, dict) else {}))

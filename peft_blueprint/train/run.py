@@ -71,27 +71,6 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where adapters go, with predicted costs.
-
-    Args:
-        placement: None for LoRA on every linear layer.
-        time: step time relative to LoRA on every linear layer; None if unknown.
-        memory: bytes at the peak of a step; None if unknown.
-        gain_retained: share of all-linear LoRA's predicted gain; None if unknown.
-        lowest: depth at which the backward pass stops; None if unknown.
-        learning_rate_scale: learning rate relative to all-linear LoRA's; None if unknown.
-    """
-
-    placement: Placement | None
-    time: float | None
-    memory: int | None
-    gain_retained: float | None
-    lowest: int | None
-    learning_rate_scale: float | None
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A run just before training, for any trainer.
 
@@ -101,7 +80,8 @@ class Prepared:
         examples: training data as it was read.
         rows: the same examples as tokens and labels.
         config: config of the adapter.
-        plan: where adapters go, with predicted costs.
+        placement: where adapters go; None for LoRA on every linear layer.
+        predicted: predicted costs and gain, by the names of `Report`'s fields.
         learning_rate: predicted learning rate; None for that of the training arguments.
         drift: rank correlation of probe and published blueprint; None without both.
         probe: resources that the probe spent; empty without one.
@@ -112,7 +92,8 @@ class Prepared:
     examples: Sequence[Mapping[str, Any]]
     rows: Sequence[Row]
     config: LoraConfig
-    plan: Plan
+    placement: Placement | None
+    predicted: Mapping[str, Any]
     learning_rate: float | None
     drift: float | None
     probe: Spent
@@ -200,10 +181,9 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
     model.save_pretrained(recipe.output)
     prepared.tokenizer.save_pretrained(recipe.output)
 
-    plan = prepared.plan
     report = Report(
         placed=sum(name.endswith("lora_A") for name, _ in model.named_modules()),
-        unfrozen=len(plan.placement.unfreeze) if plan.placement is not None else 0,
+        unfrozen=len(prepared.placement.unfreeze) if prepared.placement is not None else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=steps,
         loss_before=loss_before,
@@ -214,11 +194,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
         drift=prepared.drift,
         output=recipe.output,
         learning_rate=arguments.learning_rate,
-        learning_rate_scale=plan.learning_rate_scale,
-        predicted_time=plan.time,
-        predicted_bytes=plan.memory,
-        gain_retained=plan.gain_retained,
-        lowest=plan.lowest,
+        **prepared.predicted,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     if loss_before is not None and loss_after is not None:
@@ -257,25 +233,24 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
     if recipe.is_planned_before_loading:
         workload = workload_of_step(dtype_of(recipe.dtype, True) or torch.float32)
         plan = _plan(recipe, published, empty_model(recipe.model), workload)
-        assert plan.placement is not None and quantization is not None
-        skip = [*plan.placement.quantization_skip_modules(), *(quantization.get("llm_int8_skip_modules") or [])]
+        assert plan[0] is not None and quantization is not None
+        skip = [*plan[0].quantization_skip_modules(), *(quantization.get("llm_int8_skip_modules") or [])]
         quantization = {**quantization, "llm_int8_skip_modules": list(dict.fromkeys(skip))}
     model, _ = load_model(recipe.model, recipe.dtype, quantization)
     workload = workload_of_step(model.dtype, model.config._attn_implementation)
     batches = make_batches(rows, BATCH_SIZE, get_pad_token_id(tokenizer))
     blueprint, drift, spent = _measure(recipe, model, batches, published, progress)
-    if plan is None:
-        plan = _plan(recipe, blueprint, model, workload)
-    else:
-        blueprint = published
+    blueprint = blueprint if plan is None else published
+    placement, predicted = plan or _plan(recipe, blueprint, model, workload)
     return Prepared(
         model=model,
         tokenizer=tokenizer,
         examples=examples,
         rows=rows,
-        config=_adapter_config(recipe, plan, blueprint, workload),
-        plan=plan,
-        learning_rate=_learning_rate(recipe, plan),
+        config=_adapter_config(recipe, placement, blueprint, workload),
+        placement=placement,
+        predicted=predicted,
+        learning_rate=_learning_rate(recipe, predicted["learning_rate_scale"]),
         drift=drift,
         probe=spent,
     )
@@ -338,16 +313,11 @@ class StderrProgress(ProgressCallback):
     """The Trainer's progress bar, with a short line a logging step on stderr instead of dictionaries on stdout."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Write the losses and the learning rate."""
-        names = ("loss", "eval_loss", "learning_rate")
-        shown = [f"{name} {float(logs[name]):.4g}" for name in names if logs and name in logs]
+        logs = logs or {}
+        shown = [f"{name} {float(logs[name]):.4g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs]
         if shown and state.is_world_process_zero:
             tqdm.write(f"step {state.global_step}: {', '.join(shown)}", file=sys.stderr)
 
@@ -423,20 +393,24 @@ def _measure(
     return blueprint, check_drift(probe, published).correlation, spent
 
 
-def _plan(recipe: Recipe, blueprint: Blueprint | None, model: nn.Module, workload: Workload) -> Plan:
+def _plan(
+    recipe: Recipe, blueprint: Blueprint | None, model: nn.Module, workload: Workload
+) -> tuple[Placement | None, dict[str, Any]]:
+    """Place adapters; return the placement, and predictions by the names of `Report`'s fields."""
+    cost: Mapping[str, float | None]
     if isinstance(recipe.placement, str):
         whole = CostModel(Structure.of(model), workload).all_linear()
-        return Plan(None, 1.0, whole.bytes, 1.0, whole.lowest, 1.0)
-    placement = plan_placement(blueprint, model, _placement_options(recipe), workload=workload)
-    cost = placement.cost
-    return Plan(
-        placement,
-        cost.get("time"),
-        None if cost.get("memory") is None else int(cost["memory"]),
-        placement.gain_retained,
-        None if cost.get("lowest") is None else int(cost["lowest"]),
-        placement.learning_rate_scale,
-    )
+        placement, cost = None, {"time": 1.0, "memory": whole.bytes, "lowest": whole.lowest}
+    else:
+        placement = plan_placement(blueprint, model, _placement_options(recipe), workload=workload)
+        cost = placement.cost
+    return placement, {
+        "predicted_time": cost.get("time"),
+        "predicted_bytes": cost.get("memory"),
+        "lowest": cost.get("lowest"),
+        "gain_retained": 1.0 if placement is None else placement.gain_retained,
+        "learning_rate_scale": 1.0 if placement is None else placement.learning_rate_scale,
+    }
 
 
 def _placement_options(recipe: Recipe) -> PlacementOptions:
@@ -450,12 +424,14 @@ def _placement_options(recipe: Recipe) -> PlacementOptions:
     return PlacementOptions(**options | {"budget": limits or None, "r": recipe.lora.get("r"), "seed": recipe.seed})
 
 
-def _adapter_config(recipe: Recipe, plan: Plan, blueprint: Blueprint | None, workload: Workload) -> LoraConfig:
+def _adapter_config(
+    recipe: Recipe, placement: Placement | None, blueprint: Blueprint | None, workload: Workload
+) -> LoraConfig:
     lora = {"task_type": "CAUSAL_LM", **recipe.lora}
-    if plan.placement is None:
+    if placement is None:
         return LoraConfig(target_modules=ALL_LINEAR, **lora)
     options = vars(_placement_options(recipe))  # they are saved with the adapter
-    return BlueprintConfig(blueprint=blueprint, placement=plan.placement, workload=workload, **options | lora)
+    return BlueprintConfig(blueprint=blueprint, placement=placement, workload=workload, **options | lora)
 
 
 def _workload(
@@ -486,15 +462,15 @@ def _workload(
     return Workload(**{**derived, **recipe.workload})
 
 
-def _learning_rate(recipe: Recipe, plan: Plan) -> float | None:
+def _learning_rate(recipe: Recipe, scale: float | None) -> float | None:
     if recipe.base_learning_rate is None:
         return None
-    if plan.learning_rate_scale is None:
+    if scale is None:
         raise BlueprintError(
             f"base_learning_rate: {recipe.base_learning_rate} cannot be scaled to this placement, because the blueprint "
             "lacks adam_gain. Measure one with peft-blueprint generate, or give training: learning_rate."
         )
-    return recipe.base_learning_rate * plan.learning_rate_scale
+    return recipe.base_learning_rate * scale
 
 
 def _with_evaluations(record: RunRecord, steps: int, before: float, after: float) -> RunRecord:
