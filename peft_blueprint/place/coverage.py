@@ -44,6 +44,13 @@ def make_picker(entries: Sequence[Submodule], score: Score | None, coverage: Cov
         coverage: what to spread over.
         is_comparable: whether scores compare across kinds; otherwise they are divided by their kind's median where
             kinds are mixed.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> entries = [Submodule(f"{i}.{kind}", 1.0 + i, kind=kind, depth=i) for i in range(4) for kind in "qv"]
+        >>> pick = make_picker(entries, lambda entry: entry.gradient_norm, "kind+depth", is_comparable=False)
+        >>> [entry.name for entry in pick(4)]
+        ['1.q', '3.q', '1.v', '3.v']
     """
     shallow_first = sorted(entries, key=_depth)
     kinds = list(by_kind(shallow_first).values())
@@ -97,7 +104,13 @@ def nucleus(entries: Sequence[Submodule], share: float, score: Score, coverage: 
 
 
 def by_kind(entries: Sequence[Submodule]) -> dict[str | None, list[Submodule]]:
-    """Group entries by kind, in their order."""
+    """Group entries by kind, in their order.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> list(by_kind([Submodule("0.q", 1.0, kind="q"), Submodule("0.v", 1.0, kind="v")]))
+        ['q', 'v']
+    """
     kinds: dict[str | None, list[Submodule]] = {}
     for entry in entries:
         kinds.setdefault(entry.kind, []).append(entry)

@@ -107,6 +107,8 @@ def recommend_setting(settings: Sequence[Setting]) -> Setting:
 
     Raises:
         PlacementError: if nothing fits in any setting, with the reason of the last, which takes the least memory.
+
+    Example: see `plan_settings`.
     """
     fitting = {i: s.placement.gain_retained or 0.0 for i, s in enumerate(settings) if s.placement is not None}
     if not fitting:

@@ -56,6 +56,12 @@ def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Subm
         chosen: entries that get an adapter.
         entries: all entries that could.
         rank: of LoRA on all entries.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> entries = [Submodule(f"{i}.q", 1.0, shape=(64, 64)) for i in range(4)]
+        >>> rank_of_equal_parameters(entries[:1], entries, rank=16)
+        64
     """
     whole, part = (sum(map(_width, group)) for group in (entries, chosen))
     raised = min(_LARGEST_RAISED * rank, rank * whole // part) if part else rank

@@ -34,6 +34,11 @@ def score(entries: Sequence[Submodule], by: str, *, seed: int = 0, costs: ArrayL
     Raises:
         BlueprintError: for an unknown score, entries without the statistic, or costs that are not positive or not one an
             entry.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> score([Submodule("a", 2.0), Submodule("b", 3.0)], "gradient_norm", costs=[1.0, 2.0]).tolist()
+        [2.0, 1.5]
     """
     _check_known(by)
     values = random(entries, seed) if by == "random" else SCORES[by](entries)

@@ -78,6 +78,13 @@ class PlacementSolver:
         options: their selector is ignored; `rank_by` must be given, `ranks` defaults to "uniform" and `r` to 16.
         costs: None where they are not known.
         reach: of `CoverGain`.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> entries = [Submodule(f"{i}.q", 1.0, kind="q", depth=i, adam_gain=1.0 + i) for i in range(4)]
+        >>> solver = PlacementSolver(entries, PlacementOptions(rank_by="adam_gain", coverage="none"))
+        >>> [unit.name for unit in solver.adapters(Selector({"num_modules": 2})).units]
+        ['2.q', '3.q']
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Budgets are read as people write them. Run: pytest tests/test_budget.py"""
+"""Budgets are read as people write them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""BlueprintConfig through everything PEFT does with LoRA. Run: pytest tests/test_config.py"""
+"""BlueprintConfig through everything PEFT does with LoRA."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""BlueprintConfig on mixtures of experts, shared weights and classifiers. Run: pytest tests/test_config_families.py"""
+"""BlueprintConfig on mixtures of experts, shared weights and classifiers."""
 
 import copy
 import json

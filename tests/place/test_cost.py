@@ -1,4 +1,4 @@
-"""What a placement costs, counted before it is run. Run: pytest tests/test_cost.py"""
+"""What a placement costs, counted before it is run."""
 
 import json
 import random

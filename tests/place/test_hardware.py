@@ -1,4 +1,4 @@
-"""What fits a card, and the verb that says so before any download. Run: pytest tests/test_fitting.py"""
+"""Settings that fit a device, and the verb `plan`, which needs no weights."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which submodules a blueprint chooses, by hand and whatever the blueprint. Run: pytest tests/test_placement.py"""
+"""Which submodules a blueprint chooses, by hand and whatever the blueprint."""
 
 import json
 import math

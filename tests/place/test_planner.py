@@ -1,7 +1,4 @@
-"""Placements under budgets: never exceeded, honest about what is too small, quick on large models.
-
-Run: pytest tests/test_planner.py
-"""
+"""Placements under budgets: never exceeded, honest about what is too small, quick on large models."""
 
 import json
 import re

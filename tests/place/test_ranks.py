@@ -1,7 +1,4 @@
-"""Ranks of a placement's adapters, and the learning rate that suits them.
-
-Run: pytest tests/test_ranks.py
-"""
+"""Ranks of a placement's adapters, and the learning rate that suits them."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Scores rank submodules by what was measured, or by nothing. Run: pytest tests/test_scores.py"""
+"""Scores rank submodules by what was measured, or by nothing."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Placements in other trainers' words, put to work the way each trainer does. Run: pytest tests/test_export.py"""
+"""Placements as other trainers' configurations, put to work the way each trainer does."""
 
 import inspect
 import sys

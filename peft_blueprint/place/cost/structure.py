@@ -126,6 +126,12 @@ class Structure:
 
         The number of heads, the experts that a token visits and the activation function come from the config of a
         transformers model.
+
+        Example:
+            >>> from peft_blueprint.testing import tiny_llama
+            >>> structure = Structure.of(tiny_llama(layers=2))
+            >>> len(structure.adaptable), structure.stages, structure.is_whole
+            (14, 19, True)
         """
         weights, entries = find_weights(model), find_submodules(model, include="all")
         settings = _settings(model)

@@ -169,6 +169,11 @@ def workload_of(model: Any, **settings: Any) -> Workload:
 
     Raises:
         PlacementError: for unknown settings or values.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> workload_of(tiny_llama(), length=64).dtype
+        'float32'
     """
     tensors = [weight.tensor for weight in find_weights(model)] if isinstance(model, nn.Module) else []
     if all(tensor.is_meta for tensor in tensors):
