@@ -42,7 +42,7 @@ from .study.plan import digest
 
 SWAPPED = 0.2
 METHODS = (*DEFAULT, "loss_low", "length_short", "coreset_k_centre")
-SIZES, DRAWS = (64, 128, 256, 512), 5
+SIZES = (64, 128, 256, 512)
 MEASURED, LONGEST = 640, 128
 SCALARS = {"model": 6, "tokens": 4}
 QUICK = {
@@ -51,6 +51,7 @@ QUICK = {
     "seeds": [0],
     "pool": 24,
     "sizes": [16],
+    "draws": 1,
 }
 
 
@@ -62,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pool", type=int, help=f"examples: {POOL} to swap among, {MEASURED} to predict")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of subsets to learn from")
+    parser.add_argument("--draws", type=int, default=5, help="subsets of each size")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -78,9 +80,9 @@ def main(options: argparse.Namespace) -> None:
         count = len(found["norm"])
         if max(options.sizes) >= count:
             raise SystemExit(f"--sizes must be below the {count} examples of the pool, got {max(options.sizes)}.")
-        print(f"\n{count} examples, {DRAWS} random subsets each; mean ± standard error over subsets\n")
+        print(f"\n{count} examples, {options.draws} random subsets each; mean ± standard error over subsets\n")
         columns = ["predicted", "features", "measured", "rank correlation", "its own estimate", "FLOPs", "seconds"]
-        setup.print_table([*columns, "chosen most often"], _predictor_rows(found, options.sizes))
+        setup.print_table([*columns, "chosen most often"], _predictor_rows(found, options.sizes, options.draws))
 
 
 # ---- swapped answers
@@ -166,12 +168,12 @@ def _in_parts(
     return np.concatenate(found), time.perf_counter() - start
 
 
-def _predictor_rows(found: dict[str, Any], sizes: Sequence[int]) -> Iterator[list[str]]:
+def _predictor_rows(found: dict[str, Any], sizes: Sequence[int], draws: int) -> Iterator[list[str]]:
     """Yield rank correlations by what is predicted, from what, and how many were measured."""
     for what in ("norm", "alignment"):
         for features in SCALARS:
             for size in sizes:
-                runs = [_of_subset(found, what, features, size, draw) for draw in range(DRAWS)]
+                runs = [_of_subset(found, what, features, size, draw) for draw in range(draws)]
                 true, own, seconds, names = (list(column) for column in zip(*runs, strict=True))
                 shares = _cost_of(found, what, features, size, statistics.median(seconds))
                 ranked = [setup.mean_and_error(values, ".3f") for values in (true, own)]

@@ -138,7 +138,7 @@ class Contest:
     @functools.cached_property
     def placement(self) -> Any:
         """The same for all arms and sets."""
-        return self.ground.plan(keep=KEEP)
+        return self.ground.plan(keep=KEEP, ranks="equal_parameters")
 
     @functools.cached_property
     def model(self) -> Any:
@@ -300,7 +300,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> None:
         for arm, runs in found.items()
     }
 
-    def less(arm: tuple[str, float], other: tuple[str, float]) -> str:
+    def minus(arm: tuple[str, float], other: tuple[str, float]) -> str:
         theirs = losses.get(other, {}) if arm != other else {}
         return setup.mean_and_error([x - theirs[seed] for seed, x in losses[arm].items() if seed in theirs], sign="+")
 
@@ -308,9 +308,9 @@ def report(records: Sequence[Mapping[str, Any]]) -> None:
     for (method, q), runs in sorted(found.items(), key=lambda item: -item[0][1]):
         own = list(losses[method, q].values())
         shown = setup.mean_and_error(own) if own else "selection exceeds the budget"
-        less_others = less((method, q), ("random", q)), less((method, q), ("everything", 1.0))
+        differences = minus((method, q), ("random", q)), minus((method, q), ("everything", 1.0))
         mean = {of: statistics.mean(run[of] for run in runs.values()) for of in ("selection", "steps", "passes")}
         spent = f"{mean['selection']:.0%}", f"{mean['steps']:.0f}", f"{mean['passes']:.1f}"
-        rows.append([method, f"{q:g}", len(runs), shown, *less_others, *spent])
-    columns = ["method", "q", "seeds", "loss", "less random's", "less everything's", "selection's share", "steps"]
+        rows.append([method, f"{q:g}", len(runs), shown, *differences, *spent])
+    columns = ["method", "q", "seeds", "loss", "minus random", "minus everything", "selection's share", "steps"]
     setup.print_table([*columns, "passes"], rows)

@@ -129,7 +129,7 @@ class Track:
     @functools.cached_property
     def placement(self) -> Any:
         """The same for all curves."""
-        return self.ground.plan(keep=KEEP)
+        return self.ground.plan(keep=KEEP, ranks="equal_parameters")
 
     @functools.cache  # noqa: B019  one track lives as long as the process
     def rows(self, data: str, split: setup.Split) -> list[Row]:

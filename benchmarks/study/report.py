@@ -213,7 +213,7 @@ class Report:
     def columns(self) -> dict[str, Callable[[Row], str]]:
         """Return the columns; those that no row has anything for are left out."""
 
-        def less(label: str) -> Callable[[Row], str]:
+        def minus(label: str) -> Callable[[Row], str]:
             return lambda row: _shown(difference(row, [o for o in self.named(label, row.budget) if o is not row]))
 
         found: dict[str, Callable[[Row], str]] = {
@@ -228,7 +228,7 @@ class Report:
             ),
             "seeds": lambda row: str(len(row.runs or {})),
             "loss": lambda row: f"{self.paired_loss(row):.4f}",
-            **{f"less {label}'s": less(label) for label in self.study.compare},
+            **{f"minus {label}": minus(label) for label in self.study.compare},
             "step time": lambda row: "{:.2f}{}".format(*self._told_time(row)),
             "MiB, predicted": lambda row: f"{row.first['memory'] / 2**20:.0f}",
             "TFLOP": lambda row: f"{(row.first['flops'] + row.first['charged_flops']) / 1e12:.1f}",

@@ -72,7 +72,7 @@ def test_draws_of_a_random_rule_are_compared_with_together():
     found = difference(report.named("planner", 0.2)[0], draws)
     assert found.mean == pytest.approx(-0.2) and found.error == pytest.approx(0.1, rel=0.01)
     lines = {line.split(" | ")[0][2:]: line for line in report.markdown().splitlines() if line.startswith("| ")}
-    assert "| -0.2000 ± 0.1000 |" in lines["planner"] and "less random's" in lines["arm"]
+    assert "| -0.2000 ± 0.1000 |" in lines["planner"] and "minus random" in lines["arm"]
 
 
 def test_a_row_is_of_the_best_rate_and_of_one_placement():
