@@ -25,7 +25,6 @@ from .words import (
     RESOURCE_NAMES,
     describe_stop,
     format_multiple,
-    format_rate,
     format_score,
     headline,
     per_unit,
@@ -42,7 +41,7 @@ MAX_ROWS = 60  # of a table of a placement
 COLOURS = ("#2f6690", "#c8553d", "#4f8a5b", "#8a5fa8", "#b8860b", "#3c8d93", "#a84a78", "#5b6770")
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2.5)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))  # of further runs
-INK, MUTED, GRID = "#1d2326", "#667076", "#e3e6e4"
+INK, MUTED, GRID = "#1d2326", "#667076", "#d8dcda"
 
 _UNBREAKABLE = re.compile(r"(?<=\d) (?=[×%]|[^\W\d]{1,5}\b)")  # between a number and its unit
 _DEPTH = re.compile(r"\.(\d+)\.")
@@ -295,8 +294,8 @@ def _facts(row: Row, report: Report) -> list[dict[str, str]]:
     amount = format_quantity(row.spent.value, report.resource)
     facts.append({"name": RESOURCE_NAMES[report.resource], "value": amount, "how": row.spent.how})
     if row.ratio is not None:
-        rate, how = format_rate(row.ratio, report.resource), f"over the last {row.window} evaluations"
-        facts.append({"name": "recent gain", "value": rate, "how": how})
+        name, how = f"recent gain {per_unit(report.resource)}", f"over the last {row.window} evaluations"
+        facts.append({"name": name, "value": format_number(row.ratio), "how": how})
     return facts
 
 
