@@ -203,19 +203,20 @@ def prepare(
         is_own = blueprint.model_id.lower() in (repo_id.lower(), there.id.lower())
         _require_suitable(there, blueprint, is_own, options)
         published = there.read(name)
-        if published is not None and published != content and not options.replace:
+        is_new = published != content
+        if published is not None and is_new and not options.replace:
             _require_same_model(blueprint, published, f"{name} of {there.id!r}")
-        files = {name: content} if published != content else {}
+        files = {name: content} if is_new else {}
 
         arrays = Path(name).with_suffix(".safetensors").name
         is_large = len(content) > LARGE if options.with_arrays is None else options.with_arrays
-        if (is_large or arrays in there.files) and (files or arrays not in there.files):
+        if (is_large or arrays in there.files) and (is_new or arrays not in there.files):
             files[arrays] = to_arrays_bytes(to_dict(blueprint))
         picture: str | None = Path(name).with_suffix(".png").name if options.picture else None
         if picture in there.files and published is None:
             notes.append(f"There is no picture: {there.id} has a {picture} that was not published with a blueprint.")
             picture = None
-        elif picture and (files or picture not in there.files):
+        elif picture and (is_new or picture not in there.files):
             if (drawn := _draw(blueprint, notes)) is not None:
                 files[picture] = drawn
             else:
