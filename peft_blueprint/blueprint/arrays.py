@@ -26,9 +26,9 @@ def to_arrays_bytes(record: Mapping[str, Any]) -> bytes:
     """Write a record as the bytes of a safetensors file.
 
     Its tensors are float64, for n entries in the record's order, NaN where a value is unknown: (n,) for each statistic
-    and for each domain tag as `domain_tags.<tag>`; (n, 2) for `norm_interval`; (n, k) for `alignment`, whose rows may be
-    shorter. The rest is JSON in the metadata under `blueprint.json`, with `layers` as in a model's header and the names
-    of the tensors in `layers.arrays`.
+    and for each domain tag as `domain_tags.<tag>`; (n, 2) for `norm_interval`; (n, k) for `alignment`, whose rows may
+    be shorter. The rest is JSON in the metadata under `blueprint.json`, with `layers` as in a model's header and the
+    names of the tensors in `layers.arrays`.
 
     Example:
         >>> record = {"model_id": "org/model", "layers": [{"id": "attn.0", "gradient_norm": 0.052}]}

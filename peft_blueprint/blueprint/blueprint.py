@@ -29,8 +29,8 @@ class Blueprint:
         level: whether an entry is a submodule, a group or a layer.
         model_revision: commit of the model, when known.
         model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
-        concentration: distribution of the norms over submodules: the measured retained-mass curve, `gamma_fit` with its
-            residual, α with its standard error.
+        concentration: distribution of the norms over submodules: the measured retained-mass curve, `gamma_fit` with
+            its residual, α with its standard error.
         costs: fixed and variable cost behind `k_star`, and their unit.
         provenance: command, data, versions, seed and so on of the measurement.
         extra: keys of a file that this version does not know, kept unchanged.
@@ -94,7 +94,8 @@ class Blueprint:
     ) -> Blueprint:
         """Read a blueprint from a file, a folder, or a repository on the Hub, where it costs one request and no tensor.
 
-        A source that exists on disk, or ends in `.json`, `.csv` or `.safetensors`, is a path; any other is a repository.
+        A source that exists on disk, or ends in `.json`, `.csv` or `.safetensors`, is a path; any other is a
+        repository.
 
         Args:
             source: path or repository id.
@@ -115,7 +116,7 @@ class Blueprint:
         return from_dict(*fetch(str(source), name, revision=revision, **kwargs))
 
     def save(self, path: str | Path) -> Path:
-        """Write CSV if `path` ends in `.csv`, tensors if in `.safetensors`, otherwise JSON; `blueprint.json` in a folder.
+        """Write CSV, safetensors or JSON, as the suffix of `path` says; `blueprint.json` into a folder.
 
         Returns the file, which is replaced atomically.
         """
@@ -143,8 +144,8 @@ class Blueprint:
     def expand(self, submodules: Sequence[Submodule]) -> Blueprint:
         """Expand a group- or layer-level blueprint to submodules; return others unchanged.
 
-        Each of the n submodules in a group or layer has its gradient norm over √n, and its L1 norms and alignments over
-        n, so that coarsening restores the original.
+        Each of the n submodules in a group or layer has its gradient norm over √n, and its L1 norms and alignments
+        over n, so that coarsening restores the original.
 
         Args:
             submodules: of the model, `find_submodules(model)`.
@@ -179,9 +180,9 @@ class Blueprint:
     def coarsen(self, level: Level) -> Blueprint:
         """Sum the entries up to groups or layers.
 
-        The gradient norm of a group or layer is the root of its members' summed squares, the norm of their concatenated
-        gradients (exact for one example, an upper bound for the mean over examples). L1 norms (`adam_gain`,
-        `weight_gradient`) and alignments, which are inner products, add.
+        The gradient norm of a group or layer is the root of its members' summed squares, the norm of their
+        concatenated gradients (exact for one example, an upper bound for the mean over examples). L1 norms
+        (`adam_gain`, `weight_gradient`) and alignments, which are inner products, add.
 
         Raises:
             MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
@@ -198,8 +199,8 @@ class Blueprint:
             units.setdefault(unit_of(entry, level), []).append(entry)
         if tuple(units) == self.names:
             raise MismatchError(
-                f"The entries of the blueprint of {self.model_id!r} ({format_names(self.names)}) do not say which {level} they "
-                "belong to. Expand it onto the model first, or measure it again with generate_blueprint."
+                f"The entries of the blueprint of {self.model_id!r} ({format_names(self.names)}) do not say which {level} "
+                "they belong to. Expand it onto the model first, or measure it again with generate_blueprint."
             )
         coarse = []
         for name, members in units.items():
@@ -257,10 +258,10 @@ class Blueprint:
     def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
         """Blend this blueprint's norms with a local probe's: G' = weight·Ḡ + (1 − weight)·G̃ (Algorithm 1, line 2).
 
-        The probe is first scaled by the ratio of the geometric means. The size of the whole gradient depends on the loss,
-        the sequence length and the data, and carries no information about where to adapt. The geometric mean keeps a few
-        large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way where all entries
-        of both have them. Alignments and shares of energy do not blend and are left out.
+        The probe is first scaled by the ratio of the geometric means. The size of the whole gradient depends on the
+        loss, the sequence length and the data, and carries no information about where to adapt. The geometric mean
+        keeps a few large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way
+        where all entries of both have them. Alignments and shares of energy do not blend and are left out.
 
         Args:
             local: the probe; the same submodules, in any order.
@@ -309,9 +310,9 @@ class Blueprint:
     def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
         """Merge blueprints of the same model, weighted by their numbers of examples.
 
-        Mean norms merge exactly, and their standard errors add in squares. Medians, signal norms, gains, alignments and
-        exponents do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where every
-        blueprint has them.
+        Mean norms merge exactly, and their standard errors add in squares. Medians, signal norms, gains, alignments
+        and exponents do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where
+        every blueprint has them.
 
         Raises:
             MismatchError: if models, checkpoints or submodules differ, or an entry has no number of examples.

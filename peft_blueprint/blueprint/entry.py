@@ -62,10 +62,10 @@ class Submodule:
         weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
             (SNIP's saliency, arXiv:1810.02340); estimated from norms of rows.
         singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
-        alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is how
-            much example b's gradient in entry i agrees with the other examples' mean there. The first number is the
-            mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance. Rows of
-            one measurement belong together. An aggregate over examples.
+        alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is
+            how much example b's gradient in entry i agrees with the other examples' mean there. The first number is
+            the mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance.
+            Rows of one measurement belong together. An aggregate over examples.
         alpha: rank-size exponent of the row norms of the mean gradient, the paper's α within this submodule.
         alpha_error: its standard error.
         gamma: 1 − α/(1 + α), appendix A.1.
@@ -165,7 +165,7 @@ def level_of_ids(ids: Iterable[str]) -> Level:
 
 
 def check_numbers(entry: Submodule, model_id: str) -> None:
-    """Raise FormatError unless an entry has a norm, all its numbers are finite and not negative, and sizes are in bounds."""
+    """Raise FormatError unless an entry has a norm, its numbers are finite and not negative, and sizes in bounds."""
     check_bounds(entry, model_id)
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:

@@ -183,8 +183,8 @@ def write_record(record: Mapping[str, Any], path: str | Path) -> Path:
     Returns the file.
 
     Raises:
-        BlueprintError: if it cannot be written, or is a safetensors file that holds something else, such as a model; the
-            old file is untouched.
+        BlueprintError: if it cannot be written, or is a safetensors file that holds something else, such as a model;
+            the old file is untouched.
     """
     path = Path(path)
     if path.is_dir():

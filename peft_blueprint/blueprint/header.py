@@ -84,7 +84,8 @@ def metadata_of_prefix(data: bytes, source: str, size: int | None = None) -> tup
         )
     if size is not None and end > size:
         raise FormatError(
-            f"{source} is cut short or not a safetensors file: its header would end at byte {end:,}, and it has {size:,}."
+            f"{source} is cut short or not a safetensors file: its header would end at byte {end:,}, "
+            f"and it has {size:,}."
         )
     if len(data) >= end:
         return parse_header(data, source, size).metadata, end
@@ -192,8 +193,8 @@ def replace_metadata(path: str | Path, changes: Mapping[str, str | None], progre
         Whether the file changed.
 
     Raises:
-        BlueprintError: if it cannot be read or written, another process writes it, the disk has no room for it twice, or
-            its header would pass `HEADER_LIMIT`; it is unchanged then.
+        BlueprintError: if it cannot be read or written, another process writes it, the disk has no room for it twice,
+            or its header would pass `HEADER_LIMIT`; it is unchanged then.
         FormatError: as `read_header`.
     """
     path = Path(path)
@@ -294,7 +295,8 @@ def _rewrite(file: FileIO, part: Path, path: Path, skipped: int, head: bytes, pr
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise BlueprintError(
-            f"{path} is written anew beside itself, which takes {size:,} bytes; its disk has {free:,} free. Make room first."
+            f"{path} is written anew beside itself, which takes {size:,} bytes; its disk has {free:,} free. "
+            "Make room first."
         )
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:

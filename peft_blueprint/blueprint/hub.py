@@ -33,8 +33,8 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
     """Read a record from a repository on the Hub.
 
     The main blueprint is looked for in the header of `model.safetensors` with one range request of 100 kB; then in the
-    index of a sharded model; then in `blueprint.json` and `blueprint.safetensors` beside. A header holds numbers to four
-    digits, the files beside hold all. No tensor is downloaded, and what was read once is available offline.
+    index of a sharded model; then in `blueprint.json` and `blueprint.safetensors` beside. A header holds numbers to
+    four digits, the files beside hold all. No tensor is downloaded, and what was read once is available offline.
 
     Args:
         repo_id: of the repository.

@@ -63,7 +63,8 @@ def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 def content_digest(record: Mapping[str, Any]) -> str:
     """Return `sha256:…` over a record without its `digest`, the same for any layout of the JSON.
 
-    The order of keys, white space and whether a whole number is written 1 or 1.0 do not count; the order of entries does.
+    The order of keys, white space and whether a whole number is written 1 or 1.0 do not count; the order of entries
+    does.
 
     Raises:
         FormatError: if the object is not JSON: NaN, an array.
@@ -99,7 +100,8 @@ def fields_of(data: Any) -> dict[str, Any]:
     layers = _take(data, "layers", list, "the blueprint")
     if layers is None or data.get("model_id") is None:
         raise FormatError(
-            f"A blueprint needs the keys model_id and layers; this object has {format_names([str(key)[:80] for key in data]) or 'none'}."
+            "A blueprint needs the keys model_id and layers; this object has "
+            f"{format_names([str(key)[:80] for key in data]) or 'none'}."
         )
     if len(layers) > MAX_ENTRIES:
         raise FormatError(f"This blueprint has {len(layers):,} layers; at most {MAX_ENTRIES:,} are read. Coarsen it.")

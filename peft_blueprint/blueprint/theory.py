@@ -171,7 +171,7 @@ class CombinedGain:
 
 
 def combined_gain(k: float, gamma: float, q: float, delta: float) -> CombinedGain:
-    """Return the gain k^γ·q^δ and the cost k·q of training a fraction k of the parameters on a fraction q of the data (B.5).
+    """Return the gain k^γ·q^δ and cost k·q of training a fraction k of the parameters on a fraction q of the data.
 
     For γ = 0.6, δ = 0.7, k = 0.2, q = 0.3: gain 0.3807·0.4305 = 0.1639, cost 0.06, ratio 2.73 (the paper prints 0.19
     and 3.17).

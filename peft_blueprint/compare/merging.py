@@ -29,14 +29,15 @@ _Named = tuple[str, Blueprint]
 def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...], tuple[str, ...]]:
     """Merge blueprints where possible, weighted by examples as in `Blueprint.merge`, and leave the others unchanged.
 
-    Blueprints merge if they have the same model id and digest, checkpoint, level, submodules and quantisation, and do not
-    differ in revision or weights' digest. Different domains merge too, into the mean over all examples. Data count once:
-    a blueprint whose data digests are all among another's is left out, and so is a copy. (A digest covers all examples
+    Blueprints merge if they have the same model id and digest, checkpoint, level, submodules and quantisation, and do
+    not differ in revision or weights' digest. Different domains merge too, into the mean over all examples. Data count
+    once: a blueprint whose data digests are all among another's is left out, and so is a copy. (A digest covers all
+        examples
     of a blueprint in order: 64 and 128 examples of one file have two digests, and only a note warns of it.)
 
     Blueprints with privacy noise never merge. They keep no data digest, so that the same data could count twice, for
-    which the guarantees of two releases add up. And their norms, which are bounded, shrunk and kept positive, are biased
-    by an error that merging does not average away.
+    which the guarantees of two releases add up. And their norms, which are bounded, shrunk and kept positive, are
+    biased by an error that merging does not average away.
 
     Args:
         blueprints: by names that the notes use.

@@ -111,8 +111,8 @@ def checkpoint_movement(blueprints: Mapping[str, Blueprint] | Iterable[Blueprint
 
     The size of the whole gradient changes over a training with the loss, the learning rate and clipping. Every
     checkpoint's norms are therefore multiplied by the ratio of the first one's geometric mean to their own, over the
-    submodules whose norm is above zero at every checkpoint, as in `Blueprint.blend`. The movement of submodules relative
-    to each other remains. Shares and ranks need no scale.
+    submodules whose norm is above zero at every checkpoint, as in `Blueprint.blend`. The movement of submodules
+    relative to each other remains. Shares and ranks need no scale.
 
     Args:
         blueprints: of one model, two or more, each with its own `training_checkpoint`, in any order; by name, or
@@ -167,7 +167,8 @@ def _ordered(named: Mapping[str, Blueprint]) -> list[Blueprint]:
         if already != name:
             raise BlueprintError(
                 f"{already} and {name} are both at {_percent(one.training_checkpoint)} % of the training. Measure each "
-                "checkpoint with its --training-checkpoint, such as 0.5, and merge those of different data (merge_all, or --merge)."
+                "checkpoint with its --training-checkpoint, such as 0.5, and merge those of different data (merge_all, "
+                "or --merge)."
             )
     if len(named) < 2:
         only = ", ".join(f"{_percent(one.training_checkpoint)} %" for one in named.values())

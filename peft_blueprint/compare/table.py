@@ -73,8 +73,9 @@ COLUMNS: dict[str, type] = {
 def aggregate(sources: Sources, *, on_error: OnError = "raise") -> list[dict[str, Any]]:
     """Collect many blueprints in one flat table: a row per entry, keyed by model, checkpoint, source, domain and entry.
 
-    The paper's snippet in A.2 keys by model, checkpoint and entry alone, so that a second lab's or task's file overwrites
-    the first. Rows are plain dictionaries, because a pandas column of whole numbers with unknown values becomes float.
+    The paper's snippet in A.2 keys by model, checkpoint and entry alone, so that a second lab's or task's file
+    overwrites the first. Rows are plain dictionaries, because a pandas column of whole numbers with unknown values
+    becomes float.
 
     Args:
         sources: see `read_sources`.
@@ -118,8 +119,8 @@ def read_sources(
     Args:
         sources: files, folders and repository ids, as for `Blueprint.from_pretrained`, but a folder stands for every
             blueprint in it: `blueprint.json`, `blueprint-50.json`, `blueprint-math-80.safetensors` and so on, and for
-            the JSON among several suffixes of one name. Or a mapping from names to sources or to blueprints. A source is
-            named as given, a file in a folder by its path. A source that is given twice counts once.
+            the JSON among several suffixes of one name. Or a mapping from names to sources or to blueprints. A source
+            is named as given, a file in a folder by its path. A source that is given twice counts once.
         on_error: "raise", or "skip" to go on with the others.
         progress: show a progress bar.
 
@@ -153,8 +154,8 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         The file.
 
     Raises:
-        BlueprintError: for another suffix, no rows, a column of several types or of nested values, or if the file cannot
-            be written; the old file is untouched.
+        BlueprintError: for another suffix, no rows, a column of several types or of nested values, or if the file
+            cannot be written; the old file is untouched.
     """
     path = Path(path)
     require_table_format(path)

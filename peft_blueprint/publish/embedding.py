@@ -39,8 +39,8 @@ def embed(
     Args:
         blueprint: of this model; written with `digits` significant digits, without alignments, medians and keys of
             entries that this version does not know.
-        path: a `.safetensors` file, of a model or an adapter; or the folder of a model in one file, or in shards with an
-            index. Then it goes into the index and into the first shard.
+        path: a `.safetensors` file, of a model or an adapter; or the folder of a model in one file, or in shards with
+            an index. Then it goes into the index and into the first shard.
         check: whether every entry must be among the model's tensors.
         digits: significant digits that are kept.
         progress: whether to show a bar while a file is written anew.
@@ -62,7 +62,8 @@ def embed(
     if size > limit:
         raise BlueprintError(
             f"The blueprint of {blueprint.model_id!r} would have {size:,} bytes in {files.index or files.tensors}, with "
-            f"{len(blueprint):,} entries; at most {limit:,} are allowed. Save it as blueprint.safetensors beside the model."
+            f"{len(blueprint):,} entries; at most {limit:,} are allowed. Save it as blueprint.safetensors beside the "
+            "model."
         )
     changed = _write(files, {JSON_KEY: text, VERSION_KEY: VERSION}, progress)
     with open(files.tensors, "rb") as file:

@@ -26,9 +26,9 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     """Require that a model's stored tensors include every entry of a blueprint, in the same shape.
 
-    A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantised, or as one
-    tensor per expert. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of groups
-    or layers must have no more blocks than the model.
+    A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantised, or as
+    one tensor per expert. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of
+    groups or layers must have no more blocks than the model.
 
     Args:
         blueprint: at any level.
@@ -65,9 +65,9 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
             continue
         if sorted(entry.shape) != sorted(found_shape[1]):
             raise MismatchError(
-                f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r}, and {stored!r} is "
-                f"{shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. Use this model's own, "
-                "or give check=False to write it all the same."
+                f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r}, and "
+                f"{stored!r} is {shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. "
+                "Use this model's own, or give check=False to write it all the same."
             )
 
 
@@ -131,7 +131,8 @@ def _mismatch(
     blueprint: Blueprint, missing: Sequence[str], stored: Sequence[str], source: str, verb: str
 ) -> MismatchError:
     return MismatchError(
-        f"The blueprint of {blueprint.model_id!r} does not fit {source}: {len(missing)} of its {len(blueprint)} entries are "
-        f"not there ({format_names(missing)}); it {verb} {format_names(stored) or 'nothing'}. Use a blueprint of this model, give a sharded "
+        f"The blueprint of {blueprint.model_id!r} does not fit {source}: {len(missing)} of its {len(blueprint)} entries "
+        f"are not there ({format_names(missing)}); it {verb} {format_names(stored) or 'nothing'}. "
+        "Use a blueprint of this model, give a sharded "
         "model's folder rather than one shard, or give check=False to write it all the same."
     )

@@ -1,4 +1,4 @@
-"""A blueprint in the model's own files. Run: pytest tests/test_embedding.py"""
+"""A blueprint in the model's own files."""
 
 import json
 import os
