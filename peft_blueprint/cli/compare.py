@@ -107,7 +107,7 @@ def aggregate(
 ) -> None:
     """Collect many blueprints in one table, by model, checkpoint, source and domain; merge and compare them."""
     if out is not None:
-        comparing.writer_of(out)
+        comparing.require_table_format(out)
         require_writable(out.parent)
     if merge is not None:
         require_writable(merge.parent)
@@ -116,7 +116,7 @@ def aggregate(
     )
     _require_none_is_a_source([] if out is None else [out], blueprints)
     if skipped:
-        say(f"warning: {comparing.skipped_in_words(skipped)}")
+        say(f"warning: {comparing.describe_skipped(skipped)}")
     written: list[str] = []
     notes: tuple[str, ...] = ()
     moving: Mapping[str, Blueprint] = blueprints
@@ -160,7 +160,7 @@ def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
         "source": source,
         "model_id": blueprint.model_id,
         "checkpoint": blueprint.training_checkpoint,
-        "domain": comparing.joined(
+        "domain": comparing.join_unique(
             comparing.reference_of(part)[0] for part in comparing.parts_of(blueprint.provenance)
         ),
         "entries": len(blueprint),

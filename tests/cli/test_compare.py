@@ -53,7 +53,7 @@ def test_the_verb_skips_what_is_bad_when_told(run, labs, tmp_path):
         run(*labs, bad, "--out", out)
     assert not out.exists()
     result = run(*labs, bad, "--out", out, "--skip-bad")
-    assert "warning: 1 of the sources skipped" in result.stderr and len(out.read_text().splitlines()) == 24
+    assert "warning: Sources skipped: 1" in result.stderr and len(out.read_text().splitlines()) == 24
     assert list(json.loads(run(*labs, bad, "--skip-bad", "--format", "json").stdout)["skipped"]) == [str(bad)]
 
 

@@ -10,8 +10,8 @@ import pytest
 from peft_blueprint import Blueprint
 from peft_blueprint.testing import tiny_llama
 from tests.hub.loopback import LoopbackHub
-from tests.records import from_header_text, to_header_text
 from tests.hub_client import adapters_placed
+from tests.records import from_header_text, to_header_text
 
 
 @pytest.fixture
