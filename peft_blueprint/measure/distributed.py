@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,15 @@ from .influence import joined_digest
 from .submodules import is_sharded
 
 
-@dataclass(frozen=True, eq=False)
-class RawMeasurement:
-    """Statistics of all rows, of one process or of all, from which an `Influence` is made.
+class ExampleStatistics(NamedTuple):
+    """Statistics of some examples in all rows; zeros in rows that no gradient reached.
 
     Args:
-        norms: (rows, examples) float32, zeros in rows that no gradient reached.
+        norms: (rows, examples) float32.
         errors: (rows, examples) float32, relative errors of the norms.
         projections: (rows, examples, m) float32.
         losses: (examples,) float32.
         target_tokens: (examples,) int64.
-        sketches: sum over examples (d_out, s) float32, by index of the rows that a gradient reached.
-        tokens: number of input positions read.
-        data_digest: digest of the model's inputs.
     """
 
     norms: Tensor
@@ -39,6 +35,33 @@ class RawMeasurement:
     projections: Tensor
     losses: Tensor
     target_tokens: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, projection_size: int) -> ExampleStatistics:
+        """Return the statistics of no examples."""
+        empty = torch.empty(rows, 0)
+        return cls(empty, empty, torch.empty(rows, 0, projection_size), empty[0], torch.empty(0, dtype=torch.long))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[ExampleStatistics]) -> ExampleStatistics:
+        """Join the statistics of different examples."""
+        norms, errors, projections, *by_example = zip(*parts, strict=True)
+        by_row = (torch.cat(tensors, dim=1) for tensors in (norms, errors, projections))
+        return cls(*by_row, *(torch.cat(tensors) for tensors in by_example))
+
+
+@dataclass(frozen=True, eq=False)
+class RawMeasurement:
+    """What one process measured, or all of them, from which an `Influence` is made.
+
+    Args:
+        statistics: of every example.
+        sketches: sum over examples (d_out, s) float32, by index of the rows that a gradient reached.
+        tokens: number of input positions read.
+        data_digest: digest of the model's inputs.
+    """
+
+    statistics: ExampleStatistics
     sketches: Mapping[int, Tensor]
     tokens: int
     data_digest: str
@@ -46,7 +69,7 @@ class RawMeasurement:
     @property
     def examples(self) -> int:
         """Number of examples."""
-        return self.norms.shape[1]
+        return len(self.statistics.losses)
 
 
 class Processes:
@@ -138,9 +161,8 @@ class Processes:
         if not self.reduces:
             return own
         shapes = {row: tuple(sketch.shape) for row, sketch in own.sketches.items()}
-        tensors = (own.norms, own.errors, own.projections, own.losses, own.target_tokens)
         summary = (settings, own.examples, own.tokens, own.data_digest)
-        received = self._exchange((summary, shapes, tensors))
+        received = self._exchange((summary, shapes, own.statistics))
         self._is_over = True  # from here on all processes see the same values and fail alike
         summaries = [theirs for theirs, _, _ in received]
         for rank, (theirs, examples, _, digest) in enumerate(summaries):
@@ -156,14 +178,9 @@ class Processes:
                     "(accelerator.prepare(dataloader), or a DistributedSampler), or measure in each separately with "
                     "reduce=False."
                 )
-        norms, errors, projections, losses, target_tokens = zip(*(theirs for _, _, theirs in received), strict=True)
         all_shapes = {row: shape for _, theirs, _ in received for row, shape in theirs.items()}
         return RawMeasurement(
-            norms=torch.cat(norms, dim=1),
-            errors=torch.cat(errors, dim=1),
-            projections=torch.cat(projections, dim=1),
-            losses=torch.cat(losses),
-            target_tokens=torch.cat(target_tokens),
+            statistics=ExampleStatistics.concatenate(theirs for _, _, theirs in received),
             sketches={row: _sum(own.sketches.get(row), all_shapes[row]) for row in sorted(all_shapes)},
             tokens=sum(tokens for _, _, tokens, _ in summaries),
             data_digest=joined_digest([digest for _, examples, _, digest in summaries if examples]),

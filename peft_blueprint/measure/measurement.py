@@ -21,7 +21,7 @@ from .._options import from_keywords
 from .._text import format_names
 from ..blueprint import Submodule
 from ..errors import MeasurementError
-from .distributed import Processes, RawMeasurement, reshard
+from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
 from .hooks import hook_gradients, hook_output, measurement_mode
 from .influence import Influence
 from .losses import (
@@ -50,7 +50,6 @@ from .submodules import (
 
 
 Batch = Mapping[str, Any]
-_Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 FP16_LOSS_SCALE = 2.0**14
 _SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "seed")
@@ -126,7 +125,8 @@ def measure_influence(
         )
     recorder = Recorder(rows, options)
     with processes.share_errors():
-        own = _measure(model, batches, plan, recorder, loss_fn, processes, options.max_examples, progress)
+        passes = _Passes(model, recorder, loss_fn, processes, plan.one_at_a_time)
+        own = _measure(batches, plan, passes, processes.share(options.max_examples), progress)
     settings = (structure_digest(rows), *(getattr(options, name) for name in _SAME_EVERYWHERE))
     found = processes.combine(own, settings)
     if not found.examples:
@@ -137,7 +137,8 @@ def measure_influence(
     if not measured:
         reasons = sorted(set(unmeasured.values()))
         raise MeasurementError(f"None of the {len(rows)} submodules could be measured: {reasons}.")
-    norms = found.norms[measured]
+    norms, errors, projections, losses, target_tokens = found.statistics
+    norms = norms[measured]
     measured_rows = tuple(rows[i] for i in measured)
     broken = [s.name for s, row in zip(measured_rows, norms, strict=True) if not torch.isfinite(row).all()]
     if broken:
@@ -149,10 +150,10 @@ def measure_influence(
     return Influence(
         submodules=measured_rows,
         norms=norms,
-        norm_errors=found.errors[measured],
-        projections=found.projections if len(measured) == len(rows) else found.projections[measured],
-        losses=found.losses,
-        target_tokens=found.target_tokens,
+        norm_errors=errors[measured],
+        projections=projections if len(measured) == len(rows) else projections[measured],
+        losses=losses,
+        target_tokens=target_tokens,
         sketches=tuple(found.sketches[i] / found.examples for i in measured),
         sketch_size=options.sketch_size,
         seed=options.seed,
@@ -165,18 +166,11 @@ def measure_influence(
 
 
 def _measure(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    plan: _Plan,
-    recorder: Recorder,
-    loss_fn: LossFunction | None,
-    processes: Processes,
-    max_examples: int | None,
-    progress: bool,
+    batches: Iterable[Batch], plan: _Plan, passes: _Passes, max_examples: int | None, progress: bool
 ) -> RawMeasurement:
     """Measure all rows on this process's batches."""
-    max_examples = processes.share(max_examples)
-    parts: list[_Part] = []
+    model, recorder, processes = passes.model, passes.recorder, passes.processes
+    parts = [ExampleStatistics.empty(len(recorder.submodules), recorder.projection_size)]
     tokens, digest = 0, hashlib.sha256()
     reshard(model)
     with ExitStack() as stack:
@@ -192,29 +186,19 @@ def _measure(
         stack.enter_context(hook_gradients([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
         bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
-        passes = _Passes(model, recorder, loss_fn, plan.one_at_a_time, processes)
         device = input_device(model)
         for batch in processes.with_idle_batch(take_examples(batches, max_examples, device), device):
             for part in passes.measure(batch):
                 parts.append(part)
-                bar.update(part[0].shape[1])
+                bar.update(len(part.losses))
             tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
             for key in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
                 digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())
         while processes.must_idle():
             passes.idle()
     unreached = recorder.unmeasured()
-    empty = torch.empty(len(recorder.submodules), 0)
-    no_projections = torch.empty(*empty.shape, recorder.projection_size)
-    norms, errors, projections, losses, target_tokens = zip(
-        (empty, empty, no_projections, torch.empty(0), torch.empty(0, dtype=torch.long)), *parts, strict=True
-    )
     return RawMeasurement(
-        norms=torch.cat(norms, dim=1),
-        errors=torch.cat(errors, dim=1),
-        projections=torch.cat(projections, dim=1),
-        losses=torch.cat(losses),
-        target_tokens=torch.cat(target_tokens),
+        statistics=ExampleStatistics.concatenate(parts),
         sketches={i: recorder.sketch(i) for i in range(len(recorder.submodules)) if i not in unreached},
         tokens=tokens,
         data_digest=f"sha256:{digest.hexdigest()}",
@@ -251,32 +235,20 @@ class _Plan:
         )
 
 
+@dataclass
 class _Passes:
     """Passes over batches. Facts about the model that a pass shows, such as layers called twice, hold for later ones."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recorder: Recorder,
-        loss_fn: LossFunction | None,
-        one_at_a_time: bool,
-        processes: Processes,
-    ):
-        self.model = model
-        self.processes = processes
-        self.recorder = recorder
-        self.loss_fn = loss_fn
-        self.one_at_a_time = one_at_a_time
-        self.is_own_objective = False
-        self.is_checked = False  # whether the objective is known
-        self.scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+    model: nn.Module
+    recorder: Recorder
+    loss_fn: LossFunction | None
+    processes: Processes
+    one_at_a_time: bool
+    is_own_objective: bool = False
+    is_checked: bool = False  # whether the objective is known
 
-    def measure(self, batch: Batch) -> Iterator[_Part]:
-        """Measure a batch in one pass or one example at a time.
-
-        Yields:
-            Norms and errors (submodules, B'), projections (submodules, B', m), losses and target tokens (B',).
-        """
+    def measure(self, batch: Batch) -> Iterator[ExampleStatistics]:
+        """Measure a batch in one pass or one example at a time."""
         self._check_objective(batch)
         if not self.one_at_a_time and not is_interleaved(self.model, batch):
             measured = self._pass(batch)
@@ -311,12 +283,13 @@ class _Passes:
             self.one_at_a_time = self.one_at_a_time or self.is_own_objective
             self.is_checked = True
 
-    def _pass(self, batch: Batch) -> _Part | None:
+    def _pass(self, batch: Batch) -> ExampleStatistics | None:
         """Make a forward and a backward pass; return None if the examples of the batch cannot be told apart.
 
         The pass is repeated if a submodule turns out to be called twice in it, or float16 overflows.
         """
-        recorder, scale = self.recorder, self.scale
+        recorder = self.recorder
+        scale = FP16_LOSS_SCALE if next(self.model.parameters()).dtype == torch.float16 else 1.0
         examples = count_examples(batch)
         lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
         while True:
@@ -346,14 +319,12 @@ class _Passes:
                 scale /= 4
                 continue
             recorder.commit()
-            return norms, errors, projections, losses.detach().float().cpu(), tokens.cpu()
+            return ExampleStatistics(norms, errors, projections, losses.detach().float().cpu(), tokens.cpu())
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return (
-            model_loss(self.model, batch)
-            if self.is_own_objective
-            else per_example_losses(self.model, batch, self.loss_fn)
-        )
+        if self.is_own_objective:
+            return model_loss(self.model, batch)
+        return per_example_losses(self.model, batch, self.loss_fn)
 
 
 def _left_out(weight: Weight) -> str:
