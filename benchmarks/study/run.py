@@ -21,7 +21,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,7 @@ def main(options: argparse.Namespace) -> None:
     elif options.processes > 1:
         _run_processes(options)
     else:
-        runner = Runner(study, store, options.data)
-        for entry in study.entries:
-            rule_of(entry.arm)
+        runner = Runner(without_retired(study, store), store, options.data)
         if options.jobs:
             runner.show(options.only)
         elif options.times:
@@ -88,6 +86,26 @@ def main(options: argparse.Namespace) -> None:
             runner.run(options.minutes, options.only, options.retry)
             if options.quick:
                 print(Report(study, store.jobs(), {}).markdown())
+
+
+def without_retired(study: Study, store: Store) -> Study:
+    """Leave out arms that ran once and that no rule knows any more.
+
+    Raises:
+        SystemExit: for an unknown arm that never ran.
+    """
+    ran, retired = {job.entry.arm for job, _ in store.jobs()}, set()
+    for entry in study.entries:
+        try:
+            rule_of(entry.arm)
+        except SystemExit:
+            if entry.arm not in ran:
+                raise
+            retired.add(entry.arm)
+    if retired:
+        say(f"Not run any more: {'; '.join(sorted(retired))}.")
+    kept = (replace(phase, arms=tuple(e for e in phase.arms if e.arm not in retired)) for phase in study.order)
+    return replace(study, order=tuple(kept))
 
 
 def _run_processes(options: argparse.Namespace) -> None:

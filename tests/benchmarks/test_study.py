@@ -12,7 +12,7 @@ from benchmarks.study import run as running
 from benchmarks.study.arms import Infeasible, choice_of, filled, rule_of
 from benchmarks.study.plan import UNTRAINED, Entry, Job, Schedule, Study, best_octave, next_octaves
 from benchmarks.study.report import Report
-from benchmarks.study.run import Runner
+from benchmarks.study.run import Runner, without_retired
 from benchmarks.study.store import Store
 from benchmarks.study.training import losses_of, mean_of, prepare
 from tests import ROOT
@@ -276,6 +276,17 @@ def test_a_choice_that_fails_is_that_jobs_failure(tmp_path, cache, monkeypatch):
     assert runner.run(math.inf, retry=True) == 2
     report = Report(wanted, runner.store.jobs(), {})
     assert len(report.rows) == 3 and not report.failed
+
+
+def test_an_arm_that_no_rule_knows_any_more_is_left_out_where_it_ran_once(tmp_path, cache, capsys):
+    """A name that never ran is a mistake."""
+    wanted = study_of(tmp_path, [{"arms": ["all-linear", "strata, as shipped"]}])
+    store = runner_of(wanted, tmp_path, cache).store
+    with pytest.raises(SystemExit, match="Unknown arm 'strata, as shipped'"):
+        without_retired(wanted, store)
+    store.append({"status": "done", "loss": 1.0, "job": asdict(Job(Entry("strata, as shipped"), None, 0, 0, 2))})
+    assert [entry.arm for entry in without_retired(wanted, store).entries] == ["all-linear"]
+    assert "Not run any more: strata, as shipped." in capsys.readouterr().err
 
 
 def test_resampling_gives_every_seed_rows_of_its_own(tmp_path, cache):
