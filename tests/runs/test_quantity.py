@@ -58,7 +58,7 @@ def test_a_quantity_is_a_finite_number_or_absent(value, how, message, of_file):
     "quantity", [measured(3, "clock"), modelled(2.5, "watts"), absent("no meter"), Quantity(1, "measured")]
 )
 def test_a_quantity_survives_json(quantity):
-    """What is written is what is read."""
+    """Reading returns what was written."""
     assert Quantity.from_dict(json.loads(json.dumps(quantity.to_dict()))) == quantity
 
 

@@ -1,4 +1,4 @@
-"""The marginal-return rule on simulated learning curves, fixed seeds. Run: pytest tests/test_stopping_simulated.py
+"""The marginal-return rule on simulated learning curves, fixed seeds. Run: pytest tests/runs/test_stopping_simulated.py
 
 The curves are those on which the defaults were chosen; `early_stop` replays transformers' EarlyStoppingCallback.
 """
