@@ -1,3 +1,13 @@
+from .batches import Batch as Batch
+from .batches import Row as Row
+from .batches import as_batches as as_batches
+from .batches import collate as collate
+from .batches import encode as encode
+from .batches import encode_one as encode_one
+from .batches import get_pad_token_id as get_pad_token_id
+from .batches import input_device as input_device
+from .batches import make_batches as make_batches
+from .batches import take_examples as take_examples
 from .bnb_cpu import disable_cpu_repack as disable_cpu_repack
 from .compatibility import check_fits as check_fits
 from .compatibility import check_weights as check_weights
@@ -26,12 +36,8 @@ from .losses import model_loss as model_loss
 from .losses import per_example_losses as per_example_losses
 from .losses import split_examples as split_examples
 from .measurement import FP16_LOSS_SCALE as FP16_LOSS_SCALE
-from .measurement import Batch as Batch
-from .measurement import input_device as input_device
 from .measurement import measure_influence as measure_influence
-from .measurement import take_examples as take_examples
 from .options import PROJECTION_SIZE as PROJECTION_SIZE
-from .options import SKETCH_SIZE as SKETCH_SIZE
 from .options import GenerateOptions as GenerateOptions
 from .options import MeasureOptions as MeasureOptions
 from .privacy import SCALE_SHARE as SCALE_SHARE
@@ -50,4 +56,3 @@ from .submodules import parameters_per_token as parameters_per_token
 from .submodules import shape_of as shape_of
 from .submodules import structure_digest as structure_digest
 from .submodules import unwrap as unwrap
-from .summary import alignment_factor as alignment_factor
