@@ -7,8 +7,6 @@ from .cost import CostModel as CostModel
 from .cost import Structure as Structure
 from .cost import Workload as Workload
 from .cost import workload_of as workload_of
-from .coverage import by_kind as by_kind
-from .coverage import make_picker as make_picker
 from .gains import CoverGain as CoverGain
 from .gains import SetGain as SetGain
 from .hardware import plan_settings as plan_settings
@@ -21,10 +19,7 @@ from .options import RankBy as RankBy
 from .options import Ranks as Ranks
 from .placement import Placement as Placement
 from .planner import plan_placement as plan_placement
-from .ranks import rank_of_equal_parameters as rank_of_equal_parameters
 from .scores import CONTROLS as CONTROLS
 from .scores import SCORES as SCORES
-from .solver import PlacementSolver as PlacementSolver
-from .solver import Selector as Selector
 from .trainer_configs import Trainer as Trainer
 from .trainer_configs import trainer_config as trainer_config

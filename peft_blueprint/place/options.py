@@ -35,6 +35,10 @@ RankBy = Literal[
 DEFAULT_RANK = 16
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class PlacementOptions:
     """How many submodules to choose, by which score, and with which ranks.
@@ -45,31 +49,8 @@ class PlacementOptions:
     `r` nor `ranks`; otherwise it is `keep=0.95`, and `fraction=0.2` for blocks, for another coverage and for blueprints
     without shapes.
 
-    Not frozen, because `BlueprintConfig` inherits the fields and PEFT's `LoraConfig` is not frozen either.
-
-    Args:
-        mode: "lora", "unfreeze" (whole attention and feed-forward blocks), or "lora+unfreeze".
-        fraction: share of the submodules (of the blocks in mode "unfreeze"), in (0, 1].
-        num_modules: number of submodules (or blocks).
-        top_p: fewest submodules that hold this share of the summed score, in (0, 1], within each stratum of the
-            coverage. (`top_p` of PEFT's KappaTune is `fraction` here.)
-        threshold: every submodule whose score is at least this; the coverage then has no effect.
-        budget: upper limits, see `Budget.of`: "12GiB" at the peak of a step, "0.7x" of all-linear LoRA's step time,
-            "2M parameters", "42 modules", several with commas, or a mapping. Of the choices within the limits, the one
-            with the largest predicted gain is taken.
-        keep: share of all-linear LoRA's predicted gain to retain, in (0, 1], at the lowest step time.
-        rank_by: a score of `SCORES`, "cover_gain" or "set_gain". By default "cover_gain" if the blueprint has Adam's
-            gain, for adapters with the default coverage and neither `top_p` nor `threshold`; "adam_gain" for other
-            choices; and "gradient_norm", the paper's, without Adam's gain.
-        per_cost: divide the score by the step time that an adapter there takes.
-        coverage: "none" (the paper's rule: one pool), "kind", or "kind+depth".
-        unfreeze_blocks: number of blocks in mode "lora+unfreeze"; 1 by default.
-        r: rank of the adapters, or of the all-linear LoRA that they are compared with; 16 by default, and 8, 4, 2 or 1
-            if a budget of parameters would otherwise leave few adapters.
-        ranks: "uniform"; "equal_parameters", raised until the placement has as many parameters as LoRA of rank `r` on
-            every linear layer; or "influence", higher where the score is higher, `r` on average. By default
-            "equal_parameters" for adapters if neither `r` nor a budget of parameters is given, otherwise "uniform".
-        seed: seed of rank_by="random".
+    Not frozen, because `BlueprintConfig` inherits the fields and PEFT's `LoraConfig` is not frozen either. Each field's
+    help is in its metadata.
 
     Raises:
         PlacementError: for two selectors, a value out of range, or a budget that cannot be read.
@@ -81,47 +62,42 @@ class PlacementOptions:
         peft_blueprint.errors.PlacementError: fraction=0.2 and num_modules=3 both say how many submodules: give one.
     """
 
-    mode: Mode = field(default="lora", metadata={"help": "Place LoRA adapters, unfreeze whole blocks, or both."})
-    fraction: float | None = field(
-        default=None,
-        metadata={"help": "Share of the submodules (or blocks), in (0, 1]; by default about one to a block."},
+    mode: Mode = _option("lora", "Place LoRA adapters, unfreeze whole attention and feed-forward blocks, or both.")
+    fraction: float | None = _option(None, "Share of the submodules (of the blocks in mode unfreeze), in (0, 1].")
+    num_modules: int | None = _option(None, "Number of submodules (of blocks in mode unfreeze).")
+    top_p: float | None = _option(
+        None, "Fewest submodules that hold this share of the summed score in each stratum of the coverage, in (0, 1]."
     )
-    num_modules: int | None = field(default=None, metadata={"help": "Number of submodules (or blocks)."})
-    top_p: float | None = field(
-        default=None, metadata={"help": "Fewest submodules that hold this share of the score, in (0, 1]."}
+    threshold: float | None = _option(
+        None, "Every submodule whose score is at least this; the coverage then has no effect."
     )
-    threshold: float | None = field(default=None, metadata={"help": "Every submodule whose score is at least this."})
-    budget: Budget | str | Mapping[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Upper limits: '12GiB', '0.7x' of all-linear LoRA's step time, '2M parameters', '42 modules', or "
-            "several with commas."
-        },
+    budget: Budget | str | Mapping[str, Any] | None = _option(
+        None,
+        "Upper limits: '12GiB' at the peak of a step, '0.7x' of all-linear LoRA's step time, '2M parameters', '42 modules', "
+        "or several with commas.",
     )
-    keep: float | None = field(
-        default=None,
-        metadata={"help": "Share of all-linear LoRA's predicted gain to retain at the lowest step time, in (0, 1]."},
+    keep: float | None = _option(
+        None, "Share of all-linear LoRA's predicted gain to retain at the lowest step time, in (0, 1]."
     )
-    rank_by: RankBy | None = field(
-        default=None, metadata={"help": "Score to rank by; by default cover_gain if it can be computed."}
+    rank_by: RankBy | None = _option(
+        None,
+        "Score to rank by. Default: cover_gain for adapters, adam_gain for other choices, and gradient_norm (the paper's) "
+        "if the blueprint lacks Adam's gain.",
     )
-    per_cost: bool = field(default=False, metadata={"help": "Divide the score by an adapter's step time."})
-    coverage: Coverage = field(default="kind+depth", metadata={"help": "What to spread the choice over."})
-    unfreeze_blocks: int | None = field(
-        default=None, metadata={"help": "Number of blocks to unfreeze in mode lora+unfreeze; 1 by default."}
+    per_cost: bool = _option(False, "Divide the score by the step time that an adapter takes.")
+    coverage: Coverage = _option("kind+depth", "What to spread the choice over; none is the paper's rule.")
+    unfreeze_blocks: int | None = _option(None, "Number of blocks to unfreeze in mode lora+unfreeze. Default: 1.")
+    r: int | None = _option(
+        None,
+        "Rank of the adapters, or of the all-linear LoRA they are compared with. Default: 16, or 8, 4, 2, 1 if a budget of "
+        "parameters would otherwise leave few adapters.",
     )
-    r: int | None = field(
-        default=None,
-        metadata={"help": "Rank of the adapters, or of the all-linear LoRA they are compared with; 16 by default."},
+    ranks: Ranks | None = _option(
+        None,
+        "uniform; equal_parameters, raised to the parameters of all-linear LoRA of rank r; or influence, higher where the "
+        "score is, r on average. Default: equal_parameters for adapters if neither r nor a budget of parameters is given.",
     )
-    ranks: Ranks | None = field(
-        default=None,
-        metadata={
-            "help": "uniform, equal_parameters (as many as all-linear LoRA of rank r), or influence (higher where the "
-            "score is)."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of rank_by=random."})
+    seed: int = _option(0, "Seed of rank_by=random.")
 
     def __post_init__(self) -> None:
         choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy}

@@ -59,7 +59,7 @@ def test_planner_config_command_line_and_recipe_choose_the_same_placement(option
     lora = {"r": options["r"]} if "r" in options else {}
     placement = {name: value for name, value in options.items() if name != "r"}
     recipe = Recipe("org/m", "train.jsonl", "out", placement=placement, lora=lora)
-    from_recipe = run._plan(recipe, BLUEPRINT, LLAMA, replace(load, rank=recipe.rank)).placement
+    from_recipe, _ = run._plan(recipe, BLUEPRINT, LLAMA, replace(load, rank=recipe.rank))
     for other in (config.placement, from_recipe, *([planned] if "x" not in str(options.get("budget")) else [])):
         assert (other.lora, other.unfreeze, other.rank) == (on_model.lora, on_model.unfreeze, on_model.rank)
         assert other.ranks == on_model.ranks
