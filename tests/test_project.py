@@ -10,7 +10,7 @@ def test_each_declared_bound_is_the_version_that_the_oldest_tests_use():
     """The bounds in pyproject.toml and constraints-oldest.txt agree; torch, of which one build is tested, is apart."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    bounds = dict(d.lower().split(">=") for d in declared if ">=" in d)
+    bounds = dict(re.match(r"([\w.-]+)(?:\[\w+\])?>=([^;\s]+)", d.lower()).groups() for d in declared if ">=" in d)
     pins = dict(
         re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").lower(), re.M)
     )

@@ -66,9 +66,9 @@ def generate(
         for name, source in domains.items()
     }
     loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None)
-    pad = reading.get_pad_token_id(tokenizer)
+    pad = measure.get_pad_token_id(tokenizer)
     batches = {
-        name: reading.make_batches(reading.encode(rows, tokenizer, max_length), batch_size, pad)
+        name: measure.make_batches(measure.encode(rows, tokenizer, max_length), batch_size, pad)
         for name, rows in examples.items()
     }
     options = replace(

@@ -11,8 +11,9 @@ import typer
 from .. import publish as publishing
 from ..blueprint import Blueprint
 from ..blueprint import extract as extract_blueprint
+from ..publish import PublishOptions
 from .output import Output, say
-from .verbs import Source, verb
+from .verbs import Source, Without, verb
 
 
 ModelFiles = Annotated[
@@ -34,52 +35,21 @@ def publish(
     source: Source,
     repository: Annotated[str, typer.Argument(help="The model's repository, or one that holds blueprints alone.")],
     output: Output,
-    domain: Domain = None,
-    checkpoint: Checkpoint = None,
+    options: Annotated[PublishOptions, Without("datasets", "with_arrays")],
     dataset: Annotated[
         list[str] | None, typer.Option(help="Hub id of a data set it was measured on, for the card; may be repeated.")
     ] = None,
     model_id: Annotated[
         str | None, typer.Option(help="The model's id on the Hub, if the file names a folder.")
     ] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="As a pull request, to a repository one may not write to.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made, make it private.")] = False,
-    in_index: Annotated[
-        bool, typer.Option("--in-index", help="Also into the index of the repository's sharded model.")
-    ] = False,
-    picture: Annotated[bool, typer.Option(help="Send a picture too (needs matplotlib).")] = True,
-    replace_other: Annotated[
-        bool, typer.Option("--replace", help="Also in place of a blueprint of another model or another form of it.")
-    ] = False,
-    allow_other_model: Annotated[
-        bool, typer.Option("--allow-other-model", help="Also to a repository that holds another model.")
-    ] = False,
-    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
 ) -> None:
     """Publish a blueprint on the Hub in one commit, with a section of the model card."""
     blueprint = Blueprint.from_pretrained(source)
     if model_id is not None:
         blueprint = replace(blueprint, model_id=model_id)
-    result = publishing.publish(
-        blueprint,
-        repository,
-        domain=domain,
-        checkpoint=checkpoint,
-        datasets=dataset or None,
-        create_pr=create_pr,
-        revision=revision,
-        private=private,
-        in_index=in_index,
-        picture=picture,
-        replace=replace_other,
-        allow_other_model=allow_other_model,
-        message=message,
-        dry_run=dry_run,
-    )
+    options = replace(options, datasets=dataset or None)
+    result = publishing.publish(blueprint, repository, options, dry_run=dry_run)
     if isinstance(result, publishing.Publication):
         rows = [{"file": name, "bytes": len(content)} for name, content in result.files.items()]
         if output.format == "table":
