@@ -14,7 +14,8 @@ import argparse
 from typing import get_args
 
 from peft_blueprint import measure_influence
-from peft_blueprint.data import CrossInfluence, Statistic, get_pad_token_id, make_batches
+from peft_blueprint.data import CrossInfluence, Statistic
+from peft_blueprint.measure import get_pad_token_id, make_batches
 
 from . import setup
 

@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
-from peft_blueprint.data import get_pad_token_id, make_batches
+from peft_blueprint.measure import get_pad_token_id, make_batches
 
 from . import setup
 

@@ -21,7 +21,6 @@ from scipy import stats
 
 from peft_blueprint import measure_influence
 from peft_blueprint.blueprint import Submodule
-from peft_blueprint.data import get_pad_token_id, make_batches
 from peft_blueprint.measure import (
     SCALE_SHARE,
     Privacy,
@@ -30,6 +29,8 @@ from peft_blueprint.measure import (
     empty_model,
     find_submodules,
     gaussian_sigma,
+    get_pad_token_id,
+    make_batches,
     release,
 )
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from peft_blueprint.data import METHODS, Row, encode, make_batches, select_examples
-from peft_blueprint.measure import parameters_per_token
+from peft_blueprint.data import METHODS, select_examples
+from peft_blueprint.measure import Row, encode, make_batches, parameters_per_token
 from peft_blueprint.train import held_out_loss
 
 from . import setup

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peft_blueprint._files import write_atomically
-from peft_blueprint.data import Row, collate, encode
-from peft_blueprint.measure import load_model
+from peft_blueprint.measure import Row, collate, encode, load_model
 from peft_blueprint.runs import Ledger
 from peft_blueprint.testing import save_tiny_model
 from recipes import smollm2, stdlib_docs

@@ -17,8 +17,7 @@ from dataclasses import replace
 import torch
 
 from peft_blueprint import Blueprint, Influence, check_drift, measure_influence
-from peft_blueprint.data import get_pad_token_id, make_batches
-from peft_blueprint.measure import entries_report, normalize_within, tail_report
+from peft_blueprint.measure import entries_report, get_pad_token_id, make_batches, normalize_within, tail_report
 
 from . import setup
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from peft_blueprint.data import Row, encode, make_batches
+from peft_blueprint.measure import Row, encode, make_batches
 from peft_blueprint.place import CostModel, Structure
 from peft_blueprint.runs import Decision, MarginalReturn
 from peft_blueprint.train import held_out_loss

@@ -216,7 +216,7 @@ def _chosen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
             order.sort(key=lambda entry: places[entry.name])
         return Choice(_fitting(ground, lambda count: order[:count], limit), charges=("weights",))
     charges = () if rule.base in CONTROLS else ("blueprint",)
-    options: dict[str, Any] = dict(rule.wish)
+    options: dict[str, Any] = {**dict(rule.wish), **({"rank_by": "cover_gain"} if rule.wish else {})}
     if rule.base not in PLANNERS:
         options |= {"rank_by": rule.base, "coverage": rule.coverage, "seed": rule.draw}
         if rule.count is None and not rule.is_shipped:
@@ -226,7 +226,7 @@ def _chosen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
                 return _adapted(ground, ground.plan(blueprint, num_modules=count, ranks="uniform", **options))
 
             return Choice(_fitting(ground, take, limit), charges=charges)
-        count = rule.count or len(ground.plan().lora)
+        count = rule.count or len(ground.plan(ranks="equal_parameters").lora)
         options["num_modules"] = min(count, len(ground.entries))
     placement = ground.plan(blueprint, ranks="equal_parameters", **options)
     if not rule.is_shipped:

@@ -16,8 +16,8 @@ from transformers import set_seed
 
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, generate_blueprint, plan_placement, select_examples
 from peft_blueprint.blueprint import ADAPTABLE, Submodule
-from peft_blueprint.data import Row, get_pad_token_id, make_batches, temporary_adapters, train_briefly
-from peft_blueprint.measure import empty_model, load_model, load_tokenizer
+from peft_blueprint.data import temporary_adapters, train_briefly
+from peft_blueprint.measure import Row, empty_model, get_pad_token_id, load_model, load_tokenizer, make_batches
 from peft_blueprint.place import CostModel, CoverGain, Structure, Workload
 
 from .. import setup

@@ -17,8 +17,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import set_seed
 
-from peft_blueprint.data import Row
-from peft_blueprint.measure import per_example_losses, versions
+from peft_blueprint.measure import Row, per_example_losses, versions
 from peft_blueprint.runs import Ledger
 from peft_blueprint.train import initialize_along_gradient
 
