@@ -40,8 +40,7 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
     terms are squares, loses digits there: 1.2e-4 at worst was measured (RESULTS.md).
     """
     from peft_blueprint import measure_influence
-    from peft_blueprint.data.examples import collate, encode
-    from peft_blueprint.measure import load_model
+    from peft_blueprint.measure import collate, encode, load_model
 
     model, tokenizer = load_model(str(weights), "float32")
     examples = [
@@ -73,8 +72,7 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
 def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_path):
     """The demo's recipe for two steps: the loss falls, and a process without this package computes the same loss."""
     import stdlib_docs
-    from peft_blueprint.data.examples import encode, make_batches
-    from peft_blueprint.measure import load_model
+    from peft_blueprint.measure import encode, load_model, make_batches
     from peft_blueprint.measure.submodules import find_submodules
     from peft_blueprint.train import Recipe, run_recipe
 

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from .._options import check_fields, from_mapping
 from ..errors import BlueprintError
 from ..measure import dtype_of
-from ..place import Budget, PlacementOptions, Workload
+from ..place import DEFAULT_RANK, Budget, PlacementOptions, Workload
 from ..runs import MarginalReturn, carbon_factor
 
 
@@ -176,7 +176,9 @@ class Recipe:
     @property
     def rank(self) -> int:
         """Rank of LoRA, or of the all-linear LoRA that the placement is compared with."""
-        return int(self.lora.get("r", LoraConfig.__dataclass_fields__["r"].default))
+        is_all_linear = isinstance(self.placement, str)
+        default = LoraConfig.__dataclass_fields__["r"].default if is_all_linear else DEFAULT_RANK
+        return int(self.lora.get("r", default))
 
     @property
     def is_planned_before_loading(self) -> bool:

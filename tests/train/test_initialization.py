@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import BlueprintConfig, initialize_along_gradient, measure_influence
-from peft_blueprint.data.examples import make_batches
 from peft_blueprint.errors import MeasurementError, PlacementError
+from peft_blueprint.measure import make_batches
 from peft_blueprint.measure.losses import per_example_losses
 from peft_blueprint.testing import (
     quantize,
@@ -199,7 +199,7 @@ def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
         begin(model, adapter_name="other")
     with pytest.raises(MeasurementError, match="max_examples must be a positive integer or None, got 0"):
         begin(model, max_examples=0)
-    with pytest.raises(MeasurementError, match="The batches are empty"):
+    with pytest.raises(MeasurementError, match="yields nothing|are empty"):
         begin(model, iter(()))
     with pytest.raises(MeasurementError, match="no target"):
         begin(model, make_batches([{"input_ids": [1, 2], "labels": [-100, -100]}], 1, 0))

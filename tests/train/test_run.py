@@ -8,8 +8,8 @@ from peft import AutoPeftModelForCausalLM
 
 from peft_blueprint import BlueprintError, generate_blueprint
 from peft_blueprint.cli import main
-from peft_blueprint.data.examples import encode, get_pad_token_id, make_batches, read_examples
-from peft_blueprint.measure import load_model
+from peft_blueprint.data import read_examples
+from peft_blueprint.measure import encode, get_pad_token_id, load_model, make_batches
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.testing import save_tiny_model
 from peft_blueprint.train.recipe import Recipe
