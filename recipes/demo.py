@@ -21,8 +21,8 @@ from rich.table import Table
 import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Placement, generate_blueprint
-from peft_blueprint.data import encode, get_pad_token_id, make_batches, read_examples
-from peft_blueprint.measure import load_model
+from peft_blueprint.data import read_examples
+from peft_blueprint.measure import encode, get_pad_token_id, load_model, make_batches
 from peft_blueprint.publish import plot_blueprint, save_page, save_plot
 from peft_blueprint.runs import RunRecord, make_report
 from peft_blueprint.train import Recipe, Report, run_recipe

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from peft_blueprint.data import get_pad_token_id
+from peft_blueprint.measure import get_pad_token_id
 from peft_blueprint.runs import Ledger
 from peft_blueprint.train import (
     CheckpointAbove,

@@ -7,11 +7,6 @@ from .cross_influence import CrossInfluence as CrossInfluence
 from .cross_influence import Statistic as Statistic
 from .examples import Candidate as Candidate
 from .examples import Pool as Pool
-from .examples import Row as Row
-from .examples import collate as collate
-from .examples import encode as encode
-from .examples import get_pad_token_id as get_pad_token_id
-from .examples import make_batches as make_batches
 from .examples import read_examples as read_examples
 from .features import token_features as token_features
 from .options import METHODS as METHODS

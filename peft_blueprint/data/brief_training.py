@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..errors import BlueprintError, MeasurementError
-from ..measure import LossFunction, find_submodules, input_device, linear_modules, per_example_losses
-from .examples import Row, collate
+from ..measure import LossFunction, Row, collate, find_submodules, input_device, linear_modules, per_example_losses
 
 
 Train = Callable[[nn.Module, Sequence[Row]], None]

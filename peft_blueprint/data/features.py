@@ -20,12 +20,12 @@ from ..measure import (
     count_examples,
     find_submodules,
     find_weights,
-    input_device,
     matches_model_loss,
     measurement_mode,
     model_loss,
     per_example_losses,
     split_examples,
+    take_examples,
     unwrap,
 )
 
@@ -89,10 +89,8 @@ def model_features(
     rows: list[np.ndarray] = []
     losses: list[np.ndarray] = []
     tokens, is_own = 0, None
-    device = input_device(model)
     with measurement_mode(model), torch.no_grad(), reader.hooked():
-        for given in batches:
-            batch = {k: v.to(device) if isinstance(v, Tensor) and device else v for k, v in given.items()}
+        for batch in take_examples(model, batches, loss_fn=loss_fn):
             if is_own is None:
                 is_own = loss_fn is None and not matches_model_loss(model, batch)
             batch_losses, batch_rows = reader.read(batch, loss_fn, is_own)

@@ -13,9 +13,9 @@ from torch import nn
 
 from .._processes import of_every_process, process_count
 from ..errors import MeasurementError
-from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, measure_influence
+from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, collate, measure_influence
 from .alignment import Target, alignment_scores, find_rows, gradient_points
-from .examples import Candidate, collate
+from .examples import Candidate
 from .features import DEPTHS, Features, model_features
 from .options import Similarity
 

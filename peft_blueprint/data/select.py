@@ -20,11 +20,11 @@ from .._options import from_keywords
 from .._processes import process_count
 from .._text import format_names
 from ..errors import BlueprintError, MismatchError
-from ..measure import LossFunction, find_submodules, is_sharded, parameters_per_token, unwrap
+from ..measure import LossFunction, find_submodules, get_pad_token_id, is_sharded, parameters_per_token, unwrap
 from ..place import Placement
 from .alignment import Target, make_target
 from .brief_training import Train, restore_afterwards, temporary_adapters, train_briefly
-from .examples import Candidate, Example, Pool, get_pad_token_id
+from .examples import Candidate, Example, Pool
 from .features import MODEL_SCALARS, TOKEN_SCALARS, token_features
 from .options import ITERATIVE, MAX_FACILITY_POINTS, MIN_MEASURED, SCORE_COLUMNS, Method, SelectionOptions
 from .resume import Progress, extend_digest

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from .._processes import of_first_process, process_count
 from ..blueprint import ADAPTABLE, Blueprint, Submodule, norm_of
 from ..errors import MeasurementError
 from ..runs import Ledger, modelled
+from .batches import Batch, Example, as_batches
 from .compatibility import WEIGHTS_DIGEST, weights_digest
 from .influence import Influence
 from .losses import LossFunction
-from .measurement import Batch, measure_influence
+from .measurement import measure_influence
 from .options import FIXED_COST, VARIABLE_COST, GenerateOptions, Include, MeasureOptions
 from .privacy import Privacy, one_by_one, release_domains
 from .submodules import (
@@ -38,14 +39,18 @@ from .submodules import (
 from .summary import concentration, summarize, weight_gradient
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPENT = ("seconds", "tokens", "flops", "peak_bytes", "energy_joules")  # cost of the measurement, for the provenance
 
 
 def generate_blueprint(
     model: nn.Module,
-    batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+    batches: Iterable[Batch | Example] | Mapping[str, Iterable[Batch | Example]],
     options: GenerateOptions | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     loss_fn: LossFunction | None = None,
     privacy: Privacy | None = None,
     progress: bool = True,
@@ -56,9 +61,10 @@ def generate_blueprint(
 
     Args:
         model: as for `measure_influence`.
-        batches: batches with `labels`; or those of several domains by name. The first domain is the reference, and
+        batches: batches with `labels`, or examples, as for `measure_influence`; or those of several domains by name. The first domain is the reference, and
             every entry gets `domain_tags`: each domain's norm over the reference's.
         options: how to measure and summarize, see `GenerateOptions`.
+        tokenizer: the model's, for examples with text.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
         privacy: publish norms with noise, or with a guarantee of differential privacy. Of the examples the blueprint
             then holds nothing else but their number. Each domain is released separately. Under a guarantee, examples
@@ -92,8 +98,11 @@ def generate_blueprint(
         influences = {
             name: measure_influence(
                 model,
-                one_by_one(domain) if is_guaranteed else domain,
+                one_by_one(as_batches(model, domain, tokenizer=tokenizer, loss_fn=loss_fn))
+                if is_guaranteed
+                else domain,
                 MeasureOptions(**measuring),
+                tokenizer=tokenizer,
                 loss_fn=loss_fn,
                 progress=progress,
                 reduce=reduce,

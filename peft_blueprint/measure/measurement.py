@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .._options import from_keywords
 from .._text import format_names
 from ..blueprint import Submodule
 from ..errors import MeasurementError
+from .batches import Batch, Example, input_device, take_examples
 from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
 from .hooks import hook_gradients, hook_output, measurement_mode
 from .influence import Influence
@@ -41,7 +42,6 @@ from .submodules import (
     Weight,
     find_submodules,
     find_weights,
-    is_sharded,
     select_submodules,
     structure_digest,
     unwrap,
@@ -49,7 +49,8 @@ from .submodules import (
 )
 
 
-Batch = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FP16_LOSS_SCALE = 2.0**14
 _SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "seed")
@@ -57,9 +58,10 @@ _SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "seed
 
 def measure_influence(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Example],
     options: MeasureOptions | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     submodules: Collection[str] | None = None,
     loss_fn: LossFunction | None = None,
     progress: bool = True,
@@ -85,8 +87,11 @@ def measure_influence(
     Args:
         model: a transformers model, or a `PeftModel` around one; frozen, trainable or quantized with bitsandbytes, in
             float32, bfloat16 or float16.
-        batches: mappings of the model's inputs and `labels` (-100 where there is no target), such as a `DataLoader`.
+        batches: mappings of the model's inputs and `labels` (-100 where there is no target), such as a `DataLoader`; or
+            examples, such as a `datasets.Dataset`, with text or token ids, see `encode_one`. They are cut at 512 tokens
+            and measured 8 at a time.
         options: how to measure, see `MeasureOptions`.
+        tokenizer: the model's, for examples with text.
         submodules: names of the submodules to measure, among those that `include` selects; all by default. The backward
             pass stops at the first of them, so measuring only late ones is cheaper.
         loss_fn: `loss_fn(model, batch)` → losses (B,) of the batch's B examples, for an objective other than the
@@ -126,7 +131,9 @@ def measure_influence(
     recorder = Recorder(rows, options)
     with processes.share_errors():
         passes = _Passes(model, recorder, loss_fn, processes, plan.one_at_a_time)
-        own = _measure(batches, plan, passes, processes.share(options.max_examples), progress)
+        share = processes.share(options.max_examples)
+        taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
+        own = _measure(taken, plan, passes, share, progress)
     settings = (structure_digest(rows), *(getattr(options, name) for name in _SAME_EVERYWHERE))
     found = processes.combine(own, settings)
     if not found.examples:
@@ -166,7 +173,7 @@ def measure_influence(
 
 
 def _measure(
-    batches: Iterable[Batch], plan: _Plan, passes: _Passes, max_examples: int | None, progress: bool
+    batches: Iterator[Batch], plan: _Plan, passes: _Passes, max_examples: int | None, progress: bool
 ) -> RawMeasurement:
     """Measure all rows on this process's batches."""
     model, recorder, processes = passes.model, passes.recorder, passes.processes
@@ -186,8 +193,7 @@ def _measure(
         stack.enter_context(hook_gradients([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
         bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
-        device = input_device(model)
-        for batch in processes.with_idle_batch(take_examples(batches, max_examples, device), device):
+        for batch in processes.with_idle_batch(batches, input_device(model)):
             for part in passes.measure(batch):
                 parts.append(part)
                 bar.update(len(part.losses))
@@ -203,14 +209,6 @@ def _measure(
         tokens=tokens,
         data_digest=f"sha256:{digest.hexdigest()}",
     )
-
-
-def input_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's inputs; None if its own hooks move them, because its weights are offloaded."""
-    is_elsewhere = any(
-        p.is_meta or is_sharded(p) and p.device.type != p.device_mesh.device_type for p in model.parameters()
-    )
-    return None if is_elsewhere else next(model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -331,33 +329,3 @@ def _left_out(weight: Weight) -> str:
     if weight.form == "head":
         return "an output or classification head; include='all' measures it"
     return f"not adaptable ({weight.form}); include='all' measures it"
-
-
-def take_examples(
-    batches: Iterable[Batch], max_examples: int | None, device: torch.device | None
-) -> Iterator[dict[str, Any]]:
-    """Yield batches on a device until `max_examples` were taken."""
-    left = max_examples
-    for batch in batches:
-        if left == 0:
-            return
-        if not isinstance(batch, Mapping):
-            raise MeasurementError(
-                f"A batch must be a mapping with labels, got {type(batch).__name__}. For a single batch, give [batch]."
-            )
-        examples = count_examples(batch)
-        taken = examples if left is None else min(left, examples)
-        yield {
-            key: _cut(value, taken, examples).to(device) if isinstance(value, Tensor) else _cut(value, taken, examples)
-            for key, value in batch.items()
-        }
-        if left is not None:
-            left -= taken
-            if left == 0:
-                return
-
-
-def _cut(value: Any, taken: int, examples: int) -> Any:
-    """Return the first rows of a value that has a row for every example."""
-    has_rows = isinstance(value, Tensor | list | tuple) and len(value) == examples
-    return value[:taken] if has_rows and taken < examples else value

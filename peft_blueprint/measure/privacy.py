@@ -291,8 +291,8 @@ def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, An
     a first pass shows, such as layers that are called twice, are taken not to depend on the example.
     """
     for batch in batches:
-        for example in split_examples(batch) if isinstance(batch, Mapping) else [batch]:
-            yield _without_padding(example) if isinstance(example, Mapping) else example
+        for example in split_examples(batch):
+            yield _without_padding(example)
 
 
 def _opendp() -> Any:

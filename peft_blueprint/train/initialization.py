@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,7 +18,6 @@ from ..measure import (
     LossFunction,
     UnknownObjective,
     count_examples,
-    input_device,
     is_sharded,
     measurement_mode,
     model_loss,
@@ -26,6 +25,10 @@ from ..measure import (
     split_examples,
     take_examples,
 )
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class _Adapter(NamedTuple):
@@ -41,6 +44,7 @@ def initialize_along_gradient(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     adapter_name: str = "default",
     max_examples: int | None = 64,
     loss_fn: LossFunction | None = None,
@@ -63,7 +67,8 @@ def initialize_along_gradient(
 
     Args:
         model: a `PeftModel` with an untrained adapter.
-        batches: mappings as for `measure_influence`, made from training examples.
+        batches: training data, as batches or examples, see `measure_influence`.
+        tokenizer: the model's, for examples with text.
         adapter_name: name of the adapter, which must be active.
         max_examples: stop after this many examples; None for all.
         loss_fn: see `measure_influence`.
@@ -96,7 +101,8 @@ def initialize_along_gradient(
                 adapter.a.zero_()
                 adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator))
         with _only_trainable(model, [adapter.a for adapter in adapters]):
-            _accumulate_gradients(model, batches, max_examples, loss_fn, progress)
+            taken = take_examples(model, batches, max_examples, tokenizer=tokenizer, loss_fn=loss_fn)
+            _accumulate_gradients(model, taken, max_examples, loss_fn, progress)
             sketches = [(adapter, adapter.a.grad) for adapter in adapters if adapter.a.grad is not None]
     finally:
         with torch.no_grad():
@@ -184,7 +190,7 @@ def _accumulate_gradients(
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     found = 0
     with tqdm(total=max_examples, unit="example", desc="Initializing adapters", disable=not progress) as bar:
-        for batch in take_examples(batches, max_examples, input_device(model)):
+        for batch in batches:
             for loss in _summed_losses(model, batch, loss_fn):
                 (scale * loss).backward()
             found += (seen := count_examples(batch))

@@ -31,17 +31,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .._files import require_writable, write_atomically
 from ..blueprint import Blueprint
 from ..compare import check_drift, reconcile
-from ..data import Row, collate, encode, get_pad_token_id, make_batches, read_examples
+from ..data import read_examples
 from ..errors import BlueprintError
 from ..measure import (
+    Row,
+    collate,
     dtype_of,
     empty_model,
+    encode,
     find_submodules,
     generate_blueprint,
+    get_pad_token_id,
     load_model,
     load_tokenizer,
+    make_batches,
     parameters_per_token,
     per_example_losses,
+    take_examples,
 )
 from ..place import (
     BlueprintConfig,
@@ -275,8 +281,20 @@ def initialize_adapters(
     return ledger.quantities()
 
 
-def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, progress: bool = True) -> float:
+def held_out_loss(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = True,
+) -> float:
     """Compute the mean negative log-likelihood per target token, in nats.
+
+    Args:
+        model: in any mode.
+        batches: batches or examples, see `measure_influence`.
+        tokenizer: the model's, for examples with text.
+        progress: show a progress bar.
 
     Raises:
         BlueprintError: if it is not finite.
@@ -286,13 +304,13 @@ def held_out_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
         >>> 4 < held_out_loss(tiny_llama(), toy_batches(), progress=False) < 6
         True
     """
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     losses, counts = [], []
     with torch.no_grad():
-        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
-            loss, count = per_example_losses(model, {key: value.to(device) for key, value in batch.items()})
+        taken = take_examples(model, batches, tokenizer=tokenizer)
+        for batch in tqdm(taken, desc="Evaluating", unit="batch", disable=not progress):
+            loss, count = per_example_losses(model, batch)
             losses.append(loss * count)
             counts.append(count)
     model.train(was_training)

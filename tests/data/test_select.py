@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from peft_blueprint import measure_influence, plan_placement
-from peft_blueprint.data.examples import Pool, collate
+from peft_blueprint.data.examples import Pool
 from peft_blueprint.data.scoring import ExampleScorer
 from peft_blueprint.data.select import select_examples
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
+from peft_blueprint.measure import collate
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import save_tiny_model, tiny_llama
 from tests.choosing import choose, make_rows, model

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from peft_blueprint import measure
 from peft_blueprint.cli.program import app
-from peft_blueprint.data.examples import Pool, encode, encode_one
+from peft_blueprint.data.examples import Pool
 from peft_blueprint.data.options import SCORE_COLUMNS
 from peft_blueprint.data.tables import read_table, require_columns, require_storable, write_table
 from peft_blueprint.errors import BlueprintError
+from peft_blueprint.measure import encode, encode_one
 from peft_blueprint.testing import save_tiny_model
 from tests.choosing import choose, make_rows
 
