@@ -68,7 +68,7 @@ weights: environment ## put the weights of SmolLM2-135M into .venv (a download o
 clean: ## remove the environments, the caches and the outputs
 	rm -rf $(VENV) $(VENV).unfinished $(OLDEST) $(OLDEST).unfinished
 	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist demo-output
-	find peft_blueprint tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find peft_blueprint tests recipes benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 LINT = { echo "==> Checking style (ruff lint); mend with: $(IN_VENV) -m ruff check --fix"; \
 	$(IN_VENV) -m ruff check; style=$$?; \

@@ -69,12 +69,13 @@ def select_data(
     )
     require_writable(out.parent)
     options.resolve_count(None if stream else 1)
-    options = replace(options, columns=parse_pairs(columns))
-    selecting.require_columns(options.columns)
+    names = parse_pairs(columns)
+    options = replace(options, columns=names)
+    selecting.require_columns(names)
     rank, _ = measure.join_processes()
     table = selecting.read_table(data, split=split, stream=stream)
     present = table.column_names
-    selecting.require_columns(options.columns, present)
+    selecting.require_columns(names, present)
     taken = set(selecting.SCORE_COLUMNS) & set(present) if with_scores else set()
     if taken:
         raise BlueprintError(

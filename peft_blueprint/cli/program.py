@@ -77,7 +77,7 @@ def _fail(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     if isinstance(error, _UsageError):
-        return error.format_message()  # type: ignore[attr-defined, no-any-return]
+        return error.format_message()  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error).strip() or type(error).__name__

@@ -103,7 +103,7 @@ def verb(panel: str, *, examples: Sequence[str] = ()) -> Callable[[Callable[...,
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del call.__wrapped__  # type: ignore[attr-defined]
+        del call.__wrapped__
         shown = "\n\n".join(("Examples:", *(f"$ {example}" for example in examples))) if examples else None
         app.command(function.__name__.replace("_", "-"), rich_help_panel=panel, epilog=shown)(call)
         EXAMPLES.extend(examples)
@@ -118,7 +118,7 @@ EXAMPLES: list[str] = []
 
 def _options_of(hint: Any) -> tuple[type | None, Only]:
     """Split a parameter's annotation into its dataclass, if it has one, and the fields that become flags."""
-    fields = Without()
+    fields: Only = Without()
     if get_origin(hint) is Annotated:
         hint, *marks = get_args(hint)
         fields = next((mark for mark in marks if isinstance(mark, Only)), fields)
