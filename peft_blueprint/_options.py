@@ -1,4 +1,4 @@
-"""Options and records as dataclasses: from keywords, from untrusted mappings, and their help texts.
+"""Options and records as dataclasses: from keywords, and from untrusted mappings.
 
 A room's options are one frozen dataclass whose fields carry `metadata={"help": …}`. The Python functions, the command
 line and YAML files all read that class, so that a default or a help text stands in one place.
@@ -118,11 +118,6 @@ def check_fields(
     _validated(TypeAdapter(given), data, where, error)
 
 
-def help_of(cls: type, name: str) -> str:
-    """Return the help text of a field."""
-    return next(f.metadata["help"] for f in fields(cls) if f.name == name)
-
-
 @functools.cache
 def _adapter(cls: type) -> Any:
     from pydantic import TypeAdapter
@@ -135,7 +130,7 @@ def _require_mapping(data: Any, where: str, error: type[BlueprintError], known: 
         raise error(f"{where} must be a mapping, got {_shown(data)}.")
     unknown = [] if known is None else [str(key) for key in data if key not in known]
     if known and unknown:
-        close = difflib.get_close_matches(unknown[0], known, 1)
+        close = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise error(f"{where} has no option {format_names(unknown)}. {hint}Options: {', '.join(known)}.")
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from peft_blueprint import BlueprintError, _options
-from peft_blueprint._options import check_fields, from_keywords, from_mapping, help_of
+from peft_blueprint._options import check_fields, from_keywords, from_mapping
 from peft_blueprint.errors import PlacementError
 
 
@@ -88,10 +88,6 @@ def test_keywords_count_before_the_options():
     assert from_keywords(Inner, Inner(2), {}) == Inner(2) and from_keywords(Inner, Inner(2), {"size": 3}) == Inner(3)
     with pytest.raises(BlueprintError, match="options must be Inner, got dict. Pass Inner"):
         from_keywords(Inner, {"size": 3}, {})
-
-
-def test_help_texts_are_the_fields():
-    assert help_of(Options, "fraction") == "Share of all, in (0, 1]."
 
 
 def test_the_examples_run():
