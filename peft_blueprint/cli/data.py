@@ -34,7 +34,9 @@ _TRIED = 100  # examples written for a trial before any is scored; one of a stre
 )
 def select_data(
     model: Model,
-    data: Annotated[str, typer.Option(help="Examples: a JSON Lines, CSV or Parquet file, or a Hub data set.")],
+    data: Annotated[
+        str, typer.Option(help="Examples: a file such as train.jsonl, or a Hub data set: ID or ID:CONFIG.")
+    ],
     out: Annotated[Path, typer.Option(help="File for the chosen examples: .jsonl, .csv or .parquet.")],
     options: SelectionOptions,
     output: Output,

@@ -33,7 +33,7 @@ def generate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Examples: a JSON Lines, CSV or Parquet file, or a Hub data set; NAME=FILE for several domains."
+            help="Examples: a file such as train.jsonl, or a Hub data set (ID or ID:CONFIG); NAME=FILE for several domains."
         ),
     ],
     options: Annotated[GenerateOptions, Without("data", "command")],

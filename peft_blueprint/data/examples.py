@@ -21,10 +21,10 @@ Example = Mapping[str, Any]
 def read_examples(
     source: str, columns: Mapping[str, str] | None = None, *, split: str = "train", limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Read examples from a local JSON-lines, CSV or Parquet file, or from a dataset on the Hub.
+    """Read examples from a local file or a dataset on the Hub.
 
     Args:
-        source: path or dataset id.
+        source: path or dataset id, see `read_table`.
         columns: the file's own names of `prompt`, `completion`, `messages` or `text`, as `{"prompt": "question"}`.
         split: of a dataset on the Hub.
         limit: read only the first `limit` examples.

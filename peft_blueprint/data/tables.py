@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .._files import replacing
-from .._text import format_names
+from .._text import first_line, format_names
 from ..errors import BlueprintError
 
 
 COLUMN_SETS = (("prompt", "completion"), ("messages",), ("text",))  # an example has one of these
-READABLE = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READABLE: dict[str, tuple[str, dict[str, str]]] = {  # the module of datasets and its options
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".txt": ("text", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 WRITABLE = (".jsonl", ".csv", ".parquet")
 
 
@@ -55,10 +65,12 @@ class TableStream:
 
 
 def read_table(source: str, *, split: str = "train", stream: bool = False) -> Any:
-    """Read a local JSON-lines, CSV or Parquet file, or a dataset on the Hub.
+    """Read a local file or a dataset on the Hub.
 
     Args:
-        source: path or dataset id.
+        source: path of a JSON Lines, JSON, CSV, TSV, text (an example a line), Parquet or Arrow file, which may be
+            compressed (`train.jsonl.gz`); or a dataset's id or local folder, with its configuration after a colon if it
+            has several (`openai/gsm8k:main`).
         split: of a dataset on the Hub.
         stream: read row by row in constant memory.
 
@@ -66,24 +78,45 @@ def read_table(source: str, *, split: str = "train", stream: bool = False) -> An
         A `datasets.Dataset`, or a `TableStream`.
 
     Raises:
-        BlueprintError: if the file does not exist, cannot be read, or is empty.
+        BlueprintError: if the source does not exist, cannot be read, is empty, or has several configurations and none is
+            named.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.tsv")
+        >>> _ = path.write_text("prompt\\tcompletion\\n1 + 1\\ttwo\\n")
+        >>> read_table(str(path))[0]
+        {'prompt': '1 + 1', 'completion': 'two'}
     """
-    from datasets import load_dataset
+    from datasets import get_dataset_config_names, load_dataset
 
     path = Path(source)
-    kind = READABLE.get(path.suffix)
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in COMPRESSED:
+        endings.pop()
+    kind = READABLE.get(endings[-1]) if endings else None
     if kind and not path.is_file():
         raise BlueprintError(f"The file {path} does not exist.")
+    if path.is_file() and not kind:
+        raise BlueprintError(f"{path} must end in one of {', '.join(READABLE)}, or be such a file compressed.")
     if kind and not path.stat().st_size:
         raise _empty(source)
+    name, _, config = (source, "", "") if path.exists() or ":" not in source else source.rpartition(":")
     try:
         if kind:
-            table = load_dataset(kind, data_files=str(path), split="train", streaming=stream)
+            module, options = kind
+            table = load_dataset(module, data_files=str(path), split="train", streaming=stream, **options)
         else:
-            table = load_dataset(source, split=split, streaming=stream)
+            table = load_dataset(name, config or None, split=split, streaming=stream)
     except Exception as error:  # datasets raises a dozen types
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error) or isinstance(error.__cause__, StopIteration):
             raise _empty(source) from error
+        if "Config name is missing" in str(error):
+            configs = get_dataset_config_names(name)
+            raise BlueprintError(
+                f"The data {source!r} has several configurations: {format_names(configs, 8)}. Name one, as in "
+                f"'{source}:{configs[0]}'."
+            ) from error
         raise _unreadable(source, error) from error
     if stream:
         return TableStream(table, source)
@@ -183,9 +216,7 @@ def _to_json(value: Any) -> Any:
 
 def _unreadable(source: str, error: Exception, where: str = "") -> BlueprintError:
     """Word the cause of an error: datasets itself says only that something went wrong."""
-    cause = error.__cause__ or error
-    reason = str(cause).strip().splitlines()[0].rstrip(".") if str(cause).strip() else type(cause).__name__
-    return BlueprintError(f"The data {source!r} cannot be read{where}: {reason}.")
+    return BlueprintError(f"The data {source!r} cannot be read{where}: {first_line(error.__cause__ or error)}.")
 
 
 def _empty(source: str) -> BlueprintError:

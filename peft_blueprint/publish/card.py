@@ -80,11 +80,11 @@ def new_card(blueprint: Blueprint, repo_id: str) -> str:
 
 
 def datasets_of(blueprint: Blueprint) -> list[str]:
-    """Return the data sets in the provenance that have the form of an id on the Hub, without files."""
+    """Return the data sets in the provenance that have the form of an id on the Hub, without files and configurations."""
     data = blueprint.provenance.get("data")
     values = data.values() if isinstance(data, Mapping) else [data]
     texts = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    names = [name.strip() for text in texts if isinstance(text, str) for name in text.split(",")]
+    names = [name.strip().partition(":")[0] for text in texts if isinstance(text, str) for name in text.split(",")]
     return list(dict.fromkeys(name for name in names if is_dataset_id(name)))
 
 
