@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import blueprint as records
 from .. import compare as comparing
 from .._files import require_writable
-from ..blueprint import SUFFIXES, Blueprint, file_name, norm_of, require_same_names
 from ..errors import BlueprintError
 from .output import Output, say
 from .verbs import Source, verb
+
+
+if TYPE_CHECKING:
+    from ..blueprint import Blueprint
 
 
 _TOP = 20  # submodules of a movement that are shown
@@ -31,15 +35,15 @@ def compare(
     top: Annotated[int, typer.Option(min=0, help="Entries to show, largest change of rank first; 0 for all.")] = 20,
 ) -> None:
     """Compare two blueprints of one model: norms, and ranks within each kind."""
-    a, b = Blueprint.from_pretrained(first), Blueprint.from_pretrained(second)
-    require_same_names(a, b, "compared")
+    a, b = records.Blueprint.from_pretrained(first), records.Blueprint.from_pretrained(second)
+    records.require_same_names(a, b, "compared")
     ranks_a, ranks_b = a.ranks(), b.ranks()
     rows = [
         {
             "id": entry.name,
             "kind": entry.kind,
-            "first": norm_of(entry),
-            "second": norm_of(b[entry.name]),
+            "first": records.norm_of(entry),
+            "second": records.norm_of(b[entry.name]),
             "rank_first": ranks_a[entry.name],
             "rank_second": ranks_b[entry.name],
         }
@@ -61,8 +65,8 @@ def drift(
 ) -> None:
     """Check whether a local blueprint agrees with a published one. Exit status 1 if it does not."""
     found = comparing.check_drift(
-        Blueprint.from_pretrained(local),
-        Blueprint.from_pretrained(published),
+        records.Blueprint.from_pretrained(local),
+        records.Blueprint.from_pretrained(published),
         threshold=comparing.DRIFT_THRESHOLD if threshold is None else threshold,
     )
     result = {
@@ -172,7 +176,7 @@ def _overview(source: str, blueprint: Blueprint) -> dict[str, Any]:
 def _files_for(path: Path, merged: Iterable[Blueprint], notes: Iterable[str]) -> list[Path]:
     """Name a file for every merged blueprint: `path` itself, or in that folder one by model and checkpoint."""
     merged = list(merged)
-    if path.suffix in SUFFIXES and not path.is_dir():
+    if path.suffix in records.SUFFIXES and not path.is_dir():
         if len(merged) > 1:
             raise BlueprintError(
                 f"--merge {path} is one file, but {len(merged)} blueprints remain after merging. {' '.join(notes)} Give "
@@ -182,13 +186,13 @@ def _files_for(path: Path, merged: Iterable[Blueprint], notes: Iterable[str]) ->
     if path.suffix and not path.is_dir():
         raise BlueprintError(
             f"--merge {path}: a blueprint cannot be written as {path.suffix}. Give a name that ends in "
-            f"{', '.join(SUFFIXES)}, or a folder."
+            f"{', '.join(records.SUFFIXES)}, or a folder."
         )
     files: list[Path] = []
     for blueprint in merged:
         model = re.sub(r"[^a-z0-9]+", "_", blueprint.model_id.lower())[-48:].strip("_")
         names = (f"of_{model}{suffix}" for suffix in ("", *(f"_{i}" for i in range(2, len(merged) + 2))))
-        candidates = (path / file_name(name, blueprint.training_checkpoint) for name in names)
+        candidates = (path / records.file_name(name, blueprint.training_checkpoint) for name in names)
         files.append(next(file for file in candidates if file not in files))
     return files
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import blueprint as records
 from .. import data as selecting
 from .. import measure, place
 from .._files import require_writable
 from .._text import format_names
-from ..blueprint import Blueprint
 from ..data import SelectionOptions
 from ..errors import BlueprintError
 from .output import Output, say
@@ -124,7 +124,7 @@ def _require_distinct(written: Mapping[str, Any], read: Mapping[str, str | None]
 
 
 def _placement(blueprint: str, fraction: float | None) -> Any:
-    return place.plan_placement(Blueprint.from_pretrained(blueprint), fraction=fraction)
+    return place.plan_placement(records.Blueprint.from_pretrained(blueprint), fraction=fraction)
 
 
 def _rows(selection: Any) -> list[dict[str, Any]]:

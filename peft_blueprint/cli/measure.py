@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import blueprint as records
 from .. import data as reading
 from .. import measure, publish
 from .._files import require_writable
-from ..blueprint import Blueprint, score_of
 from ..errors import BlueprintError
 from ..measure import GenerateOptions
 from .output import Output
@@ -104,10 +104,10 @@ def show(
     picture: Picture = None,
 ) -> None:
     """Show a blueprint: its model, how concentrated the gradient is, and its strongest submodules."""
-    blueprint = Blueprint.from_pretrained(source)
+    blueprint = records.Blueprint.from_pretrained(source)
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, by=by), picture)
-    names = [entry.name for entry in sorted(blueprint, key=lambda e: -score_of(e, by))]
+    names = [entry.name for entry in sorted(blueprint, key=lambda e: -records.score_of(e, by))]
     output.blueprint(blueprint, by, top, bare=names[: top or None])
 
 

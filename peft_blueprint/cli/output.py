@@ -6,13 +6,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..blueprint import Blueprint, score_of, to_dict
+from .. import blueprint as records
+
+
+if TYPE_CHECKING:
+    from ..blueprint import Blueprint
 
 
 Format = Literal["table", "json", "quiet"]
@@ -57,7 +61,7 @@ class Output:
 
     def blueprint(self, blueprint: Blueprint, by: str, top: int, bare: Sequence[str]) -> None:
         """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON."""
-        ranked = sorted(blueprint, key=lambda entry: -score_of(entry, by))[: top or None]
+        ranked = sorted(blueprint, key=lambda entry: -records.score_of(entry, by))[: top or None]
         rows = [
             {
                 "id": entry.name,
@@ -72,7 +76,7 @@ class Output:
         title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
         if len(ranked) < len(blueprint):
             title += f"; the {len(ranked)} largest by {by}"
-        self.answer(to_dict(blueprint) if self.format == "json" else None, rows, bare, title)
+        self.answer(records.to_dict(blueprint) if self.format == "json" else None, rows, bare, title)
 
     def hint(self, text: str) -> None:
         """Tell a person what to do next; programs and pipelines are not told."""

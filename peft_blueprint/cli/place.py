@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .. import blueprint as records
 from .. import measure, place, publish
-from ..blueprint import Blueprint
 from ..errors import PlacementError
-from ..place import Budget, Placement, PlacementOptions
+from ..place import PlacementOptions
 from .output import Output
 from .verbs import Only, Picture, Source, verb
+
+
+if TYPE_CHECKING:
+    from ..place import Placement
 
 
 Trainer = Annotated[
@@ -41,7 +45,7 @@ def targets(
     """Print where adapters go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
     if alpha is not None and trainer is None:
         raise PlacementError("--alpha is part of a trainer's configuration: choose one, for example --for peft.")
-    blueprint = Blueprint.from_pretrained(source)
+    blueprint = records.Blueprint.from_pretrained(source)
     placement = place.plan_placement(blueprint, options=options)
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, placement), picture)
@@ -104,7 +108,7 @@ def plan(
     if picture is not None and blueprint is None:
         raise PlacementError("--picture draws a blueprint: give one with --blueprint.")
     limits = _limits(vram, reserve, options.budget)
-    record = None if blueprint is None else Blueprint.from_pretrained(blueprint)
+    record = None if blueprint is None else records.Blueprint.from_pretrained(blueprint)
     workload = place.Workload(
         batch_size=batch_size, length=length, dtype=dtype, optimizer=optimizer, device=device, rank=options.r or 16
     )
@@ -125,7 +129,7 @@ def plan(
         return
     rows = [_row(setting, setting.placement is placement, dtype) for setting in settings]
     data = {"model": model, "settings": [setting.to_dict() for setting in settings], "placement": placement.to_dict()}
-    limit = f" within {Budget.of(limits)}" if limits else ""
+    limit = f" within {place.Budget.of(limits)}" if limits else ""
     title = f"{model}: LoRA against rank {workload.rank} on every linear layer, {batch_size} x {length} tokens a step{limit}"
     output.answer(data, rows, placement.lora, title)
     if output.format == "table":
@@ -192,12 +196,12 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
 
 
 def _limits(vram: str | None, reserve: str, budget: Any) -> dict[str, float]:
-    limits: dict[str, float] = {} if budget is None else Budget.of(budget).limits
+    limits: dict[str, float] = {} if budget is None else place.Budget.of(budget).limits
     if vram is None:
         return limits
     if "memory" in limits:
         raise PlacementError(f"--vram {vram} and --budget {budget} both limit the memory: give one of them.")
-    card, kept = Budget.of({"memory": vram}).memory or 0, Budget.of({"memory": reserve}).memory or 0
+    card, kept = place.Budget.of({"memory": vram}).memory or 0, place.Budget.of({"memory": reserve}).memory or 0
     if kept >= card:
         raise PlacementError(f"--reserve {reserve} leaves nothing of --vram {vram}: reserve less.")
     return {**limits, "memory": card - kept}

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .. import blueprint as records
 from .. import publish as publishing
-from ..blueprint import Blueprint
-from ..blueprint import extract as extract_blueprint
 from ..publish import PublishOptions
 from .output import Output, say
 from .verbs import Source, Without, verb
@@ -45,7 +44,7 @@ def publish(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
 ) -> None:
     """Publish a blueprint on the Hub in one commit, with a section of the model card."""
-    blueprint = Blueprint.from_pretrained(source)
+    blueprint = records.Blueprint.from_pretrained(source)
     if model_id is not None:
         blueprint = replace(blueprint, model_id=model_id)
     options = replace(options, datasets=dataset or None)
@@ -75,7 +74,7 @@ def fetch(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Get a published blueprint, from a model's header, its index or beside it, and write it to a file."""
-    blueprint = Blueprint.from_pretrained(source, revision=revision, domain=domain, checkpoint=checkpoint)
+    blueprint = records.Blueprint.from_pretrained(source, revision=revision, domain=domain, checkpoint=checkpoint)
     written = blueprint.save(out)
     output.blueprint(blueprint, "gradient_norm", 10, bare=[str(written)])
     output.hint(f"Written to {written}. Next: peft-blueprint targets {written}")
@@ -89,7 +88,7 @@ def embed(
     check: Annotated[bool, typer.Option(help="Require that the model has what the blueprint speaks of.")] = True,
 ) -> None:
     """Write a blueprint into the header of a model's safetensors, or its index; no tensor changes."""
-    blueprint = Blueprint.from_pretrained(source)
+    blueprint = records.Blueprint.from_pretrained(source)
     changed = publishing.embed(blueprint, model, check=check, progress=output.progress)
     rows = [{"file": str(path), "bytes": path.stat().st_size} for path in changed]
     title = f"The blueprint of {blueprint.model_id} with {len(blueprint)} {blueprint.level}s is now in"
@@ -105,7 +104,7 @@ def extract(
     ] = None,
 ) -> None:
     """Show the blueprint that a model's header or index holds, numbers to four digits."""
-    blueprint = extract_blueprint(model)
+    blueprint = records.extract(model)
     bare = [str(blueprint.save(out))] if out is not None else list(blueprint.names)
     output.blueprint(blueprint, "gradient_norm", 20, bare=bare)
     if out is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,9 +18,13 @@ from .. import runs as running
 from .. import train as training
 from .._files import require_writable, write_atomically
 from ..errors import BlueprintError
-from ..runs import RESOURCES, WINDOW, Report, Row, RunRecord
+from ..runs import RESOURCES
 from .output import Output, say
 from .verbs import verb
+
+
+if TYPE_CHECKING:
+    from ..runs import Report, Row, RunRecord
 
 
 STDOUT = "-"
@@ -53,7 +57,7 @@ def report(
         str | None, typer.Option(help=f"What counts as spent: {', '.join(RESOURCES)}; by default as the runs say.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What counts as gained; by default as the runs say.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Evaluations that the last ratio is taken over.")] = WINDOW,
+    window: Annotated[int, typer.Option(min=2, help="Evaluations in the window of the recent gain.")] = 5,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page there (needs matplotlib).")
     ] = None,
@@ -121,7 +125,7 @@ def env(output: Output) -> None:
 
 def _read(paths: Sequence[Path], baseline: str | None) -> tuple[list[RunRecord], str | None]:
     """The runs under names of their own, and the baseline's; a baseline that is a folder is read too."""
-    records = _distinct([RunRecord.load(path) for path in paths], paths)
+    records = _distinct([running.RunRecord.load(path) for path in paths], paths)
     names = [record.name for record in records]
     if baseline is None or baseline in names:
         return records, baseline
@@ -133,7 +137,7 @@ def _read(paths: Sequence[Path], baseline: str | None) -> tuple[list[RunRecord],
     same = next((i for i, given in enumerate(paths) if given.resolve() == path.resolve()), None)
     if same is not None:
         return records, names[same]
-    records = _distinct([RunRecord.load(path), *records], [path, *paths])
+    records = _distinct([running.RunRecord.load(path), *records], [path, *paths])
     return records, records[0].name
 
 
