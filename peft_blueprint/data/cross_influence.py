@@ -5,9 +5,10 @@ Equation numbers are the paper's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
+from scipy.stats import entropy
 
 from .._files import write_atomically
 from .._options import from_mapping
@@ -39,7 +41,6 @@ _JSON_KEY = "cross_influence.json"
 _DTYPES = {"values": "F32", "examples": "I64", "losses": "F32", "target_tokens": "I64", "parameters": "I64"}
 _LEADING = 4  # singular vectors that a search starts from, with either sign
 _ROUNDING = 1 + 1e-12  # tolerance of comparisons
-_BLOCK = 256  # rows sorted at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class LowRank:
     interactions: int | None = None
 
     def captured(self, components: int) -> float:
-        """Return the share of the sum of squares that the first components hold.
+        """Return the share of the sum of squares that the first components hold."""
+        return 1 - self.error(components) ** 2
+
+    def error(self, components: int) -> float:
+        """Return the relative Frobenius error of the first components, the least of any matrix of that rank.
 
         Raises:
             BlueprintError: for a number of components out of range.
@@ -73,12 +78,6 @@ class LowRank:
         if not 0 <= components <= len(self.singular_values):
             raise BlueprintError(f"components must be from 0 to {len(self.singular_values)}, got {components}.")
         squares = np.square(self.singular_values)
-        return float(squares[:components].sum() / squares.sum())
-
-    def error(self, components: int) -> float:
-        """Return the relative Frobenius error of the first components, the least of any matrix of that rank."""
-        squares = np.square(self.singular_values)
-        self.captured(components)  # checks the number
         return float(np.sqrt(squares[components:].sum() / squares.sum()))
 
     def components_for(self, share: float) -> int:
@@ -88,9 +87,8 @@ class LowRank:
             BlueprintError: for a share outside (0, 1].
         """
         _require_share("share", share)
-        squares = np.square(self.singular_values)
-        reached = np.cumsum(squares) >= share * squares.sum() / _ROUNDING
-        return int(reached.argmax()) + 1 if reached.any() else len(squares)
+        held = np.cumsum(np.square(self.singular_values))
+        return int(np.searchsorted(held, share * held[-1] / _ROUNDING)) + 1
 
     def summary(self) -> str:
         """Return three lines of text."""
@@ -294,9 +292,7 @@ class CrossInfluence:
         if not parts:
             raise MeasurementError("merge needs at least one part.")
         first = parts[0]
-        if len(parts) == 1:
-            return first
-        for part in parts:
+        for part in parts if len(parts) > 1 else ():
             if part.statistic != "norms" or part.normalized:
                 raise MismatchError(
                     f"Only norms that are not normalized merge, got {part.statistic} normalized by "
@@ -330,7 +326,7 @@ class CrossInfluence:
 
     @classmethod
     def load(cls, path: str | Path) -> CrossInfluence:
-        """Read a file written by `save`; shapes are checked before data is read.
+        """Read a file written by `save`.
 
         Raises:
             BlueprintError: if the file does not exist or cannot be read.
@@ -340,26 +336,25 @@ class CrossInfluence:
             raise BlueprintError(f"The file {path} does not exist. Write one with CrossInfluence.save.")
         try:
             with safe_open(path, framework="numpy") as file:
-                header = _read_header(file.metadata() or {}, str(path))
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                for name, tensor in slices.items():
-                    if tensor.get_dtype() != _DTYPES.get(name):
-                        raise FormatError(f"{path} has an unexpected tensor {name[:80]!r} of {tensor.get_dtype()}.")
-                shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
-                rows, columns = shapes["values"] if len(shapes.get("values", ())) == 2 else (0, 0)
-                expected = {"values": [rows, columns], "parameters": [rows]}
-                is_sound = rows and "examples" in shapes
-                if not is_sound or any(shape != expected.get(name, [columns]) for name, shape in shapes.items()):
-                    raise FormatError(
-                        f"{path} has no matrix with ids of its examples, or shapes that differ: {shapes}."
-                    )
-                return cls(**vars(header), **{name: file.get_tensor(name) for name in slices})
-        except (MeasurementError, MismatchError) as error:
-            raise FormatError(f"{path}: {error}") from error
+                metadata = file.metadata() or {}
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                unknown = {name: dtype for name, dtype in dtypes.items() if dtype != _DTYPES.get(name)}
+                arrays = {name: file.get_tensor(name) for name in dtypes} if not unknown else {}
         except OSError as error:
             raise BlueprintError(f"{path} cannot be read: {error.strerror or error}.") from error
         except SafetensorError as error:
             raise FormatError(f"{path} is not a valid safetensors file: {error}.") from error
+        version = metadata.get(_VERSION_KEY)
+        if version != _VERSION or _JSON_KEY not in metadata:
+            found = "no version" if version is None else f"version {version[:20]!r}"
+            raise FormatError(f"{path} must be a cross-influence file of version {_VERSION}, got {found}.")
+        header = from_mapping(_Header, loads(metadata[_JSON_KEY], str(path)), str(path), FormatError)
+        if unknown or {"values", "examples"} - dtypes.keys():
+            raise FormatError(f"{path} must hold arrays of {_DTYPES}, got {str(dtypes):.200}.")
+        try:
+            return cls(**vars(header), **arrays)
+        except (MeasurementError, MismatchError) as error:
+            raise FormatError(f"{path}: {error}") from error
 
     def normalize(self, by: Axis) -> CrossInfluence:
         """Divide the values by the mean absolute value of their kind, or of their example; call repeatedly for both.
@@ -423,11 +418,9 @@ class CrossInfluence:
             BlueprintError: if the whole does not have a positive sum.
         """
         self._matrix()
-        self._budgets(1.0, 1.0, submodule_costs, example_costs)
-        return (
-            fit_exponent(self.submodule_totals, submodule_costs),
-            fit_exponent(self.example_totals, example_costs),
-        )
+        self._total()
+        rows, columns = self._budgets(1.0, 1.0, submodule_costs, example_costs)
+        return fit_exponent(self.submodule_totals, rows.costs), fit_exponent(self.example_totals, columns.costs)
 
     def select_jointly(
         self,
@@ -460,8 +453,8 @@ class CrossInfluence:
         """
         matrix = self._matrix()
         rows, columns = self._budgets(k, q, submodule_costs, example_costs)
-        total = self._total()
         gamma, delta = self.exponents(submodule_costs=submodule_costs, example_costs=example_costs)
+        total = self._total()
         found = search_pairs(matrix, rows, columns, starts, seed)
         best = max(found.values(), key=lambda pair: pair.total)
         alone = rows.choose(matrix.sum(axis=1)), columns.choose(matrix.sum(axis=0))
@@ -567,17 +560,14 @@ class Budget:
             return np.array([alone])
         return np.sort(np.array(taken))
 
-    def bound(self, scores: np.ndarray) -> np.ndarray:
-        """Return an upper bound of the sum that can be chosen from each row of (rows, n) scores, fractions allowed."""
-        return np.concatenate([self._bound(scores[i : i + _BLOCK]) for i in range(0, len(scores), _BLOCK)])
-
-    def _bound(self, scores: np.ndarray) -> np.ndarray:
+    def bound(self, scores: np.ndarray) -> float:
+        """Return an upper bound of the sum that can be chosen, fractions allowed."""
         if self.count is not None:
-            return -np.partition(-scores, self.count - 1, axis=1)[:, : self.count].sum(axis=1)
-        order = np.argsort(-scores / self.costs, axis=1)
+            return float(np.sort(scores)[-self.count :].sum())
+        order = np.argsort(-scores / self.costs)
         costs = self.costs[order]
-        parts = (self.limit - (np.cumsum(costs, axis=1) - costs)).clip(0, costs) / costs
-        return (np.take_along_axis(scores, order, axis=1).clip(min=0) * parts).sum(axis=1)
+        parts = (self.limit - (np.cumsum(costs) - costs)).clip(0, costs) / costs
+        return float((scores[order].clip(min=0) * parts).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -617,24 +607,23 @@ def alternate(
         chosen_columns: positions to start from.
         chosen_rows: positions to start from; the best for these columns if they are better, or by default.
     """
-    pick = rows.choose(matrix[:, chosen_columns].sum(axis=1))
-    if chosen_rows is None or _sum(matrix, pick, chosen_columns) > _sum(matrix, chosen_rows, chosen_columns):
-        chosen_rows = pick
-    total = _sum(matrix, chosen_rows, chosen_columns)
-    history = [total]
+    scores = matrix[:, chosen_columns].sum(axis=1)
+    picks = [rows.choose(scores)] if chosen_rows is None else [chosen_rows, rows.choose(scores)]
+    pair = [max(picks, key=lambda pick: float(scores[pick].sum())), chosen_columns]
+    history = [float(scores[pair[0]].sum())]
     least = 1e-12 * float(np.abs(matrix).sum())
-    while True:
-        before = total
-        pick = columns.choose(matrix[chosen_rows].sum(axis=0))
-        if _sum(matrix, chosen_rows, pick) > total + least:
-            chosen_columns, total = pick, _sum(matrix, chosen_rows, pick)
-            history.append(total)
-        pick = rows.choose(matrix[:, chosen_columns].sum(axis=1))
-        if _sum(matrix, pick, chosen_columns) > total + least:
-            chosen_rows, total = pick, _sum(matrix, pick, chosen_columns)
-            history.append(total)
-        if total == before:
-            return Pair(np.sort(chosen_rows), np.sort(chosen_columns), total, tuple(history))
+    unchanged = 0
+    for side in itertools.cycle((1, 0)):
+        scores = matrix.take(pair[1 - side], axis=1 - side).sum(axis=1 - side)
+        pick = (rows, columns)[side].choose(scores)
+        if scores[pick].sum() > history[-1] + least:
+            pair[side], unchanged = pick, 0
+            history.append(float(scores[pick].sum()))
+        elif unchanged:
+            break
+        else:
+            unchanged = 1
+    return Pair(np.sort(pair[0]), np.sort(pair[1]), history[-1], tuple(history))
 
 
 def search_pairs(matrix: np.ndarray, rows: Budget, columns: Budget, starts: int = 8, seed: int = 0) -> dict[str, Pair]:
@@ -648,40 +637,37 @@ def search_pairs(matrix: np.ndarray, rows: Budget, columns: Budget, starts: int 
     """
     if starts < 0:
         raise BlueprintError(f"starts must be at least 0, got {starts}.")
-    by_sums = columns.choose(matrix.sum(axis=0)), rows.choose(matrix.sum(axis=1))
-    found = {"separate": alternate(matrix, rows, columns, *by_sums)}
-    for number, vector in enumerate(_leading_columns(matrix), start=1):
-        for sign, values in (("+", vector), ("-", -vector)):
-            found[f"component {sign}{number}"] = alternate(matrix, rows, columns, columns.choose(values))
+    first = {"separate": matrix.sum(axis=0)}
+    for number, vector in enumerate(np.linalg.svd(matrix, full_matrices=False)[2][:_LEADING], start=1):
+        first |= {f"component +{number}": vector, f"component -{number}": -vector}
     rng = np.random.default_rng(seed)
-    for number in range(1, starts + 1):
-        keys = rng.permutation(matrix.shape[1]).astype(float)
-        found[f"random {number}"] = alternate(matrix, rows, columns, columns.choose(keys))
-    return found
+    first |= {f"random {number}": rng.permutation(matrix.shape[1]).astype(float) for number in range(1, starts + 1)}
+    by_sums = {"separate": rows.choose(matrix.sum(axis=1))}
+    return {
+        name: alternate(matrix, rows, columns, columns.choose(scores), by_sums.get(name))
+        for name, scores in first.items()
+    }
 
 
 def upper_bound(matrix: np.ndarray, rows: Budget, columns: Budget) -> float:
     """Return a total that no pair exceeds: the best rows if each could have its own columns, or the other way round."""
-    by_rows = rows.bound(columns.bound(matrix)[None])
-    by_columns = columns.bound(rows.bound(matrix.T)[None])
-    return min(float(by_rows[0]), float(by_columns[0]))
+    by_rows = rows.bound(np.array([columns.bound(row) for row in matrix]))
+    return min(by_rows, columns.bound(np.array([rows.bound(column) for column in matrix.T])))
 
 
-def fit_exponent(scores: np.ndarray, costs: ArrayLike | None = None) -> float:
+def fit_exponent(scores: np.ndarray, costs: ArrayLike = 1.0) -> float:
     """Fit the exponent γ of the share that the top k of some scores hold, ≈ k^γ (eq. 35).
 
     The top are the largest per cost, and k is the share of the cost; without costs this is `retained_mass_curve`. Fractions
     below one element are left out. With negative scores the curve exceeds 1, and the exponent says less.
 
-    Raises:
-        BlueprintError: if the scores do not have a positive sum.
+    Args:
+        scores: (n,) with a positive sum.
+        costs: (n,) positive, or the same for all.
     """
-    prices = np.ones(len(scores)) if costs is None else np.asarray(costs, dtype=float)
-    total = scores.sum()
-    if not total > 0:
-        raise BlueprintError(f"Scores must have a positive sum, got {total:.3g}. Check the data.")
+    prices = np.broadcast_to(np.asarray(costs, dtype=float), scores.shape)
     order = np.argsort(-scores / prices, kind="stable")
-    mass = np.concatenate([[0.0], np.cumsum(scores[order])]) / total
+    mass = np.concatenate([[0.0], np.cumsum(scores[order])]) / scores.sum()
     spent = np.concatenate([[0.0], np.cumsum(prices[order])]) / prices.sum()
     fractions = [k for k in FRACTIONS if k * len(scores) >= 1]
     return fit_gamma(fractions, np.interp(fractions, spent, mass))[0]
@@ -697,14 +683,14 @@ def analyse_low_rank(matrix: np.ndarray, shuffles: int = 20, seed: int = 0) -> L
         raise BlueprintError(f"shuffles must be at least 0, got {shuffles}.")
     matrix = np.asarray(matrix, dtype=float)
     values = np.linalg.svd(matrix, compute_uv=False)
-    squares, shares = np.square(values), values / (values.sum() or 1.0)
+    squares = np.square(values)
     if not squares.sum():
         raise BlueprintError("A matrix of zeros has no structure. Check the data.")
     total = matrix.sum()
     residual = matrix - np.outer(matrix.sum(axis=1), matrix.sum(axis=0)) / total if total else matrix
     return LowRank(
         singular_values=tuple(values.tolist()),
-        effective_rank=float(np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())),
+        effective_rank=float(np.exp(entropy(values))),
         participation_ratio=float(squares.sum() ** 2 / np.square(squares).sum()),
         independent_error=float(np.sqrt(np.square(residual).sum() / squares.sum())),
         interactions=_count_beyond_chance(residual, 1e-9 * values[0], shuffles, seed) if shuffles else None,
@@ -718,23 +704,6 @@ def _count_beyond_chance(matrix: np.ndarray, least: float, shuffles: int, seed: 
     values = np.linalg.svd(matrix, compute_uv=False)
     is_above = (values > np.percentile(drawn, 95, axis=0)) & (values > least)
     return int(np.logical_and.accumulate(is_above).sum())
-
-
-def _leading_columns(matrix: np.ndarray) -> list[np.ndarray]:
-    """Return the leading right singular vectors (m,), from the smaller of the two Gram matrices."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        vectors = matrix.T @ np.linalg.eigh(matrix @ matrix.T).eigenvectors[:, ::-1][:, :_LEADING]
-    else:
-        vectors = np.linalg.eigh(matrix.T @ matrix).eigenvectors[:, ::-1][:, :_LEADING]
-    return list(vectors.T)
-
-
-def _read_header(metadata: Mapping[str, str], source: str) -> _Header:
-    version = metadata.get(_VERSION_KEY)
-    if version != _VERSION or _JSON_KEY not in metadata:
-        found = "no version" if version is None else f"version {version[:20]!r}"
-        raise FormatError(f"{source} must be a cross-influence file of version {_VERSION}, got {found}.")
-    return from_mapping(_Header, loads(metadata[_JSON_KEY], source), source, FormatError)
 
 
 def _sum(matrix: np.ndarray, rows: ArrayLike, columns: ArrayLike) -> float:

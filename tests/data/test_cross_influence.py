@@ -134,12 +134,12 @@ def test_invalid_files_are_refused(tmp_path):
         ({"depths": ["0"] * 4}, "depths.* must be"),
         ({"normalized": ["size"]}, "normalized.* must be one of"),
         ({"names": ["m.0"] * 4}, "have 1 names"),
-        ({"arrays": {"values": values[0]}}, "no matrix"),
+        ({"arrays": {"values": values[0]}}, "must be a matrix"),
         ({"arrays": {"values": -values}}, "negative norms"),
         ({"arrays": {"values": values * np.float32("nan")}}, "not finite"),
-        ({"arrays": {"values": values.astype(np.float64)}}, "'values' of F64"),
-        ({"arrays": {"losses": values[0, :4]}}, "shapes that differ"),
-        ({"arrays": {"more": values}}, "'more' of F32"),
+        ({"arrays": {"values": values.astype(np.float64)}}, "'values': 'F64'"),
+        ({"arrays": {"losses": values[0, :4]}}, "losses must have length 6"),
+        ({"arrays": {"more": values}}, "'more': 'F32'"),
         ({"arrays": {"examples": ids * 0}}, "1 ids"),
     ]
     for options, message in wrong:
