@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,6 +39,7 @@ class Decision:
         reason: the decision in words.
         proposal: a shorter schedule in words, if the learning rate is falling and the metric has stopped paying.
         proposed_progress: share of the schedule that would have been enough.
+        points: evaluations that the ratio is taken over, the window or more; None for too few.
     """
 
     stop: bool
@@ -50,6 +51,7 @@ class Decision:
     reason: str
     proposal: str | None = None
     proposed_progress: float | None = None
+    points: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -75,6 +77,7 @@ class _Return(NamedTuple):
     phase: Phase  # of the learning rate
     tenth: float  # of the budget, in units of the resource
     has_budget: bool
+    shortest: int  # evaluations in the shortest window
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,17 @@ class _State:
 class MarginalReturn:
     """Stops a run whose metric no longer improves enough for the resource it spends.
 
-    At every check a line is fitted to the last `window` evaluations; its slope is the marginal return. The check is
-    below if the slope is below the threshold with 90 % confidence; after `patience` such checks in a row the run stops.
-    If noise leaves open on which side of the threshold the slope is, the window is widened, up to all evaluations. If
-    it stays open, the check does not count. On a flattening curve a wider window has a steeper slope, so widening only
-    stops later.
+    At every check a line is fitted to the last `window` evaluations, or to those of the last 10 % of the budget if they
+    are more; its slope is the marginal return. The check is below if the slope is below the threshold with 90 %
+    confidence; after `patience` such checks in a row the run stops. If noise leaves open on which side of the threshold
+    the slope is, the window is widened, up to all evaluations. If it stays open, the check does not count. On a
+    flattening curve a wider window has a steeper slope, so widening only stops later. The decision says so: `points` and
+    `reason` have the evaluations that were taken.
 
-    The learning rate matters, if it is given. While it rises, checks do not count. While it falls, the run is never
+    The learning rate matters, if it is given. While it rises, checks do not count. While it falls, the run is not
     stopped, because the decay itself still lowers the loss; after `patience` checks below, a shorter schedule is
-    proposed instead. While it is steady or unknown, the run is stopped.
+    proposed instead. `stop_in_decay` stops it all the same. While the rate is steady or unknown, the run is stopped.
+    `forecast` tells what that means for a schedule, before the run.
 
     A metric that is NaN or infinite is not used; after `patience` such checks in a row the run is stopped, whatever the
     learning rate does. A check at which nothing was spent since the last one has no effect.
@@ -121,8 +126,10 @@ class MarginalReturn:
         worth: share of the metric, used without a threshold.
         budget: of the resource for the whole run. Without it, it is estimated from `progress`; without that either,
             10 % of the resource spent so far stands for 10 % of the budget.
-        window: number of evaluations in a fit, at least 3.
+        window: smallest number of evaluations in a fit, at least 3.
         patience: number of checks in a row.
+        stop_in_decay: whether to stop while the learning rate falls, as it does to the end in transformers' default
+            schedule. The run then misses the gain of the rest of the decay.
 
     Raises:
         BlueprintError: for bad values.
@@ -143,6 +150,7 @@ class MarginalReturn:
         budget: float | None = None,
         window: int = 5,
         patience: int = 3,
+        stop_in_decay: bool = False,
     ) -> None:
         if direction not in get_args(Direction):
             raise BlueprintError(f"direction must be 'minimize' or 'maximize', got {direction!r}.")
@@ -157,25 +165,77 @@ class MarginalReturn:
         for name, value, least in (("window", window, 3), ("patience", patience, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise BlueprintError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(stop_in_decay, bool):
+            raise BlueprintError(f"stop_in_decay must be True or False, got {stop_in_decay!r}.")
         self.direction: Direction = direction
         self.threshold = threshold
         self.worth = worth
         self.budget = budget
         self.window = window
         self.patience = patience
+        self.stop_in_decay = stop_in_decay
         self._points: list[_Point] = []
         self._below = 0
         self._lost = 0
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as keyword arguments, with a budget that was set later."""
-        names = ("direction", "threshold", "worth", "budget", "window", "patience")
+        names = ("direction", "threshold", "worth", "budget", "window", "patience", "stop_in_decay")
         return {name: getattr(self, name) for name in names}
 
     @property
     def last_resource(self) -> float | None:
         """Resource spent at the last check that counted."""
         return self._points[-1].resource if self._points else None
+
+    def forecast(self, rates: Sequence[float | None]) -> str:
+        """Describe which checks of a planned run can stop it, in one to three sentences.
+
+        Args:
+            rates: learning rate at each planned check, at equal distances; None where it is not known beforehand.
+
+        Example:
+            >>> rates = [1e-3 * (1 - i / 20) for i in range(1, 21)]
+            >>> MarginalReturn().forecast(rates).split(". ")[0]
+            'MarginalReturn has 20 checks in this run and cannot stop it'
+            >>> MarginalReturn(stop_in_decay=True).forecast(rates)
+            'MarginalReturn has 20 checks in this run and can stop it at checks 7 to 19.'
+        """
+        tenth = TENTH * len(rates)
+        earliest = max(self.window, math.ceil(tenth - _ROUNDING))
+        shortest = max(self.window, math.floor(tenth + _ROUNDING) + 1)
+        first = earliest + self.patience - 1
+        below, stops, is_held = 0, [], False
+        for number in range(earliest, len(rates)):  # after the last check there is nothing left to stop
+            now = phase(rates[max(0, number - shortest) : number])
+            below = 0 if now == "rising" else below + 1
+            if below < self.patience:
+                continue
+            if now == "falling" and not self.stop_in_decay:
+                is_held = True
+            else:
+                stops.append(number)
+        can = f"can stop it at {_spans(stops)}" if stops else "cannot stop it"
+        parts = [f"MarginalReturn has {len(rates)} checks in this run and {can}."]
+        if len(rates) <= first:
+            parts.append(
+                f"With window={self.window} and patience={self.patience} the first check that can is the "
+                f"{_ordinal(first)}, and the last one comes too late: evaluate more often."
+            )
+        if is_held:
+            parts.append(
+                "While the learning rate falls it only proposes a shorter schedule. To stop then too, pass "
+                "MarginalReturn(stop_in_decay=True)."
+            )
+        elif not stops and len(rates) > first:
+            parts.append("Checks do not count while the learning rate rises.")
+        elif stops and None in rates and not self.stop_in_decay:
+            parts.append(
+                "The schedule is not known beforehand: while the learning rate falls, the run is not stopped."
+            )
+        if shortest > self.window:
+            parts.append(f"window={self.window} is widened to the {shortest} checks of the last 10 % of the budget.")
+        return " ".join(parts)
 
     def check(
         self,
@@ -228,8 +288,9 @@ class MarginalReturn:
         if how == "counted":
             self._below = self._below + 1 if found.side == "below" and found.phase != "rising" else 0
         is_flat = self._below >= self.patience
-        stop = self._lost >= self.patience if how == "lost" else is_flat and found.phase != "falling"
-        less = self._shorter(found) if is_flat and found.phase == "falling" else None
+        is_held = found.phase == "falling" and not self.stop_in_decay
+        stop = self._lost >= self.patience if how == "lost" else is_flat and not is_held
+        less = self._shorter(found) if is_flat and is_held else None
         fit = found.fit
         return Decision(
             stop=stop,
@@ -241,6 +302,7 @@ class MarginalReturn:
             reason=self._reason_of_lost(point, stop) if how == "lost" else self._reason(point, found, how, stop),
             proposal=None if less is None else _proposal(less) + self._best(),
             proposed_progress=None if less is None else less.share,
+            points=None if fit is None else fit.points,
         )
 
     def _marginal_return(self, point: _Point) -> _Return:
@@ -254,7 +316,7 @@ class MarginalReturn:
         side: Side = "open"
         if threshold is not None and len(x) >= self.window and not is_early:
             fit, side = _first_clear(x, y, shortest, threshold)
-        return _Return(fit, side, threshold, now, tenth, has_budget)
+        return _Return(fit, side, threshold, now, tenth, has_budget, shortest)
 
     def _tenth(self, point: _Point) -> tuple[float, bool]:
         """Return a tenth of the budget, and whether a budget is known."""
@@ -315,9 +377,13 @@ class MarginalReturn:
                 f"{self.window} and 10 % of the budget are needed."
             )
         did = "improved by" if fit.slope >= 0 else "got worse by"
+        wider = ""
+        if fit.points > self.window:
+            why = "because of noise" if fit.points > found.shortest else "to the last 10 % of the budget"
+            wider = f" (window={self.window}, widened {why})"
         over = (
-            f"{idle}Over the last {fit.points} evaluations the metric {did} {abs(fit.slope):.3g} ± {fit.error:.2g} per "
-            "unit of the resource"
+            f"{idle}Over the last {fit.points} evaluations{wider} the metric {did} {abs(fit.slope):.3g} ± {fit.error:.2g} "
+            "per unit of the resource"
         )
         below = f"below the threshold of {threshold:.3g}"
         if found.side == "below" and found.phase == "rising":
@@ -399,6 +465,14 @@ def _proposal(found: Shorter) -> str:
         f"A schedule of the same shape over {found.share:.0%} of the planned steps would do about as well. {sure}. They "
         "cannot show the effect of the rest of the decay, so try it before you rely on it."
     )
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Shorten rising numbers of checks: `checks 7 to 9, 15`."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] < n - 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] > n + 1]
+    spans = [f"{a} to {b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True)]
+    return f"check{'s' * (len(numbers) > 1)} {', '.join(spans)}"
 
 
 def _ordinal(count: int) -> str:

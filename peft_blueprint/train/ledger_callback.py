@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ PREFIX = "ledger/"  # of the entries in the Trainer's log
 STATE_KEY = "peft_blueprint.ledger"  # in trainer_state.json's stateful_callbacks
 COUNTED_STEP = 2  # the first step also sets up what is initialised lazily
 
+_LOG = logging.getLogger(__name__)
 _LEAST_SEEN = 0.5  # of the modelled FLOPs; below it the counter has missed kernels
 _NO_METRICS = ("_runtime", "_per_second", "_jit_compilation_time", "_model_preparation_time", "epoch")
 
@@ -50,9 +52,10 @@ class LedgerCallback(TrainerCallback):
     cost model's. The quantity's source has both. Evaluating and saving count in seconds and energy, and are recorded
     separately; the tokens and FLOPs of evaluations do not count.
 
-    With a rule, every evaluation is a check, and all processes follow the first one's decision. The state is saved in
-    the Trainer's checkpoints and restored from them, whatever `restore_callback_states_from_checkpoint` says. An error
-    in the bookkeeping is a warning and never ends the run.
+    With a rule, every evaluation is a check, and all processes follow the first one's decision. Which checks can stop
+    the run under its learning rate schedule is logged when training begins. The state is saved in the Trainer's
+    checkpoints and restored from them, whatever `restore_callback_states_from_checkpoint` says. An error in the
+    bookkeeping is a warning and never ends the run.
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -162,6 +165,9 @@ class LedgerCallback(TrainerCallback):
         log.settle()
         if self.stop is not None and log.resource not in ("tokens", "flops"):  # counted from the first step
             log.require_resource()
+        if self.stop is not None and state.is_world_process_zero:
+            with log.guarded("a forecast of the stopping rule"):
+                _LOG.warning("%s: %s", log.name, self.stop.forecast(self._planned_rates(args, state)))
         self._has_begun = True
         self._mark = time.perf_counter()
 
@@ -338,6 +344,20 @@ class LedgerCallback(TrainerCallback):
     def _set_per_token(self, per_token: Quantity) -> None:
         self._per_token = per_token
         self._log.ledger.flops_per_token = per_token
+
+    def _planned_rates(self, args: TrainingArguments, state: TrainerState) -> list[float | None]:
+        """Return the learning rate at each check to come; None for a schedule that is not a function of the step."""
+        strategy = args.logging_strategy if self.metric == "loss" else args.eval_strategy
+        every = state.logging_steps if self.metric == "loss" else state.eval_steps
+        if str(getattr(strategy, "value", strategy)) == "epoch":
+            every = state.max_steps / max(1, state.num_train_epochs)
+        scheduler = self.trainer.lr_scheduler
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # within Accelerate's
+        factors = getattr(scheduler, "lr_lambdas", None)
+        count = int(state.max_steps / every) if every else 0
+        if not factors:
+            return [None] * count
+        return [scheduler.base_lrs[0] * factors[0](round(i * every)) for i in range(1, count + 1)]
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)

@@ -138,6 +138,57 @@ def test_a_stable_phase_is_stopped_and_its_decay_is_not():
     assert not any(d.stop for d in feed(MarginalReturn(), FLAT, [1e-3] * 9 + [1e-3 * (1 - i / 11) for i in range(11)]))
 
 
+@pytest.mark.parametrize("shape", [lambda p: 1 - p, lambda p: (1 + math.cos(math.pi * p)) / 2, lambda p: p**-0.5])
+def test_the_switch_stops_under_a_decay_too(shape):
+    """At the check at which a constant rate is stopped, without a proposal."""
+    rates = [1e-3 * shape((i + 1) / 20) for i in range(20)]
+    last = feed(MarginalReturn(stop_in_decay=True), FLAT, rates)[-1]
+    assert last.stop and last.proposal is None and last.reason.startswith("Stopped at step 110.")
+
+
+@pytest.mark.parametrize("stop_in_decay", [False, True])
+@pytest.mark.parametrize("checks", [3, 7, 20, 200])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda p: 1.0,
+        lambda p: 1 - p,
+        lambda p: min(1.0, p / 0.4),
+        lambda p: min(1.0, (1 - p) / 0.3),
+        lambda p: p if p < 0.3 else 1 - p,
+    ],
+)
+def test_the_forecast_is_what_happens_to_a_metric_that_never_pays(shape, checks, stop_in_decay):
+    """The checks that it names are those that stop, under any schedule."""
+    rule = MarginalReturn(threshold=1e9, stop_in_decay=stop_in_decay)
+    rates = [shape((i + 1) / checks) for i in range(checks)]
+    found = feed(MarginalReturn(**rule.settings()), [1.0 + i / 99 for i in range(checks)], rates, until_stop=False)
+    stops = [i + 1 for i, decision in enumerate(found[:-1]) if decision.stop]
+    said = rule.forecast(rates)
+    assert said.startswith(f"MarginalReturn has {checks} checks in this run and ")
+    if not stops:
+        assert "cannot stop it. " in said, "with a reason"
+        return
+    spans = said.split("can stop it at check")[1].removeprefix("s").split(".")[0].split(", ")
+    ends = [[int(number) for number in span.split(" to ")] for span in spans]
+    assert [n for span in ends for n in range(span[0], span[-1] + 1)] == stops
+
+
+@pytest.mark.parametrize(
+    ("noise", "checks", "points", "says"),
+    [
+        (0.0, 20, 5, "Over the last 5 evaluations the metric"),
+        (0.0, 200, 21, "Over the last 21 evaluations (window=5, widened to the last 10 % of the budget) the metric"),
+        (0.03, 20, 20, "Over the last 20 evaluations (window=5, widened because of noise) the metric"),
+    ],
+)
+def test_a_window_that_is_widened_is_said(noise, checks, points, says):
+    """In the reason and as a number: by many evaluations or by noise."""
+    curve = [2 - 0.02 * i / checks + noise * (-1) ** i for i in range(checks)]
+    last = feed(MarginalReturn(patience=1000), curve, until_stop=False)[-1]
+    assert last.points == points and says in last.reason
+
+
 def test_under_a_decay_past_its_best_the_shorter_schedule_ends_near_the_best():
     """Overfitting from a third on: the proposal is about the learning rate spent by then."""
     done = np.arange(1, 41) / 40
@@ -212,6 +263,7 @@ def test_bad_checks_are_refused(call, says):
         ({"budget": -1.0}, "budget must be a positive amount .*, got -1.0"),
         ({"window": 2}, "window must be an integer of at least 3, got 2"),
         ({"patience": True}, "patience must be an integer of at least 1, got True"),
+        ({"stop_in_decay": 1}, "stop_in_decay must be True or False, got 1"),
     ],
 )
 def test_bad_settings_are_refused(wish, says):

@@ -172,7 +172,8 @@ def test_it_stops_when_nothing_pays(tmp_path, caplog):
         trainer, callback = train(tmp_path, stop=never_enough(), resource="tokens")
     assert trainer.state.global_step == 8
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(said) == 1 and "at step 8" in said[0] and callback.log.decision.reason in said[0]
+    assert len(said) == 2 and "has 5 checks in this run and can stop it at check 4." in said[0]
+    assert "at step 8" in said[1] and callback.log.decision.reason in said[1]
     record = RunRecord.load(tmp_path)
     assert (record.stopping["stopped"], record.stopping["step"]) == (True, 8)
     assert record.stopping["reason"] == callback.log.decision.reason
@@ -182,6 +183,39 @@ def test_it_stops_when_nothing_pays(tmp_path, caplog):
         record.getMessage() for record in caplog.records if "tokens: 384 tokens (measured" in record.getMessage()
     ]
     assert len(totals) == 1, "the run's totals, in one line"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stop_in_decay", "steps", "says"),
+    [
+        ("linear", False, 20, "cannot stop it. While the learning rate falls"),
+        ("linear", True, 8, "can stop it at checks 4 to 9."),
+        ("cosine", False, 20, "cannot stop it. While the learning rate falls"),
+        ("cosine", True, 8, "can stop it at checks 4 to 9."),
+        ("inverse_sqrt", True, 8, "can stop it at checks 4 to 9."),
+        ("constant", False, 8, "can stop it at checks 4 to 9."),
+        ("reduce_lr_on_plateau", False, 8, "can stop it at checks 4 to 9. The schedule is not known beforehand"),
+    ],
+)
+def test_what_a_rule_does_under_a_schedule_is_said_once_at_the_start(
+    schedule, stop_in_decay, steps, says, tmp_path, caplog
+):
+    """Before the first step; and it does so."""
+    rule = never_enough(stop_in_decay=stop_in_decay)
+    arguments = {"lr_scheduler_type": schedule, "max_steps": 20}
+    trainer, _ = train(tmp_path, arguments=arguments, stop=rule, resource="tokens")
+    said = [r.getMessage() for r in caplog.records if "checks in this run" in r.getMessage()]
+    assert len(said) == 1 and f"MarginalReturn has 10 checks in this run and {says}" in said[0]
+    assert trainer.state.global_step == steps
+
+
+def test_too_few_evaluations_to_stop_are_said_at_the_start(tmp_path, caplog):
+    """As with one evaluation an epoch; the training loss counts its own checks."""
+    train(tmp_path, arguments={"eval_strategy": "epoch"}, stop=MarginalReturn())
+    assert "has 5 checks in this run and cannot stop it. With window=5 and patience=3" in caplog.text
+    arguments = {"eval_strategy": "no", "logging_steps": 1, "eval_dataset": None}
+    train(tmp_path, arguments=arguments, metric="loss", stop=MarginalReturn())
+    assert "has 10 checks in this run and can stop it at checks 7 to 9." in caplog.text
 
 
 def test_it_goes_on_while_it_pays(tmp_path):
