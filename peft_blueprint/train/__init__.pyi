@@ -1,8 +1,9 @@
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
-from .checkpointing import CheckpointAbove as CheckpointAbove
-from .checkpointing import checkpoint_above as checkpoint_above
 from .initialization import initialize_along_gradient as initialize_along_gradient
 from .ledger_callback import LedgerCallback as LedgerCallback
+from .memory import CheckpointAbove as CheckpointAbove
+from .memory import checkpoint_above as checkpoint_above
+from .memory import share_base as share_base
 from .recipe import Recipe as Recipe
 from .recipe import training_settings as training_settings
 from .run import Report as Report
@@ -11,4 +12,3 @@ from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
-from .unfreezing import share_base as share_base

@@ -60,11 +60,10 @@ from ..place import (
     plan_placement,
 )
 from ..runs import RESOURCES, Ledger, Point, Quantity, RunRecord, carbon_factor, largest, modelled, total
-from .checkpointing import CheckpointAbove
 from .initialization import initialize_along_gradient
 from .ledger_callback import LedgerCallback
+from .memory import CheckpointAbove, share_base
 from .recipe import ALL_LINEAR, OPTIMIZERS, Recipe, stopping_rule, training_settings
-from .unfreezing import share_base
 
 
 HELD_OUT = "held_out_loss"

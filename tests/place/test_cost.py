@@ -13,7 +13,7 @@ from peft_blueprint import Blueprint, testing
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.place.cost import Cost, CostModel, Structure, Workload
-from peft_blueprint.train.checkpointing import release_inputs
+from peft_blueprint.train.memory import release_inputs
 from tests.fused import needs_fused
 
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from peft_blueprint import BlueprintError, generate_blueprint
 from peft_blueprint.measure import dtype_of, load_model, quantization_of
 from peft_blueprint.testing import randomize_adapters, save_tiny_model, tiny_llama, toy_batches
-from peft_blueprint.train.checkpointing import CheckpointAbove, checkpoint_above, release_inputs
+from peft_blueprint.train.memory import CheckpointAbove, checkpoint_above, release_inputs
 from peft_blueprint.train.recipe import Recipe
 from peft_blueprint.train.run import available_memory, run_recipe
 from tests import ROOT

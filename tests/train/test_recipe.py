@@ -195,7 +195,7 @@ def test_trls_arguments_are_known_to_a_recipe_for_trl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["blueprint_callback", "checkpointing", "initialization", "recipe", "run", "run_facts", "unfreezing"]
+    "name", ["blueprint_callback", "initialization", "ledger_callback", "memory", "recipe", "run"]
 )
 def test_the_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure.submodules import is_quantized
 from peft_blueprint.place.placement import Placement
 from peft_blueprint.testing import randomize_adapters, tiny_llama, toy_batches
-from peft_blueprint.train.unfreezing import share_base
+from peft_blueprint.train.memory import share_base
 
 
 TOKENS = torch.arange(1, 11)[None]
