@@ -109,7 +109,7 @@ def read_table(source: str, *, split: str = "train", stream: bool = False) -> An
         else:
             table = load_dataset(name, config or None, split=split, streaming=stream)
     except Exception as error:  # datasets raises a dozen types
-        if "corresponds to no data" in str(error) or isinstance(error.__cause__, StopIteration):
+        if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
             raise _empty(source) from error
         if "Config name is missing" in str(error):
             configs = get_dataset_config_names(name)

@@ -267,12 +267,12 @@ def _require_batch(batch: Any) -> None:
 
 
 def _require_fit(model: nn.Module, batch: Batch) -> bool:
-    """Raise MeasurementError if labels or mask lack the shape of the inputs and the model refuses them.
+    """Raise MeasurementError if labels lack the shape of the inputs and the model itself refuses them.
 
     Returns:
-        Whether the model accepted such shapes.
+        Whether the model was asked and accepts them.
     """
-    labels, ids, mask = (batch.get(key) for key in ("labels", "input_ids", "attention_mask"))
+    labels, ids = batch["labels"], batch.get("input_ids")
     if not isinstance(labels, Tensor):
         if isinstance(labels, list | tuple) and all(isinstance(one, Mapping) for one in labels):
             return False  # boxes and classes of images
@@ -280,7 +280,7 @@ def _require_fit(model: nn.Module, batch: Batch) -> bool:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return False
     base: Any = unwrap(model)
-    is_odd = len(labels) != len(ids) or isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != ids.shape
+    is_odd = len(labels) != len(ids)
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False) and not labels.is_floating_point():
         is_odd |= labels.shape != ids.shape and (labels.dim() == 2 or _vocabulary_size(base) is not None)
     if not is_odd:
@@ -296,10 +296,9 @@ def _require_fit(model: nn.Module, batch: Batch) -> bool:
             return True
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
-    shapes = ", ".join(f"{key} {shape_str(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor))
     raise MeasurementError(
-        f"The batch does not fit {type(base).__name__}: {shapes}: {reason}. Give labels and attention_mask in the shape of "
-        f"input_ids, with labels {IGNORED} where there is no target."
+        f"The labels, {shape_str(labels.shape)}, do not fit {type(base).__name__} and its input_ids, "
+        f"{shape_str(ids.shape)}: {reason}. Give one label for each token, {IGNORED} where there is no target."
     )
 
 
@@ -358,7 +357,7 @@ def _text(example: Example, key: str, index: int) -> str:
     value = example.get(key)
     if not isinstance(value, str):
         raise BlueprintError(
-            f"{key!r} of example {index} must be text, got {type(value).__name__}. Change or remove it."
+            f"{key!r} of example {index} must be text, got {type(value).__name__}. Convert or remove it."
         )
     return value
 
