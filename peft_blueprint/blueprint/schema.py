@@ -214,7 +214,7 @@ def _numbers(data: Mapping[str, Any], key: str, kind: type, where: str, count: i
     if value and kind is float and set(map(type, value)) == {float} and count in (None, len(value)):
         return tuple(value)
     numbers = tuple(_take({key: item}, key, kind, where) for item in value)
-    if None in numbers or len(value) != count and (count or not value):
+    if None in numbers or (len(value) != count if count else not value and kind is float):  # [] is a scalar's shape
         raise FormatError(f"{key} of {where} must be {'two ' if count else ''}numbers, not {_shown(value)}.")
     return numbers
 

@@ -24,7 +24,7 @@ from ..blueprint import (
     to_dict,
     to_header_text,
 )
-from ..errors import BlueprintError
+from ..errors import BlueprintError, MismatchError
 from .stored_tensors import Tensors, check_stored
 
 
@@ -55,7 +55,7 @@ def embed(
     """
     files = find_model_files(Path(path))
     if check:
-        check_stored(blueprint, _tensors_of(files), str(path))
+        _require_fit(blueprint, files, str(path))
     text = to_header_text(to_dict(blueprint), digits)
     size = len(json.dumps(text))
     limit = MAX_TEXT if files.index is None else min(MAX_TEXT, MAX_STRING)
@@ -89,6 +89,24 @@ def remove(path: str | Path, *, progress: bool = True) -> list[Path]:
         FormatError: if a file is not a safetensors file or index.
     """
     return _write(find_model_files(Path(path)), {JSON_KEY: None, VERSION_KEY: None}, progress)
+
+
+def _require_fit(blueprint: Blueprint, files: ModelFiles, source: str) -> None:
+    """Raise MismatchError unless the blueprint is of the model in these files."""
+    tensors = _tensors_of(files)
+    try:
+        check_stored(blueprint, tensors, source)
+    except MismatchError:
+        # some models are stored under other names; only transformers knows them, and it takes seconds to import
+        from .loaded_tensors import as_loaded
+
+        try:
+            check_stored(*as_loaded(blueprint, tensors, files.tensors.parent), source)
+        except BlueprintError:
+            pass
+        else:
+            return
+        raise
 
 
 def _tensors_of(files: ModelFiles) -> Tensors:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -19,15 +21,16 @@ from peft_blueprint.blueprint.header import read_metadata
 from peft_blueprint.errors import FormatError, MismatchError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.publish.embedding import embed, remove
+from peft_blueprint.publish.loaded_tensors import as_loaded
 from peft_blueprint.publish.stored_tensors import check_stored
 from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from tests import ROOT
 from tests.records import rounded, to_header_text
 
 
-def of(model, **changes):
+def of(model, include="adaptable"):
     """A blueprint of a model, unmeasured."""
-    entries = tuple(replace(s, gradient_norm=1.0 + i, **changes) for i, s in enumerate(find_submodules(model)))
+    entries = tuple(replace(s, gradient_norm=1.0 + i) for i, s in enumerate(find_submodules(model, include)))
     return Blueprint("tiny/model", entries)
 
 
@@ -113,6 +116,90 @@ def test_blueprints_of_every_architecture_fit_their_own_files(make, tmp_path):
     other = tiny_gpt2() if make is tiny_llama else tiny_llama()
     with pytest.raises(MismatchError, match="of its .* entries are not there.*'.*'.*stores '"):
         embed(of(other), tmp_path, progress=False)
+
+
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "projection_dim", "out_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **{"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    **{"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_size": 16, "patch_size": 8},
+}
+
+
+def shrunk(config):
+    """A config of this class, and of its parts, with the sizes that it knows made small."""
+    inner = {name: type(getattr(config(), name)) for name in config.sub_configs}
+    fields = {field.name for field in fields_of(config)}
+    small = {name: value for name, value in SMALL.items() if name in fields}
+    return config(**small, **{name: shrunk(part).to_dict() for name, part in inner.items()})
+
+
+RENAMED = [  # stored otherwise than in memory: renamed, of more parts, stacked, without a tied or computed weight
+    *["LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "Qwen2VLForConditionalGeneration"],
+    *["Qwen2_5_VLForConditionalGeneration", "Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"],
+    *["Mistral3ForConditionalGeneration", "InternVLForConditionalGeneration", "AriaForConditionalGeneration"],
+    *["GraniteMoeForCausalLM", "MixtralForCausalLM", "PhimoeForCausalLM", "NemotronHForCausalLM", "FuyuForCausalLM"],
+    *["GPTNeoXForCausalLM", "XLMRobertaForCausalLM", "MarianMTModel", "CLIPModel", "PixioBackbone"],
+]
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_model_stored_under_other_names_takes_its_own_blueprint(name, tmp_path):
+    """Of what can be adapted and of all weights; one of another size is refused."""
+    cls = getattr(transformers, name)
+    config = shrunk(cls.config_class)
+    model = cls(config)
+    model.save_pretrained(tmp_path)
+    for include in ("adaptable", "all"):
+        blueprint = of(model, include)
+        embed(blueprint, tmp_path, progress=False)
+        assert extract(tmp_path).names == blueprint.names
+    first, *others = blueprint
+    wrong = replace(blueprint, submodules=(replace(first, shape=(*(first.shape or (4, 4))[:-1], 7)), *others))
+    with pytest.raises(MismatchError):
+        embed(wrong, tmp_path, progress=False)
+
+
+def test_names_of_another_version_of_transformers_fit(tmp_path):
+    """A model in memory had other names, or its files were written under older ones."""
+    model = transformers.LlavaForConditionalGeneration(shrunk(transformers.LlavaConfig))
+    model.save_pretrained(tmp_path)
+    new = of(model)
+    old = {name: name.replace("model.language_model.", "language_model.model.") for name in new.names}
+    old = {
+        name: other.replace("model.multi", "multi").replace("model.vision", "vision") for name, other in old.items()
+    }
+    assert not set(old.values()) & set(new.names)
+    for names in (old, {name: name for name in old}):
+        blueprint = replace(new, submodules=tuple(replace(entry, name=names[entry.name]) for entry in new))
+        for file_names in (old, {name: name for name in old}):
+            tensors = {f"{file_names[entry.name]}.weight": ("F32", entry.shape) for entry in new}
+            check_stored(*as_loaded(blueprint, tensors, tmp_path), "x")
+
+
+def test_conversions_of_older_versions_are_known_too(tmp_path, monkeypatch):
+    """Version 4 of transformers keeps patterns with the class."""
+    model = transformers.LlavaForConditionalGeneration(shrunk(transformers.LlavaConfig))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    patterns = {"^language_model.model": "model.language_model", "^vision_tower": "model.vision_tower"}
+    patterns |= {"^multi_modal_projector": "model.multi_modal_projector"}
+    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", patterns, raising=False)
+    embed(of(model), tmp_path, progress=False)
+    assert extract(tmp_path).names == of(model).names
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"model_type": "llama", "vocab_size": "many"}'])
+def test_a_folder_without_a_usable_config_is_judged_by_its_names(config, blueprint, tmp_path):
+    """The error is the same as for a model that transformers knows."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(MismatchError, match="stores 'a'"):
+        embed(blueprint, tmp_path, progress=False)
 
 
 NAMES = ("model.layers.0.q_proj", "model.layers.1.q_proj")
