@@ -131,11 +131,10 @@ def _measured(blueprint: Blueprint) -> str:
     kinds = len({entry.kind for entry in blueprint})
     versions = provenance.get("versions")
     merged = provenance.get("merged")
-    share = blueprint.training_checkpoint
     rows = {
         "model": blueprint.model_id,
         "revision": blueprint.model_revision,
-        "checkpoint": None if share is None else f"{share * 100:.6g} % of the model's training",
+        "checkpoint": f"{blueprint.training_checkpoint * 100:.6g} % of the model's training",
         "measured": f"{len(blueprint)} entries at {blueprint.level} level, {kinds} kinds",
         "structure digest": blueprint.model_digest,
         "data": _flat(provenance.get("data")),

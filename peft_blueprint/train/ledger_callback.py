@@ -180,6 +180,8 @@ class LedgerCallback(TrainerCallback):
                     self._set_per_token(Quantity.from_dict(saved["flops_per_token"]))
         with log.guarded("the facts about the model"):
             log.about |= facts_of(self._model(), args)
+            if (held_out := _dataset_name(self.trainer.eval_dataset)) is not None:
+                log.about["held_out"] = held_out
         with log.guarded("tokens"):
             self._counter.attach(self.trainer.model_wrapped)
         log.ledger.start()
@@ -417,6 +419,16 @@ def _saves_now(args: TrainingArguments, state: TrainerState, control: TrainerCon
 def _learning_rate(trainer: Trainer) -> float | None:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     return float(groups[0]["lr"]) if groups else None
+
+
+def _dataset_name(data: Any) -> str | None:
+    """Return the name under which `datasets.load_dataset` loaded a data set; None for files and data made in memory."""
+    if isinstance(data, Mapping):
+        names = {_dataset_name(one) for one in data.values()}
+        return names.pop() if len(names) == 1 else None
+    info = getattr(data, "info", None)
+    name, builder = getattr(info, "dataset_name", None), getattr(info, "builder_name", None)
+    return name if isinstance(name, str) and name != builder else None  # the builder of files is "json", "csv", …
 
 
 class Counted(NamedTuple):

@@ -8,12 +8,13 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
 from peft_blueprint import BlueprintConfig, BlueprintError
 from peft_blueprint.errors import FormatError
+from peft_blueprint.publish.run_card import run_metadata
 from peft_blueprint.runs.ledger import Ledger, counted_flops
 from peft_blueprint.runs.log import RunLog
 from peft_blueprint.runs.quantity import UNITS, modelled
@@ -164,6 +165,32 @@ def test_the_record_says_what_the_run_was(blueprint, tmp_path):
     assert about["versions"]["torch"] and about["system"]["threads"] == torch.get_num_threads()
     assert about["created"] and about["model_id"] == "LlamaForCausalLM"
     json.dumps(about, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("folder", "my_data"), ("file", None), ("memory", None), ("two", None), ("twice", "my_data")]
+)
+def test_the_record_names_the_held_out_data_where_it_has_a_name(source, name, tmp_path):
+    """And so an evaluation's results can go into `model-index`, which needs the data set's name."""
+    folder = tmp_path / "my_data"
+    folder.mkdir()
+    lines = [json.dumps({key: value.tolist() for key, value in row.items()}) + "\n" for row in rows(4)]
+    (folder / "test.jsonl").write_text("".join(lines))
+    place = {"split": "test", "cache_dir": str(tmp_path / "cache")}
+    named = load_dataset(str(folder), **place)
+    file = load_dataset("json", data_files={"test": str(folder / "test.jsonl")}, **place)
+    data = {
+        "folder": named.map(lambda row: row),
+        "file": file,
+        "memory": rows(4),
+        "two": {"a": named, "b": file},
+        "twice": {"a": named, "b": named},
+    }[source]
+    train(tmp_path / "run", arguments={"max_steps": 2, "eval_dataset": data})
+    record = RunRecord.load(tmp_path / "run")
+    assert record.about.get("held_out") == name
+    results = run_metadata(record).to_dict().get("model-index")
+    assert (results is None) if name is None else results[0]["results"][0]["dataset"]["name"] == name
 
 
 def test_it_stops_when_nothing_pays(tmp_path, caplog):
