@@ -243,6 +243,7 @@ def test_the_card_of_a_repository_of_blueprints_alone(blueprint):
     [
         ("openai/gsm8k", ["openai/gsm8k"]),
         ("openai/gsm8k, org/x, openai/gsm8k", ["openai/gsm8k", "org/x"]),
+        ("openai/gsm8k:main, qiaojin/PubMedQA:pqa_labeled", ["openai/gsm8k", "qiaojin/PubMedQA"]),
         ("data/train.jsonl", []),
         ("/data/train, ./a/b, ../x, ~/x/y, gsm8k, a/b/c, é/b, -a/b, a/b.git, a/b--c", []),
         (None, []),
