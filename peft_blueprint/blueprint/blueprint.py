@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,10 @@ class Blueprint:
 
         return publish(self, repo_id, **kwargs)
 
+    def __repr__(self) -> str:
+        """One line: the model, and how many entries of which level; `to_dict` has all of it."""
+        return f"<Blueprint of {self.model_id!r}: {len(self.submodules)} {self.level}s>"
+
     @property
     def digest(self) -> str:
         """`sha256:…` over the content, the same in every file that holds all of it."""
@@ -145,7 +149,8 @@ class Blueprint:
         """Expand a group- or layer-level blueprint to submodules; return others unchanged.
 
         Each of the n submodules in a group or layer has its gradient norm over √n, and its L1 norms and alignments
-        over n, so that coarsening restores the original.
+        over n, so that coarsening restores the original. Exponents and ratios of equal shares are those of the whole.
+        The concentration, which is over groups or layers, and unknown keys are dropped.
 
         Args:
             submodules: of the model, `find_submodules(model)`.
@@ -175,14 +180,15 @@ class Blueprint:
             for entry in self.submodules
             for member in members[entry.name]
         )
-        return replace(self, submodules=expanded, level="submodule")
+        return _derived([self], "expand", expanded, level="submodule")
 
     def coarsen(self, level: Level) -> Blueprint:
         """Sum the entries up to groups or layers.
 
         The gradient norm of a group or layer is the root of its members' summed squares, the norm of their
-        concatenated gradients (exact for one example, an upper bound for the mean over examples). L1 norms
-        (`adam_gain`, `weight_gradient`) and alignments, which are inner products, add.
+        concatenated gradients: exact for one example, a lower bound for the mean over examples, because the norm of a
+        mean is at most the mean of the norms. L1 norms (`adam_gain`, `weight_gradient`) and alignments, which are inner
+        products, add. All other statistics and the concentration are dropped; `provenance["derived"]` names them.
 
         Raises:
             MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
@@ -216,15 +222,16 @@ class Blueprint:
                     adam_gain=_total_of([m.adam_gain for m in members]),
                     weight_gradient=_total_of([m.weight_gradient for m in members]),
                     alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
-                    examples=members[0].examples,
+                    examples=members[0].examples if len({m.examples for m in members}) == 1 else None,
                 )
             )
-        return replace(self, submodules=tuple(coarse), level=level)
+        return _derived([self], "coarsen", coarse, level=level)
 
     def for_domain(self, tag: str) -> Blueprint:
         """Return the blueprint of another domain: each gradient norm times its `domain_tags[tag]`.
 
-        Statistics of the first domain alone are left out: all but the gradient's and the weight's norm.
+        Statistics of the first domain are dropped: all but the gradient's and the weight's norm, and the
+        concentration. `provenance["derived"]` names them, and `provenance["domains"]` keeps this domain alone.
 
         Raises:
             MismatchError: if an entry has no such tag.
@@ -240,20 +247,18 @@ class Blueprint:
             raise MismatchError(
                 f"{format_names(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}."
             )
-        weighted = tuple(
-            replace(
+        provenance = _of_domain(self.provenance, tag)
+        examples = provenance.get("domains", {}).get(tag, {}).get("examples")
+        weighted = [
+            _without_statistics(
                 entry,
                 gradient_norm=norm_of(entry) * entry.domain_tags[tag],
                 domain_tags={tag: 1.0},
-                norm_interval=None,
-                median_norm=None,
-                signal_norm=None,
-                noise_scale=None,
-                **_NOT_COMBINED,
+                examples=examples if type(examples) is int else None,
             )
             for entry in self.submodules
-        )
-        return replace(self, submodules=weighted)
+        ]
+        return _derived([self], "for_domain", weighted, provenance=provenance)
 
     def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
         """Blend this blueprint's norms with a local probe's: G' = weight·Ḡ + (1 − weight)·G̃ (Algorithm 1, line 2).
@@ -261,7 +266,8 @@ class Blueprint:
         The probe is first scaled by the ratio of the geometric means. The size of the whole gradient depends on the
         loss, the sequence length and the data, and carries no information about where to adapt. The geometric mean
         keeps a few large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way
-        where all entries of both have them. Alignments and shares of energy do not blend and are left out.
+        where all entries of both have them. Tags are this blueprint's, over the blended norm. All other statistics and
+        the concentration are dropped, at every weight; `provenance["derived"]` names them.
 
         Args:
             local: the probe; the same submodules, in any order.
@@ -294,25 +300,29 @@ class Blueprint:
         for mine in self.submodules:
             other = others[mine.name]
             w = _inverse_variance(weight, mine, other, scale) if by_uncertainty else weight
-            changed: dict[str, Any] = {"gradient_norm": w * norm_of(mine) + (1 - w) * scale * norm_of(other)}
-            changed |= _NOT_COMBINED
-            for by, gain_scale in gain_scales.items():
-                changed[by] = w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
+            norm = w * norm_of(mine) + (1 - w) * scale * norm_of(other)
+            gains = {
+                by: w * score_of(mine, by) + (1 - w) * gain_scale * score_of(other, by)
+                for by, gain_scale in gain_scales.items()
+            }
             interval = None
             if mine.norm_error is not None and other.norm_error is not None:
                 half = Z95 * math.hypot(w * mine.norm_error, (1 - w) * scale * other.norm_error)
-                interval = (max(0.0, changed["gradient_norm"] - half), changed["gradient_norm"] + half)
-            blended.append(replace(mine, **changed, norm_interval=interval, median_norm=None))
+                interval = (max(0.0, norm - half), norm + half)
+            tags = {tag: value * norm_of(mine) / norm for tag, value in mine.domain_tags.items()} if norm else {}
+            blended.append(
+                _without_statistics(mine, gradient_norm=norm, norm_interval=interval, domain_tags=tags, **gains)
+            )
         history = {"weight": weight, "by_uncertainty": by_uncertainty, "scale": scale, "with": dict(local.provenance)}
-        return replace(self, submodules=tuple(blended), provenance={**self.provenance, "blend": history})
+        return _derived([self, local], "blend", blended, provenance={**self.provenance, "blend": history})
 
     @staticmethod
     def merge(blueprints: Sequence[Blueprint]) -> Blueprint:
         """Merge blueprints of the same model, weighted by their numbers of examples.
 
-        Mean norms merge exactly, and their standard errors add in squares. Medians, signal norms, gains, alignments
-        and exponents do not follow from summaries and are left out (`Influence.merge` has them). Tags merge where
-        every blueprint has them.
+        Mean norms merge exactly, and their standard errors add in squares. Tags merge where every blueprint has them.
+        Medians, signal norms, gains, alignments, exponents and the concentration do not follow from summaries and are
+        dropped (`Influence.merge` has them); `provenance["derived"]` names them.
 
         Raises:
             MismatchError: if models, checkpoints or submodules differ, or an entry has no number of examples.
@@ -335,9 +345,13 @@ class Blueprint:
                     )
             require_same_names(first, other, "merged")
         by_name = [{entry.name: entry for entry in blueprint} for blueprint in blueprints]
-        merged = tuple(_merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules)
-        return replace(
-            first, submodules=merged, concentration={}, provenance={"merged": [dict(b.provenance) for b in blueprints]}
+        merged = [_merge_entries([of[entry.name] for of in by_name]) for entry in first.submodules]
+        return _derived(
+            blueprints,
+            "merge",
+            merged,
+            model_revision=_common([b.model_revision for b in blueprints]),
+            provenance={"merged": [dict(b.provenance) for b in blueprints]},
         )
 
     def ranks(self, by: str = "gradient_norm") -> dict[str, int]:
@@ -407,34 +421,80 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
         )
 
 
-# statistics that do not follow from the summaries of several blueprints
-_NOT_COMBINED: dict[str, Any] = dict.fromkeys(("adam_gain", "weight_gradient", "singular_energy", "alignment"))
+# what an entry says of the model, whatever the data
+_OF_THE_MODEL = ("name", "kind", "depth", "group", "shape", "form", "quantized", "weight_norm")
+
+
+def _without_statistics(entry: Submodule, **known: Any) -> Submodule:
+    """Return an entry of the same submodule whose statistics of the data are those given, and no others."""
+    return Submodule(**{key: getattr(entry, key) for key in _OF_THE_MODEL} | known)
+
+
+def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule], **changes: Any) -> Blueprint:
+    """Return the first source with other entries, without the statistics of the whole, which were of the old entries.
+
+    The provenance names the operation and the statistics that were dropped.
+    """
+    first = sources[0]
+    names = [f.name for f in fields(Submodule)]
+    known = {name for source in sources for entry in source for name in names if getattr(entry, name)}
+    kept = {name for entry in entries for name in names if getattr(entry, name)}
+    dropped = [name for name in names if name in known - kept]
+    dropped += [name for name in ("concentration", "extra") if any(getattr(source, name) for source in sources)]
+    provenance = {key: value for key, value in changes.pop("provenance", first.provenance).items() if key != "rounded"}
+    derived = provenance.get("derived")
+    steps = [*(derived if isinstance(derived, list) else ()), {"by": by, "dropped": dropped}]
+    return replace(
+        first,
+        submodules=tuple(entries),
+        concentration={},
+        costs=first.costs if "k_star" in kept else {},
+        extra={},
+        provenance={**provenance, "derived": steps},
+        **changes,
+    )
+
+
+def _of_domain(provenance: Mapping[str, Any], tag: str) -> dict[str, Any]:
+    """Return a provenance with one of its domains alone, also in the parts of a merged one."""
+    found = dict(provenance)
+    domains, parts = found.get("domains"), found.get("merged")
+    if isinstance(domains, Mapping):
+        found["domains"] = {tag: domains[tag]} if isinstance(domains.get(tag), Mapping) else {}
+    else:
+        found.pop("domains", None)
+    if isinstance(parts, list):
+        found["merged"] = [_of_domain(part, tag) for part in parts if isinstance(part, Mapping)]
+    return found
 
 
 def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
     """Return `member` with its share of the statistics of a group or layer of `count` members."""
+
+    def share(value: float | None, of: float) -> float | None:
+        return None if value is None else value / of
+
     root = math.sqrt(count)
+    interval = unit.norm_interval
     return replace(
-        unit,
-        name=member.name,
-        kind=member.kind,
-        depth=member.depth,
-        group=member.group,
-        shape=member.shape,
-        form=member.form,
-        quantized=member.quantized,
+        _without_statistics(member, weight_norm=None),
         gradient_norm=norm_of(unit) / root,
-        norm_interval=None
-        if unit.norm_interval is None
-        else (unit.norm_interval[0] / root, unit.norm_interval[1] / root),
-        median_norm=None if unit.median_norm is None else unit.median_norm / root,
-        signal_norm=None if unit.signal_norm is None else unit.signal_norm / root,
-        weight_norm=None,
-        adam_gain=None if unit.adam_gain is None else unit.adam_gain / count,
-        weight_gradient=None if unit.weight_gradient is None else unit.weight_gradient / count,
-        singular_energy=None,
+        norm_interval=None if interval is None else (interval[0] / root, interval[1] / root),
+        median_norm=share(unit.median_norm, root),
+        signal_norm=share(unit.signal_norm, root),
+        adam_gain=share(unit.adam_gain, count),
+        weight_gradient=share(unit.weight_gradient, count),
         alignment=None if unit.alignment is None else tuple(value / count for value in unit.alignment),
+        **{key: getattr(unit, key) for key in _SAME_FOR_EQUAL_SHARES},
     )
+
+
+_SAME_FOR_EQUAL_SHARES = ("noise_scale", "alpha", "alpha_error", "gamma", "k_star", "examples", "domain_tags")
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """Return the value that all have, otherwise None."""
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def _total_of(values: Sequence[float | None]) -> float | None:
@@ -473,7 +533,7 @@ def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
         half = Z95 * math.hypot(*(share * (error or 0.0) for share, error in zip(shares, errors, strict=True)))
         interval = (max(0.0, norm - half), norm + half)
     tags = set.intersection(*(set(entry.domain_tags) for entry in entries))
-    return replace(
+    return _without_statistics(
         entries[0],
         gradient_norm=norm,
         norm_interval=interval,
@@ -484,12 +544,5 @@ def _merge_entries(entries: Sequence[Submodule]) -> Submodule:
             else entries[0].domain_tags[tag]
             for tag in sorted(tags)
         },
-        median_norm=None,
-        signal_norm=None,
-        noise_scale=None,
-        **_NOT_COMBINED,
-        alpha=None,
-        alpha_error=None,
-        gamma=None,
-        k_star=None,
+        weight_norm=_common([entry.weight_norm for entry in entries]),
     )

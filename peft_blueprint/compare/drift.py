@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ Policy = Literal["warn", "error", "refresh", "coarsen"]
 # 0.75 to 0.88; RESULTS.md, "Drift", has the table. The two overlap: near the threshold, probe more examples.
 DRIFT_THRESHOLD = 0.85
 
-_SMALLEST_KIND = 4  # entries; Fisher's z has variance 1/(n − 3)
+_SMALLEST_KIND = 4  # entries
+_MANY = 100  # degrees of freedom from which Fisher's z is normal enough
 _COARSER: dict[Level, Level] = {"submodule": "group", "group": "layer"}
 
 
@@ -29,9 +31,8 @@ class Drift:
     """The rank correlation of two blueprints.
 
     Args:
-        correlation: Spearman's, within each kind, pooled over kinds with Fisher's z.
-        interval: 95 %; from the entries' own confidence intervals where both blueprints have them, otherwise from
-            the number of entries.
+        correlation: of the ranks within kinds, pooled over kinds.
+        interval: 95 %, see `check_drift`.
         by_kind: Spearman's correlation of every kind with at least 4 entries.
         threshold: below which the local blueprint counts as drifted.
         level: of the comparison.
@@ -54,19 +55,28 @@ def check_drift(
     published: Blueprint,
     *,
     threshold: float = DRIFT_THRESHOLD,
-    draws: int = 300,
+    draws: int = 1000,
     seed: int = 0,
 ) -> Drift:
     """Correlate the ranks of a local probe with those of a published blueprint, kind by kind.
 
-    The two are compared at the coarser of their levels. The interval covers the error from the limited
-    number of examples: each draw takes every norm from its own confidence interval and computes the correlation again.
+    The two are compared at the coarser of their levels. Ranks are centred within each kind and divided by the kind's
+    number of entries, and the correlation is that of all ranks together. Kinds of equal size count equally.
+
+    The interval covers the mean correlation of repeated measurements, in one of two senses:
+
+    - With confidence intervals of all entries in both blueprints, of probes of other examples. Every draw takes each
+      norm from its own interval and computes the correlation again. In simulations a nominal 95 % covered 93 to 100 %.
+    - Otherwise, of other submodules that are related as these are. The bivariate normal laws are found under which the
+      observed correlation lies between the quantiles 2.5 and 97.5 %, by simulation, or with Fisher's z for many
+      entries. In simulations of 1,000 blueprints for each of 2, 4 and 7 kinds of 4, 6, 12 and 30 entries, a nominal
+      95 % covered NN to MM %.
 
     Args:
         local: a probe on your own data.
         published: the blueprint that came with the model.
         threshold: see `Drift`.
-        draws: for the interval.
+        draws: simulated correlations behind the interval.
         seed: of the draws.
 
     Raises:
@@ -90,15 +100,17 @@ def check_drift(
             f"No kind of submodule has {_SMALLEST_KIND} entries (there are {len(local)} in {len(kinds)} kinds), too "
             "few to correlate ranks. Measure at submodule level, on all layers."
         )
-    norms = {kind: np.array([[norm_of(a), norm_of(b)] for a, b in pairs]).T for kind, pairs in usable.items()}
-    by_kind = {kind: float(spearman(*pair)) for kind, pair in norms.items()}
-    weights = [len(pairs) - 3 for pairs in usable.values()]
-    z = float(_pooled_z(list(by_kind.values()), weights))
-    spread = _spread_of_z(usable, norms, weights, draws, seed)
+    norms = [np.array([[norm_of(a), norm_of(b)] for a, b in pairs]).T for pairs in usable.values()]
+    errors = [np.array([[a.norm_error, b.norm_error] for a, b in pairs], float).T for pairs in usable.values()]
+    correlation = float(_pooled(norms))
+    if any(np.isnan(error).any() for error in errors):  # None became NaN
+        interval = _interval_over_entries(correlation, [pair.shape[1] for pair in norms], draws, seed)
+    else:
+        interval = _interval_over_examples(correlation, norms, errors, draws, seed)
     return Drift(
-        correlation=math.tanh(z),
-        interval=(math.tanh(z - Z95 * spread), math.tanh(z + Z95 * spread)),
-        by_kind=by_kind,
+        correlation=correlation,
+        interval=interval,
+        by_kind={kind: float(spearman(*pair)) for kind, pair in zip(usable, norms, strict=True)},
         threshold=threshold,
         level=local.level,
     )
@@ -170,34 +182,62 @@ def spearman(a: ArrayLike, b: ArrayLike) -> np.ndarray:
         >>> float(spearman([1, 2, 3], [10, 20, 15]))
         0.5
     """
-    x, y = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (stats.rankdata(v, axis=-1) for v in (a, b)))
-    scale = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
-    return (x * y).sum(axis=-1) / np.where(scale > 0, scale, 1)
+    return _pooled([np.stack(np.broadcast_arrays(a, b), axis=-2)])
 
 
-def _pooled_z(correlations: Sequence[float] | Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Return the mean of Fisher's z over kinds, weighted by the inverse of its variance 1/(n − 3)."""
-    clipped = np.clip(correlations, -0.9999, 0.9999)
-    return np.average(np.arctanh(clipped), axis=0, weights=weights)
+def _pooled(pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the correlation of ranks within kinds over all kinds; 0 where one side is constant in every kind.
 
-
-def _spread_of_z(
-    pairs: dict[str, list[tuple[Submodule, Submodule]]],
-    norms: dict[str, np.ndarray],
-    weights: Sequence[float],
-    draws: int,
-    seed: int,
-) -> float:
-    """Return the standard deviation of the pooled z under the entries' errors, or without them of its sampling.
-
-    1.06/(n − 3) is the variance of z for Spearman's correlation (Fieller, Hartley and Pearson 1957).
+    Args:
+        pairs: for every kind the values of both sides, (…, 2, entries).
     """
-    errors = {
-        kind: np.array([[a.norm_error, b.norm_error] for a, b in of_kind], dtype=float).T  # None becomes NaN
-        for kind, of_kind in pairs.items()
-    }
-    if any(np.isnan(error).any() for error in errors.values()):
-        return math.sqrt(1.06 / sum(weights))
+    product, squares = np.float64(0), np.float64(0)
+    for pair in pairs:
+        ranks = stats.rankdata(pair, axis=-1) / pair.shape[-1]
+        ranks -= ranks.mean(axis=-1, keepdims=True)
+        product = product + ranks.prod(axis=-2).sum(axis=-1)
+        squares = squares + np.square(ranks).sum(axis=-1)
+    scale = np.sqrt(squares.prod(axis=-1))
+    return product / np.where(scale > 0, scale, 1)
+
+
+def _interval_over_examples(
+    correlation: float, norms: Sequence[np.ndarray], errors: Sequence[np.ndarray], draws: int, seed: int
+) -> tuple[float, float]:
+    """Return the 95 % interval from the standard errors of all norms, for every kind (2, entries)."""
     generator = np.random.default_rng(seed)
-    drawn = [generator.normal(norms[kind], errors[kind], size=(draws, *norms[kind].shape)) for kind in pairs]
-    return float(np.std(_pooled_z([spearman(draw[:, 0], draw[:, 1]) for draw in drawn], weights)))
+    drawn = [generator.normal(*pair, size=(draws, *pair[0].shape)) for pair in zip(norms, errors, strict=True)]
+    half = Z95 * float(np.std(_pooled(drawn)))
+    return max(-1.0, correlation - half), min(1.0, correlation + half)
+
+
+def _interval_over_entries(correlation: float, sizes: Sequence[int], draws: int, seed: int) -> tuple[float, float]:
+    """Return the 95 % interval for kinds of these sizes, by inverting a test of the bivariate normal's correlation.
+
+    For many entries by Fisher's z, whose variance for Spearman's correlation is (1 + r²/2)/(n − 3) (Bonett and Wright
+    2000, doi:10.1007/BF02294183), with n − 1 taken as the sum over kinds.
+    """
+    freedom = sum(sizes) - len(sizes)
+    if freedom >= _MANY:
+        z, half = (
+            math.atanh(max(-0.9999, min(0.9999, correlation))),
+            Z95 * math.sqrt((1 + correlation**2 / 2) / (freedom - 2)),
+        )
+        return math.tanh(z - half), math.tanh(z + half)
+    simulated = _simulated(tuple(sizes), draws, seed)
+    above = (simulated > correlation + 1e-9).mean(axis=1) + (abs(simulated - correlation) <= 1e-9).mean(axis=1) / 2
+    low, high = np.interp([0.025, 0.975], np.maximum.accumulate(above), simulated.mean(axis=1))
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _simulated(sizes: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
+    """Return pooled correlations (laws, draws) of kinds of these sizes under 61 bivariate normal laws from ρ = -1 to 1."""
+    generator = np.random.default_rng(seed)
+    normal = [generator.standard_normal((draws, 2, size)) for size in sizes]
+
+    def under(rho: float) -> np.ndarray:
+        mixed = (np.stack([x[:, 0], rho * x[:, 0] + math.sqrt(1 - rho**2) * x[:, 1]], axis=1) for x in normal)
+        return _pooled(list(mixed))
+
+    return np.stack([under(math.sin(angle)) for angle in np.linspace(-math.pi / 2, math.pi / 2, 61)])

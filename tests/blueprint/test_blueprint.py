@@ -1,7 +1,7 @@
 """The record and its arithmetic."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -282,3 +282,100 @@ def test_a_domains_tag_weighs_its_norms():
     assert weighted.domain_tags == {"bio": 1.0}
     with pytest.raises(MismatchError, match=r"'a' have no domain tag 'code'.*\['bio', 'law'\]"):
         Blueprint("m", (entry,)).for_domain("code")
+
+
+# ------------------------------------------------------------------------------------------ statistics of another
+
+FULL = Blueprint(
+    "m",
+    tuple(
+        Submodule(
+            f"model.layers.{depth}.{kind}",
+            2.0 + depth,
+            kind=kind,
+            depth=depth,
+            group=f"attn.{depth}",
+            shape=(4, 4),
+            median_norm=2.0,
+            norm_interval=(1.0, 4.0),
+            signal_norm=1.0,
+            noise_scale=3.0,
+            weight_norm=9.0,
+            adam_gain=2.0,
+            weight_gradient=2.0,
+            singular_energy=0.5,
+            alignment=(1.0,),
+            alpha=1.0,
+            alpha_error=0.1,
+            gamma=0.5,
+            k_star=0.5,
+            examples=8,
+            domain_tags={"law": 1.0, "bio": 0.5},
+            extra={"later": 1},
+        )
+        for depth in range(2)
+        for kind in ("q_proj", "k_proj")
+    ),
+    concentration={"gamma_fit": 0.5},
+    costs={"fixed_cost": 2.0},
+    provenance={"domains": {"law": {"examples": 8}, "bio": {"examples": 4}}, "rounded": {"digits": 4}},
+    extra={"later": 1},
+)
+PROBE = replace(FULL, submodules=tuple(replace(entry, gradient_norm=3.0) for entry in FULL))
+DERIVED = {
+    "blend": (lambda: FULL.blend(PROBE), {"norm_interval", "adam_gain", "weight_gradient", "domain_tags"}),
+    "blend with weight 0": (
+        lambda: FULL.blend(PROBE, 0),
+        {"norm_interval", "adam_gain", "weight_gradient", "domain_tags"},
+    ),
+    "for_domain": (lambda: FULL.for_domain("bio"), {"domain_tags", "examples"}),
+    "coarsen": (lambda: FULL.coarsen("group"), {"adam_gain", "weight_gradient", "alignment", "examples"}),
+    "merge": (lambda: Blueprint.merge([FULL, PROBE]), {"norm_interval", "domain_tags", "examples"}),
+}
+OF_THE_PLACE = {"name", "kind", "depth", "group", "shape", "form", "quantized", "weight_norm", "gradient_norm"}
+
+
+@pytest.mark.parametrize(("derive", "recomputed"), DERIVED.values(), ids=DERIVED)
+def test_a_derived_blueprint_has_no_statistic_of_its_sources(derive, recomputed):
+    """What is not recomputed is dropped, unknown keys too, and the provenance names all of it."""
+    derived = derive()
+    known = {f.name for entry in derived for f in fields(Submodule) if getattr(entry, f.name)}
+    assert known - OF_THE_PLACE == recomputed
+    assert not derived.concentration and not derived.extra and not derived.costs
+    [step] = derived.provenance["derived"]
+    every = {f.name for f in fields(Submodule) if getattr(FULL.submodules[0], f.name)}
+    assert set(step["dropped"]) == every - known | {"concentration", "extra"}
+    assert "rounded" not in derived.provenance
+    again = derived.blend(derived)
+    assert [step["by"] for step in again.provenance["derived"]][1:] == ["blend"]
+
+
+def test_a_domains_blueprint_names_its_own_data():
+    """Examples and provenance are the domain's, so that it is not taken for the first one's data."""
+    bio = FULL.for_domain("bio")
+    assert bio.submodules[0].examples == 4 and bio.provenance["domains"] == {"bio": {"examples": 4}}
+
+
+def test_tags_of_a_blend_are_over_the_blended_norm():
+    """for_domain of a blend gives the norms that the published blueprint has for that domain."""
+    blend = FULL.blend(PROBE, 0.25)
+    assert norms_of(blend.for_domain("bio")) == pytest.approx(norms_of(FULL.for_domain("bio")))
+
+
+def test_blueprints_of_two_revisions_merge_into_one_of_neither():
+    """The first one's revision does not stand for both."""
+    one, other = (replace(FULL, model_revision=revision) for revision in ("a" * 40, "b" * 40))
+    assert Blueprint.merge([one, one]).model_revision == "a" * 40
+    assert Blueprint.merge([one, other]).model_revision is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=5))
+def test_a_coarse_norm_is_a_lower_bound(examples):
+    """Of the mean over examples of the norm of both members together; equal for one example."""
+    count = len(examples)
+    means = [sum(norms) / count for norms in zip(*examples, strict=True)]
+    members = tuple(Submodule(f"m.{i}", norm, group="attn.0", depth=0) for i, norm in enumerate(means))
+    coarse = Blueprint("m", members).coarsen("group")["attn.0"].gradient_norm
+    truth = sum(math.hypot(*norms) for norms in examples) / count
+    assert coarse <= truth + 1e-9
+    assert count > 1 or coarse == pytest.approx(truth)
