@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from peft_blueprint import measure_influence
-from peft_blueprint.measure import find_submodules, per_example_losses
+from peft_blueprint.measure import Objective, find_submodules
 
 from . import setup
 
@@ -130,10 +130,11 @@ def _one_example_at_a_time(model: Any, batch: Batch) -> Arm:
     """The same norms by autograd, without hooks."""
     model.requires_grad_(True)
     names = [submodule.name for submodule in find_submodules(model)]
+    objective = Objective(model)
 
     def arm() -> None:
         for i in range(len(batch["labels"])):
-            losses, _ = per_example_losses(model, {key: value[i : i + 1] for key, value in batch.items()})
+            losses, _ = objective.losses({key: value[i : i + 1] for key, value in batch.items()})
             losses.sum().backward()
             [model.get_submodule(name).weight.grad.norm() for name in names]
             model.zero_grad(set_to_none=True)
@@ -154,9 +155,10 @@ def _opacus(model: Any, batch: Batch) -> Arm:
     model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[2].requires_grad_())
     model.train()
     hooked = GradSampleModuleFastGradientClipping(model, strict=False, loss_reduction="sum", max_grad_norm=1.0)
+    objective = Objective(hooked._module)
 
     def arm() -> Tensor:
-        losses, _ = per_example_losses(hooked._module, batch)
+        losses, _ = objective.losses(batch)
         losses.sum().backward()
         norms = torch.stack([model.get_submodule(name).weight._norm_sample for name in names])
         model.zero_grad(set_to_none=True)

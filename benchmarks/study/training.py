@@ -17,7 +17,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import set_seed
 
-from peft_blueprint.measure import Row, per_example_losses, versions
+from peft_blueprint.measure import Objective, Row, versions
 from peft_blueprint.runs import Ledger
 from peft_blueprint.train import initialize_along_gradient
 
@@ -260,8 +260,9 @@ def losses_of(ready: Ready, rows: Sequence[Row]) -> tuple[list[float], list[int]
     model = ready.model.eval()
     losses: list[float] = []
     counts: list[int] = []
+    objective = Objective(model)
     for part in in_batches(rows, ready.ground.study.batch):
-        loss, number = per_example_losses(model, on_device(part, ready.ground.pad))
+        loss, number = objective.losses(on_device(part, ready.ground.pad))
         losses += loss.tolist()
         counts += number.tolist()
     model.train()

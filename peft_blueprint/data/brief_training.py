@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BlueprintError, MeasurementError
-from ..measure import LossFunction, Row, collate, find_submodules, input_device, linear_modules, per_example_losses
+from ..measure import LossFunction, Objective, Row, borrowed, collate, find_submodules, input_device, linear_modules
 
 
 Train = Callable[[nn.Module, Sequence[Row]], None]
@@ -21,37 +20,26 @@ RANK = 8
 
 @contextmanager
 def restore_afterwards(model: nn.Module) -> Iterator[None]:
-    """Restore a model's weights, buffers, flags and gradients, and torch's random state, when the `with` ends.
+    """Give a model back as it was when the `with` ends, with its weights, and without what was added to it.
 
     Takes a second copy of the weights, on the CPU.
 
     Raises:
-        BlueprintError: if weights were added or removed, which is not undone; or if some are offloaded, which cannot be
-            copied.
+        BlueprintError: if some weights are offloaded, which cannot be copied.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = tiny_llama()
+        >>> with restore_afterwards(model), torch.no_grad():
+        ...     _ = model.lm_head.weight.zero_()
+        >>> bool(model.lm_head.weight.any())
+        True
     """
-    if any(value.is_meta for _, value in _tensors(model)):
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(value.is_meta for value in tensors):
         raise BlueprintError("Some of the model's weights are offloaded and cannot be restored. Load the model whole.")
-    state = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(model)}
-    flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        with torch.no_grad():
-            for name, value in _tensors(model):
-                if name in state:
-                    value.copy_(state[name])
-        for name, parameter in model.named_parameters():
-            if name in flags:
-                parameter.requires_grad_(flags[name][0])
-                parameter.grad = flags[name][1]
-        for name, module in model.named_modules():
-            module.training = training.get(name, module.training)
-    if dict(_tensors(model)).keys() != state.keys():
-        raise BlueprintError(
-            "The training added or removed weights, which cannot be undone. Train existing weights, or remove what you add."
-        )
+    with borrowed(model, tensors):
+        yield
 
 
 @contextmanager
@@ -79,22 +67,9 @@ def temporary_adapters(model: nn.Module, submodules: Sequence[str] | None, seed:
     targets = [name for name in names if name in linear]
     if not targets:
         raise MeasurementError("None of the submodules is a linear layer to adapt. Pass your own train(model, rows).")
-    training = {module: module.training for module in model.modules()}
-    flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    before = set(vars(model))
-    with torch.random.fork_rng():
+    with borrowed(model):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        for added in set(vars(model)) - before:
-            delattr(model, added)
-        for parameter in model.parameters():
-            parameter.requires_grad_(flags[id(parameter)])
-        for module in model.modules():
-            module.training = training[module]
+        yield get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
 
 
 def train_briefly(
@@ -124,6 +99,7 @@ def train_briefly(
     order: list[int] = []
     device, tokens = input_device(model), 0
     model.eval()
+    objective = Objective(model, loss_fn)
     for _ in range(steps):
         while len(order) < min(batch_size, len(rows)):
             order += torch.randperm(len(rows), generator=generator).tolist()
@@ -133,12 +109,8 @@ def train_briefly(
         if device is not None:
             batch = {key: value.to(device) for key, value in batch.items()}
         with torch.enable_grad():
-            per_example_losses(model, batch, loss_fn)[0].mean().backward()
+            objective.losses(batch)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return tokens
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,15 +15,11 @@ from ..measure import (
     IGNORED,
     Batch,
     LossFunction,
-    UnknownObjective,
+    Objective,
     count_examples,
     find_submodules,
     find_weights,
-    matches_model_loss,
     measurement_mode,
-    model_loss,
-    per_example_losses,
-    split_examples,
     take_examples,
     unwrap,
 )
@@ -88,12 +83,11 @@ def model_features(
     reader = _Reader(model, depths, size, seed)
     rows: list[np.ndarray] = []
     losses: list[np.ndarray] = []
-    tokens, is_own = 0, None
-    with measurement_mode(model), torch.no_grad(), reader.hooked():
+    tokens, objective = 0, Objective(model, loss_fn)
+    with measurement_mode(model), torch.no_grad():
+        reader.hook()
         for batch in take_examples(model, batches, loss_fn=loss_fn):
-            if is_own is None:
-                is_own = loss_fn is None and not matches_model_loss(model, batch)
-            batch_losses, batch_rows = reader.read(batch, loss_fn, is_own)
+            batch_losses, batch_rows = reader.read(batch, objective)
             rows.append(batch_rows)
             losses.append(batch_losses)
             tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
@@ -149,30 +143,23 @@ class _Reader:
         self.logits: Tensor | None = None
         self._projections: dict[int, Tensor] = {}  # by width
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Keep hooks on the model."""
-        with ExitStack() as stack:
-            for place, module in enumerate(self.modules):
-                stack.callback(module.register_forward_pre_hook(self._state_hook(place)).remove)
-            base = cast(Any, unwrap(self.model))
-            head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-            if head is not None:
-                stack.callback(head.register_forward_hook(self._logits_hook).remove)
-            yield
+    def hook(self) -> None:
+        """Hook the model until the `measurement_mode` around it ends."""
+        for place, module in enumerate(self.modules):
+            module.register_forward_pre_hook(self._state_hook(place))
+        base = cast(Any, unwrap(self.model))
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        if head is not None:
+            head.register_forward_hook(self._logits_hook)
 
-    def read(self, batch: Batch, loss_fn: LossFunction | None, is_own: bool) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, batch: Batch, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
         """Return losses (B,) and features (B, f) of a batch."""
-        if not is_own:
-            try:
-                self.states, self.logits = {}, None
-                return self._features(batch, *per_example_losses(self.model, batch, loss_fn))
-            except UnknownObjective:
-                pass
-        parts = []
-        for example in split_examples(batch):
+
+        def read_part(part: Batch) -> tuple[np.ndarray, np.ndarray]:
             self.states, self.logits = {}, None
-            parts.append(self._features(example, *model_loss(self.model, example)))
+            return self._features(part, *objective.at_once(part))
+
+        parts = objective.map(batch, read_part)
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _features(self, batch: Batch, losses: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from .batches import input_device as input_device
 from .batches import make_batches as make_batches
 from .batches import take_examples as take_examples
 from .bnb_cpu import disable_cpu_repack as disable_cpu_repack
+from .borrowing import borrowed as borrowed
 from .compatibility import check_fits as check_fits
 from .compatibility import check_weights as check_weights
 from .concentration import FRACTIONS as FRACTIONS
@@ -29,10 +30,8 @@ from .loading import load_tokenizer as load_tokenizer
 from .loading import quantization_of as quantization_of
 from .losses import IGNORED as IGNORED
 from .losses import LossFunction as LossFunction
-from .losses import UnknownObjective as UnknownObjective
+from .losses import Objective as Objective
 from .losses import count_examples as count_examples
-from .losses import matches_model_loss as matches_model_loss
-from .losses import model_loss as model_loss
 from .losses import per_example_losses as per_example_losses
 from .losses import split_examples as split_examples
 from .measurement import FP16_LOSS_SCALE as FP16_LOSS_SCALE

@@ -46,16 +46,18 @@ def take_examples(
     for batch in as_batches(model, batches, tokenizer=tokenizer, loss_fn=loss_fn):
         examples = count_examples(batch)
         taken = examples if left is None else min(left, examples)
-        yield {
-            key: _first(value, taken, examples).to(device)
-            if isinstance(value, Tensor)
-            else _first(value, taken, examples)
-            for key, value in batch.items()
-        }
+        yield {key: _usable(_first(value, taken, examples), device) for key, value in batch.items()}
         if left is not None:
             left -= taken
             if left == 0:
                 return
+
+
+def _usable(value: Any, device: torch.device | None) -> Any:
+    """Return a value on a device; a tensor of `torch.inference_mode()` as one that the backward pass may read."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.clone() if value.is_inference() else value).to(device)
 
 
 def as_batches(

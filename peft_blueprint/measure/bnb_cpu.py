@@ -7,8 +7,6 @@ change, and so does its shape if a row is no longer than a block of 64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,17 +28,6 @@ def disable_cpu_repack(model: nn.Module) -> list[nn.Module]:
         setattr(module, _REPACKS, False)
         undo_cpu_repack(module.weight)
     return switched
-
-
-@contextmanager
-def cpu_repack_disabled(model: nn.Module) -> Iterator[None]:
-    """Apply `disable_cpu_repack` inside a `with` block."""
-    switched = disable_cpu_repack(model)
-    try:
-        yield
-    finally:
-        for module in switched:
-            setattr(module, _REPACKS, True)
 
 
 def undo_cpu_repack(weight: Any) -> None:

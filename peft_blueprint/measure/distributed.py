@@ -144,6 +144,10 @@ class Processes:
             raise
         self.is_inside_pass = False
 
+    def all_have(self, value: Any) -> bool:
+        """Return whether this value is the same on all processes, which call this together."""
+        return len(set(self._exchange(value))) == 1
+
     def must_idle(self) -> bool:
         """Tell a process that has finished whether others start another pass, for which it must make an idle one."""
         return self.in_lockstep and any(self._exchange(False))
@@ -215,6 +219,11 @@ def _is_fully_sharded(model: nn.Module) -> bool:
             "The model is wrapped in FullyShardedDataParallel, which flattens the weights of many submodules into one. "
             "Shard it with torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate's configuration), or "
             "measure before wrapping it."
+        )
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        raise MeasurementError(
+            "DeepSpeed's ZeRO stage 3 has partitioned the model's weights. Measure before deepspeed.initialize, with stage 2, "
+            "or shard the model with torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate's configuration)."
         )
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     for name, parameter in model.named_parameters():

@@ -1,18 +1,23 @@
-"""Hook a model's gradients inside a `with` block, after which everything is restored, also after an error."""
+"""Hook a model's gradients inside a `measurement_mode`, which restores everything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedConfig
 
-from .bnb_cpu import cpu_repack_disabled
-from .submodules import is_sharded
+from ..errors import MeasurementError
+from .bnb_cpu import disable_cpu_repack
+from .borrowing import borrowed
+from .submodules import difference_from_linear, is_sharded, may_differ_from_linear
 
 
 # called in the forward pass with the hook's index and the layer's input (..., d_in); returns a label and tensors to save
@@ -40,40 +45,54 @@ class _OutputHook(torch.autograd.Function):
         return grad_outputs[0], *[None] * (3 + len(kept))
 
 
-@contextmanager
-def hook_output(module: nn.Module, index: int, keep: Keep, record: Record) -> Iterator[None]:
-    """Call `keep` and `record` on every pass of a module. A replaced forward, such as an offloading wrapper, still runs."""
-    forward = module.forward
-    replaced = "forward" in vars(module)
+def hook_output(
+    module: nn.Module, index: int, keep: Keep, record: Record, called: set[int], refused: dict[int, str]
+) -> None:
+    """Call `keep` and `record` on every pass of a module, until the `measurement_mode` around it ends.
 
-    def hooked(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = forward(inputs, *args, **kwargs)
-        if not torch.is_grad_enabled():
+    A replaced forward, such as an offloading wrapper, still runs.
+
+    Args:
+        module: a linear layer.
+        index: of its row.
+        keep: see `Keep`.
+        record: see `Record`.
+        called: gets the index in every call.
+        refused: reasons by index for layers that are not to be measured; gets this one's if it turns out not to compute
+            input · Wᵀ (+ b).
+    """
+    forward = module.forward
+    is_known = not may_differ_from_linear(module)
+
+    def hooked(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal is_known
+        output = forward(*args, **kwargs)
+        called.add(index)
+        if not torch.is_grad_enabled() or index in refused:
             return output
+        inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if not is_known:
+            is_known = True
+            reason = difference_from_linear(module, inputs, output)
+            if reason is not None:
+                refused[index] = reason
+                return output
         if not output.requires_grad:  # the first layers of the graph, if nothing before them requires a gradient
             output.requires_grad_()
         label, kept = keep(index, inputs.detach())
         return _OutputHook.apply(output, index, record, label, *kept)
 
     module.forward = hooked
-    try:
-        yield
-    finally:
-        if replaced:
-            module.forward = forward
-        else:
-            del module.forward
 
 
 @contextmanager
 def hook_gradients(places: Sequence[tuple[nn.Module, str]], record: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call `record` with every parameter's gradient once it is accumulated, and free it; restore earlier gradients.
+    """Call `record` with every parameter's gradient once it is accumulated, and free it, inside a `measurement_mode`.
 
     The parameters, given as (module, name), require a gradient inside the block. A parameter that is offloaded or
     sharded between calls is hooked in its module's forward, where it is whole.
     """
     parameters = [_parameter(*place) for place in places]
-    held = [parameter.grad for parameter in parameters]
     hooked = WeakTensorKeyDictionary()  # from parameters to the handles of their hooks
     with ExitStack() as stack:
 
@@ -89,26 +108,22 @@ def hook_gradients(places: Sequence[tuple[nn.Module, str]], record: Callable[[in
 
         stack.callback(lambda: [handle.remove() for handle in hooked.values()])
         for index, ((module, name), parameter) in enumerate(zip(places, parameters, strict=True)):
-            parameter.grad = None
             parameter.requires_grad_(True)
             if parameter.is_meta or is_sharded(parameter):
-                stack.enter_context(_called_in_forward(module, name, partial(hook, index)))
+                _call_in_forward(module, name, partial(hook, index))
             else:
                 hook(index, parameter)
         try:
             yield
         finally:
-            for place, gradient in zip(places, held, strict=True):
+            for place in places:
                 _parameter(*place).requires_grad_(False)
-                _parameter(*place).grad = gradient
 
 
-@contextmanager
-def _called_in_forward(module: nn.Module, name: str, call: Callable[[nn.Parameter], None]) -> Iterator[None]:
+def _call_in_forward(module: nn.Module, name: str, call: Callable[[nn.Parameter], None]) -> None:
     """Call a function with a parameter at the start of its module's forward, inside accelerate's fetching wrapper."""
     attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
     forward = getattr(module, attribute)
-    replaced = attribute in vars(module)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -116,13 +131,6 @@ def _called_in_forward(module: nn.Module, name: str, call: Callable[[nn.Paramete
         return forward(*args, **kwargs)
 
     setattr(module, attribute, hooked)
-    try:
-        yield
-    finally:
-        if replaced:
-            setattr(module, attribute, forward)
-        else:
-            delattr(module, attribute)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -130,41 +138,65 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 @contextmanager
-def measurement_mode(model: nn.Module) -> Iterator[None]:
-    """Freeze the weights and disable dropout; under gradient checkpointing let embeddings' outputs require a gradient."""
-    training = {module: module.training for module in model.modules()}
-    # by module and name, because offloading replaces the parameters in every pass
-    trainable = [(m, k) for m in model.modules() for k, p in m.named_parameters(recurse=False) if p.requires_grad]
-    dropouts: list[tuple[nn.Module, str, float]] = []
-    model.eval()
-    for place in trainable:
-        _parameter(*place).requires_grad_(False)
-    for module in model.modules():
-        # transformers checkpoints only in training mode: keep the flag there and set dropout's probability to zero
-        if vars(module).get("gradient_checkpointing") is True and training[module]:
-            module.training = True
-            rates = [(k, v) for k, v in vars(module).items() if "dropout" in k and isinstance(v, float) and v]
-            dropouts += [(module, key, rate) for key, rate in rates]
-            for key, _ in rates:
-                setattr(module, key, 0.0)
-    is_checkpointed = any(vars(m).get("gradient_checkpointing") is True and m.training for m in model.modules())
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if is_checkpointed else []
-    hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
-    try:
-        with torch.enable_grad(), cpu_repack_disabled(model):
+def measurement_mode(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Freeze the weights, disable dropout and compilation, and enable gradients, also in `torch.inference_mode()`.
+
+    Reentrant checkpointing passes no gradient on if the first layer's input does not require one. The other kind, which
+    does not depend on the input, replaces it.
+
+    Args:
+        model: with or without adapters; given back as by `borrowed`.
+        values: tensors whose values are restored too.
+
+    Raises:
+        MeasurementError: if the model is being measured already, or its weights are on the meta device or were made in
+            inference mode.
+    """
+    _require_weights(model)
+    with borrowed(model, values, is_exclusive=True):
+        training = {module: module.training for module in model.modules()}
+        model.eval().requires_grad_(False)
+        for module in model.modules():
+            # transformers checkpoints only in training mode: keep the flag there and set dropout's probability to zero
+            if vars(module).get("gradient_checkpointing") is True and training[module]:
+                module.training = True
+                disable_dropout(module)
+            function = vars(module).get("_gradient_checkpointing_func")
+            if isinstance(function, partial) and function.keywords.get("use_reentrant") is True:
+                module._gradient_checkpointing_func = partial(function.func, *function.args, use_reentrant=False)
+        disable_cpu_repack(model)
+        with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
             yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, key, rate in dropouts:
-            setattr(module, key, rate)
-        for place in trainable:
-            _parameter(*place).requires_grad_(True)
-        for module, was in training.items():
-            module.training = was
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Require a gradient of an output, without which reentrant checkpointing passes no gradients on."""
-    if torch.is_grad_enabled() and output.is_leaf:
-        output.requires_grad_()
+def disable_dropout(module: nn.Module) -> None:
+    """Set a module's rates of dropped values and layers to zero, and those of its configuration."""
+    holders: list[Any] = [module]
+    if isinstance(getattr(module, "config", None), PreTrainedConfig):  # a copy, because modules share it
+        module.config = copy.copy(module.config)
+        holders.append(module.config)
+    for holder in holders:
+        for key in [key for key, value in vars(holder).items() if "drop" in key and isinstance(value, float)]:
+            setattr(holder, key, 0.0)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run what `torch.compile` compiled without compiling it anew for the hooks."""
+    is_used = "torch._dynamo" in sys.modules  # otherwise nothing is compiled, and its import takes seconds
+    return cast(Any, torch.compiler).set_stance("force_eager") if is_used else nullcontext()
+
+
+def _require_weights(model: nn.Module) -> None:
+    """Raise MeasurementError if weights have no values, or none that the backward pass may read."""
+    fetching = {child for module in model.modules() if "_hf_hook" in vars(module) for child in module.modules()}
+    parameters = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
+    if any(p.is_meta and m not in fetching for m, p in parameters):
+        raise MeasurementError(
+            "The model's weights are on the meta device, so they have no values. Load them, for example with "
+            "from_pretrained."
+        )
+    if any(p.is_inference() for _, p in parameters):
+        raise MeasurementError(
+            "The model's weights were made in torch.inference_mode(), so no gradient can pass them. Load the model "
+            "outside of it."
+        )

@@ -10,25 +10,176 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import MeasurementError
+from .._text import first_line, shape_str
+from ..errors import BlueprintError, MeasurementError
 from .gradients import NUMBERS_AT_A_TIME
 from .submodules import class_of, unwrap
 
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+Result = TypeVar("Result")
 
 IGNORED = -100  # transformers' label of positions without a target
-_NEXT_TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
+_WITH_ROWS = (Tensor, list, tuple)
+
+
+_NEXT, _SAME, _CLASSES, _NUMBERS = "the next token", "the token itself", "classes", "numbers"
+_OWN = "known to the model alone"
 
 
 class UnknownObjective(MeasurementError):
     """Only the model itself can compute its objective; measure its own loss, one example at a time."""
+
+
+class Objective:
+    """Losses of single examples: those that the model itself returns, or `loss_fn`'s.
+
+    A model's objective is not assumed. The loss that it returns for the first example is compared with the cross-entropy
+    of the next token, of the token itself or of classes, and with the squared error. If exactly one agrees, it is
+    computed for whole batches, without logits where there is no target. Otherwise the model's own loss is taken, one
+    example at a time. The first example of a model whose code is not transformers' own does not stand for others, so
+    all of the first batch are compared.
+
+    Args:
+        model: with or without adapters.
+        loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> objective = Objective(tiny_llama())
+        >>> [objective.losses(batch)[0].shape for batch in toy_batches()]
+        [torch.Size([4]), torch.Size([4])]
+        >>> objective.form
+        'the next token'
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None):
+        self.model = model
+        self.loss_fn = loss_fn
+        self.form: str | None = None  # unknown before the first batch
+        self._expected: float | None = None  # the first example's loss, until it is compared with what is computed
+
+    @property
+    def is_own(self) -> bool:
+        """Whether only the model can compute the losses, one example at a time."""
+        return self.form == _OWN
+
+    def use_own(self) -> None:
+        """Take the model's own loss, one example at a time."""
+        self.form = _OWN
+
+    def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
+
+        Args:
+            batch: the model's inputs, and `labels` of shape (B, T) or (B,).
+
+        Raises:
+            MeasurementError: without targets, or if the model returns no loss.
+        """
+        losses, counts = zip(*self.map(batch, self.at_once), strict=True)
+        return torch.cat(losses), torch.cat(counts)
+
+    def map(self, batch: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Result]) -> list[Result]:
+        """Call `run`, which calls `at_once`, with a batch, or with each of its examples if they must be alone."""
+        self.find(batch)
+        if not self.is_own:
+            try:
+                return [run(batch)]
+            except UnknownObjective:
+                pass
+        return [run(example) for example in split_examples(batch)]
+
+    def at_once(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return losses (B,) and numbers of targets (B,) as `losses`, in one pass.
+
+        Raises:
+            UnknownObjective: if the batch's examples must be run alone, or the pass must be repeated for that reason.
+        """
+        if self.loss_fn is not None:
+            losses = self.loss_fn(self.model, batch)
+            if not isinstance(losses, Tensor) or losses.dim() != 1:
+                found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+                raise MeasurementError(
+                    f"loss_fn must return a tensor with one loss for each example, (B,), got {found}."
+                )
+            _require_graph(losses, "loss_fn")
+            return losses.float(), _count_targets(batch, len(losses))
+        self.find(batch)
+        if self.is_own and count_examples(batch) == 1:
+            return _model_loss(self.model, batch)
+        known = None
+        if not self.is_own and isinstance(batch.get("labels"), Tensor):
+            try:
+                known = self._known_losses(batch)
+            except TypeError:  # the model cannot do without labels
+                if self._expected is None:
+                    raise
+        if known is None or not self._is_expected(known[0]):
+            self.use_own()
+            raise UnknownObjective(f"The examples must be run alone: {_name(self.model)}'s objective is {self.form}.")
+        return known
+
+    def find(self, batch: Mapping[str, Any], in_lockstep: bool = False) -> None:
+        """Find the objective on the first batch, without a gradient.
+
+        Args:
+            batch: as for `losses`.
+            in_lockstep: make exactly one pass, as every process with a part of a sharded model does.
+
+        Raises:
+            MeasurementError: if the model returns no loss, or needs its examples alone and cannot have them.
+        """
+        if self.loss_fn is not None or self.form is not None:
+            return
+        if isinstance(batch.get("labels"), Tensor):
+            _require_targets(_count_targets(batch, count_examples(batch))[:, None] > 0)
+        is_one, has_rows = count_examples(batch) == 1, not _odd_rows(batch)
+        is_known = in_lockstep or _is_transformers_own(unwrap(self.model))
+        parts = islice(split_examples(batch), 1 if is_known else None) if has_rows else iter([batch])
+        compared = _compared(self.model, next(parts))
+        first, forms = compared.theirs, compared.agreeing
+        for part in parts:
+            forms = forms & _compared(self.model, part).agreeing
+        self.form = min(forms) if len(forms) == 1 else _OWN
+        if self.is_own and not has_rows:
+            known = ", ".join(f"{loss:.5g} ({form})" for form, loss in compared.known.items())
+            raise MeasurementError(
+                f"{_name(self.model)} returns the loss {first:.5g} for the first batch, which the library computes as "
+                f"{known or 'nothing it knows'}. The model's own can be measured one example at a time, but of the "
+                f"{count_examples(batch)} examples the batch has {_odd_rows(batch)} rows. Give batches of one example, or "
+                "loss_fn(model, batch) -> losses (B,)."
+            )
+        if self.is_own and abs(first) < 1e-6 and not is_one and not in_lockstep:
+            together = _compared(self.model, batch).theirs
+            _require_apart(f"{_name(self.model)} gives a batch of {count_examples(batch)} examples", together, first)
+        self._expected = None if in_lockstep or not has_rows else first
+
+    def _known_losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        labels = batch["labels"]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if labels.dim() != 2:
+            return _losses_of(_logits_of(self.model(**inputs)), labels).get(self.form or "")
+        targets = labels[:, 1:] if self.form == _NEXT else labels
+        _require_targets(targets != IGNORED)
+        if _is_encoder_decoder(self.model) and "decoder_input_ids" not in inputs:  # made by the model, of the labels
+            return _losses_of(_logits_of(self.model(**batch)), labels).get(self.form or "")
+        columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        logits = _logits_at(self.model, inputs, columns, labels.shape[1])
+        if logits is None or logits.dim() != 3 or logits.shape[1] != len(columns):
+            return None
+        return _token_losses(logits, targets[:, columns.to(targets.device)])
+
+    def _is_expected(self, losses: Tensor) -> bool:
+        expected, self._expected = self._expected, None
+        is_exact = next(self.model.parameters()).dtype == torch.float32
+        return expected is None or _is_near(losses[0].item(), expected, 1e-3 if is_exact else 0.02)
 
 
 def per_example_losses(
@@ -36,85 +187,42 @@ def per_example_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
 
+    For several batches make one `Objective`, which compares with the model's own loss only once.
+
     Args:
         model: with or without adapters.
-        batch: the model's inputs and `labels`, (B, T) or (B,).
+        batch: the model's inputs, and `labels` of shape (B, T) or (B,).
         loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
 
     Raises:
-        UnknownObjective: without labels, or if logits and labels fit no known objective.
-        MeasurementError: without targets.
+        MeasurementError: without targets, or if the model returns no loss.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> per_example_losses(tiny_llama(), toy_batches()[0])[0].shape
+        torch.Size([4])
     """
-    if loss_fn is not None:
-        losses = loss_fn(model, batch)
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise MeasurementError(f"loss_fn must return a tensor with one loss for each example, (B,), got {found}.")
-        if torch.is_grad_enabled() and not losses.requires_grad:
-            raise MeasurementError(
-                "loss_fn returned losses without a graph: they were detached, or computed under no_grad. Return them with "
-                "their graph."
-            )
-        return losses.float(), _count_targets(batch, len(losses))
-    if "labels" not in batch:
-        raise UnknownObjective(f"The batch has {sorted(batch)} and no labels.")
-    labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if labels.dim() != 2:
-        logits = model(**inputs).logits
-        known = _losses_of(model, logits, labels)
-    elif _is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
-        prepare = getattr(unwrap(model), "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None:  # the model makes them itself when it computes a loss
-            logits = model(**batch).logits
-            known = _losses_of(model, logits, labels)
-        else:
-            logits, known = _losses_at_targets(model, inputs | {"decoder_input_ids": prepare(labels=labels)}, labels)
-    else:
-        logits, known = _losses_at_targets(model, inputs, labels)
-    if known is None:
-        raise UnknownObjective(
-            f"{type(unwrap(model)).__name__} returned logits of shape {tuple(logits.shape)} for labels of shape "
-            f"{tuple(labels.shape)}, which fit no known objective."
-        )
-    return known
+    return Objective(model, loss_fn).losses(batch)
 
 
-def matches_model_loss(model: nn.Module, batch: Mapping[str, Any], may_run: bool = True) -> bool:
-    """Return whether `per_example_losses` equals the loss that the model returns.
-
-    A model may weight classes, smooth labels or add a load-balancing loss. So it is run and compared: on the batch's
-    first example if its code is transformers' own, otherwise on all. The plain decoders of transformers need no run.
-
-    Args:
-        model: with or without adapters.
-        batch: the model's inputs and labels.
-        may_run: False for a model that a single process cannot run; it is then taken to have its own objective.
-    """
-    base: Any = unwrap(model)
-    labels = batch.get("labels")
-    if labels is None or "labels" not in inspect.signature(base.forward).parameters:
-        return True
-    is_known = _is_transformers_own(base)
-    if is_known and _is_plain_decoder(base):
-        return True
-    if not may_run:
-        return False
-    odd = {len(v) for v in batch.values() if isinstance(v, Tensor | list | tuple)} - {len(labels)}
-    if odd and len(labels) > 1:
-        return True  # it is unknown which rows belong to which example
-    return all(_agrees(model, example) for example in islice(split_examples(batch), 1 if is_known else None))
+class _Comparison(NamedTuple):
+    theirs: float  # the loss that the model returns
+    known: dict[str, float]  # what it would be by each form that fits the output
+    agreeing: set[str]
 
 
-def _agrees(model: nn.Module, example: Mapping[str, Any]) -> bool:
+def _compared(model: nn.Module, batch: Mapping[str, Any]) -> _Comparison:
     with torch.no_grad():
-        output = model(**example)
-        theirs = getattr(output, "loss", None)
-        if theirs is None or getattr(output, "aux_loss", None) is not None:
-            return theirs is None
-        mine = _losses_of(model, output.logits, example["labels"])
-        tolerance = 1e-4 if output.logits.dtype == torch.float32 else 2e-2
-        return mine is not None and torch.allclose(mine[0].cpu(), theirs.float().reshape(1).cpu(), rtol=tolerance)
+        output = _run(model, batch)
+        loss, labels = _loss_of(model, output, batch), batch.get("labels")
+        theirs = float(loss)
+        # a part of its own, such as a load-balancing loss, may be small beside the rest
+        has_more = not isinstance(labels, Tensor) or getattr(output, "aux_loss", None) is not None
+        forms = {} if has_more else _losses_of(_logits_of(output), labels)
+        known = {form: float((losses * counts).sum() / counts.sum()) for form, (losses, counts) in forms.items()}
+    tolerance = 1e-4 if loss.dtype == torch.float32 else 2e-2
+    agreeing = {form for form, mine in known.items() if abs(mine - theirs) <= tolerance * abs(theirs) + 1e-5}
+    return _Comparison(theirs, known, agreeing)
 
 
 def check_examples_are_apart(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction) -> None:
@@ -128,32 +236,94 @@ def check_examples_are_apart(model: nn.Module, batch: Mapping[str, Any], loss_fn
     alone = {key: value[:1] if isinstance(value, Tensor | list | tuple) else value for key, value in batch.items()}
     with torch.no_grad():
         [first, *others], [only] = (per_example_losses(model, rows, loss_fn)[0].tolist() for rows in (batch, alone))
-    if others and abs(first - only) > 0.02 * abs(first) + 1e-3:  # room for half precision
+    if others:
+        _require_apart(f"loss_fn gives the first example of a batch of {1 + len(others)}", first, only)
+
+
+def _require_apart(subject: str, together: float, alone: float) -> None:
+    if not _is_near(together, alone):
         raise MeasurementError(
-            f"loss_fn gives the first example of a batch of {1 + len(others)} the loss {first:.4g}, and {only + 0:.4g} "
-            "by itself: its losses depend on the other rows, as a contrastive loss does. That can only be measured for "
-            "a whole batch at once, which experts, include='all' and layers whose rows are not the examples rule out. "
-            "Use include='adaptable' where it is not in use, or a loss in which examples stand alone."
+            f"{subject} the loss {together:.4g}, and {alone + 0:.4g} by itself: its losses depend on the other rows, as a "
+            "contrastive loss does. That can only be measured for a whole batch at once, which experts, include='all' and "
+            "layers whose rows are not the examples rule out. Use include='adaptable' where it is not in use, or a loss in "
+            "which examples stand alone."
         )
 
 
-def model_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the model's own loss of a batch of one, (1,) float32 with its graph, and its number of targets (1,).
+def _is_near(loss: float, other: float, tolerance: float = 0.02) -> bool:
+    return abs(loss - other) <= tolerance * abs(loss) + 1e-3  # room for half precision
 
-    Raises:
-        MeasurementError: if the model returns no loss, or the example has no target.
-    """
-    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
-    loss = getattr(model(**cacheless | dict(example)), "loss", None)
-    if loss is None:
-        raise MeasurementError(
-            f"The batch has {sorted(example)}{'' if 'labels' in example else ' and no labels'}, and "
-            f"{type(unwrap(model)).__name__} returned no loss for it. Add labels (-100 where there is no target), or "
-            "give loss_fn(model, batch) -> losses (B,)."
-        )
+
+def _model_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     counts = _count_targets(example, 1)
     _require_targets(counts[:, None] > 0)
+    loss = _loss_of(model, _run(model, example), example)
+    _require_graph(loss, _name(model))
     return loss.float().reshape(1), counts
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
+    try:
+        return model(**cacheless | dict(batch))
+    except (BlueprintError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = ", ".join(
+            f"{key} {shape_str(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor)
+        )
+        raise MeasurementError(
+            f"{_name(model)} failed on {shapes}: {first_line(error)}. Give what the model takes, or, if it computes no loss, "
+            "loss_fn(model, batch) -> losses (B,)."
+        ) from error
+
+
+def _loss_of(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Return the loss in a model's output: an object with a loss, a mapping, or a tuple that begins with it."""
+    loss = _part_of(output, "loss")
+    if loss is None and not hasattr(output, "loss") and not isinstance(output, Mapping):
+        [loss, *_] = [*_tensors_of(output), None]
+        loss = loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+    if loss is None:
+        raise MeasurementError(
+            f"The batch has {sorted(batch)}{'' if 'labels' in batch else ' and no labels'}, and {_name(model)} returned no "
+            "loss for it. Add labels (-100 where there is no target), or give loss_fn(model, batch) -> losses (B,)."
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise MeasurementError(
+            f"{_name(model)} must return one number as its loss, got {found}. Give loss_fn(model, batch) -> losses (B,)."
+        )
+    return loss
+
+
+def _logits_of(output: Any) -> Tensor | None:
+    logits = _part_of(output, "logits")
+    if logits is None:
+        return next((tensor for tensor in _tensors_of(output) if tensor.dim() > 1), None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _part_of(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of an output that is a tensor or a tuple."""
+    parts = output if isinstance(output, list | tuple) else [output]
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+
+
+def _require_graph(losses: Tensor, source: str) -> None:
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise MeasurementError(
+            f"{source} returned losses without a graph: they were detached, or computed under no_grad. Return them with "
+            "their graph."
+        )
+
+
+def _name(model: nn.Module) -> str:
+    return class_of(unwrap(model)).__name__
 
 
 def count_examples(batch: Mapping[str, Any]) -> int:
@@ -179,6 +349,13 @@ def is_interleaved(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return "input_ids" in batch and any(has_places or len(value) != count_examples(batch) for value in extra)
 
 
+def start_of(batch: Mapping[str, Any], tokens: int = 16) -> Mapping[str, Any]:
+    """Return the first tokens of a batch of text; one with other inputs, such as images, whole."""
+    if any(isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1 for v in batch.values()):
+        return batch
+    return {k: v[:, :tokens] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in batch.items()}
+
+
 def split_examples(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Split a batch into batches of one example.
 
@@ -189,42 +366,44 @@ def split_examples(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if examples == 1:
         yield batch
         return
-    sizes = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor | list | tuple)}
-    odd = {key: size for key, size in sizes.items() if size != examples}
-    if odd:
+    if odd := _odd_rows(batch):
         raise MeasurementError(
             f"A batch of {examples} examples has {odd} rows, so it is unknown which belong to which example. Give batches "
             "of one example."
         )
     for i in range(examples):
-        yield {key: value[i : i + 1] if key in sizes else value for key, value in batch.items()}
+        yield {k: value[i : i + 1] if isinstance(value, _WITH_ROWS) else value for k, value in batch.items()}
 
 
-def _losses_of(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return losses (B,) and numbers of targets (B,) from all logits, or None if the shapes fit no known objective."""
-    if labels.dim() == 1 and logits.dim() == 2:
-        return _sequence_losses(logits, labels), torch.ones_like(labels, dtype=torch.long)
-    if labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
-        is_shifted = _predicts_next_token(model)
-        return _token_losses(*((logits[:, :-1], labels[:, 1:]) if is_shifted else (logits, labels)))
-    return None
+def _odd_rows(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of rows, by key, that are not the number of examples, of a batch of several."""
+    examples = count_examples(batch)
+    sizes = {key: _rows(value) for key, value in batch.items() if isinstance(value, _WITH_ROWS)}
+    return {key: size for key, size in sizes.items() if size != examples and examples > 1}
 
 
-def _losses_at_targets(
-    model: nn.Module, inputs: dict[str, Any], labels: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the logits at positions where a row has a target, and losses as `_losses_of`. Labels are (B, T)."""
-    targets = labels[:, 1:] if _predicts_next_token(model) else labels
-    _require_targets(targets != IGNORED)
-    columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    logits = _logits_at(model, inputs, columns, labels.shape[1])
-    if logits.dim() == 3 and logits.shape[1] == len(columns):
-        return logits, _token_losses(logits, targets[:, columns.to(targets.device)])
-    return logits, None
+def _rows(value: Any) -> int:
+    return 0 if isinstance(value, Tensor) and not value.dim() else len(value)
 
 
-def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length: int) -> Tensor:
-    """Return logits (B, columns, V). The head is a large part of a small model, so it runs on these positions only.
+def _losses_of(logits: Tensor | None, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return losses (B,) and numbers of targets (B,) by every form that logits and labels fit."""
+    if logits is None:
+        return {}
+    if labels.dim() == 1 and logits.dim() == 2 and len(labels) == len(logits):
+        is_number = logits.shape[1] == 1 or labels.is_floating_point()
+        ones = torch.ones(len(labels), dtype=torch.long, device=logits.device)
+        return {_NUMBERS if is_number else _CLASSES: (_sequence_losses(logits, labels), ones)}
+    if labels.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != labels.shape or labels.is_floating_point():
+        return {}
+    if labels.max() >= logits.shape[2]:
+        return {}
+    pairs = {_NEXT: (logits[:, :-1], labels[:, 1:]), _SAME: (logits, labels)}
+    return {form: _token_losses(*pair) for form, pair in pairs.items() if (pair[1] != IGNORED).any(dim=1).all()}
+
+
+def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length: int) -> Tensor | None:
+    """Return logits (B, columns, V), or None if the model returns none. The head is a large part of a small model, so it runs on these positions only.
 
     Uses `logits_to_keep` if the model has it, otherwise a hook on the head. Without a known head, cut afterwards.
     """
@@ -232,21 +411,21 @@ def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length
     known = inspect.signature(base.forward).parameters
     inputs = inputs | ({"use_cache": False} if "use_cache" in known else {})
     if "logits_to_keep" in known:
-        logits: Tensor = model(**inputs, logits_to_keep=columns).logits
-        return logits
+        return _logits_of(model(**inputs, logits_to_keep=columns))
 
     def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        return (hidden[:, columns], *args[1:]) if hidden.dim() == 3 and hidden.shape[1] == length else None
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].shape[1] == length:
+            return args[0][:, columns], *args[1:]
+        return None
 
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     hook = head.register_forward_pre_hook(cut) if head is not None else None
     try:
-        logits = model(**inputs).logits
+        logits = _logits_of(model(**inputs))
     finally:
         if hook is not None:
             hook.remove()
-    is_whole = logits.dim() == 3 and logits.shape[1] == length
+    is_whole = logits is not None and logits.dim() == 3 and logits.shape[1] == length
     return logits[:, columns.to(logits.device)] if is_whole else logits
 
 
@@ -317,27 +496,10 @@ def _count_targets(batch: Mapping[str, Any], examples: int) -> Tensor:
     return torch.ones(examples, dtype=torch.long)
 
 
-def _predicts_next_token(model: nn.Module) -> bool:
-    """Return whether this is a decoder with a language model's head, or a decoder-only conditional generator."""
-    name = type(unwrap(model)).__name__
-    return name.endswith(_NEXT_TOKEN_HEADS) or (
-        name.endswith("ForConditionalGeneration") and not _is_encoder_decoder(model)
-    )
-
-
 def _is_transformers_own(base: nn.Module) -> bool:
     """Return whether a model's forward is transformers' own, apart from accelerate's wrapper that fetches weights."""
     is_replaced = "forward" in vars(base) and "_hf_hook" not in vars(base)
     return class_of(base).__module__.startswith("transformers.") and not is_replaced
-
-
-def _is_plain_decoder(base: Any) -> bool:
-    """Return whether the loss of a transformers model is the cross-entropy of the next token and nothing more."""
-    return (
-        class_of(base).__name__.endswith(_NEXT_TOKEN_HEADS[:2])
-        and getattr(base.loss_function, "__name__", "") == "ForCausalLMLoss"
-        and not getattr(base.config, "output_router_logits", False)
-    )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

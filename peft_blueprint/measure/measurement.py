@@ -8,33 +8,34 @@ other kinds show their gradient one example at a time.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .._options import from_keywords
+from .._progress import progress_bar
 from .._text import format_names
 from ..blueprint import Submodule
 from ..errors import MeasurementError
 from .batches import Batch, Example, input_device, take_examples
+from .borrowing import restored
 from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
-from .hooks import hook_gradients, hook_output, measurement_mode
+from .hooks import disable_dropout, hook_gradients, hook_output, measurement_mode
 from .influence import Influence
 from .losses import (
     LossFunction,
+    Objective,
     UnknownObjective,
     check_examples_are_apart,
     count_examples,
     is_interleaved,
-    matches_model_loss,
-    model_loss,
-    per_example_losses,
     split_examples,
+    start_of,
 )
 from .options import MeasureOptions
 from .recorder import Recorder
@@ -56,6 +57,7 @@ FP16_LOSS_SCALE = 2.0**14
 _SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "seed")
 
 
+@torch.inference_mode(False)
 def measure_influence(
     model: nn.Module,
     batches: Iterable[Batch | Example],
@@ -130,10 +132,12 @@ def measure_influence(
         )
     recorder = Recorder(rows, options)
     with processes.share_errors():
-        passes = _Passes(model, recorder, loss_fn, processes, plan.one_at_a_time)
+        passes = _Passes(model, recorder, Objective(model, loss_fn), processes, plan.one_at_a_time)
         share = processes.share(options.max_examples)
         taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
-        own = _measure(taken, plan, passes, share, progress)
+        reshard(model)
+        with measurement_mode(model):
+            own = _measure(taken, plan, passes, share, progress)
     settings = (structure_digest(rows), *(getattr(options, name) for name in _SAME_EVERYWHERE))
     found = processes.combine(own, settings)
     if not found.examples:
@@ -179,12 +183,10 @@ def _measure(
     model, recorder, processes = passes.model, passes.recorder, passes.processes
     parts = [ExampleStatistics.empty(len(recorder.submodules), recorder.projection_size)]
     tokens, digest = 0, hashlib.sha256()
-    reshard(model)
     with ExitStack() as stack:
-        stack.enter_context(measurement_mode(model))
         stack.callback(reshard, model)  # before `measurement_mode` restores what it froze
         for index, weight in plan.by_output.items():
-            stack.enter_context(hook_output(weight.module, index, recorder.keep, recorder.record))
+            hook_output(weight.module, index, recorder.keep, recorder.record, recorder.called, recorder.refused)
         rows, parameters = tuple(plan.by_gradient), tuple(plan.by_gradient.values())
 
         def record(i: int, gradient: Tensor) -> None:
@@ -192,8 +194,12 @@ def _measure(
 
         stack.enter_context(hook_gradients([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
-        bar = stack.enter_context(tqdm(total=max_examples, unit="example", desc="Measuring", disable=is_quiet))
-        for batch in processes.with_idle_batch(batches, input_device(model)):
+        bar = stack.enter_context(
+            progress_bar(show=not is_quiet, total=max_examples, unit="example", desc="Measuring")
+        )
+        batches = iter(processes.with_idle_batch(batches, input_device(model)))
+        passes.find_in_lockstep()
+        for batch in batches:
             for part in passes.measure(batch):
                 parts.append(part)
                 bar.update(len(part.losses))
@@ -239,15 +245,17 @@ class _Passes:
 
     model: nn.Module
     recorder: Recorder
-    loss_fn: LossFunction | None
+    objective: Objective
     processes: Processes
     one_at_a_time: bool
-    is_own_objective: bool = False
-    is_checked: bool = False  # whether the objective is known
+    is_checked: bool = False  # whether examples stand alone by `loss_fn`
+    is_trained_alike: bool = False  # whether the layers that training calls are known
 
     def measure(self, batch: Batch) -> Iterator[ExampleStatistics]:
         """Measure a batch in one pass or one example at a time."""
-        self._check_objective(batch)
+        self.objective.find(batch)
+        self._refuse_uncalled(batch)
+        self.one_at_a_time = self.one_at_a_time or self.objective.is_own
         if not self.one_at_a_time and not is_interleaved(self.model, batch):
             measured = self._pass(batch)
             if measured is not None:
@@ -255,31 +263,60 @@ class _Passes:
                 return
             self.one_at_a_time = True
         for example in split_examples(batch):
-            if self.loss_fn is not None and not self.is_checked and not self.processes.in_lockstep:
-                check_examples_are_apart(self.model, batch, self.loss_fn)
+            loss_fn = self.objective.loss_fn
+            if loss_fn is not None and not self.is_checked and not self.processes.in_lockstep:
+                check_examples_are_apart(self.model, batch, loss_fn)
                 self.is_checked = True
             measured = self._pass(example)
             assert measured is not None
             yield measured
 
+    def _refuse_uncalled(self, batch: Batch) -> None:
+        """Refuse layers that the model calls in evaluation mode, in which it is measured, but not in training mode."""
+        if self.is_trained_alike or self.processes.in_lockstep:
+            return
+        self.is_trained_alike = True
+        linear = {i: s.name for i, s in enumerate(self.recorder.submodules) if s.form in ("linear", "head")}
+        rows = {i for i, name in linear.items() if "experts." not in name}  # which tokens reach, perhaps at random
+        uncalled = rows - self._calls(batch, rows, training=True)
+        if uncalled:
+            reason = "training uses its weight without calling it, so an adapter would have no effect"
+            called = self._calls(batch, set(), training=False)
+            self.recorder.refused |= dict.fromkeys(uncalled & called, reason)
+
+    def _calls(self, batch: Batch, otherwise: set[int], training: bool) -> set[int]:
+        """Return the rows whose layers a pass calls over the start of the first example, or `otherwise` if it fails."""
+        called, loss_fn = self.recorder.called, self.objective.loss_fn
+        called.clear()
+        with restored(self.model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model.train(training)
+            for module in self.model.modules():
+                disable_dropout(module)
+            try:
+                example = start_of(next(split_examples(batch)))
+                self.model(**example) if loss_fn is None else loss_fn(self.model, example)
+            except Exception:  # models may need more than a start; the measurement itself does not
+                return otherwise
+        return set(called)
+
+    def find_in_lockstep(self) -> None:
+        """Find the objective of a model that is sharded over processes, which needs all of them for its pass."""
+        if self.processes.idle_batch is not None:
+            with self.processes.step(UnknownObjective):
+                self.objective.find(self.processes.idle_batch, in_lockstep=True)
+            if not self.processes.all_have(self.objective.form):
+                self.objective.use_own()
+
     def idle(self) -> None:
         """Make a pass that is not recorded, because other processes make one over a sharded model."""
+        assert self.processes.idle_batch is not None
         batch = self.processes.idle_batch
-        assert batch is not None
-        self._check_objective(batch)
+        if self.objective.is_own:
+            batch = next(split_examples(batch))
         self.recorder.begin(count_examples(batch))
-        try:
-            self._losses(batch)[0].sum().backward()
-        except UnknownObjective:
-            self.is_own_objective = True
-
-    def _check_objective(self, batch: Batch) -> None:
-        """Find out before the first pass whether `per_example_losses` are what the model minimizes."""
-        if self.loss_fn is None and not self.is_checked:
-            # a single process cannot run a sharded model
-            self.is_own_objective = not matches_model_loss(self.model, batch, may_run=not self.processes.in_lockstep)
-            self.one_at_a_time = self.one_at_a_time or self.is_own_objective
-            self.is_checked = True
+        with suppress(UnknownObjective):
+            self.objective.at_once(batch)[0].sum().backward()
 
     def _pass(self, batch: Batch) -> ExampleStatistics | None:
         """Make a forward and a backward pass; return None if the examples of the batch cannot be told apart.
@@ -296,7 +333,7 @@ class _Passes:
             recorder.begin(examples, lengths, scale)
             try:
                 with self.processes.step(UnknownObjective):
-                    losses, tokens = self._losses(batch)
+                    losses, tokens = self.objective.at_once(batch)
                     if len(losses) != examples:
                         raise MeasurementError(
                             f"loss_fn must return one loss an example, got {len(losses)} losses for a batch of "
@@ -304,7 +341,6 @@ class _Passes:
                         )
                     (losses.sum() * scale).backward()
             except UnknownObjective:
-                self.is_own_objective = True
                 if examples > 1:
                     return None
                 continue
@@ -318,11 +354,6 @@ class _Passes:
                 continue
             recorder.commit()
             return ExampleStatistics(norms, errors, projections, losses.detach().float().cpu(), tokens.cpu())
-
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.is_own_objective:
-            return model_loss(self.model, batch)
-        return per_example_losses(self.model, batch, self.loss_fn)
 
 
 def _left_out(weight: Weight) -> str:

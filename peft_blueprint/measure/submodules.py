@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from functools import cache
+from typing import Any, NamedTuple, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -25,26 +29,42 @@ from .options import Include
 
 # Heads are trained whole or not at all: PEFT adds these to modules_to_save for classification tasks.
 _CLASSIFIER_HEADS = {"classifier", "score", "qa_outputs", "classification_head"}
-_READ_BY_MAMBA = ("dt_proj", "out_proj")
+_COMPARED = 64  # positions of a layer's input and output
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-_QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # bitsandbytes'; 4-bit weights may be stored as any dtype
+_STORED_AS_ANY_DTYPE = ("Params4bit", "Int8Params")  # quantized weights of bitsandbytes
+_SIZES = (
+    ("out_features", "in_features"),
+    ("outfeatures", "infeatures"),
+)  # of linear layers; the latter are AutoGPTQ's
+# a layer's whole weight given to a function: fused kernels read weights without calling their layers
+_READ = re.compile(r"self\.(\w+)\.weight[ \t]*[,)@\n]")
+_NOT_COMPUTED_WITH = re.compile(r"isinstance\(|getattr\(|hasattr\(|\binit\.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-# path components that PEFT, activation checkpointing and torch.compile insert
-_WRAPPERS = ("base_layer", "original_module", "_checkpoint_wrapped_module", "_orig_mod")
-_ADAPTER_PART = re.compile(r"(^|\.)(lora_\w+|modules_to_save)(\.|$)")
+# children in which PEFT's modules hold the module that they replaced; their other children are adapters
+_REPLACED = ("base_layer", "original_module", "token_adapter", "model")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # children of activation checkpointing and torch.compile
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a `DistributedDataParallel` and a `PeftModel`; any other unchanged."""
+    """Return the model inside a `DistributedDataParallel`, `torch.compile` and a `PeftModel`; any other unchanged."""
     model = without_ddp(model)
     peft = sys.modules.get("peft")  # a PeftModel cannot exist before peft was imported
-    return cast(Any, model).get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+    if peft is None:
+        return model
+    if isinstance(model, peft.PeftModel):
+        return unwrap(cast(Any, model).get_base_model())
+    if isinstance(model, peft.PeftMixedModel):
+        return unwrap(cast(Any, model).base_model)
+    return unwrap(cast(Any, model).model) if isinstance(model, peft.tuners.tuners_utils.BaseTuner) else model
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
-    """Return the model inside a `DistributedDataParallel` or `DataParallel`; any other unchanged."""
-    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return cast(nn.Module, model.module) if is_wrapped else model
+    """Return the model inside a wrapper of DDP, `DataParallel`, DeepSpeed or `torch.compile`; any other unchanged."""
+    is_engine = any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
+    if is_engine or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return without_ddp(cast(nn.Module, model.module))
+    inner = vars(model).get("_modules", {}).get("_orig_mod")  # an OptimizedModule, without importing torch._dynamo
+    return model if inner is None else without_ddp(inner)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -55,13 +75,11 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield every linear module with its name in the unwrapped model, without adapters' own matrices.
 
-    These are `nn.Linear`, its 4- and 8-bit subclasses of bitsandbytes, and GPT-2's `Conv1D`.
+    These are `nn.Linear` and its subclasses, GPT-2's `Conv1D`, and quantized layers of any class.
     """
-    for name, module in unwrap(model).named_modules():
-        if _ADAPTER_PART.search(name):
-            continue
-        if isinstance(module, nn.Linear) or is_conv1d(module):
-            yield _plain_name(name), cast(nn.Linear, module)  # Conv1D has a transposed weight
+    for own in _modules_of(unwrap(model)):
+        if _is_linear(own.module):
+            yield own.name, cast(nn.Linear, own.module)  # Conv1D has a transposed weight
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Weight:
         """(d_out, d_in) of linear modules, (experts, d_out, d_in) of fused experts, otherwise the parameter's own."""
         if self.form in ("linear", "head"):
             return shape_of(cast(nn.Linear, self.module))
-        shape = tuple(self.tensor.shape)
+        shape = _size(self.tensor)
         return (*shape[:-2], shape[-1], shape[-2]) if self.is_transposed else shape
 
 
@@ -99,24 +117,27 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     """
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    heads = set() if head is None else {id(module) for module in head.modules()}  # PEFT may have wrapped it
+    inner = [module for module in base.modules() if isinstance(module, PreTrainedModel)]  # also of a wrapper
+    found = [model.get_output_embeddings() for model in inner]
+    heads = {id(part) for head in found if head is not None for part in head.modules()}  # PEFT may have wrapped it
     places = _places_of_parameters(base)
     seen: set[int] = set()
     weights = []
-    for path, module in base.named_modules():
-        if _ADAPTER_PART.search(path):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
+    for own in _modules_of(base):
+        module = own.module
+        packed = _packed_weight(module)
+        parameters = {k: v for k, v in module.named_parameters(recurse=False) if packed is None or not is_quantized(v)}
+        parameters |= {} if packed is None else {packed: getattr(module, packed)}
+        for key, parameter in parameters.items():
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = _plain_name(f"{path}.{key}" if path else key)
-            form = _form_of(module, key, id(module) in linear)
-            if form == "linear" and _must_not_be_adapted(base, path, module):
+            name = f"{own.name}.{key}" if own.name else key
+            form = _form_of(module, key, id(module) in linear and key == (packed or "weight"))
+            if form == "linear" and _must_not_be_adapted(own):
                 form = "parameter"
-            if key == "weight" and form != "experts":  # PEFT addresses those by their parameter's name
-                name = name.removesuffix(".weight")
+            if key == (packed or "weight") and form != "experts":  # PEFT addresses those by their parameter's name
+                name = own.name or key
             if form == "linear" and places[id(parameter)] > 1:  # an adapter on one place would be missing at the other
                 form = "parameter"
             elif form == "linear" and (id(module) in heads or not _CLASSIFIER_HEADS.isdisjoint(name.split("."))):
@@ -173,7 +194,7 @@ def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = No
     base: Any = unwrap(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     known = {id(weight.module) for weight in weights if weight.form == "head"}
-    tied = 0 if head is None or id(head) in known else int(head.weight.numel())
+    tied = 0 if head is None or id(head) in known else math.prod(_size(head.weight))
     first = next((i for i, w in enumerate(weights) if submodules is not None and w.name in set(submodules)), 0)
     return sum(counts) + tied, sum(counts[first:]) + tied
 
@@ -200,9 +221,11 @@ def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | 
 def shape_of(module: nn.Linear) -> tuple[int, int]:
     """Return (d_out, d_in) of a linear module, also if it is quantized or a `Conv1D`."""
     if is_conv1d(module):
-        d_in, d_out = module.weight.shape
-        return int(d_out), int(d_in)
-    return int(module.out_features), int(module.in_features)
+        d_in, d_out = _size(module.weight)
+        return d_out, d_in
+    sizes = _sizes_of(module)
+    assert sizes is not None
+    return sizes
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -212,8 +235,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Return whether a weight is stored in 4 or 8 bits, which cannot take a gradient."""
-    return type(weight).__name__ in _QUANTIZED_WEIGHTS or not weight.is_floating_point()
+    """Return whether a weight is stored in at most 8 bits a number, which cannot take a gradient.
+
+    Its dtype shows it, or for torchao's subclasses of Tensor the dtypes of the tensors inside.
+    """
+    if type(weight).__name__ in _STORED_AS_ANY_DTYPE or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return True
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    return flatten is not None and any(is_quantized(getattr(weight, name)) for name in flatten()[0])
 
 
 def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
@@ -221,8 +250,10 @@ def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
     return isinstance(weight, DTensor)
 
 
-def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
+def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
     """Return a weight in floating point, (d_out, d_in); as stored if it is a `Conv1D`'s or not linear.
+
+    None if it is quantized and neither it nor its layer says how to dequantize it.
 
     A weight that accelerate offloads is fetched. A sharded weight is gathered, so every process must call this.
     """
@@ -243,6 +274,11 @@ def dequantized_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     if type(weight).__name__ == "Params4bit":
         undo_cpu_repack(weight)
         return _from_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ != "Int8Params":
+        holders = (weight,) if hasattr(weight, "__tensor_flatten__") else (module,)
+        found = [getattr(h, k, None) for h in holders for k in ("dequantize_weight", "dequantize")]
+        dequantize = next((method for method in found if callable(method)), None)
+        return None if dequantize is None else cast(Tensor, dequantize()).detach()
     from bitsandbytes import functional
 
     state = cast(Any, module).state  # an 8-bit layer moves its scale there in its first pass
@@ -265,15 +301,109 @@ def _from_4bit(weight: Tensor, state: Any) -> Tensor:
     return functional.dequantize_4bit(weight, state)
 
 
+def may_differ_from_linear(module: nn.Module) -> bool:
+    """Return whether a linear layer has a forward of its own, so that it may compute something else."""
+    is_own = class_of(module).forward is not nn.Linear.forward or "forward" in vars(module)
+    return is_own and not is_conv1d(module)
+
+
+@torch.no_grad()
+def difference_from_linear(module: nn.Linear, inputs: Tensor, output: Any) -> str | None:
+    """Return how a layer's output differs from input · Wᵀ (+ b), or None: some positions are compared.
+
+    The values of quantized layers are not, because these round their inputs, too.
+    """
+    d_out, d_in = shape_of(module)
+    expected = (*inputs.shape[:-1], d_out)
+    if not isinstance(output, Tensor):
+        return f"its forward returns a {type(output).__name__}, not a tensor"
+    if inputs.shape[-1] != d_in or tuple(output.shape) != expected:
+        return (
+            f"its forward makes {shape_str(tuple(output.shape))} of {shape_str(tuple(inputs.shape))}, so it is not the "
+            f"product with a weight of {shape_str((d_out, d_in))}"
+        )
+    if (
+        _packed_weight(module) is not None
+        or is_quantized(module.weight)
+        or _state_of_4bit(module, "weight") is not None
+    ):
+        return None
+    weight = cast(Tensor, dequantized_weight(module))
+    rows, found = inputs.reshape(-1, d_in)[:_COMPARED].to(weight), output.reshape(-1, d_out)[:_COMPARED].float()
+    bias = getattr(module, "bias", None)
+    product = nn.functional.linear(rows, weight, None if bias is None or bias.is_meta else bias.to(weight)).float()
+    tolerance = 2e-3 if inputs.dtype == torch.float32 == weight.dtype else 3e-2
+    if (found - product.to(found.device)).norm() <= tolerance * product.norm() + torch.finfo(torch.float32).tiny:
+        return None
+    return "its forward gives other values than input · Wᵀ (+ b)"
+
+
 def structure_digest(submodules: Sequence[Submodule]) -> str:
     """Return `sha256:…` over the names and shapes of a model's submodules, independent of quantization."""
     lines = sorted(f"{s.name} {shape_str(s.shape)}\n" for s in submodules if s.shape is not None)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _plain_name(path: str) -> str:
-    """Return a path of an adapted or wrapped model as it is in the plain one."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+class _Own(NamedTuple):
+    """A module of the model itself: its name in the plain model, and its parent there."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+
+
+def _modules_of(model: nn.Module) -> Iterator[_Own]:
+    """Yield each module of an adapted or wrapped model that the plain one has too, once, parents first."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str, parent: nn.Module | None) -> Iterator[_Own]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        is_peft = any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+        if not is_peft:
+            yield _Own(name, module, parent)
+        for key, child in vars(module)["_modules"].items():
+            if child is None or (is_peft and key not in _REPLACED):
+                continue
+            if is_peft or key in _WRAPPERS:
+                yield from walk(child, name, parent)
+            else:
+                yield from walk(child, f"{name}.{key}" if name else key, module)
+
+    return walk(model, "", None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _packed_weight(module) is not None
+
+
+def _packed_weight(module: nn.Module) -> str | None:
+    """Return the name of a quantized layer's weight, a parameter or buffer, as those of GPTQ, AWQ, HQQ and EETQ hold it.
+
+    It is the largest of the layer's own quantized tensors. The layer is no `nn.Linear`, but has numbers of features.
+    """
+    if isinstance(module, nn.Linear) or _sizes_of(module) is None:
+        return None
+    own = (vars(module)["_parameters"] | vars(module)["_buffers"]).items()
+    packed = {
+        key: tensor.nbytes for key, tensor in own if tensor is not None and tensor.dim() and is_quantized(tensor)
+    }
+    return max(packed, key=packed.__getitem__, default=None)
+
+
+def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """Return (d_out, d_in) of a layer that has them as attributes."""
+    for names in _SIZES:
+        found = [getattr(module, name, None) for name in names]
+        if all(isinstance(value, int) for value in found):
+            return cast(tuple[int, int], tuple(found))
+    return None
+
+
+def _size(weight: Tensor) -> tuple[int, ...]:
+    """Return a weight's shape, also if DeepSpeed partitioned it."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _places_of_parameters(model: nn.Module) -> Counter[int]:
@@ -288,30 +418,42 @@ def _places_of_parameters(model: nn.Module) -> Counter[int]:
     return places
 
 
-def _must_not_be_adapted(model: nn.Module, path: str, module: nn.Module) -> bool:
+def _must_not_be_adapted(own: _Own) -> bool:
     """Return whether an adapter on this linear layer would have no effect, or would change the routing of experts.
 
     `nn.MultiheadAttention` and Mamba's kernels read weights without calling the layer. Routers stand beside experts.
     """
-    *parents, own = (part for part in path.split(".") if part not in _WRAPPERS[:2])
-    parent = model.get_submodule(".".join(parents))
-    return (
-        class_of(module).__name__ == "NonDynamicallyQuantizableLinear"
-        or ("mamba" in class_of(parent).__name__.lower() and own in _READ_BY_MAMBA)
-        or ("experts" in vars(parent)["_modules"] and own in _ROUTERS)
+    if own.parent is None:
+        return False
+    key = own.name.rsplit(".", 1)[-1]
+    is_router = "experts" in vars(own.parent)["_modules"] and key in _ROUTERS
+    return is_router or key in _read_without_call(class_of(own.parent))
+
+
+@cache
+def _read_without_call(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the submodules whose weights the code of a class gives to functions."""
+    lines = []
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, function in vars(base).items():
+            if inspect.isfunction(function) and not name.lstrip("_").startswith(("init", "reset")):
+                with suppress(OSError, TypeError):  # made without a file
+                    lines += inspect.getsource(function).splitlines(keepends=True)
+    return frozenset(
+        match[1] for line in lines if not _NOT_COMPUTED_WITH.search(line) for match in _READ.finditer(line)
     )
 
 
 def _form_of(module: nn.Module, parameter: str, is_linear: bool) -> Form:
     if parameter.endswith("bias"):
         return "bias"
-    if is_linear and parameter == "weight":
+    if is_linear:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, _CONVOLUTIONS):
         return "convolution"
-    if getattr(module, parameter).dim() == 3 and "expert" in type(module).__name__.lower():
+    if len(_size(getattr(module, parameter))) == 3 and "expert" in type(module).__name__.lower():
         return "experts"
     return "norm" if "norm" in type(module).__name__.lower() else "parameter"
 

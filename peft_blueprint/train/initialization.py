@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from .._progress import progress_bar
 from .._text import format_names
 from ..errors import MeasurementError, PlacementError
 from ..measure import (
     FP16_LOSS_SCALE,
     LossFunction,
-    UnknownObjective,
+    Objective,
     count_examples,
     is_sharded,
     measurement_mode,
-    model_loss,
-    per_example_losses,
-    split_examples,
     take_examples,
 )
 
@@ -94,21 +90,14 @@ def initialize_along_gradient(
         raise MeasurementError(f"max_examples must be a positive integer or None, got {max_examples}.")
     adapters = _fresh_adapters(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
-    before = [(adapter.a.detach().clone(), adapter.b.detach().clone()) for adapter in adapters]
-    try:
-        with torch.no_grad():
-            for adapter in adapters:
-                adapter.a.zero_()
-                adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator))
-        with _only_trainable(model, [adapter.a for adapter in adapters]):
-            taken = take_examples(model, batches, max_examples, tokenizer=tokenizer, loss_fn=loss_fn)
-            _accumulate_gradients(model, taken, max_examples, loss_fn, progress)
-            sketches = [(adapter, adapter.a.grad) for adapter in adapters if adapter.a.grad is not None]
-    finally:
-        with torch.no_grad():
-            for adapter, (a, b) in zip(adapters, before, strict=True):
-                adapter.a.copy_(a)
-                adapter.b.copy_(b)
+    with measurement_mode(model, [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]):
+        for adapter in adapters:
+            adapter.a.data.zero_()
+            adapter.b.data.copy_(torch.randn(adapter.b.shape, generator=generator))
+            adapter.a.requires_grad_(True)
+        taken = take_examples(model, batches, max_examples, tokenizer=tokenizer, loss_fn=loss_fn)
+        _accumulate_gradients(model, taken, max_examples, loss_fn, progress)
+        sketches = [(adapter, adapter.a.grad) for adapter in adapters if adapter.a.grad is not None]
     if broken := [adapter.name for adapter, sketch in sketches if not sketch.isfinite().all()]:
         raise MeasurementError(
             f"The gradient of {format_names(broken)} is infinite or NaN. Look for NaN in the weights or the data; with "
@@ -119,8 +108,13 @@ def initialize_along_gradient(
         raise MeasurementError(
             "The gradient of every adapter is zero. Check that the loss depends on the model's output."
         )
-    for adapter, sketch in reached:
-        _rotate(adapter, sketch)
+    before = [(adapter, adapter.a.detach().clone()) for adapter, _ in reached]
+    rotated = [(adapter, _rotated(adapter, sketch)) for adapter, sketch in reached]
+    try:
+        _assign(rotated)
+    except BaseException:  # an interrupt
+        _assign(before)
+        raise
     return len(reached)
 
 
@@ -164,22 +158,6 @@ def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
     return adapters
 
 
-@contextmanager
-def _only_trainable(model: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
-    """Let only these parameters take a gradient; restore gradients and flags afterwards."""
-    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
-    with measurement_mode(model):
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter, (flag, gradient) in zip(parameters, before, strict=True):
-                parameter.requires_grad_(flag)
-                parameter.grad = gradient
-
-
 def _accumulate_gradients(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -188,32 +166,30 @@ def _accumulate_gradients(
     progress: bool,
 ) -> None:
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
-    found = 0
-    with tqdm(total=max_examples, unit="example", desc="Initializing adapters", disable=not progress) as bar:
+    found, objective = 0, Objective(model, loss_fn)
+    with progress_bar(show=progress, total=max_examples, unit="example", desc="Initializing adapters") as bar:
         for batch in batches:
-            for loss in _summed_losses(model, batch, loss_fn):
-                (scale * loss).backward()
+            objective.map(batch, lambda part: (scale * objective.at_once(part)[0].sum()).backward())
             found += (seen := count_examples(batch))
             bar.update(seen)
     if not found:
         raise MeasurementError("The batches are empty. Give at least one example.")
 
 
-def _summed_losses(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None) -> Iterator[Tensor]:
-    """Yield the batch's summed loss, or one loss an example where only the model knows its objective."""
-    try:
-        yield per_example_losses(model, batch, loss_fn)[0].sum()
-    except UnknownObjective:
-        for example in split_examples(batch):
-            yield model_loss(model, example)[0].sum()
-
-
 @torch.no_grad()
-def _rotate(adapter: _Adapter, sketch: Tensor) -> None:
-    """Set each group's rows of A to the sketch's right singular vectors, scaled to the rows' mean length."""
+def _rotated(adapter: _Adapter, sketch: Tensor) -> Tensor:
+    """Return A with each group's rows replaced by the sketch's right singular vectors, of the rows' mean length."""
     length = adapter.a.float().norm(dim=1).mean()
-    rows = adapter.a.view(adapter.groups, -1, adapter.a.shape[1])
+    turned = adapter.a.clone()
+    rows = turned.view(adapter.groups, -1, turned.shape[1])
     for own, part in zip(rows, sketch.float().view_as(rows), strict=True):
         if part.any():
             directions = torch.linalg.svd(part, full_matrices=False).Vh
             own[: len(directions)] = (length * directions).to(own)
+    return turned
+
+
+@torch.no_grad()
+def _assign(values: Iterable[tuple[_Adapter, Tensor]]) -> None:
+    for adapter, a in values:
+        adapter.a.copy_(a)

@@ -29,11 +29,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .._files import require_writable, write_atomically
+from .._progress import progress_bar
 from ..blueprint import Blueprint
 from ..compare import check_drift, reconcile
 from ..data import read_examples
 from ..errors import BlueprintError
 from ..measure import (
+    Objective,
     Row,
     collate,
     dtype_of,
@@ -45,8 +47,8 @@ from ..measure import (
     load_model,
     load_tokenizer,
     make_batches,
+    measurement_mode,
     parameters_per_token,
-    per_example_losses,
     take_examples,
 )
 from ..place import (
@@ -303,16 +305,13 @@ def held_out_loss(
         >>> 4 < held_out_loss(tiny_llama(), toy_batches(), progress=False) < 6
         True
     """
-    was_training = model.training
-    model.eval()
-    losses, counts = [], []
-    with torch.no_grad():
+    losses, counts, objective = [], [], Objective(model)
+    with measurement_mode(model), torch.no_grad():
         taken = take_examples(model, batches, tokenizer=tokenizer)
-        for batch in tqdm(taken, desc="Evaluating", unit="batch", disable=not progress):
-            loss, count = per_example_losses(model, batch)
+        for batch in progress_bar(taken, show=progress, desc="Evaluating", unit="batch"):
+            loss, count = objective.losses(batch)
             losses.append(loss * count)
             counts.append(count)
-    model.train(was_training)
     mean = float(torch.cat(losses).sum() / torch.cat(counts).sum())
     if not math.isfinite(mean):
         raise BlueprintError(f"The held-out loss is {mean}: training diverged. Lower the learning rate.")
