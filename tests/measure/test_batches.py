@@ -262,7 +262,7 @@ def test_a_used_up_iterator_is_named(kind):
 def changed(**values):
     """A batch of 2 examples of 8 tokens with some values replaced; a slice cuts the columns."""
     [batch] = toy_batches(examples=2, length=8, batch_size=2, padding="none")
-    return batch | {k: batch[k][:, v] if isinstance(v, slice) else v for k, v in values.items()}
+    return batch | {k: batch[k][:, v].contiguous() if isinstance(v, slice) else v for k, v in values.items()}
 
 
 @pytest.mark.parametrize(
