@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from ..._text import format_names
 from ...errors import MismatchError, PlacementError
-from .prices import Columns, Indices, Mask, price_of, prices_of_adapters
+from .prices import Columns, Indices, Mask, Price, price_of, prices_of_adapters
 from .structure import Structure
 from .workload import FLOAT, Array, Workload
 
@@ -110,7 +111,11 @@ class CostModel:
         self.structure = structure
         self.workload = workload
         self._index = {part.name: i for i, part in enumerate(structure.parts)}
-        self._columns = Columns.of(structure.parts, workload)
+        self._under: dict[str, list[int]] = {}  # by each module's name, the parts in it
+        for i, part in enumerate(structure.parts):
+            for module in accumulate(part.name.split("."), "{}.{}".format):
+                self._under.setdefault(module, []).append(i)
+        self._columns = Columns(structure.parts, workload)
         sources = {part.source: part for part in structure.parts if part.source >= 0}
         of_sources = [sources[i] for i in range(len(sources))]
         self._source_stage = np.array([part.stage for part in of_sources], dtype=np.int64)
@@ -127,11 +132,9 @@ class CostModel:
         """
         structure, load, columns = self.structure, self.workload, self._columns
         operations, n, words = structure.operations, load.number, structure.vocabulary
-        prices = [price_of(operation, load) for operation in operations]
+        prices = Price(*np.reshape([price_of(operation, load) for operation in operations], (-1, 5)).T)
         at = np.array([operation.stage for operation in operations], dtype=np.int64)
         block = np.array([operation.block for operation in operations], dtype=np.int64)
-        forward = np.array([price.forward for price in prices])
-        moved = np.array([price.moved_forward for price in prices])
 
         def from_the_top(of_parts: Array, of_operations: Array, of_head: float) -> Array:
             total = np.bincount(columns.stage, of_parts, structure.stages)
@@ -141,30 +144,31 @@ class CostModel:
 
         # loss: the logits are copied to float32, their log-softmax is read and written; the gradient likewise
         product, copy = 2.0 * structure.head * words, words * (n + FLOAT) * (n != FLOAT)
-        self._forward = from_the_top(columns.products, forward, product + 5 * words)[0]
-        self._backward = from_the_top(columns.products, np.array([p.backward for p in prices]), product + 3 * words)
-        self._moved_forward = from_the_top(columns.dequantized, moved, copy + 4 * FLOAT * words)[0]
-        self._moved_backward = from_the_top(
-            columns.dequantized, np.array([p.moved_backward for p in prices]), copy + 5 * FLOAT * words
-        )
+        self._forward = from_the_top(columns.products, prices.forward, product + 5 * words)[0]
+        self._backward = from_the_top(columns.products, prices.backward, product + 3 * words)
+        self._moved_forward = from_the_top(columns.dequantized, prices.moved_forward, copy + 4 * FLOAT * words)[0]
+        self._moved_backward = from_the_top(columns.dequantized, prices.moved_backward, copy + 5 * FLOAT * words)
         # in float32: logits, log-softmax and its gradient, all held during the log-softmax's backward pass
         self._logits = load.tokens * words * 3 * FLOAT
         self._workspace = int(columns.numel[columns.is_quantized].max(initial=0.0) * n)
         self._kept_at, self._kept_block = at, block
-        self._kept = np.array([price.kept for price in prices]) * load.tokens
+        self._kept = prices.kept * load.tokens
 
         self._widths = np.array(structure.blocks, dtype=np.float64)
-        blocks = len(self._widths)
-        self._block_top = np.full(blocks, -1, dtype=np.int64)
-        for index, stages in ((columns.block, columns.stage), (block, at)):
-            np.maximum.at(self._block_top, index[index >= 0], stages[index >= 0])
-        self._block_forward = _by_block(columns.block, columns.products, blocks) + _by_block(block, forward, blocks)
-        self._block_moved = _by_block(columns.block, columns.dequantized, blocks) + _by_block(block, moved, blocks)
-        is_last = columns.is_matrix & (columns.block >= 0)
-        is_last[is_last] = (columns.stage == self._block_top[columns.block])[is_last] if blocks else False
-        self._is_last = is_last
-        self._block_last = _by_block(columns.block, columns.products * is_last, blocks)
+        self._block_top = np.full(len(self._widths), -1, dtype=np.int64)
+        np.maximum.at(self._block_top, columns.block, columns.stage)
+        np.maximum.at(self._block_top, block, at)
+        self._block_top[0] = -2  # below every stage: nothing outside of blocks is recomputed
+        self._block_forward = self._by_block(columns.block, columns.products) + self._by_block(block, prices.forward)
+        self._block_moved = self._by_block(columns.block, columns.dequantized)
+        self._block_moved += self._by_block(block, prices.moved_forward)
+        self._is_last = columns.is_matrix & (columns.stage == self._block_top[columns.block])
+        self._block_last = self._by_block(columns.block, columns.products * self._is_last)
         self._block_last[[operation.block for operation in operations if operation.weighted]] = 0.0
+
+    def _by_block(self, block: Indices, values: Array) -> Array:
+        """Sum values by block, those outside of blocks first."""
+        return np.bincount(block, values, len(self._widths)).astype(np.float64)
 
     def cost(self, ranks: Mapping[str, int], unfrozen: Collection[str] = ()) -> Cost:
         """Predict the cost of a placement.
@@ -247,17 +251,12 @@ class CostModel:
         )
 
     def _whole(self, unfrozen: Collection[str]) -> Mask:
+        unknown = sorted(set(unfrozen) - self._under.keys())
+        if unknown:
+            self._refuse(unknown, "are not modules of the model")
         whole = np.zeros(len(self._index), dtype=bool)
-        if unfrozen:
-            names = set(unfrozen)
-            found = set()
-            for name, i in self._index.items():
-                for prefix in _prefixes(name):
-                    if prefix in names:
-                        whole[i] = True
-                        found.add(prefix)
-            if names - found:
-                self._refuse(sorted(names - found), "are not modules of the model")
+        for name in unfrozen:
+            whole[self._under[name]] = True
         return whole
 
     def _of_optimizer(self, tensors: Array, number: int) -> tuple[float, float]:
@@ -283,17 +282,17 @@ class CostModel:
         moved = float(self._moved_forward + self._moved_backward[lowest + 1]) + moved_by_adapters
         moved += steps[0][1] + steps[1][1] + 2 * load.number * numbers[1] / load.tokens
 
-        outside, inside = self._kept_for_backward(adapted, rank, whole, lowest)
-        kept, recomputed, recomputation = outside + float(inside.sum()), 0.0, 0.0
+        by_block = self._kept_for_backward(adapted, rank, whole, lowest)
+        kept, recomputed, recomputation = float(by_block.sum()), 0.0, 0.0
         if load.checkpointing and lowest < self.structure.stages - 1:
             again = self._block_top >= lowest
-            recomputed = float(inside[again].max(initial=0.0))
-            kept = outside + float(self._widths[again].sum()) * load.number * load.tokens
+            recomputed = float(by_block[again].max(initial=0.0))
+            kept = float(by_block[0] + self._widths[again].sum() * load.number * load.tokens)
             stops_early = again.copy()
             stops_early[columns.block[trained[self._is_last[trained]]]] = False
-            by_adapters = _by_block(columns.block[adapted], prices.forward, len(again))
+            by_adapters = self._by_block(columns.block[adapted], prices.forward)
             recomputation = float((self._block_forward - stops_early * self._block_last + by_adapters)[again].sum())
-            by_adapters = _by_block(columns.block[adapted], prices.moved_forward, len(again))
+            by_adapters = self._by_block(columns.block[adapted], prices.moved_forward)
             moved += float((self._block_moved + by_adapters)[again].sum())
 
         added = int(numbers[0] * load.adapter_number + numbers[1] * load.number)
@@ -319,8 +318,8 @@ class CostModel:
             workspace=self._workspace,
         )
 
-    def _kept_for_backward(self, adapted: Indices, rank: Array, whole: Mask, lowest: int) -> tuple[float, Array]:
-        """Return bytes kept from the forward to the backward pass, outside of blocks and by block.
+    def _kept_for_backward(self, adapted: Indices, rank: Array, whole: Mask, lowest: int) -> Array:
+        """Return bytes kept from the forward to the backward pass by block, those outside of blocks first.
 
         Operations above the lowest trained stage keep what `price_of` returns. An adapter keeps r numbers and its input,
         once for all adapters that read the same; if dtypes differ, PEFT casts the input for each adapter, and each keeps
@@ -346,17 +345,4 @@ class CostModel:
             (columns.block[adapted], own),
             (columns.block, columns.numel * load.number * load.tokens * (whole & columns.is_norm)),
         )
-        outside = sum(float(values[block < 0].sum()) for block, values in pairs)
-        blocks = len(self.structure.blocks)
-        inside = np.sum([_by_block(block, values, blocks) for block, values in pairs], axis=0)
-        return outside, inside
-
-
-def _by_block(block: Indices, values: Array, blocks: int) -> Array:
-    inside = block >= 0
-    return np.bincount(block[inside], values[inside], blocks).astype(np.float64)
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return np.sum([self._by_block(block, values) for block, values in pairs], axis=0)

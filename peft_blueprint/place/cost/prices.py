@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +22,14 @@ _KEPT_BY_FUNCTION = {"gelu_new": 4, "gelu_fast": 5, "quick_gelu": 2, "gelu_pytho
 _ROUTING = 3 * 8 + 2 * FLOAT  # bytes kept of a visit's expert, weight and positions
 
 
-@dataclass(frozen=True)
-class Price:
-    """FLOPs and bytes moved of an operation, forward and backward, and bytes kept; all per token."""
+class Price(NamedTuple):
+    """FLOPs and bytes moved, forward and backward, and bytes kept for the backward pass; all per token."""
 
-    forward: float = 0.0
-    backward: float = 0.0
-    moved_forward: float = 0.0
-    moved_backward: float = 0.0
-    kept: float = 0.0
+    forward: Any = 0.0
+    backward: Any = 0.0
+    moved_forward: Any = 0.0
+    moved_backward: Any = 0.0
+    kept: Any = 0.0
 
 
 def price_of(operation: Operation, workload: Workload) -> Price:
@@ -88,67 +88,33 @@ def _price_of_attention(operation: Operation, workload: Workload) -> Price:
     return Price(products, 2 * products, moved, 2 * moved, kept)
 
 
-@dataclass(frozen=True)
 class Columns:
-    """A model's weights as columns of shape (parts,).
+    """A model's weights as columns of shape (parts,), for one workload."""
 
-    Args:
-        stage, block, source, visits, is_matrix: as in `Part`.
-        numel, d_in, d_out, experts: sizes; `experts` is 1 if they are not fused.
-        products: FLOPs of the product with one token, over all visits.
-        stored: bytes, quantised or not.
-        dequantized: bytes per token moved to dequantise the weight once.
-        is_adaptable, is_fused, is_norm, is_quantized: properties of the part.
-    """
-
-    stage: Indices
-    block: Indices
-    source: Indices
-    visits: Array
-    numel: Array
-    d_in: Array
-    d_out: Array
-    experts: Array
-    products: Array
-    stored: Array
-    dequantized: Array
-    is_adaptable: Mask
-    is_fused: Mask
-    is_matrix: Mask
-    is_norm: Mask
-    is_quantized: Mask
-
-    @classmethod
-    def of(cls, parts: tuple[Part, ...], workload: Workload) -> Columns:
-        """Compute the columns of parts for a workload."""
-        numel = np.array([part.numel for part in parts], dtype=np.float64)
-        d_in = np.array([part.shape[-1] if part.shape else 1 for part in parts], dtype=np.float64)
-        d_out = np.array([part.shape[-2] if len(part.shape) > 1 else 1 for part in parts], dtype=np.float64)
-        visits = np.array([part.visits for part in parts])
-        is_fused = np.array([part.form == "experts" for part in parts])
-        is_matrix = np.array([part.is_matrix for part in parts])
-        is_quantized = np.array([part.is_quantizable and workload.quantization is not None for part in parts])
-        whole = numel * workload.number
-        stored = np.where(is_quantized, workload.quantized_bytes(numel, d_out), whole)
-        return cls(
-            stage=np.array([part.stage for part in parts], dtype=np.int64),
-            block=np.array([part.block for part in parts], dtype=np.int64),
-            source=np.array([part.source for part in parts], dtype=np.int64),
-            visits=visits,
-            numel=numel,
-            d_in=d_in,
-            d_out=d_out,
-            experts=np.where(is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0),
-            products=np.where(is_matrix, 2 * np.where(is_fused, d_in * d_out, numel) * visits, 0.0),
-            stored=stored,
-            # read in 4 or 8 bits, written and read again in the activations' dtype
-            dequantized=np.where(is_quantized, stored + 2 * whole, 0.0) / workload.tokens,
-            is_adaptable=np.array([part.form in ADAPTABLE for part in parts]),
-            is_fused=is_fused,
-            is_matrix=is_matrix,
-            is_norm=np.array([part.form == "norm" for part in parts]),
-            is_quantized=is_quantized,
+    def __init__(self, parts: Sequence[Part], workload: Workload) -> None:
+        self.stage: Indices = np.array([part.stage for part in parts], dtype=np.int64)
+        self.block: Indices = np.array([part.block for part in parts], dtype=np.int64)
+        self.source: Indices = np.array([part.source for part in parts], dtype=np.int64)
+        self.visits: Array = np.array([part.visits for part in parts])
+        self.numel: Array = np.array([part.numel for part in parts], dtype=np.float64)
+        self.d_in: Array = np.array([part.shape[-1] if part.shape else 1 for part in parts], dtype=np.float64)
+        self.d_out: Array = np.array(
+            [part.shape[-2] if len(part.shape) > 1 else 1 for part in parts], dtype=np.float64
         )
+        self.is_adaptable: Mask = np.array([part.form in ADAPTABLE for part in parts])
+        self.is_fused: Mask = np.array([part.form == "experts" for part in parts])
+        self.is_matrix: Mask = np.array([part.is_matrix for part in parts])
+        self.is_norm: Mask = np.array([part.form == "norm" for part in parts])
+        self.is_quantized: Mask = np.array([part.is_quantizable for part in parts]) & bool(workload.quantization)
+        self.experts: Array = np.where(self.is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0)
+        # FLOPs of the product with one token, over all visits
+        one = np.where(self.is_fused, self.d_in * self.d_out, self.numel)
+        self.products: Array = np.where(self.is_matrix, 2 * one * self.visits, 0.0)
+        # bytes, quantised or not
+        whole = self.numel * workload.number
+        self.stored: Array = np.where(self.is_quantized, workload.quantized_bytes(self.numel, self.d_out), whole)
+        # bytes per token moved to dequantise once: read in 4 or 8 bits, written and read again in the activations' dtype
+        self.dequantized: Array = np.where(self.is_quantized, self.stored + 2 * whole, 0.0) / workload.tokens
 
     def sizes_of_adapters(self, adapted: Indices, rank: Array) -> Array:
         """Return the elements of each adapter's A, then of each adapter's B, summed over fused experts."""
@@ -156,20 +122,8 @@ class Columns:
         return np.concatenate([ranks * self.d_in[adapted], ranks * self.d_out[adapted]])
 
 
-@dataclass(frozen=True)
-class AdapterPrices:
-    """FLOPs and bytes moved per token, forward and backward, each of shape (adapters,)."""
-
-    forward: Array
-    backward: Array
-    moved_forward: Array
-    moved_backward: Array
-
-
-def prices_of_adapters(
-    columns: Columns, adapted: Indices, rank: Array, needed: Mask, workload: Workload
-) -> AdapterPrices:
-    """Return the prices of adapters as PEFT computes them.
+def prices_of_adapters(columns: Columns, adapted: Indices, rank: Array, needed: Mask, workload: Workload) -> Price:
+    """Return the prices of adapters, each of shape (adapters,), as PEFT computes them; `kept` is not among them.
 
     The products with A and B take 2r(d_in + d_out) FLOPs forward and twice that backward, less the input's gradient if
     nothing before needs it. Bytes moved: the input is read (and cast if dtypes differ), A's result is written and read,
@@ -177,14 +131,8 @@ def prices_of_adapters(
     to the layer's.
 
     PEFT merges an adapter of fused experts into a new copy of all experts in each pass and takes the gradient of the
-    whole copy; both are counted once a step.
-
-    Args:
-        columns: weights of the model.
-        adapted: indices of the adapted parts.
-        rank: of each adapter.
-        needed: whether something before an adapter needs its input's gradient.
-        workload: training step.
+    whole copy; both are counted once a step. `needed` says of each adapter whether something before it needs its input's
+    gradient.
     """
     n, a = workload.number, workload.adapter_number
     cast = (n + a) * workload.is_mixed
@@ -195,7 +143,7 @@ def prices_of_adapters(
     moved_forward = visits * (d_in * (a + cast) + 2 * rank * a + d_out * (4 * a + n + max(n, a) + cast + clone))
     moved_backward = visits * (d_in * (a + needed * (a + 3 * n + cast)) + 4 * rank * a + d_out * (4 * a + cast))
     fused, numel = columns.is_fused[adapted], columns.numel[adapted] / workload.tokens
-    return AdapterPrices(
+    return Price(
         forward=np.where(fused, 2 * rank * numel, forward),
         backward=np.where(fused, 4 * rank * numel + columns.products[adapted], backward),
         moved_forward=np.where(fused, 2 * n * numel, moved_forward),

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
 from ...blueprint import ADAPTABLE, Blueprint, Form, Submodule
 from ...errors import MismatchError
-from ...measure import class_of, find_submodules, find_weights, unwrap
+from ...measure import class_of, find_submodules, find_weights, linear_modules, unwrap
 
 
 # Stages of a unit (the attention or a feed-forward part of a block) in the order of computation.
@@ -28,18 +29,17 @@ _FUNCTIONS = ("hidden_act", "hidden_activation", "activation_function", "dense_a
 _VISITED_BY_DEFAULT = 2
 
 OperationKind = Literal["norm", "rms_norm", "attention", "activation", "residual"]
+_Setting = TypeVar("_Setting", int, str)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of a model.
+    """One weight of a model, with the name and form that it has in a blueprint.
 
     Args:
-        name: as in a blueprint.
-        form: as in a blueprint.
         shape: (d_out, d_in) of a linear layer, (experts, d_out, d_in) of fused experts, otherwise the parameter's own.
         depth: index of its block in its stack, if it is in one.
-        block: index of its block over all stacks, or -1.
+        block: index of its block over all stacks, from 1; 0 outside of blocks.
         stage: position in the order of computation: a gradient that starts at one stage passes all later ones.
         source: index of the input it reads; q, k and v share one, and so do gate and up.
         visits: passes of a token through it; below 1 for an expert in a list.
@@ -52,7 +52,7 @@ class Part:
     form: Form
     shape: tuple[int, ...]
     depth: int | None
-    block: int = -1
+    block: int = 0
     stage: int = 0
     source: int = -1
     visits: float = 1.0
@@ -106,7 +106,7 @@ class Structure:
         parts: each weight once, in the model's order.
         operations: between the weights.
         stages: number of stages; the head is at the last.
-        blocks: input width of each block.
+        blocks: input width of each block, after a 0 for what is outside of blocks.
         vocabulary: width of the logits; 0 without a head.
         head: input width of a tied head; 0 without a head, or if it is among the parts because it is not tied.
         is_whole: whether all weights are included, which predictions of memory need.
@@ -135,11 +135,7 @@ class Structure:
         """
         weights, entries = find_weights(model), find_submodules(model, include="all")
         settings = _settings(model)
-        linear = {
-            weight.name
-            for weight in weights
-            if weight.form != "head" and weight.parameter == "weight" and _is_linear(weight.module)
-        }
+        linear = {name for name, _ in linear_modules(model)} - {w.name for w in weights if w.form == "head"}
         norms = {w.name: class_of(w.module) is not nn.LayerNorm for w in weights if w.form == "norm"}
         head = _head_of(model)
         built = _Builder(entries, linear, norms, settings, _causality(model)).build()
@@ -166,7 +162,7 @@ class Structure:
                 "blueprint.expand(find_submodules(model)), or use Structure.of(model)."
             )
         linear = {entry.name for entry in entries if entry.form == "linear"}
-        return _Builder(entries, linear, {}, {}, {}).build()
+        return _Builder(entries, linear).build()
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -174,132 +170,116 @@ class Structure:
         return tuple(part.name for part in self.parts if part.form in ADAPTABLE)
 
 
+@dataclass
 class _Builder:
     """Order the parts of a model: a block is a sequence of units, and a unit has the stages norm, in, core and out."""
 
-    def __init__(
-        self,
-        entries: Sequence[Submodule],
-        linear: set[str],
-        norms: Mapping[str, bool],
-        settings: Mapping[str, Any],
-        causality: Mapping[str, bool],
-    ) -> None:
-        self.entries = entries
-        self.linear = linear
-        self.norms = norms
-        self.settings = settings
-        self.causality = causality
-        self.sources: dict[tuple[str, bool, int], int] = {}
-        self.operations: list[Operation] = []
+    entries: Sequence[Submodule]
+    linear: set[str]
+    norms: Mapping[str, bool] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    causality: Mapping[str, bool] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    sources: dict[tuple[int, str, bool, int], int] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
 
     def build(self) -> Structure:
-        blocks: dict[str, list[Submodule]] = {}
+        blocks: dict[str, list[Submodule]] = {"": []}
         for entry in self.entries:
             blocks.setdefault(_block_of(entry.name), []).append(entry)
-        outside = blocks.pop("", [])
-        parts: dict[str, Part] = {}
-        stage, widths = 1, []
-        for number, members in enumerate(blocks.values()):
-            found, stage, width = self._block(members, number, stage)
-            parts |= found
+        outside = blocks.pop("")
+        stage, widths = 1, [0]
+        for block, members in enumerate(blocks.values(), start=1):
+            stage, width = self._block(members, block, stage)
             widths.append(width)
-        first = next((i for i, entry in enumerate(self.entries) if _block_of(entry.name)), len(self.entries))
-        place = {entry.name: i for i, entry in enumerate(self.entries)}
-        vocabulary = 0
+        before = set(takewhile(lambda name: not _block_of(name), (entry.name for entry in self.entries)))
         for entry in outside:
-            is_first = entry.form == "embedding" or (place[entry.name] < first and entry.form != "head")
+            is_first = entry.form == "embedding" or (entry.name in before and entry.form != "head")
             at = 0 if is_first else stage + (entry.form != "norm")
             is_matrix = entry.form in ("linear", "head", "convolution") or entry.name in self.linear
-            parts[entry.name] = self._part(entry, -1, at, entry.name, False, 1.0, is_matrix)
-            if entry.form == "norm" and not is_first and entry.name in self.norms:
-                self._norm(entry, -1, at, _width(entry))
-            if entry.form == "head":
-                vocabulary = max(vocabulary, _shape(entry)[0])
-        ordered = tuple(parts[entry.name] for entry in self.entries)
-        return Structure(ordered, tuple(self.operations), stage + 2, tuple(widths), vocabulary, 0, False)
+            self._add(entry, 0, at, entry.name if is_matrix else None)
+            if entry.name in self.norms and not is_first:
+                self._add_norm(entry, 0, at, _width(entry))
+        return Structure(
+            parts=tuple(self.parts[entry.name] for entry in self.entries),
+            operations=tuple(self.operations),
+            stages=stage + 2,
+            blocks=tuple(widths),
+            vocabulary=max((_shape(entry)[0] for entry in outside if entry.form == "head"), default=0),
+            head=0,
+            is_whole=False,
+        )
 
-    def _block(self, members: list[Submodule], block: int, stage: int) -> tuple[dict[str, Part], int, int]:
+    def _block(self, members: list[Submodule], block: int, stage: int) -> tuple[int, int]:
+        """Add a block; return the stage after it, and its width."""
         units: dict[str, list[Submodule]] = {}
         for entry in members:
             if entry.form in ADAPTABLE or (entry.form == "parameter" and entry.name in self.linear):
                 units.setdefault(_unit_of(entry.name), []).append(entry)
-        experts = sum(1 for unit in units if _EXPERT.search(unit))
-        steps = [unit for unit in units if not _EXPERT.search(unit)] + (["experts"] if experts else [])
+        experts = [unit for unit in units if _EXPERT.search(unit)]  # all at one stage, after the others
+        steps = [unit for unit in units if unit not in experts] + experts[:1]
         start = {unit: stage + _STAGES * i for i, unit in enumerate(steps)}
-        start |= {unit: start["experts"] for unit in units if _EXPERT.search(unit)}
-        parts: dict[str, Part] = {}
-        width = 0
+        start |= dict.fromkeys(experts, stage + _STAGES * (len(steps) - 1))
         for unit, linears in units.items():
-            visits = self._visited() / experts if _EXPERT.search(unit) else 1.0
-            parts |= self._unit(unit, linears, block, start[unit], visits)
-            width = width or parts[linears[0].name].shape[-1]
-        rest = [entry for entry in members if entry.name not in parts]
-        self._rest(rest, parts, block, [start[unit] for unit in steps] or [stage], width)
-        for unit in steps:
-            self.operations.append(Operation("residual", block, start[unit] + _OUT, width))
-        return parts, stage + _STAGES * max(1, len(steps)), width
+            self._add_unit(unit, linears, block, start[unit], self._visited / len(experts) if unit in experts else 1.0)
+        width = next((_shape(linears[0])[-1] for linears in units.values()), 0)
+        self._add_rest(members, block, [start[unit] for unit in steps] or [stage], width)
+        self.operations += [Operation("residual", block, start[unit] + _OUT, width) for unit in steps]
+        return stage + _STAGES * max(1, len(steps)), width
 
-    def _unit(self, unit: str, linears: list[Submodule], block: int, start: int, visits: float) -> dict[str, Part]:
+    def _add_unit(self, unit: str, linears: list[Submodule], block: int, start: int, visits: float) -> None:
         is_attention = bool(_ATTENTION.search(unit)) and len(linears) > 1
         *ins, out = linears
-        parts = {}
         for entry in linears:
             is_out = entry is out and bool(ins)
-            times = visits
-            if entry.form == "experts":
-                times = min(self._visited(), _shape(entry)[0])
-            at = start + (_OUT if is_out else _IN)
-            part = self._part(entry, block, at, unit, is_out, times, True)
-            parts[entry.name] = replace(part, reads_attention=is_attention and is_out)
+            times = min(self._visited, _shape(entry)[0]) if entry.form == "experts" else visits
+            part = self._add(entry, block, start + (_OUT if is_out else _IN), unit, is_out, times)
+            self.parts[entry.name] = replace(part, reads_attention=is_attention and is_out)
         if not ins:
-            return parts
+            return
         width = _shape(out)[-1]
         made = sum(_shape(entry)[-2] for entry in ins if _shape(entry)[-2] > 1)
-        core = start + _CORE
         if is_attention:
-            keys = max(0, (made - width) // 2)
-            heads = next((self.settings[key] for key in _HEADS if self.settings.get(key)), 0)
-            if not isinstance(heads, int) or not heads or width % heads:
-                heads = max(1, width // 64)
-            is_causal = self.causality.get(unit, True)
-            self.operations.append(Operation("attention", block, core, width, keys, heads, is_causal))
-        else:
-            times = parts[out.name].visits
-            is_routed = out.form == "experts" or bool(_EXPERT.search(unit))
-            function = next((str(self.settings[key]) for key in _FUNCTIONS if self.settings.get(key)), "silu")
-            self.operations.append(
-                Operation(
-                    "activation",
-                    block,
-                    core,
-                    width,
-                    function=function,
-                    is_gated=made >= 2 * width,
-                    weighted=_shape(out)[-2] if is_routed else 0,
-                    visits=times,
-                )
+            heads = self._setting(_HEADS, int, 0)
+            operation = Operation(
+                "attention",
+                block,
+                start + _CORE,
+                width,
+                keys=max(0, (made - width) // 2),
+                heads=heads if heads and width % heads == 0 else max(1, width // 64),
+                is_causal=self.causality.get(unit, True),
             )
-        return parts
+        else:
+            is_routed = out.form == "experts" or bool(_EXPERT.search(unit))
+            operation = Operation(
+                "activation",
+                block,
+                start + _CORE,
+                width,
+                function=self._setting(_FUNCTIONS, str, "silu"),
+                is_gated=made >= 2 * width,
+                weighted=_shape(out)[-2] if is_routed else 0,
+                visits=self.parts[out.name].visits,
+            )
+        self.operations.append(operation)
 
-    def _rest(self, rest: list[Submodule], parts: dict[str, Part], block: int, starts: list[int], width: int) -> None:
+    def _add_rest(self, members: list[Submodule], block: int, starts: list[int], width: int) -> None:
         """Add a block's norms, biases and other parameters; assume one norm a unit if the model has none at all."""
-        norms = [entry for entry in rest if entry.form == "norm" and entry.name in self.norms]
-        wide = [entry for entry in norms if _width(entry) == width]
+        rest = [entry for entry in members if entry.name not in self.parts]
+        wide = [entry for entry in rest if entry.name in self.norms and _width(entry) == width]
         for entry in rest:
-            owner = parts.get(entry.name.removesuffix(".bias"))
+            owner = self.parts.get(entry.name.removesuffix(".bias"))
             at = starts[0] if owner is None else owner.stage
-            if entry in norms:
-                if entry in wide:
-                    at = starts[wide.index(entry) * len(starts) // len(wide)]
-                    count = width
-                else:  # inside the attention: a norm of each head, or of all heads at once
-                    at = starts[0] + _IN
-                    count = self._heads_width(entry, block)
-                self._norm(entry, block, at, count)
-            parts[entry.name] = self._part(entry, block, at, entry.name, False, 1.0, False)
+            if entry in wide:
+                at = starts[wide.index(entry) * len(starts) // len(wide)]
+                self._add_norm(entry, block, at, width)
+            elif entry.name in self.norms:  # inside the attention: a norm of each head, or of all heads at once
+                at = starts[0] + _IN
+                self._add_norm(entry, block, at, self._heads_width(entry, block))
+            self._add(entry, block, at)
         if not self.norms:
-            self.operations.extend(Operation("rms_norm", block, at, width) for at in starts)
+            self.operations += [Operation("rms_norm", block, at, width) for at in starts]
 
     def _heads_width(self, norm: Submodule, block: int) -> int:
         attention = next((o for o in self.operations if o.block == block and o.kind == "attention"), None)
@@ -308,17 +288,23 @@ class _Builder:
         is_key = re.search(r"(^|[._])k", norm.name.rsplit(".", 1)[-1]) is not None
         return attention.keys if is_key else attention.width
 
-    def _norm(self, entry: Submodule, block: int, stage: int, width: int) -> None:
+    def _add_norm(self, entry: Submodule, block: int, stage: int, width: int) -> None:
         self.operations.append(Operation("rms_norm" if self.norms[entry.name] else "norm", block, stage, width))
 
-    def _part(
-        self, entry: Submodule, block: int, stage: int, unit: str, is_out: bool, visits: float, is_matrix: bool
+    def _add(
+        self,
+        entry: Submodule,
+        block: int,
+        stage: int,
+        unit: str | None = None,
+        is_out: bool = False,
+        visits: float = 1.0,
     ) -> Part:
-        shape = _shape(entry)
-        source = -1
-        if is_matrix:
-            source = self.sources.setdefault((f"{block}.{unit}", is_out, shape[-1]), len(self.sources))
-        return Part(
+        """Add a weight; `unit` is that of a matrix."""
+        shape, source = _shape(entry), -1
+        if unit is not None:
+            source = self.sources.setdefault((block, unit, is_out, shape[-1]), len(self.sources))
+        self.parts[entry.name] = Part(
             name=entry.name,
             form=entry.form,
             shape=shape,
@@ -327,13 +313,18 @@ class _Builder:
             stage=stage,
             source=source,
             visits=visits,
-            is_matrix=is_matrix,
+            is_matrix=unit is not None,
             is_quantizable=entry.name in self.linear,
         )
+        return self.parts[entry.name]
 
+    @property
     def _visited(self) -> int:
-        found = next((self.settings[key] for key in _VISITED if isinstance(self.settings.get(key), int)), None)
-        return found or _VISITED_BY_DEFAULT
+        return self._setting(_VISITED, int, _VISITED_BY_DEFAULT)
+
+    def _setting(self, names: Sequence[str], kind: type[_Setting], default: _Setting) -> _Setting:
+        """Return the first of the config's settings that is given."""
+        return next((found for name in names if isinstance(found := self.settings.get(name), kind) and found), default)
 
 
 def _shape(entry: Submodule) -> tuple[int, ...]:
@@ -395,7 +386,3 @@ def _causality(model: nn.Module) -> dict[str, bool]:
         if "is_causal" in vars(module):
             found.setdefault(_unit_of(f"{name}.weight"), bool(vars(module)["is_causal"]))
     return found
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or class_of(module).__name__ == "Conv1D"
