@@ -106,6 +106,7 @@ class Privacy:
             _opendp()
 
 
+@lru_cache
 def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
     """Return the smallest σ for which OpenDP's Gaussian mechanism is (ε, δ)-differentially private.
 
@@ -122,12 +123,21 @@ def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> fl
     Raises:
         BlueprintError: for a number out of its range, or without OpenDP.
     """
-    for name, value in (("epsilon", epsilon), ("sensitivity", sensitivity)):
-        if not 0 < value < math.inf:
-            raise BlueprintError(f"{name} must be positive, got {value}.")
-    if not 0 < delta < 1:
-        raise BlueprintError(f"delta must be in (0, 1), such as 1e-5, got {delta}.")
-    return _calibrated(float(epsilon), float(delta), float(sensitivity))
+    Privacy(epsilon=epsilon, delta=delta)  # checks both
+    if not 0 < sensitivity < math.inf:
+        raise BlueprintError(f"sensitivity must be positive, got {sensitivity}.")
+    dp = _opendp()
+
+    def mechanism(sigma: float) -> Any:
+        return dp.c.make_fix_delta(dp.c.make_zCDP_to_approxDP(_gaussian(sigma)), delta)
+
+    try:
+        return float(dp.binary_search_param(mechanism, d_in=float(sensitivity), d_out=(float(epsilon), float(delta))))
+    except (dp.OpenDPException, ValueError) as error:
+        raise BlueprintError(
+            f"OpenDP cannot calibrate noise for epsilon={epsilon:g}, delta={delta:g} ({str(error).strip()}). Give an "
+            "epsilon from 0.01 to 100 and a smaller delta than 0.1."
+        ) from error
 
 
 def choose_scale(lengths: np.ndarray, epsilon: float) -> float:
@@ -250,11 +260,9 @@ def release_domains(
     """
     released, statements = {}, {}
     for domain, (measured, norms) in parts.items():
-        found = {submodule.name: i for i, submodule in enumerate(measured)}
-        whole = np.zeros((len(rows), norms.shape[1]))
-        for i, row in enumerate(rows):
-            if row.name in found:
-                whole[i] = norms[found[row.name]]
+        found = {submodule.name: row for submodule, row in zip(measured, norms, strict=True)}
+        nothing = np.zeros(norms.shape[1])
+        whole = np.array([found.get(row.name, nothing) for row in rows])
         released[domain], statements[domain] = release(whole, rows, privacy)
     own = ("examples", "sensitivity", "sigma", "reliability", "scale")
     common = {key: value for key, value in next(iter(statements.values())).items() if key not in own}
@@ -311,22 +319,6 @@ def _gaussian(sigma: float) -> Any:
     dp = _opendp()
     space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.l2_distance(T=float)
     return dp.m.make_gaussian(*space, scale=sigma)
-
-
-@lru_cache
-def _calibrated(epsilon: float, delta: float, sensitivity: float) -> float:
-    dp = _opendp()
-
-    def mechanism(sigma: float) -> Any:
-        return dp.c.make_fix_delta(dp.c.make_zCDP_to_approxDP(_gaussian(sigma)), delta)
-
-    try:
-        return float(dp.binary_search_param(mechanism, d_in=sensitivity, d_out=(epsilon, delta)))
-    except (dp.OpenDPException, ValueError) as error:
-        raise BlueprintError(
-            f"OpenDP cannot calibrate noise for epsilon={epsilon:g}, delta={delta:g} ({str(error).strip()}). Give an "
-            "epsilon from 0.01 to 100 and a smaller delta than 0.1."
-        ) from error
 
 
 def _with_plain_noise(
