@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -78,11 +77,11 @@ class NearDuplicates:
     Texts are compared as sets of shingles, every five words in a row, by their Jaccard similarity (Broder 1997,
     doi:10.1109/SEQUEN.1997.666900). It is estimated from 128 minimal hashes, with a standard error of at most 0.045 (0.035
     at 0.8); datasketch finds candidates by locality-sensitive hashing. At a threshold of 0.8, about 7, 44, 91 and 100 % of
-    pairs with a similarity of 0.75, 0.8, 0.85 and 0.9 are found. Texts shorter than a shingle are compared exactly.
+    pairs with a similarity of 0.75, 0.8, 0.85 and 0.9 are found. A text shorter than a shingle is one shingle, so that
+    only equal ones are similar.
 
     The first of several similar texts is the new one; for the same order, threshold and seed the answers are the same. A
-    remembered text takes about 5.6 kB, 0.7 kB in a state, and a text shorter than a shingle 0.1 kB. A text of 100 words
-    takes 1 to 3 ms.
+    remembered text takes about 5.6 kB, 0.7 kB in a state. A text of 100 words takes 1 to 3 ms.
 
     Args:
         threshold: Jaccard similarity from which two texts are near-duplicates, in (0, 1].
@@ -115,12 +114,10 @@ class NearDuplicates:
         # weights that favour recall: candidates are checked again, so a false one costs less than a missed one
         self._index = MinHashLSH(threshold=min(threshold, 0.99), num_perm=permutations, weights=(0.1, 0.9))
         self._signatures: dict[int, np.ndarray] = {}
-        self._short: dict[bytes, int] = {}
-        self._short_by_key: dict[int, bytes] = {}
         self._next_key = 0
 
     def __len__(self) -> int:
-        return len(self._signatures) + len(self._short)
+        return len(self._signatures)
 
     def is_new(self, text: Text) -> bool:
         """Return whether no similar text came before, and remember it if so.
@@ -138,43 +135,33 @@ class NearDuplicates:
         return is_new
 
     def fingerprint(self, text: Text) -> Any:
-        """Return the digest of a short text, otherwise its minimal hashes.
+        """Return a text's minimal hashes.
 
         Raises:
             BlueprintError: if it is neither a text nor a list of token ids.
         """
         tokens = _tokens(text)
-        if len(tokens) < self.shingle:
-            return hashlib.blake2b(_joined(tokens), digest_size=16).digest()
-        starts = range(len(tokens) - self.shingle + 1)
+        starts = range(max(1, len(tokens) - self.shingle + 1))
         hashes = self._empty.copy()
         hashes.update_batch({_joined(tokens[i : i + self.shingle]): None for i in starts})
         return hashes
 
     def find_similar(self, fingerprint: Any) -> list[int]:
         """Return the keys of all remembered texts that are similar to this one."""
-        if isinstance(fingerprint, bytes):
-            return [self._short[fingerprint]] if fingerprint in self._short else []
         near = self._index.query(fingerprint)
         hashes = fingerprint.hashvalues
         return sorted(key for key in near if (self._signatures[key] == hashes).mean() >= self.threshold)
 
     def add(self, fingerprint: Any, key: int) -> None:
         """Remember a text under an unused key."""
-        if isinstance(fingerprint, bytes):
-            self._short[fingerprint], self._short_by_key[key] = key, fingerprint
-        else:
-            self._index.insert(key, fingerprint, check_duplication=False)
-            self._signatures[key] = fingerprint.hashvalues
+        self._index.insert(key, fingerprint, check_duplication=False)
+        self._signatures[key] = fingerprint.hashvalues
         self._next_key = max(self._next_key, key + 1)
 
     def remove(self, key: int) -> None:
         """Forget the text of a key."""
-        if key in self._signatures:
-            del self._signatures[key]
-            self._index.remove(key)
-        else:
-            del self._short[self._short_by_key.pop(key)]
+        del self._signatures[key]
+        self._index.remove(key)
 
     def state(self) -> dict[str, Any]:
         """Return all that is remembered as JSON-compatible data."""
@@ -185,8 +172,7 @@ class NearDuplicates:
             "permutations": self.permutations,
             "seed": self.seed,
             "signatures": base64.b64encode(signatures).decode(),
-            "short": base64.b64encode(b"".join(self._short)).decode(),
-            "keys": [*self._signatures, *self._short.values()],
+            "keys": list(self._signatures),
         }
 
     @classmethod
@@ -200,22 +186,18 @@ class NearDuplicates:
         try:
             guard = cls(state["threshold"], state["shingle"], state["permutations"], state["seed"])
             signatures = base64.b64decode(state["signatures"], validate=True)
-            short = base64.b64decode(state["short"], validate=True)
             rows = np.frombuffer(signatures, dtype="<u4").reshape(-1, guard.permutations)
-            digests = np.frombuffer(short, dtype="V16").tolist()
             keys = [operator.index(key) for key in state["keys"]]
-            if len(set(keys)) != len(rows) + len(digests):
-                raise ValueError(f"{len(set(keys))} keys of {len(rows) + len(digests)} texts")
+            if len(set(keys)) != len(rows):
+                raise ValueError(f"{len(set(keys))} keys of {len(rows)} texts")
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             if isinstance(error, BlueprintError) and error.__cause__ is not None:  # datasketch is missing
                 raise
             raise FormatError(f"The kept near-duplicates are not valid: {error}. Start anew.") from error
-        for key, row in zip(keys, rows, strict=False):
+        for key, row in zip(keys, rows, strict=True):
             hashes = guard._empty.copy()
             hashes.hashvalues = row.astype(np.uint32)
             guard.add(hashes, key)
-        for key, digest in zip(keys[len(rows) :], digests, strict=True):
-            guard.add(digest, key)
         return guard
 
 

@@ -138,7 +138,7 @@ def test_near_duplicates_refuses_bad_options_and_states(monkeypatch):
     with pytest.raises(BlueprintError, match="Expected a text or"):
         NearDuplicates().is_new([0.5])
     good = NearDuplicates().state()
-    for wrong in ({"threshold": 2}, {"signatures": "AAAA"}, {"signatures": "§"}, {"short": None}, {"short": "AAAA"}):
+    for wrong in ({"threshold": 2}, {"signatures": "AAAA"}, {"signatures": "§"}, {"keys": None}, {"keys": [1]}):
         with pytest.raises(FormatError, match="near-duplicates are not valid"):
             NearDuplicates.from_state(good | wrong)
     with pytest.raises(FormatError, match="near-duplicates are not valid"):
