@@ -91,47 +91,39 @@ def facility_location(points: ArrayLike, count: int) -> np.ndarray:
             f"Facility location takes at most {MAX_FACILITY_POINTS:,} points, got {n:,}. Sample candidates first, or use "
             "k_centre."
         )
-    similarities = _Similarities(matrix)
+    sizes = np.linalg.norm(matrix, axis=1, keepdims=True)
+    unit = (matrix / np.where(sizes > 0, sizes, 1.0)).astype(np.float32)
+    held: np.ndarray | None = None
     covered = np.zeros(n, dtype=np.float32)
-    bounds = similarities.gains(covered, np.arange(n))
+
+    def similarities(candidates: np.ndarray) -> np.ndarray:  # (candidates, n): 1 + cos(x_i, x_j), 1 for a zero point
+        if held is not None:
+            return held[candidates]
+        found = unit[candidates] @ unit.T
+        found += 1
+        return np.maximum(found, 0, out=found)
+
+    def gains(candidates: np.ndarray) -> np.ndarray:  # (candidates,): how much coverage each would add
+        size = max(8, _ELEMENTS // n)
+        parts = (similarities(candidates[i : i + size]) - covered for i in range(0, len(candidates), size))
+        return np.concatenate([part.clip(min=0).sum(axis=1, dtype=float) for part in parts])
+
+    if n <= _HELD_POINTS:
+        held = similarities(np.arange(n))
+    bounds = gains(np.arange(n))
     is_stale = np.zeros(n, dtype=bool)
     chosen = np.empty(count, dtype=np.int64)
     for step in range(count):
         while is_stale[best := int(bounds.argmax())]:
             again = np.argpartition(np.where(is_stale, -bounds, np.inf), min(_AT_ONCE, n) - 1)[:_AT_ONCE]
             again = again[is_stale[again]]
-            bounds[again] = similarities.gains(covered, again)
+            bounds[again] = gains(again)
             is_stale[again] = False
         chosen[step] = best
-        np.maximum(covered, similarities.rows(np.array([best]))[0], out=covered)
+        np.maximum(covered, similarities(np.array([best]))[0], out=covered)
         bounds[best] = -np.inf
         is_stale = np.isfinite(bounds)
     return chosen
-
-
-class _Similarities:
-    """Rows of the matrix 1 + cos(x_i, x_j) in single precision, held or computed when needed; 1 for a zero point."""
-
-    def __init__(self, matrix: np.ndarray):
-        sizes = np.linalg.norm(matrix, axis=1, keepdims=True)
-        self._points = (matrix / np.where(sizes > 0, sizes, 1.0)).astype(np.float32)
-        self._held: np.ndarray | None = None
-        if len(matrix) <= _HELD_POINTS:
-            self._held = self.rows(np.arange(len(matrix)))
-
-    def rows(self, candidates: np.ndarray) -> np.ndarray:
-        """Return similarities of every point to each candidate, (candidates, n), in a new array."""
-        if self._held is not None:
-            return self._held[candidates]
-        found = self._points[candidates] @ self._points.T
-        found += 1
-        return np.maximum(found, 0, out=found)
-
-    def gains(self, covered: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """Return how much coverage each candidate would add, (candidates,)."""
-        size = max(8, _ELEMENTS // len(covered))
-        parts = (self.rows(candidates[i : i + size]) - covered for i in range(0, len(candidates), size))
-        return np.concatenate([np.maximum(part, 0, out=part).sum(axis=1, dtype=float) for part in parts])
 
 
 def _check_points(points: ArrayLike, count: int) -> np.ndarray:
