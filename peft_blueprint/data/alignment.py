@@ -29,7 +29,6 @@ class Target:
         weights: (submodules,) float32, weights of the submodules' inner products.
         norm: of the whole direction under these weights; the noise of few examples makes it too large.
         seed: of the projections, which compare only under the same seed.
-        examples: size of the set.
     """
 
     submodules: tuple[str, ...]
@@ -37,7 +36,6 @@ class Target:
     weights: Tensor
     norm: float
     seed: int
-    examples: int
 
 
 def make_target(
@@ -81,7 +79,7 @@ def make_target(
     if not norm > 0:
         raise MeasurementError("The target's mean gradient is zero, so nothing aligns with it. Give other examples.")
     names = tuple(influence.submodules[row].name for row in rows)
-    return Target(names, directions, weights, norm, influence.seed, influence.examples)
+    return Target(names, directions, weights, norm, influence.seed)
 
 
 def alignment_scores(influence: Influence, target: Target, similarity: Similarity = "cosine") -> np.ndarray:

@@ -185,17 +185,14 @@ def _check_features(features: ArrayLike) -> np.ndarray:
 
 
 def _check_scores(matrix: np.ndarray, scores: np.ndarray, logarithmic: bool, folds: int) -> None:
-    if scores.shape != (len(matrix),):
-        raise BlueprintError(
-            f"scores must have shape ({len(matrix)},), one for each row of features, got {scores.shape}."
-        )
-    if len(scores) < MIN_MEASURED:
-        raise BlueprintError(f"A predictor needs at least {MIN_MEASURED} measured examples, got {len(scores)}.")
-    if not np.isfinite(scores).all():
-        raise BlueprintError(f"scores must be finite; {int((~np.isfinite(scores)).sum())} of {len(scores)} are not.")
-    if logarithmic and (scores <= 0).any():
-        raise BlueprintError(
-            f"scores must be positive, {int((scores <= 0).sum())} of {len(scores)} are not. Use logarithmic=False."
-        )
-    if not 2 <= folds <= len(scores):
-        raise BlueprintError(f"folds must be from 2 to the number of examples, {len(scores)}, got {folds}.")
+    n, infinite, low = len(scores), int((~np.isfinite(scores)).sum()), int((scores <= 0).sum())
+    refusals = (
+        (scores.shape != (len(matrix),), f"scores must have shape ({len(matrix)},), got {scores.shape}."),
+        (n < MIN_MEASURED, f"A predictor needs at least {MIN_MEASURED} measured examples, got {n}."),
+        (infinite, f"scores must be finite; {infinite} of {n} are not."),
+        (logarithmic and low, f"scores must be positive, {low} of {n} are not. Use logarithmic=False."),
+        (not 2 <= folds <= n, f"folds must be from 2 to the number of examples, {n}, got {folds}."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            raise BlueprintError(message)

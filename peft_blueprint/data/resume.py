@@ -1,15 +1,14 @@
-"""Resume work on a long stream: progress in one file, a check that the data are the same, and the k best scores."""
+"""Resume work on a long stream: progress in one file, digests of the data, and the k best scores."""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import heapq
 import io
 import json
 import math
-import operator
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ import numpy as np
 from .._files import replacing, require_writable
 from .._processes import of_first_process
 from ..errors import BlueprintError, FormatError, MismatchError
+
+
+_HEADER = ("settings", "position", "digest", "notes")
 
 
 class Progress:
@@ -36,9 +38,9 @@ class Progress:
         MismatchError: if it was written under other settings.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], writes: bool = True):
+    def __init__(self, path: Path | None = None, settings: Mapping[str, Any] | None = None, writes: bool = True):
         self._path = path
-        self._settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))
         self._writes = writes
         self.position = 0  # number of examples done
         self.digest = ""  # of these examples
@@ -53,9 +55,9 @@ class Progress:
             return
         header, self.arrays = found
         theirs = header["settings"]
-        if theirs != self._settings:
-            keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
-            changes = "; ".join(f"{key} was {theirs.get(key)!r} and is {self._settings.get(key)!r}" for key in keys)
+        if theirs != self.settings:
+            keys = [key for key in {**theirs, **self.settings} if theirs.get(key) != self.settings.get(key)]
+            changes = "; ".join(f"{key} was {theirs.get(key)!r} and is {self.settings.get(key)!r}" for key in keys)
             raise MismatchError(f"{path} holds the state of other work: {changes}. Give another path, or delete it.")
         self.position, self.digest, self.notes = header["position"], header["digest"], header["notes"]
 
@@ -77,12 +79,7 @@ class Progress:
         """
         if self._path is None or not self._writes:
             return
-        header = {
-            "settings": self._settings,
-            "position": self.position,
-            "digest": self.digest,
-            "notes": self.notes,
-        }
+        header = {name: getattr(self, name) for name in _HEADER}
         try:
             text = json.dumps(header).encode()
         except TypeError as error:
@@ -96,50 +93,11 @@ class Progress:
             file.write(content.getbuffer())
 
 
-class StreamCheck:
-    """Check that the examples at some positions of a stream are those of an earlier run.
-
-    Args:
-        positions: of the examples to check.
-        expected: their digest; None to compute it.
-    """
-
-    def __init__(self, positions: Sequence[int], expected: str | None = None):
-        self._awaited = sorted(positions, reverse=True)
-        self._expected = expected
-        self._total = len(self._awaited)
-        self.digest = ""  # of the examples seen so far
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether some of the examples were not seen yet."""
-        return bool(self._awaited)
-
-    def see(self, position: int, example: Any) -> None:
-        """Take the next example of the stream; raise MismatchError after the last awaited one if they differ."""
-        if not self._awaited or position != self._awaited[-1]:
-            return
-        self._awaited.pop()
-        self.digest = extend_digest(self.digest, example)
-        if not self._awaited:
-            self.finish()
-
-    def finish(self) -> None:
-        """Raise MismatchError if an awaited example is missing or has changed."""
-        if self._awaited or self._expected not in (None, self.digest):
-            reason = f"{len(self._awaited)} of them are missing" if self._awaited else "they have changed"
-            raise MismatchError(
-                f"The {self._total} examples that were measured are not those of the kept state: {reason}. Give the "
-                "same data in the same order, or start anew with another keep_state."
-            )
-
-
 class TopK:
     """Keep the `count` highest scores of a stream, each with its position.
 
     Ties go to the earlier position. A position that is offered twice counts once, with its higher score. The result
-    depends only on the scores offered, not on their order or on how often the stream was resumed. Memory is
-    O(count), an offer takes O(log count); raising the score of a kept position takes O(count).
+    depends only on the scores offered, not on their order or on how often the stream was resumed.
 
     Args:
         count: how many to keep, at least 1.
@@ -148,28 +106,31 @@ class TopK:
     def __init__(self, count: int):
         if count < 1:
             raise BlueprintError(f"count must be at least 1, got {count}.")
-        self.count = operator.index(count)
-        self._heap: list[tuple[float, int]] = []  # (score, −position), the worst first
+        self.count = count
+        self._order: list[tuple[float, int]] = []  # (score, −position), the worst first
         self._kept: dict[int, tuple[float, Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._order)
 
     @property
     def next_out(self) -> int | None:
         """Position that the next better one replaces; None while there is room."""
-        return -self._heap[0][1] if len(self._heap) == self.count else None
+        return -self._order[0][1] if len(self) == self.count else None
 
     def would_keep(self, score: float, index: int) -> bool:
         """Whether `offer` would change what is kept.
 
         Raises:
-            BlueprintError: as `offer`.
+            BlueprintError: if the score is not finite or the position negative.
         """
-        score, index = _check_offer(score, index)
+        if not math.isfinite(score):
+            raise BlueprintError(f"The score of element {index} must be finite, got {score}.")
+        if index < 0:
+            raise BlueprintError(f"A position must be at least 0, got {index}.")
         if index in self._kept:
             return score > self._kept[index][0]
-        return len(self._heap) < self.count or (score, -index) > self._heap[0]
+        return len(self) < self.count or (score, -index) > self._order[0]
 
     def offer(self, score: float, index: int, payload: Any = None) -> bool:
         """Keep an element if it is among the best so far, and return whether it is.
@@ -184,14 +145,10 @@ class TopK:
         """
         if not self.would_keep(score, index):
             return False
-        score, index = _check_offer(score, index)
-        if index in self._kept:
-            self.remove(index)
-        if len(self._heap) < self.count:
-            heapq.heappush(self._heap, (score, -index))
-        else:
-            _, worst = heapq.heapreplace(self._heap, (score, -index))
-            del self._kept[-worst]
+        out = index if index in self._kept else self.next_out
+        if out is not None:
+            self.remove(out)
+        bisect.insort(self._order, (score, -index))
         self._kept[index] = (score, payload)
         return True
 
@@ -202,12 +159,11 @@ class TopK:
     def remove(self, index: int) -> None:
         """Forget a kept position and free its place."""
         score, _ = self._kept.pop(index)
-        self._heap.remove((score, -index))
-        heapq.heapify(self._heap)
+        del self._order[bisect.bisect_left(self._order, (score, -index))]
 
     def ranked(self) -> list[tuple[int, float, Any]]:
         """Return (position, score, payload) of all that is kept, best first."""
-        return [(-index, score, self._kept[-index][1]) for score, index in sorted(self._heap, reverse=True)]
+        return [(-index, score, self._kept[-index][1]) for score, index in reversed(self._order)]
 
     def state(self) -> dict[str, Any]:
         """Return the content as JSON-compatible data."""
@@ -234,18 +190,9 @@ class TopK:
 
 
 def extend_digest(before: str, example: Any) -> str:
-    """Return the digest of a stream with one more example."""
+    """Return the digest of a stream with one more example, from the digest before it."""
     text = json.dumps(example, default=repr, sort_keys=True)
     return hashlib.sha256(f"{before}{text}".encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _check_offer(score: float, index: int) -> tuple[float, int]:
-    value, position = float(score), operator.index(index)
-    if not math.isfinite(value):
-        raise BlueprintError(f"The score of element {position} must be finite, got {value}.")
-    if position < 0:
-        raise BlueprintError(f"A position must be at least 0, got {position}.")
-    return value, position
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | BlueprintError | None:
@@ -259,7 +206,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | Blueprin
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
             header = json.loads(found["header"].tobytes())
             arrays = {k.removeprefix("array_"): found[k] for k in found.files if k.startswith("array_")}
-        if {"settings", "position", "digest", "notes"} - set(header):
+        if set(_HEADER) - set(header):
             raise ValueError(f"its header has {sorted(header)}")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         return FormatError(f"{path} is not a state file to resume from: {error}. Give another path, or delete it.")

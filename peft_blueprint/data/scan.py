@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from tqdm.auto import tqdm
 
 from .._processes import process_count
+from .._progress import progress_bar
 from ..errors import BlueprintError, MismatchError
 from .coresets import facility_location, k_centre
 from .examples import Candidate, Example, Pool
 from .options import Method, SelectionOptions
 from .predictor import Predictor, fit_predictor
-from .resume import Progress, StreamCheck, TopK, extend_digest
+from .resume import Progress, TopK, extend_digest
 from .scoring import ExampleScorer, ScoreFunction
 from .text_similarity import NearDuplicates
 
@@ -26,49 +27,24 @@ READ_AHEAD = 1000  # examples of a stream, at least, that the measured ones are 
 _BATCHES = 8  # in a chunk
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Scores of all examples of a pool.
-
-    Args:
-        indices: (n,) positions of the examples with a target.
-        values: (n,) scores, or (n, m) points.
-    """
+class Scores(NamedTuple):
+    """Positions (n,) of the examples with a target, and their scores (n,) or points (n, m)."""
 
     indices: np.ndarray
     values: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Chosen examples.
-
-    Args:
-        indices: positions, best first.
-        scores: of these.
-        duplicates: number of near-duplicates skipped.
-    """
+class Choice(NamedTuple):
+    """Positions of the chosen examples, best first, their scores, and the number of near-duplicates skipped."""
 
     indices: list[int]
     scores: list[float]
-    duplicates: int = 0
+    duplicates: int
 
 
 @dataclass
 class Scan:
-    """A pass over a pool that scores its examples.
-
-    Args:
-        pool: examples to score.
-        scorer: runs the model.
-        progress: state to continue from.
-        options: of the selection.
-        shows_bar: show a progress bar.
-        started: start of this run, by `time.perf_counter`.
-        fallbacks: deviations from the request, in words.
-        predictor: fitted by `learn`.
-        known: scores of examples that need not be scored again, by position.
-    """
+    """A pass over a pool that scores its examples, continued from `progress`."""
 
     pool: Pool
     scorer: ExampleScorer
@@ -76,12 +52,12 @@ class Scan:
     options: SelectionOptions
     shows_bar: bool = True
     started: float = field(default_factory=time.perf_counter)
-    fallbacks: list[str] = field(default_factory=list)
-    predictor: Predictor | None = None
-    known: dict[int, float] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)  # deviations from the request, in words
+    predictor: Predictor | None = None  # fitted by `learn`
+    known: dict[int, float] = field(default_factory=dict)  # by position, scores that need not be computed again
     _ahead: Iterator[tuple[int, Example]] | None = None  # a stream whose first examples were read ahead
     _skipped: dict[int, str] = field(default_factory=dict)  # digest before each example that follows dropped ones
-    _check: StreamCheck | None = None  # of the examples that an earlier run measured, in a stream
+    _expected: dict[int, str] = field(default_factory=dict)  # digests of examples measured by an earlier run
 
     def note(self, text: str) -> None:
         """Record a deviation from the request, once."""
@@ -102,13 +78,10 @@ class Scan:
 
         Returns:
             A function that predicts scores; `score` itself if there are too few examples.
-
-        Raises:
-            MismatchError: if another run measured other examples.
         """
         arrays, notes, small = self.progress.arrays, self.progress.notes, self.options.small
         if "small" in arrays:
-            self._expect_measured(arrays["small"].tolist())
+            self._expected = dict(zip(arrays["small"].tolist(), notes["measured"], strict=True))
         elif self.progress.position:  # an earlier run found too few examples
             return score
         else:
@@ -120,14 +93,11 @@ class Scan:
                 return score
             chosen = sorted(found[:small], key=lambda one: one.index)
             if self.progress.is_kept:
-                check = StreamCheck([one.index for one in chosen])
-                for one in chosen:
-                    check.see(one.index, one.example)
-                notes["measured"] = check.digest
+                notes["measured"] = [extend_digest("", one.example) for one in chosen]
             arrays["small"] = np.array([one.index for one in chosen])
             arrays["small_values"] = self._score_chunks(score, chosen)
             arrays["small_features"] = self._score_chunks(featurize, chosen)
-            self._save(lambda: None)
+            self._save()
         values, features = arrays["small_values"], arrays["small_features"]
         if logarithmic:
             values = values.clip(min=1e-6 * (float(np.median(values)) or 1.0))
@@ -151,20 +121,17 @@ class Scan:
             BlueprintError: if none has a target.
         """
         arrays = self.progress.arrays
-        indices = [arrays["indices"]] if "indices" in arrays else []
-        values = [arrays["values"]] if "values" in arrays else []
-
-        def take(candidates: Sequence[Candidate], found: np.ndarray) -> None:
-            indices.append(np.array([one.index for one in candidates]))
-            values.append(found)
+        parts = [(arrays["indices"], arrays["values"])] if "indices" in arrays else []
 
         def keep() -> None:
-            if indices:
-                indices[:], values[:] = [np.concatenate(indices)], [np.concatenate(values)]
-                arrays["indices"], arrays["values"] = indices[0], values[0]
+            if parts:
+                parts[:] = [tuple(np.concatenate(column) for column in zip(*parts, strict=True))]
+                arrays["indices"], arrays["values"] = parts[0]
 
-        self.run(score, take, keep)
-        return Scores(np.concatenate(indices), np.concatenate(values))
+        for candidates, found in self.run(score, keep):
+            parts.append((np.array([one.index for one in candidates]), found))
+        keep()
+        return Scores(arrays["indices"], arrays["values"])
 
     def choose_from_stream(self, score: ScoreFunction, sign: int, count: int) -> tuple[Choice, list[Example]]:
         """Choose the best of a stream, in memory that grows with `count` alone; return their examples too.
@@ -182,30 +149,31 @@ class Scan:
         guard = NearDuplicates() if guard is None and self.options.deduplicate else guard
         notes.setdefault("duplicates", 0)
 
-        def take(candidates: Sequence[Candidate], found: np.ndarray) -> None:
-            for one, value in zip(candidates, (sign * found).tolist(), strict=True):
-                if not best.would_keep(value, one.index):
-                    continue
-                if guard is not None:
-                    fingerprint = guard.fingerprint(one.text)
-                    similar = guard.find_similar(fingerprint)
-                    notes["duplicates"] += len(similar)
-                    if any(best.score_of(other) >= value for other in similar):
-                        continue
-                    for other in similar:
-                        best.remove(other)
-                        guard.remove(other)
-                    if best.next_out is not None:
-                        guard.remove(best.next_out)
-                    guard.add(fingerprint, one.index)
-                best.offer(value, one.index, dict(one.example))
-
         def keep() -> None:
             notes["best"] = best.state()
             if guard is not None:
                 notes["guard"] = guard.state()
 
-        self.run(score, take, keep)
+        def offer(value: float, one: Candidate) -> None:
+            if not best.would_keep(value, one.index):
+                return
+            if guard is not None:
+                fingerprint = guard.fingerprint(one.text)
+                similar = guard.find_similar(fingerprint)
+                notes["duplicates"] += len(similar)
+                if any(best.score_of(other) >= value for other in similar):
+                    return
+                for other in similar:
+                    best.remove(other)
+                    guard.remove(other)
+                if best.next_out is not None:
+                    guard.remove(best.next_out)
+                guard.add(fingerprint, one.index)
+            best.offer(value, one.index, dict(one.example))
+
+        for candidates, found in self.run(score, keep):
+            for one, value in zip(candidates, (sign * found).tolist(), strict=True):
+                offer(value, one)
         ranked = best.ranked()
         choice = Choice([index for index, _, _ in ranked], [sign * s for _, s, _ in ranked], notes["duplicates"])
         return choice, [example for _, _, example in sorted(ranked, key=lambda one: one[0])]
@@ -215,17 +183,16 @@ class Scan:
         guard = NearDuplicates() if self.options.deduplicate else None
         if method.coreset is not None:
             return self._choose_coreset(scores, method.coreset, count, guard)
-        choice, duplicates = Choice([], []), 0
+        chosen: list[int] = []
+        duplicates = 0
         for i in np.lexsort((scores.indices, -method.sign * scores.values)).tolist():
-            if len(choice.indices) == count:
+            if len(chosen) == count:
                 break
-            index = int(scores.indices[i])
-            if guard is not None and not guard.is_new(self.candidate(index).text):
+            if guard is None or guard.is_new(self.candidate(int(scores.indices[i])).text):
+                chosen.append(i)
+            else:
                 duplicates += 1
-                continue
-            choice.indices.append(index)
-            choice.scores.append(float(scores.values[i]))
-        return Choice(choice.indices, choice.scores, duplicates)
+        return Choice(scores.indices[chosen].tolist(), scores.values[chosen].tolist(), duplicates)
 
     def candidate(self, index: int) -> Candidate:
         """Return one of the examples that were scored."""
@@ -234,18 +201,17 @@ class Scan:
         return found
 
     def run(
-        self, score: ScoreFunction, take: Callable[[Sequence[Candidate], np.ndarray], None], keep: Callable[[], None]
-    ) -> None:
-        """Score all examples from where the progress stands.
+        self, score: ScoreFunction, keep: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Sequence[Candidate], np.ndarray]]:
+        """Iterate over chunks of candidates and their scores, from where the progress stands.
 
         Args:
             score: see `ExampleScorer.distribute`.
-            take: called with each chunk of candidates and its scores.
             keep: called before the progress is saved, to put the results so far into it.
 
         Raises:
             BlueprintError: if no example has a target.
-            MismatchError: if the examples before the progress's position have changed.
+            MismatchError: if examples of an earlier run have changed or are missing.
         """
         progress, notes = self.progress, self.progress.notes
         notes.setdefault("without_targets", 0)
@@ -254,11 +220,13 @@ class Scan:
         is_quiet = not self.shows_bar or (process_count() > 1 and dist.get_rank() > 0)
         chunk: list[Candidate] = []
         seen = 0
-        with tqdm(total=self.pool.length, initial=start, unit="example", desc="Scoring", disable=is_quiet) as bar:
+        with progress_bar(
+            show=not is_quiet, total=self.pool.length, initial=start, unit="example", desc="Scoring"
+        ) as bar:
             for index, example in self.pool if self._ahead is None else self._ahead:
                 seen = index + 1
-                if self._check is not None:
-                    self._check.see(index, example)
+                if index in self._expected and self._expected.pop(index) != extend_digest("", example):
+                    raise self._other_measured(f"example {index} has changed")
                 if index in self._skipped:
                     notes["without_targets"] += index - progress.position
                     bar.update(index - progress.position)
@@ -280,20 +248,20 @@ class Scan:
                     notes["tokens"] += len(one.row["input_ids"])
                 bar.update()
                 if len(chunk) >= self._chunk_size:
-                    take(chunk, self._score_unknown(score, chunk))
+                    yield chunk, self._score_unknown(score, chunk)
                     chunk = []
-                    is_checked = self._check is None or not self._check.is_waiting
-                    if is_checked and progress.position - saved >= self.options.state_every:
-                        saved = self._save(keep)
+                    if not self._expected and progress.position - saved >= self.options.state_every:
+                        self._save(keep)
+                        saved = progress.position
             if chunk:
-                take(chunk, self._score_unknown(score, chunk))
+                yield chunk, self._score_unknown(score, chunk)
         if seen < start:
             raise MismatchError(
                 f"The kept state covers {start} examples, and the data has only {seen}. Give the same data in the same "
                 "order, or start anew with another keep_state."
             )
-        if self._check is not None:
-            self._check.finish()
+        if self._expected:
+            raise self._other_measured(f"{len(self._expected)} of them are missing")
         self._save(keep)
         if progress.position == notes["without_targets"]:
             raise BlueprintError(
@@ -350,14 +318,11 @@ class Scan:
         self._ahead = chain(kept, stream)
         return usable, read
 
-    def _expect_measured(self, positions: Sequence[int]) -> None:
-        """Check that the data has the examples that an earlier run measured; in a stream while it is read."""
-        check = StreamCheck(positions, self.progress.notes.get("measured"))
-        if self.pool.is_stream:
-            self._check = check
-            return
-        for index in positions:
-            check.see(index, self.pool[index])
+    def _other_measured(self, reason: str) -> MismatchError:
+        return MismatchError(
+            f"The {len(self.progress.arrays['small'])} examples that were measured are not those of the kept state: "
+            f"{reason}. Give the same data in the same order, or start anew with another keep_state."
+        )
 
     @property
     def _chunk_size(self) -> int:
@@ -373,7 +338,7 @@ class Scan:
         found = iter(self.scorer.distribute(score, unknown)) if unknown else iter(())
         return np.array([self.known[one.index] if one.index in self.known else next(found) for one in chunk])
 
-    def _save(self, keep: Callable[[], None]) -> int:
+    def _save(self, keep: Callable[[], None] = lambda: None) -> None:
         if self.progress.is_kept:
             keep()
             self.progress.notes["fallbacks"] = self.fallbacks
@@ -381,4 +346,3 @@ class Scan:
             seconds = cost.seconds + time.perf_counter() - self.started
             self.progress.notes["cost"] = [cost.forward_tokens, cost.measured_tokens, seconds]
             self.progress.save()
-        return self.progress.position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Cost:
         measured_tokens: positions of a measurement's forward and backward passes.
         trained_tokens: positions of training steps between two choices.
         parameters: that multiply each token in a forward pass.
-        backward: those of them that a backward pass runs through, down to the first submodule that counts.
+        backward_parameters: those of them that a backward pass runs through, down to the first submodule that counts.
         seconds: wall-clock time.
     """
 
@@ -40,7 +40,7 @@ class Cost:
     measured_tokens: int = 0
     trained_tokens: int = 0
     parameters: int = 0
-    backward: int = 0
+    backward_parameters: int = 0
     seconds: float = 0.0
 
     @property
@@ -57,19 +57,11 @@ class Cost:
 
     def backward_flops(self, tokens: int) -> int:
         """Return the FLOPs of a forward and backward pass over this many positions."""
-        return 2 * (self.parameters + self.backward) * tokens
+        return 2 * (self.parameters + self.backward_parameters) * tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-compatible data."""
-        return {
-            "seconds": self.seconds,
-            "forward_tokens": self.forward_tokens,
-            "measured_tokens": self.measured_tokens,
-            "trained_tokens": self.trained_tokens,
-            "parameters": self.parameters,
-            "backward_parameters": self.backward,
-            "flops": self.flops,
-        }
+        return asdict(self) | {"flops": self.flops}
 
 
 @dataclass

@@ -219,7 +219,7 @@ def select_examples(
         if rank == 0:  # the tokens of all processes, counted once
             scorer.cost.forward_tokens, scorer.cost.measured_tokens = tokens
     if model is not None:
-        scorer.cost.parameters, scorer.cost.backward = parameters_per_token(model, names)
+        scorer.cost.parameters, scorer.cost.backward_parameters = parameters_per_token(model, names)
     before = scorer.cost.seconds
     scores, rows = None, None
     if pool.is_stream:
@@ -227,12 +227,14 @@ def select_examples(
         rows = tuple(examples)
     elif options.method == ITERATIVE:
         scores, choice = _choose_iteratively(scan, method, targets, count, train)
-    elif method.measure == "bm25":
-        scores = _score_by_words(scan, targets)
-        choice = scan.choose(scores, method, count)
     else:
-        scores = scan.score_all(_build_score(scan, method, targets))
+        by_words = method.measure == "bm25"
+        scores = _score_by_words(scan, targets) if by_words else scan.score_all(_build_score(scan, method, targets))
         choice = scan.choose(scores, method, count)
+    all_scores = None
+    if scores is not None and scores.values.ndim == 1:  # not a coreset's points
+        all_scores = np.full(pool.length or 0, np.nan)
+        all_scores[scores.indices] = scores.values
     scorer.cost.seconds = before + time.perf_counter() - start
     if len(choice.indices) < count:
         scan.note(_shortfall(count, choice, scan))
@@ -246,7 +248,7 @@ def select_examples(
         settings=settings,
         report=_report(scan, choice),
         fallbacks=tuple(scan.fallbacks),
-        all_scores=None if scores is None else _scores_of_all(scores, pool.length),
+        all_scores=all_scores,
         rows=rows,
     )
 
@@ -282,16 +284,14 @@ def _measure_target(scan: Scan, targets: Sequence[Candidate]) -> Target:
     if "target" not in arrays:
         influence = scorer.influence(targets, projections=True)
         found = make_target(influence, scorer.submodules, scan.options.precondition)
-        arrays["target"], arrays["target_weights"] = found.directions.numpy(), found.weights.numpy()
-        arrays["target_norm"] = np.array(found.norm)
-        arrays["target_rows"] = np.array(found.submodules)
+        arrays |= {"target": found.directions.numpy(), "target_weights": found.weights.numpy()}
+        arrays |= {"target_norm": np.array(found.norm), "target_rows": np.array(found.submodules)}
     return Target(
         submodules=tuple(arrays["target_rows"].tolist()),
         directions=torch.from_numpy(arrays["target"]),
         weights=torch.from_numpy(arrays["target_weights"]),
         norm=float(arrays["target_norm"]),
         seed=scorer.seed,
-        examples=len(targets),
     )
 
 
@@ -305,15 +305,14 @@ def _choose_iteratively(
     """
     scorer, options = scan.scorer, scan.options
     model = scorer.model
-    if train is None:
-        context: Any = temporary_adapters(model, scorer.submodules, options.seed)
-    else:
-        context = restore_afterwards(model)
-    with context as trained:
-        scorer.model = model if trained is None else trained
+    # the `with` holds the only reference, so that an interrupt on its way out still ends it
+    with (
+        temporary_adapters(model, scorer.submodules, options.seed) if train is None else restore_afterwards(model)
+    ) as trained:
+        scorer.model = trained or model
         try:
             for step in range(options.iterations):
-                scan.progress, scan.known = Progress(None, {}), {}
+                scan.progress, scan.known = Progress(), {}
                 scores = scan.score_all(_build_score(scan, method, targets))
                 choice = scan.choose(scores, method, count)
                 if step == options.iterations - 1:
@@ -339,8 +338,7 @@ def _choose_iteratively(
 
 def _score_by_words(scan: Scan, targets: Sequence[Candidate]) -> Scores:
     """Score every example by BM25 against the target's texts, or token ids where either came encoded."""
-    found: list[Candidate] = []
-    scan.run(count_targets, lambda candidates, _: found.extend(candidates), lambda: None)
+    found = [one for candidates, _ in scan.run(count_targets) for one in candidates]
     are_texts = all(isinstance(one.text, str) for one in (*found, *targets))
     queries, documents = ([c.text if are_texts else c.row["input_ids"] for c in part] for part in (targets, found))
     scores = bm25(queries, documents)
@@ -452,7 +450,7 @@ def _open_state(
 ) -> Progress:
     """Open the kept state, whose settings say what must be the same for the work to be continued."""
     if options.keep_state is None:
-        return Progress(None, {})
+        return Progress()
     digest = ""
     for one in targets:
         digest = extend_digest(digest, one.row)
@@ -485,15 +483,6 @@ def _pad_token_id(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | 
     return getattr(config, "pad_token_id", None) or 0
 
 
-def _scores_of_all(scores: Scores, length: int | None) -> np.ndarray | None:
-    """Return a score for each position, NaN without a target; None for a coreset's points."""
-    if scores.values.ndim != 1:
-        return None
-    found = np.full(length or 0, np.nan)
-    found[scores.indices] = scores.values
-    return found
-
-
 def _report(scan: Scan, choice: Choice) -> dict[str, Any]:
     notes, examples = scan.progress.notes, scan.progress.position
     cost = scan.scorer.total_cost()
@@ -511,10 +500,8 @@ def _report(scan: Scan, choice: Choice) -> dict[str, Any]:
 
 
 def _shortfall(count: int, choice: Choice, scan: Scan) -> str:
-    text = (
-        f"{len(choice.indices)} examples were chosen instead of {count}: {scan.progress.notes['without_targets']} of "
-    )
-    text += f"{scan.progress.position} have no target"
+    missing = f"{scan.progress.notes['without_targets']} of {scan.progress.position} have no target"
+    text = f"{len(choice.indices)} examples were chosen instead of {count}: {missing}"
     return text + (f" and {choice.duplicates} are near-duplicates of others" if choice.duplicates else "")
 
 

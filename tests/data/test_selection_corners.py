@@ -50,7 +50,7 @@ def test_a_stream_is_read_ahead_until_enough_examples_have_targets(tmp_path, kep
     again = choose(iter(rows), **options)
     assert (again.indices, again.fallbacks, again.report["usable"]) == (found.indices, found.fallbacks, 40)
     scorer = ExampleScorer(model(), None, 4, 0, 0, None)
-    scan = Scan(Pool(iter(rows)), scorer, Progress(None, {}), SelectionOptions(small=20))
+    scan = Scan(Pool(iter(rows)), scorer, Progress(), SelectionOptions(small=20))
     scan._read_ahead()
     assert len(list(zip(scan._ahead, range(30), strict=False))) == 30 and scan._skipped
     with pytest.raises(BlueprintError, match="None of 1100 examples has a target"):
