@@ -572,19 +572,16 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Rows and columns chosen for each other.
-
-    Args:
-        rows: sorted positions.
-        columns: sorted positions.
-        total: sum of the entries where they meet.
-        history: total after the first step and after each step that raised it.
-    """
+    """Sorted positions of rows and columns chosen for each other, and the total where they meet after each step."""
 
     rows: np.ndarray
     columns: np.ndarray
-    total: float
     history: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Sum of the entries where they meet."""
+        return self.history[-1]
 
 
 def alternate(
@@ -599,13 +596,7 @@ def alternate(
     With f(S, D) = Σ_{i∈S, j∈D} T_ij, the rows' sums over a fixed D are their scores, and the rows of the largest scores
     maximise f. Under a budget of cost the greedy choice may be worse than the present one, which then stays. A step is
     taken only if it raises f by more than rounding, so the alternation ends, at a local maximum: start from several.
-
-    Args:
-        matrix: T, (n, m).
-        rows: budget of n.
-        columns: budget of m.
-        chosen_columns: positions to start from.
-        chosen_rows: positions to start from; the best for these columns if they are better, or by default.
+    `chosen_rows` are only taken if the best rows for `chosen_columns` are no better.
     """
     scores = matrix[:, chosen_columns].sum(axis=1)
     picks = [rows.choose(scores)] if chosen_rows is None else [chosen_rows, rows.choose(scores)]
@@ -623,7 +614,7 @@ def alternate(
             break
         else:
             unchanged = 1
-    return Pair(np.sort(pair[0]), np.sort(pair[1]), history[-1], tuple(history))
+    return Pair(np.sort(pair[0]), np.sort(pair[1]), tuple(history))
 
 
 def search_pairs(matrix: np.ndarray, rows: Budget, columns: Budget, starts: int = 8, seed: int = 0) -> dict[str, Pair]:
