@@ -61,11 +61,8 @@ def targets(
         for name in placement.lora
     ]
     chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
-    title = (
-        f"{len(placement.lora)} adapters and {len(placement.unfreeze)} unfrozen modules of {placement.candidates} "
-        f"by {placement.rank_by}, spread over {placement.coverage}"
-    )
-    output.answer(placement.to_dict(), chosen, [*placement.lora, *placement.unfreeze], title)
+    bare = [*placement.lora, *placement.unfreeze]
+    output.answer(placement.to_dict(), chosen, bare, f"{placement.model_id}: {placement.summary()}")
 
 
 @verb(
@@ -117,7 +114,7 @@ def plan(
         measure.empty_model(model),
         replace(options, budget=limits or None),
         workload=workload,
-        quantizations=(None, "nf4") if quantization is None else (None if quantization == "none" else quantization,),
+        quantizations=None if quantization is None else (None if quantization == "none" else quantization,),
         checkpointings=(False, True) if checkpointing is None else (checkpointing,),
     )
     placement = place.recommend_setting(settings).placement
@@ -168,7 +165,7 @@ def _facts(placement: Placement, name: str) -> dict[str, Any]:
         "kind": known.get("kind"),
         "layer": known.get("depth"),
         placement.rank_by: known.get("score"),
-        **({"rank": placement.ranks[name]} if name in placement.ranks else {}),
+        "rank": placement.ranks.get(name, placement.rank or place.DEFAULT_RANK),
         **({"k* rank": known["k_star_rank"]} if "k_star_rank" in known else {}),
     }
 
@@ -183,7 +180,7 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
             "memory": place.format_cost("memory", placement.cost["memory"]),
             "lowest layer": placement.cost.get("lowest"),
             "step time": round(setting.time or 0.0, 3),
-            "gain retained": f"{placement.gain_retained:.0%}",
+            "gain retained": f"{placement.gain_retained:.0%}" if placement.is_gain_measured else "not measured",
         }
     )
     return {

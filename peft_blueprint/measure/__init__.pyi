@@ -19,6 +19,7 @@ from .concentration import normalize_within as normalize_within
 from .concentration import tail_report as tail_report
 from .generate import generate_blueprint as generate_blueprint
 from .generate import versions as versions
+from .hooks import disable_dropout as disable_dropout
 from .hooks import measurement_mode as measurement_mode
 from .influence import Influence as Influence
 from .influence import joined_digest as joined_digest

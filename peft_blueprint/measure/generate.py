@@ -219,6 +219,9 @@ def _with_weights(
     completed = []
     for i, entry in enumerate(entries):
         rows = _row_norms(weights[entry.name])
+        if rows is None:
+            completed.append(entry)
+            continue
         entry = replace(entry, weight_norm=float(np.linalg.norm(rows)))
         if gradient_rows and entry.form in ADAPTABLE:
             entry = replace(entry, weight_gradient=weight_gradient(rows, gradient_rows[i].double().numpy()))
@@ -227,9 +230,15 @@ def _with_weights(
 
 
 @torch.no_grad()
-def _row_norms(weight: Weight) -> np.ndarray:
-    """Return the norms of a (dequantized) weight's rows, (d_out,); all leading dimensions are rows, as in a gradient."""
-    values = dequantized_weight(weight.module, weight.parameter).float()
+def _row_norms(weight: Weight) -> np.ndarray | None:
+    """Return the norms of a weight's rows, (d_out,), or None if it cannot be dequantized.
+
+    All leading dimensions are rows, as in a gradient.
+    """
+    found = dequantized_weight(weight.module, weight.parameter)
+    if found is None:
+        return None
+    values = found.float()
     if weight.is_transposed or (weight.form == "linear" and is_conv1d(weight.module)):
         values = values.mT
     rows = values.flatten(0, -2) if values.dim() > 1 else values[:, None]

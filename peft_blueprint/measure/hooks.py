@@ -175,6 +175,8 @@ def disable_dropout(module: nn.Module) -> None:
     if isinstance(getattr(module, "config", None), PreTrainedConfig):  # a copy, because modules share it
         module.config = copy.copy(module.config)
         holders.append(module.config)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        module.p = 0.0
     for holder in holders:
         for key in [key for key, value in vars(holder).items() if "drop" in key and isinstance(value, float)]:
             setattr(holder, key, 0.0)

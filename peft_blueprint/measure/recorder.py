@@ -33,6 +33,8 @@ class Recorder:
         self.method = options.method
         self.sketch_size = options.sketch_size
         self.seed = options.seed
+        self.called: set[int] = set()  # submodules whose layers were called since this was last cleared
+        self.refused: dict[int, str] = {}  # reasons for submodules that turned out not to be measurable
         self.repeated: set[int] = set()  # submodules called several times in a pass: their gradients are summed
         self.is_mixed = False  # the rows of a layer do not say which example they belong to
         self._example_first: set[int] = set()  # layers known to take (examples, tokens, features)
@@ -136,7 +138,8 @@ class Recorder:
         reason = (
             "no gradient reached it: the loss does not depend on its output, or the model reads it without calling it"
         )
-        return {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
+        unreached = {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
+        return unreached | self.refused
 
     def sketch(self, index: int) -> Tensor:
         """Return the sketch summed over all examples, (d_out, s)."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.peft_types import register_peft_method
 from torch import nn
@@ -33,6 +36,13 @@ from .trainer_configs import lora_settings, whole_if_exact
 SIDECAR = "blueprint_config.json"
 # PEFT's adapters on parameters, which fused experts need, support none of these
 _NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+# fields by which PEFT leaves modules out; it ignores some of them where targets are full names
+_NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+# fields that a settled config's placement tells, or that PEFT fills in
+_SETTLED = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_version")
+_DECOMPOSING = ("pissa", "olora", "corda", "mica", "eva", "loftq")  # initialisations by a weight's singular vectors
+_DIGEST = "sha256:"
+_LONGEST_SHOWN = 300  # characters of a field in a representation
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -66,12 +76,15 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
     Has the fields of `PlacementOptions` and of `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`, …). The targets
     are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are checked
     against the model. A budget, and a blueprint of groups or layers, are settled on the model. Fused experts become
-    `target_parameters`, linear layers `target_modules`.
+    `target_parameters`, linear layers `target_modules`. The planner is not offered what `exclude_modules`,
+    `layers_to_transform` or `modules_to_save` leave out. Once the config is settled, `blueprint` is the digest of an
+    object that was given, so that a log of the config stays short; `record` is the blueprint.
 
     **Rank and scaling.** `lora_alpha / r` is the scaling as for LoRA on every linear layer, and each adapter keeps it
     whatever its rank becomes. Once settled, `r` is the rank of the adapters (the largest, where they differ) and
     `lora_alpha` follows. If `r` is left out, it counts as 16, or as the rank of a `placement` that is given; if
-    `lora_alpha` is left out as well, the scaling is 1, as in `LoraConfig`'s defaults.
+    `lora_alpha` is left out as well, the scaling is 1, as in `LoraConfig`'s defaults. `rank_pattern` and
+    `alpha_pattern` work with `ranks="uniform"`, where no budget depends on the ranks.
 
     Args:
         blueprint (`Blueprint | str | dict`, *optional*):
@@ -109,26 +122,45 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
 
     def __post_init__(self) -> None:
         PlacementOptions.__post_init__(self)
+        is_copy = self.peft_type == PeftType.LORA  # of a settled config, by `dataclasses.replace`
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
+        if self.layer_replication is not None:
+            raise PlacementError(
+                f"layer_replication={self.layer_replication} renumbers the layers that a placement names. Replicate the "
+                "model's layers first and measure that model, or use LoraConfig."
+            )
         record = self._read() if self.placement is None else None
-        for name in ("target_modules", "target_parameters"):
-            if self.placement is None and getattr(self, name) is not None:
-                raise PlacementError(
-                    f"{name}={getattr(self, name)} and a blueprint both say what to adapt: leave {name} out, or use "
-                    "LoraConfig."
-                )
-        if self.placement is not None and self.target_modules is not None:
-            # PEFT copies configs with other targets (add_weighted_adapter), which the placement no longer describes
-            modules, parameters = _targets(self.placement)
-            if not (_matches(self.target_modules, modules) and _matches(self.target_parameters, parameters)):
-                self.placement = None
-        elif self.placement is not None:
+        if self.placement is None:
+            for name in ("target_modules", "target_parameters"):
+                if getattr(self, name) is not None:
+                    self._refuse_targets(name, "a blueprint")
+            if record is not None and record.level == "submodule" and self.budget is None:
+                self._apply(self._plan(record))  # a budget is settled on the model, which tells the workload
+        elif self.target_modules is None and self.target_parameters is None:
             self._apply(self.placement, is_given=True)
-        elif record is not None and record.level == "submodule" and self.budget is None:
-            self._apply(self._plan(record))  # a budget is settled on the model, which tells the workload
+        elif not self._is_as_placed(self.placement):
+            if not is_copy:
+                name = "target_parameters" if self.target_modules is None else "target_modules"
+                self._refuse_targets(name, "a placement")
+            self.placement = None  # PEFT copies configs with other targets (add_weighted_adapter)
         LoraConfig.__post_init__(self)
         self.peft_type = PeftType.LORA
+
+    def __repr__(self) -> str:
+        """Show what differs from the defaults, and of the targets only the placement's summary."""
+        shown = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if value is not None and value != default and not (self.placement is not None and f.name in _SETTLED):
+                shown[f.name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
+
+    @property
+    def record(self) -> Blueprint | None:
+        """The blueprint as an object; None if only a placement is known."""
+        return self._read()
 
     @property
     def selection(self) -> tuple[str, ...]:
@@ -150,24 +182,27 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
             assert record is not None
             self._apply(self._plan(record, model))
         if isinstance(self.placement, Placement):
-            if self.blueprint is not None:
-                record = self._read()
-                assert record is not None
+            if (record := self._read()) is not None:
                 check_fits(record.expand(find_submodules(model)), model)
-            _check_placement(self.placement, model)
+            _check_placement(self.placement, model, self)
+            self._check_initialization(self.placement, model)
         return self
 
     def to_lora_config(self) -> LoraConfig:
         """Return a plain `LoraConfig` for the same adapter, with full names as targets."""
         values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
-        if isinstance(self.placement, Placement) and self.placement.lora:
+        if isinstance(self.placement, Placement) and self.placement.lora and self._is_as_placed(self.placement):
             # PEFT abbreviates the live config's targets to suffixes that are right only for a model of this depth
             values["target_modules"] = sorted(self.placement.target_modules)
             values["target_parameters"] = sorted(self.placement.target_parameters) or None
         return LoraConfig(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe: `peft_type` BLUEPRINT, and the blueprint as it was given or as a JSON object."""
+        """Return a JSON object that makes the same config: `peft_type` BLUEPRINT, the placement, the blueprint's digest.
+
+        A blueprint that was given by its file or repository keeps that name; before the config is settled the blueprint
+        is included whole.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LoraConfig.__dataclass_fields__}
         if isinstance(self.blueprint, Blueprint):
             own["blueprint"] = to_dict(self.blueprint)
@@ -197,30 +232,89 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
                 saved[key] = sorted(saved[key])  # PEFT writes sets in the order of their hashes
         write_atomically(path, json.dumps(saved, indent=2, sort_keys=True))
         recipe = {key: sorted(v) if isinstance(v, set) else v for key, v in self.to_dict().items()}
+        if (record := self._read()) is not None and record.digest == self.blueprint:
+            recipe["blueprint"] = to_dict(record)
         write_atomically(folder / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True))
 
     def _read(self) -> Blueprint | None:
-        """Return the blueprint, which is read once."""
-        if self.blueprint is None:
-            if self.placement is None and self.target_modules is None:
-                raise PlacementError(
-                    "BlueprintConfig needs a blueprint (an object, file, folder or Hub id) or a placement."
-                )
-            return None
+        """Return the blueprint, which is read once; None where the targets are known without it."""
         if isinstance(self.blueprint, Blueprint):
             return self.blueprint
-        if "_record" not in vars(self):
-            self._record = (
-                from_dict(self.blueprint)
-                if isinstance(self.blueprint, dict)
-                else Blueprint.from_pretrained(self.blueprint)
-            )
+        if "_record" in vars(self):
+            return self._record
+        is_digest = isinstance(self.blueprint, str) and self.blueprint.startswith(_DIGEST)
+        if self.blueprint is None or is_digest:
+            if self.placement is None and self.target_modules is None:
+                given = f", got {self.blueprint!r}, which is the digest of one" if is_digest else ""
+                raise PlacementError(
+                    f"BlueprintConfig needs a blueprint (an object, file, folder or Hub id) or a placement{given}."
+                )
+            return None
+        given_as = self.blueprint
+        self._record = from_dict(given_as) if isinstance(given_as, dict) else Blueprint.from_pretrained(given_as)
         return self._record
+
+    def _refuse_targets(self, name: str, other: str) -> None:
+        raise PlacementError(
+            f"{name}={getattr(self, name)} and {other} both say what to adapt: leave {name} out, or use LoraConfig."
+        )
+
+    def _is_as_placed(self, placement: Placement) -> bool:
+        """Whether the targets are the placement's; PEFT's EVA takes some away."""
+        modules, parameters = _targets(placement)
+        return _matches(self.target_modules, modules) and _matches(self.target_parameters, parameters)
 
     def _plan(self, record: Blueprint, model: nn.Module | None = None) -> Placement:
         workload = workload_of(model, **self.workload) if isinstance(self.workload, Mapping) else self.workload
         options = PlacementOptions(**{f.name: getattr(self, f.name) for f in fields(PlacementOptions)})
+        if model is not None:
+            record = record.expand(find_submodules(model))
+        left = set(self._left_by_fields(record.names))
+        if self.mode == "unfreeze":  # a block is trained whole or not at all
+            broken = {entry.group for entry in record if entry.group and entry.name not in left}
+            left -= {entry.name for entry in record if entry.group in broken}
+        if len(left) == len(record):
+            return plan_placement(record, model, options, workload=workload)
+        if not left:
+            raise PlacementError(
+                f"{self._narrowing()} leave none of the {len(record)} entries of the blueprint of {record.model_id!r} "
+                f"({format_names(record.names)}). Leave out less."
+            )
+        record = replace(record, submodules=tuple(entry for entry in record if entry.name in left), model_digest=None)
         return plan_placement(record, model, options, workload=workload)
+
+    def _narrowing(self) -> str:
+        return " and ".join(f"{name}={value}" for name in _NARROWING if (value := getattr(self, name)) is not None)
+
+    def _left_by_fields(self, names: Sequence[str]) -> list[str]:
+        """Return the names that `exclude_modules`, `layers_to_transform` and `modules_to_save` leave, by PEFT's rules."""
+        rules = {name: value for name in _NARROWING if (value := getattr(self, name)) is not None}
+        if not rules:
+            return list(names)
+        endings = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in names}), **rules)
+        return [name for name in names if check_target_module_exists(endings, name)]
+
+    def _check_initialization(self, placement: Placement, model: nn.Module) -> None:
+        """Raise unless `init_lora_weights` can start adapters of these ranks on these weights."""
+        how = str(self.init_lora_weights)
+        ranks = {name: placement.ranks.get(name, self.r) for name in placement.target_modules}
+        if how == "orthogonal" and (odd := [name for name, rank in ranks.items() if rank % 2]):
+            raise PlacementError(
+                f"init_lora_weights='orthogonal' needs even ranks, got {sorted({ranks[name] for name in odd})} for "
+                f"{format_names(odd)}. Choose an even r and ranks='uniform'."
+            )
+        if how == "eva" and len(set(ranks.values())) > 1:
+            raise PlacementError(
+                f"init_lora_weights='eva' distributes ranks itself and starts from one, got "
+                f"{sorted(set(ranks.values()))}. Set ranks='uniform'."
+            )
+        if how.startswith(_DECOMPOSING):
+            full = {weight.name: min(weight.shape[-2:]) for weight in find_weights(model) if weight.name in ranks}
+            if above := [name for name, most in full.items() if ranks[name] > most]:
+                raise PlacementError(
+                    f"init_lora_weights={how!r} takes a weight's singular vectors, of which {format_names(above)} have "
+                    f"{min(full[name] for name in above)} or more, got rank {max(ranks[name] for name in above)}. Lower r."
+                )
 
     def _apply(self, placement: Placement, is_given: bool = False) -> None:
         for name in _NOT_FOR_PARAMETERS:
@@ -231,9 +325,20 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
                     f"and {len(placement.target_parameters)} are placed: {format_names(placement.target_parameters)}. Set "
                     f"{name}={default}, or place linear layers only."
                 )
+        names = (*placement.lora, *(name for name in placement.unfreeze if name not in (self.modules_to_save or ())))
+        if is_given and (out := set(names) - set(self._left_by_fields(names))):
+            raise PlacementError(
+                f"{self._narrowing()} leave out {format_names(sorted(out))} of the placement for "
+                f"{placement.model_id!r}. Plan it again with BlueprintConfig(blueprint=…), or leave that field out."
+            )
         self.placement = placement
         self.target_modules, self.target_parameters = _targets(placement)
+        self.layers_to_transform = self.layers_pattern = None  # the full names meet them
         self._apply_ranks(placement, is_given)
+        if isinstance(self.blueprint, Blueprint | dict):
+            record = self._read()
+            assert record is not None
+            self._record, self.blueprint = record, record.digest
         if placement.unfreeze:
             already = self.modules_to_save or []
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
@@ -255,6 +360,14 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
                     f"with r={self.r}, or leave r out."
                 )
             rank = reference
+        limits = sorted({"memory", "time", "parameters"} & placement.selector.keys())
+        patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(self, name)]
+        if patterns and (placement.ranks or rank != reference or limits):
+            reason = f"a limit on {' and '.join(limits)}" if limits else f"ranks of its own, up to {rank}"
+            raise PlacementError(
+                f"{' and '.join(patterns)} would change adapters that the placement for {placement.model_id!r} plans with "
+                f"{reason}. Leave the patterns out, or set ranks='uniform' and no such limit."
+            )
         alpha = rank if is_unscaled else whole_if_exact(self.lora_alpha * rank / reference)
         self.r, self.lora_alpha = rank, alpha  # type: ignore[assignment]
         if not placement.ranks:
@@ -282,9 +395,10 @@ def _matches(targets: Collection[str] | str | None, names: Collection[str] | str
     return all(ends.values()) and set().union(*ends.values()) == names
 
 
-def _check_placement(placement: Placement, model: nn.Module) -> None:
+def _check_placement(placement: Placement, model: nn.Module, config: BlueprintConfig) -> None:
     """Raise unless each name is exactly one part of the model that can be adapted or unfrozen."""
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
+    _check_beside_other_adapters(placement, modules)
     weights = {weight.name: weight for weight in find_weights(model)}
     missing = [name for name in (*placement.target_modules, *placement.unfreeze) if name not in modules]
     missing += [name for name in placement.target_parameters if name not in weights]
@@ -302,8 +416,9 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
             f"for {placement.model_id!r}: only on linear layers and fused experts, and not on weights that are shared "
             "with another module. Plan it again with the model: plan_placement(blueprint, model)."
         )
+    also = _also_matched(placement.target_modules, modules, ".")
     ambiguous = (
-        _also_matched(placement.target_modules, modules, ".")
+        [name for name in also if not _is_excluded(name, config.exclude_modules)]
         + _also_matched(placement.target_parameters, weights, ".")
         + _also_matched(placement.unfreeze, modules, "")
     )
@@ -312,16 +427,62 @@ def _check_placement(placement: Placement, model: nn.Module) -> None:
             f"PEFT matches names by suffix, so the placement would also reach {format_names(ambiguous)}. Add them to "
             "exclude_modules, or adapt the inner model by itself."
         )
+    others = [name for name in config.modules_to_save or () if name not in placement.unfreeze]
     for name in placement.unfreeze:
-        quantized = [
-            n for n, m in modules[name].named_modules() if isinstance(m, nn.Linear) and is_quantized(m.weight)
-        ]
+        inside = [n for n in modules if n.startswith(name + ".")]
+        saved = [n for n in inside if n.endswith(tuple(others))]
+        kept = [n for n in inside if _is_excluded(n, config.exclude_modules)]
+        if saved or kept:
+            raise PlacementError(
+                f"{name!r} would be trained whole, with {format_names(saved or kept)}, which "
+                f"{'modules_to_save names too' if saved else 'exclude_modules leaves out'}. Take them out of "
+                f"{'modules_to_save' if saved else 'exclude_modules'}, or unfreeze other blocks."
+            )
+        quantized = [w for w in weights.values() if w.name.startswith(f"{name}.") and is_quantized(w.tensor)]
         if quantized:
             raise PlacementError(
                 f"{name!r} is held in 4 or 8 bits, which cannot be trained. Load the model with "
-                f"BitsAndBytesConfig(..., llm_int8_skip_modules={placement.quantization_skip_modules()}), or use "
-                "mode='lora'."
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={placement.quantization_skip_modules()}), which other "
+                "quantizations call modules_to_not_convert, or use mode='lora'."
             )
+
+
+def _check_beside_other_adapters(placement: Placement, modules: Mapping[str, nn.Module]) -> None:
+    """Raise if another adapter trains a module whole in which this one has targets, or the other way round.
+
+    PEFT copies a module that is trained whole, and renames everything inside.
+    """
+    copies = {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+    inside = [
+        name for name in (*placement.lora, *placement.unfreeze) if name.startswith(tuple(n + "." for n in copies))
+    ]
+    if inside:
+        adapters = sorted({adapter for module in copies.values() for adapter in module.modules_to_save})
+        pattern = rf"(?:{'|'.join(map(re.escape, copies))})\..*"
+        raise PlacementError(
+            f"The adapter {format_names(adapters)} trains {format_names(list(copies))} whole, and PEFT puts no other adapter "
+            f"inside them, got {format_names(inside)}. Plan this adapter with exclude_modules={pattern!r}, or put it on "
+            "another copy of the model."
+        )
+    for name in placement.unfreeze:
+        adapted = [n for n, m in modules.items() if n.startswith(name + ".") and isinstance(m, BaseTunerLayer)]
+        if adapted and name not in copies:
+            raise PlacementError(
+                f"{name!r} would be trained whole, and another adapter is on {format_names(adapted)} inside it, which PEFT "
+                "would copy with it. Unfreeze other blocks, or put this adapter on another copy of the model."
+            )
+
+
+def _is_excluded(name: str, exclude: Collection[str] | str | None) -> bool:
+    """Whether PEFT leaves a module out: by a regular expression, or by full names and endings."""
+    if isinstance(exclude, str):
+        return bool(exclude) and re.fullmatch(exclude, name) is not None
+    return any(name == key or name.endswith("." + key) for key in exclude or ())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 
 def _also_matched(names: Sequence[str], known: Iterable[str], boundary: str) -> list[str]:

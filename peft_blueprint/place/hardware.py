@@ -10,11 +10,12 @@ from typing import Any
 from .._options import from_keywords
 from ..blueprint import Blueprint
 from ..errors import PlacementError
-from .cost import CostModel, Structure, Workload
+from .budget import Budget
+from .cost import CostModel, Structure, Workload, workload_of
 from .options import PlacementOptions
 from .placement import Placement
 from .planner import as_module, plan_placement
-from .solver import DEFAULT_KEEP
+from .solver import DEFAULT_SPARSE_FRACTION
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Setting:
             "all_linear_memory": self.all_linear,
             "fits": placement is not None,
             **costs,
+            **({} if placement is None else {"gain_measured": placement.is_gain_measured}),
             **({} if self.time is None else {"time": self.time}),
         }
 
@@ -57,11 +59,14 @@ def plan_settings(
     options: PlacementOptions | None = None,
     *,
     workload: Workload | None = None,
-    quantizations: Sequence[str | None] = (None, "nf4"),
+    quantizations: Sequence[str | None] | None = None,
     checkpointings: Sequence[bool] = (False, True),
     **keywords: Any,
 ) -> tuple[Setting, ...]:
     """Plan a placement for every setting in which one fits.
+
+    Without `keep` or a size, a placement has the most gain per step time that the budget allows. Without a blueprint no
+    gain is known, and the placement is the default's size, spread evenly, if that fits the budget.
 
     With checkpointing the backward pass is assumed to stop below the lowest adapter, as `CheckpointAbove` makes it do.
 
@@ -70,7 +75,7 @@ def plan_settings(
         model: a model, also on the meta device, or a config.
         options: as for `plan_placement`, usually with a budget of memory.
         workload: a training step; its quantisation and checkpointing are replaced by each setting's.
-        quantizations: to try.
+        quantizations: to try; by default that of a quantised checkpoint, otherwise none and "nf4".
         checkpointings: to try.
         **keywords: fields of `PlacementOptions`, on top of `options`.
 
@@ -83,6 +88,9 @@ def plan_settings(
     options = from_keywords(PlacementOptions, options, keywords, PlacementError)
     model = as_module(model)
     structure = Structure.of(model)
+    if quantizations is None:
+        stored = workload_of(model).quantization
+        quantizations = (None, "nf4") if stored is None else (stored,)
     settings = []
     reference: float | None = None
     for quantization, checkpointing in product(quantizations, checkpointings):
@@ -93,7 +101,7 @@ def plan_settings(
         whole = costs.all_linear()
         reference = reference or costs.step_time(whole)
         try:
-            placement = plan_placement(blueprint, model, options, workload=load)
+            placement = _plan(blueprint, model, options, load)
         except PlacementError as error:
             settings.append(Setting(quantization, checkpointing, whole.bytes, None, reason=str(error)))
             continue
@@ -103,15 +111,32 @@ def plan_settings(
 
 
 def recommend_setting(settings: Sequence[Setting]) -> Setting:
-    """Return the fastest setting that retains enough of the gain, or the one that retains most.
+    """Return the setting with the most gain per step time; without a measurement, the fastest.
 
     Raises:
         PlacementError: if nothing fits in any setting, with the reason of the last, which takes the least memory.
 
     Example: see `plan_settings`.
     """
-    fitting = {i: s.placement.gain_retained or 0.0 for i, s in enumerate(settings) if s.placement is not None}
+    fitting = [(setting, setting.placement) for setting in settings if setting.placement is not None]
     if not fitting:
         raise PlacementError(f"Nothing fits in any setting. In the last one: {settings[-1].reason}")
-    enough = [settings[i] for i, gain in fitting.items() if gain >= DEFAULT_KEEP - 1e-9]
-    return min(enough, key=lambda s: s.time or 0.0) if enough else settings[max(fitting, key=fitting.__getitem__)]
+
+    def value(setting: Setting, placement: Placement) -> float:
+        gain = (placement.gain_retained or 0.0) if placement.is_gain_measured else 1.0
+        return gain / (setting.time or 1.0)
+
+    return max(fitting, key=lambda pair: value(*pair))[0]
+
+
+def _plan(blueprint: Blueprint | None, model: Any, options: PlacementOptions, load: Workload) -> Placement:
+    """Plan for one setting, by the rule in `plan_settings`."""
+    if options.keep is None and not options.selector and options.mode == "lora":
+        if blueprint is None:
+            raised = options.ranks or ("uniform" if options.r else "equal_parameters")
+            sparse = replace(options, budget=None, fraction=DEFAULT_SPARSE_FRACTION, ranks=raised)
+            placement = plan_placement(None, model, sparse, workload=load)
+            if options.budget is None or not Budget.of(options.budget).exceeded(placement.cost):
+                return placement
+        options = replace(options, per_cost=options.budget is not None)
+    return plan_placement(blueprint, model, options, workload=load)

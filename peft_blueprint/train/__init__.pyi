@@ -12,3 +12,4 @@ from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
+from .verification import check_adapters as check_adapters

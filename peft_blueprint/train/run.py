@@ -66,6 +66,7 @@ from .initialization import initialize_along_gradient
 from .ledger_callback import LedgerCallback
 from .memory import CheckpointAbove, share_base
 from .recipe import ALL_LINEAR, OPTIMIZERS, Recipe, stopping_rule, training_settings
+from .verification import check_adapters
 
 
 HELD_OUT = "held_out_loss"
@@ -181,6 +182,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
         share_base(model)
     if prepared.learning_rate is not None:
         arguments.learning_rate = prepared.learning_rate
+    check_adapters(model, make_batches(prepared.rows[:1], 1, pad))
     initialization = initialize_adapters(model, recipe, prepared.rows, pad, progress=progress)
     with Ledger() as spent:
         steps, record = _train(model, recipe, arguments, prepared.rows, held_out, pad)

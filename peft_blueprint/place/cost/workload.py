@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..._options import from_keywords
 from ...errors import PlacementError
-from ...measure import find_weights, is_quantized
+from ...measure import find_weights, is_quantized, unwrap
 
 
 Array = NDArray[np.float64]
@@ -23,6 +24,9 @@ DEVICES = ("cuda", "cpu")
 _QUANTIZATIONS = (None, "nf4", "fp4", "int8")
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
 _ATTENTIONS = ("sdpa", "eager")
+# names of a weight's bits in the settings of GPTQ, HQQ, AWQ and others
+_BITS = ("bits", "nbits", "w_bit", "num_bits", "weight_bits", "wbits")
+_UNNAMED_BITS = 8
 # bitsandbytes' sizes
 _BLOCK_OF_4BIT, _BLOCK_OF_SCALES, _BLOCK_OF_8BIT_STATE = 64, 256, 256
 _CODE_OF_4BIT, _CODE_OF_8BIT = 16 * FLOAT, 256 * FLOAT
@@ -164,7 +168,8 @@ def workload_of(model: Any, **settings: Any) -> Workload:
     """Read dtype, quantisation, device and gradient checkpointing off a loaded model.
 
     Args:
-        model: as it is to be trained; a model on the meta device, a config or None tells nothing.
+        model: as it is to be trained; a model on the meta device, or a config, only tells how its checkpoint is
+            quantised, and None nothing.
         **settings: `Workload`'s fields, which override what the model tells.
 
     Raises:
@@ -176,8 +181,9 @@ def workload_of(model: Any, **settings: Any) -> Workload:
         'float32'
     """
     tensors = [weight.tensor for weight in find_weights(model)] if isinstance(model, nn.Module) else []
+    stored = _quantization_of(model)
     if all(tensor.is_meta for tensor in tensors):
-        return from_keywords(Workload, None, settings, PlacementError)
+        return from_keywords(Workload, None, {**stored, **settings}, PlacementError)
     quantized: Any = next((tensor for tensor in tensors if is_quantized(tensor)), None)
     plain = next((tensor for tensor in tensors if not is_quantized(tensor)), None)
     found: dict[str, Any] = {
@@ -189,5 +195,38 @@ def workload_of(model: Any, **settings: Any) -> Workload:
     if type(quantized).__name__ == "Params4bit" and quantized.quant_state is not None:
         found |= {"quantization": quantized.quant_state.quant_type, "double_quant": bool(quantized.quant_state.nested)}
     elif quantized is not None:
-        found["quantization"] = "int8" if type(quantized).__name__ == "Int8Params" else "nf4"
+        is_in_8_bits = type(quantized).__name__ == "Int8Params" or quantized.dtype.itemsize == 1
+        found |= stored or {"quantization": "int8" if is_in_8_bits else "nf4"}
     return from_keywords(Workload, None, {**found, **settings}, PlacementError)
+
+
+def _quantization_of(model: Any) -> dict[str, Any]:
+    """Return the settings that the quantisation of a checkpoint, in its config, amounts to; none for an unquantised one.
+
+    Weights of at most 4 bits count as 4-bit ones of bitsandbytes, others as 8-bit ones.
+    """
+    config = unwrap(model).__dict__.get("config") if isinstance(model, nn.Module) else model
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {}
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    if settings.get("load_in_4bit"):
+        kind = settings.get("bnb_4bit_quant_type") or "fp4"
+        return {"quantization": kind, "double_quant": bool(settings.get("bnb_4bit_use_double_quant"))}
+    return {"quantization": "int8" if _bits_of(settings) > 4 else "nf4"}
+
+
+def _bits_of(settings: Mapping[str, Any]) -> int:
+    """Return the bits of a weight that a quantisation's settings name anywhere; 8 if they name none."""
+    texts = []
+    for key, value in settings.items():
+        if key in _BITS and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        inner = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Mapping)]
+        for part in inner:
+            found = _bits_of(part)
+            if found != _UNNAMED_BITS:
+                return found
+        texts.append(str(value).lower())
+    named = re.search(r"(?:int|fp|float|nf|uint)_?(\d+)(?!\d)", " ".join(texts))
+    return int(named[1]) if named else _UNNAMED_BITS

@@ -1,0 +1,248 @@
+"""A model is given back bit for bit, whatever happens. Run: pytest tests/measure/test_borrowing.py"""
+
+import random
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import peft_blueprint
+from peft_blueprint import measure_influence
+from peft_blueprint.data import select_examples
+from peft_blueprint.data.brief_training import restore_afterwards, temporary_adapters, train_briefly
+from peft_blueprint.data.features import model_features
+from peft_blueprint.errors import MeasurementError
+from peft_blueprint.measure import borrowed
+from peft_blueprint.testing import random_model, tiny_llama, toy_batches
+from peft_blueprint.train import check_adapters, held_out_loss, initialize_along_gradient
+
+
+PACKAGE = str(Path(peft_blueprint.__file__).parent)
+BATCHES = toy_batches(examples=2, length=6, batch_size=2)
+ROWS = [{"input_ids": [5, 6, 7 + i], "labels": [5, 6, 7 + i]} for i in range(4)]
+OPTIONS = {"progress": False}
+
+
+def lent(layers=1):
+    """A model in the middle of a training: adapted, in training mode, checkpointed, with gradients, hooks and a buffer."""
+    model = get_peft_model(tiny_llama(layers, attention_dropout=0.3), LoraConfig(r=2, target_modules=["up_proj"]))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    model.base_model.model.model.norm.eval()
+    norm = model.base_model.model.model.norm
+    norm.register_buffer("mean", torch.ones(3))
+    norm.register_forward_pre_hook(lambda module, args: module.mean.add_(1.0))
+    model(**BATCHES[0]).loss.backward()
+    return model
+
+
+def state_of(model):
+    """Everything that must be the same afterwards, in a form that can be compared."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = {
+        name: (module.training, sorted(vars(module)), [list(vars(module)[key]) for key in hooks])
+        for name, module in model.named_modules()
+    }
+    parameters = {
+        name: (
+            p.requires_grad,
+            id(p.grad),
+            None if p.grad is None else p.grad.tolist(),
+            len(p._backward_hooks or ()),
+            len(p._post_accumulate_grad_hooks or ()),
+        )
+        for name, p in model.named_parameters()
+    }
+    values = {name: value.tolist() for name, value in model.state_dict().items()}
+    flags = [vars(m).get("gradient_checkpointing") for m in model.modules()]
+    generators = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    return modules, parameters, values, flags, generators, torch.is_grad_enabled()
+
+
+def measure(model):
+    measure_influence(model, BATCHES, include="all", projection_size=3, **OPTIONS)
+
+
+def start(model):
+    initialize_along_gradient(model, BATCHES, **OPTIONS)
+
+
+def select(model):
+    select_examples(
+        model, ROWS, count=2, method="iterative", small=2, iterations=2, train_steps=1, deduplicate=False, **OPTIONS
+    )
+
+
+def train_in_place(model):
+    def disturb(model, rows):
+        random.random(), np.random.rand(), torch.rand(1)
+        model.eval().requires_grad_(True)
+        model.extra = torch.nn.Linear(2, 2)
+        model(**BATCHES[0]).loss.backward()
+        with torch.no_grad():
+            [p.add_(1.0) for p in model.parameters()]
+
+    with restore_afterwards(model):
+        disturb(model, ROWS)
+
+
+def train_with_new_adapters(model):
+    with temporary_adapters(model.unload(), None, seed=0) as adapted:
+        train_briefly(adapted, ROWS, 1, batch_size=2, pad_token_id=0)
+
+
+BORROWERS = {
+    "measuring": measure,
+    "features": lambda model: model_features(model, BATCHES),
+    "held-out loss": lambda model: held_out_loss(model, BATCHES, **OPTIONS),
+    "checking adapters": lambda model: check_adapters(model, BATCHES),
+    "starting": start,
+    "iterative selection": select,
+    "training in place": train_in_place,
+}
+
+
+def lines_run(act):
+    """Count the lines of the package that a call runs, in this thread."""
+    return interrupted(act, at=None)
+
+
+def interrupted(act, at):
+    """Call, raising KeyboardInterrupt at line number `at` of the package; return the number of lines."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+@pytest.mark.parametrize("name", BORROWERS)
+def test_the_model_is_given_back_after_success(name):
+    """Weights, gradients, hooks, flags and random states; starting changes A alone."""
+    model = lent()
+    before = state_of(model)
+    BORROWERS[name](model)
+    after = state_of(model)
+    if name == "starting":
+        changed = {key for key, value in before[2].items() if after[2].pop(key) != value}
+        assert changed == {key for key in before[2] if "lora_A" in key}
+        before = (*before[:2], {k: v for k, v in before[2].items() if k not in changed}, *before[3:])
+        [after[2].pop(key, None) for key in changed]
+    assert after == before
+
+
+@pytest.mark.parametrize("name", BORROWERS)
+def test_the_model_is_given_back_after_an_interrupt_at_any_line(name):
+    """A KeyboardInterrupt at lines spread over the whole call, and at each of the first and last ones."""
+    model = lent()
+    before = state_of(model)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    count = lines_run(lambda: BORROWERS[name](model))
+    model.load_state_dict(values)
+    rng = random.Random(name)
+    state = random.getstate()
+    places = {*rng.sample(range(1, count + 1), 25), *range(count - 25, count + 1)}
+    for place in sorted(places):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(lambda: BORROWERS[name](model), place)
+        random.setstate(state)
+        assert state_of(model) == before, f"line {place} of {count}"
+
+
+def test_new_adapters_are_gone_after_an_interrupt_at_any_line():
+    """PEFT has replaced the layers by then."""
+    model = tiny_llama(layers=1)
+    before = state_of(model)
+
+    def train():
+        with temporary_adapters(model, None, seed=0) as adapted:
+            train_briefly(adapted, ROWS, 1, batch_size=2, pad_token_id=0)
+
+    count = lines_run(train)
+    for place in random.Random(0).sample(range(1, count + 1), 25):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(train, place)
+        assert state_of(model) == before, f"line {place} of {count}"
+
+
+def test_two_borrowers_at_once_are_refused_and_leave_nothing():
+    """From a loss function, from the batches, from another thread, and of a part of the model."""
+    model = tiny_llama(layers=1)
+    before = state_of(model)
+
+    def measuring_batches():
+        measure(model)
+        yield from BATCHES
+
+    with pytest.raises(MeasurementError, match="is being measured already"):
+        measure_influence(model, BATCHES, loss_fn=lambda m, b: measure(m), **OPTIONS)
+    with pytest.raises(MeasurementError, match="is being measured already"):
+        measure_influence(model, measuring_batches(), **OPTIONS)
+    entered, leave, failures = threading.Event(), threading.Event(), []
+
+    def hold():
+        with borrowed(model.model.layers[0]):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    with pytest.raises(MeasurementError, match="in another thread"):
+        measure(model)
+    leave.set()
+    thread.join()
+
+    def try_to_measure():
+        try:
+            barrier.wait(10)
+            measure(model)
+        except MeasurementError as error:
+            failures.append(str(error))
+
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=try_to_measure) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all("in another thread" in text for text in failures) and len(failures) < 2
+    assert state_of(model)[:4] == before[:4]
+    measure(model)
+
+
+def test_batch_norms_keep_their_statistics():
+    """A pass in training mode looks which layers are called there; it must not show in the measurement."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.down(self.norm(self.up(x)))
+
+    torch.manual_seed(0)
+    model, batch = Normed().train(), {"x": torch.randn(3, 4)}
+    before = state_of(model)
+    influence = measure_influence(model, [batch], loss_fn=lambda m, b: m(b["x"]).square().mean(1), **OPTIONS)
+    assert state_of(model) == before
+    expected = model.eval()(batch["x"]).square().mean(1)
+    torch.testing.assert_close(influence.losses, expected.detach())
+    assert random_model is not None
