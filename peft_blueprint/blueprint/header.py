@@ -16,6 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from .._files import remove_leftovers, replacing
+from .._progress import progress_bar
 from ..errors import BlueprintError, FormatError
 from .strict_json import loads, unique_keys
 
@@ -182,7 +184,7 @@ def replace_metadata(path: str | Path, changes: Mapping[str, str | None], progre
     """Set or remove (None) keys of a safetensors file's metadata; its other keys and its tensors stay.
 
     The file is written anew beside itself, then moved into its place: killed at any moment, it is the old or the new
-    one. The next run removes what a killed run left beside it.
+    one. A file that another program replaces or changes meanwhile is left alone.
 
     Args:
         path: of the file, no symbolic link.
@@ -193,28 +195,25 @@ def replace_metadata(path: str | Path, changes: Mapping[str, str | None], progre
         Whether the file changed.
 
     Raises:
-        BlueprintError: if it cannot be read or written, another process writes it, the disk has no room for it twice,
-            or its header would pass `HEADER_LIMIT`; it is unchanged then.
+        BlueprintError: if it cannot be read or written, another process writes it or replaced it meanwhile, it cannot
+            keep its owner, the disk has no room for it twice, or its header would pass `HEADER_LIMIT`; it is unchanged
+            then.
         FormatError: as `read_header`.
     """
     path = Path(path)
     with _opened(path) as file:
         _lock(file, path)
+        status = os.fstat(file.fileno())
         header = _header_of(file, str(path))
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.unlink(missing_ok=True)  # left by a run that was killed: no other has the lock
-            if all(header.metadata.get(key) == value for key, value in changes.items()):
-                return False
-            metadata = {
-                key: value for key, value in {**changes, **header.metadata, **changes}.items() if value is not None
-            }
-            _rewrite(file, part, path, header.size, header_bytes(metadata, header.entries, str(path)), progress)
-        except OSError as error:
-            raise BlueprintError(
-                f"{path} cannot be written: {error.strerror or error}. Its tensors are unchanged; make it and its folder "
-                "writable, or copy it elsewhere."
-            ) from error
+        remove_leftovers(path)
+        if all(header.metadata.get(key) == value for key, value in changes.items()):
+            return False
+        metadata = {
+            key: value for key, value in {**changes, **header.metadata, **changes}.items() if value is not None
+        }
+        if metadata:
+            metadata.setdefault("format", "pt")  # transformers before version 5 refuses other metadata without it
+        _rewrite(file, status, path, header.size, header_bytes(metadata, header.entries, str(path)), progress)
     return True
 
 
@@ -233,6 +232,8 @@ def _metadata_at(text: str, position: int, source: str) -> tuple[dict[str, str],
 
 
 def _checked(metadata: Any, source: str) -> dict[str, str]:
+    if metadata is None:  # null, which safetensors takes for no metadata
+        return {}
     if not isinstance(metadata, dict):
         raise FormatError(f"The metadata of {source} must be an object.")
     if len(metadata) > _MAX_KEYS:
@@ -286,11 +287,8 @@ def _lock(file: FileIO, path: Path) -> None:
         raise BlueprintError(f"{path} was replaced by another process just now. Try again.")
 
 
-def _rewrite(file: FileIO, part: Path, path: Path, skipped: int, head: bytes, progress: bool) -> None:
-    """Write `head` and all but the first `skipped` bytes of `file` to `part`, and move that to `path`."""
-    from tqdm import tqdm  # takes 20 ms that reading does not need
-
-    status = os.fstat(file.fileno())
+def _rewrite(file: FileIO, status: os.stat_result, path: Path, skipped: int, head: bytes, progress: bool) -> None:
+    """Write `head` and all but the first `skipped` bytes of `file` anew, in place of `path` if that is still `file`."""
     size = len(head) + status.st_size - skipped
     free = shutil.disk_usage(path.parent).free
     if free < size:
@@ -298,23 +296,14 @@ def _rewrite(file: FileIO, part: Path, path: Path, skipped: int, head: bytes, pr
             f"{path} is written anew beside itself, which takes {size:,} bytes; its disk has {free:,} free. "
             "Make room first."
         )
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
-            target.write(head)
-            file.seek(skipped)
-            bar: dict[str, Any] = {
-                "total": size - len(head),
-                "desc": f"Rewriting {path.name}",
-                "disable": not progress,
-            }
-            with tqdm.wrapattr(file, "read", **bar) as source:
-                shutil.copyfileobj(source, target, _CHUNK)
-            target.flush()
-            if target.tell() != size:
-                raise OSError("it became shorter while it was copied")
-            os.fsync(target.fileno())
-        os.chmod(part, stat.S_IMODE(status.st_mode))
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path, status) as target:
+        target.write(head)
+        file.seek(skipped)
+        with progress_bar(show=progress, total=size - len(head), desc=f"Rewriting {path.name}", unit="B") as bar:
+            while chunk := file.read(_CHUNK):
+                target.write(chunk)
+                bar.update(len(chunk))
+        target.flush()
+        if target.tell() != size:
+            raise OSError("it changed its length while it was copied")
+        os.fsync(target.fileno())

@@ -6,7 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
-from .._files import require_writable, write_atomically
+from .._files import remove_leftovers, require_writable, write_atomically
 from ..blueprint import (
     FIRST_READ,
     JSON_KEY,
@@ -127,14 +127,17 @@ def _write(files: ModelFiles, changes: dict[str, str | None], progress: bool) ->
             raise BlueprintError(f"There is no file {target}. Get the whole model, or check the path.")
         _require_own(target)
         require_writable(target.parent)
+    # the header first: a reader who finds another text in the index then knows that this was interrupted
     changed = [files.tensors] if replace_metadata(files.tensors, changes, progress) else []
     if files.index is not None:
+        remove_leftovers(files.index)
+        status = files.index.stat()
         text = read_text(files.index)
         index = parse_index(text, str(files.index))
         metadata = {key: value for key, value in {**index["metadata"], **changes}.items() if value is not None}
         if metadata != index["metadata"]:
             content = json.dumps({"metadata": metadata, **index, **{"metadata": metadata}}, indent=2)
-            write_atomically(files.index, content + "\n" * text.endswith("\n"))
+            write_atomically(files.index, content + "\n" * text.endswith("\n"), status)
             changed.append(files.index)
     return changed
 
