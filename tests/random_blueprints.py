@@ -28,7 +28,8 @@ PAPER = """{
   ]
 }"""
 
-sizes = st.floats(0, allow_nan=False, allow_infinity=False)
+sizes = st.floats(0, 1e140)
+shares = st.floats(0, 1, exclude_min=True)
 texts = st.text(max_size=8)
 labels = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"], exclude_characters="/\\"), max_size=8)
 plain = st.recursive(
@@ -44,22 +45,31 @@ unknown_keys = st.dictionaries(
     texts.map("x-".__add__) | st.sampled_from(["extra", "name", "metadata"]), plain, max_size=2
 )
 counts = st.none() | st.integers(0, 200)
+places = st.tuples(counts, st.none() | st.just("ä.1")) | st.sampled_from(
+    [(0, "attn.0"), (3, "ffn.3"), (None, "ffn.3"), (7, None)]
+)
 entries = st.builds(
-    Submodule,
+    lambda place, spread, **known: Submodule(
+        depth=place[0],
+        group=place[1],
+        norm_interval=None
+        if spread is None
+        else (known["gradient_norm"] * (1 - spread), known["gradient_norm"] * (1 + spread)),
+        **known,
+    ),
+    place=places,
+    spread=st.none() | st.floats(0, 1),
     name=labels.map("a".__add__),
     gradient_norm=sizes,
     kind=st.none() | labels.map("k".__add__),
-    depth=counts,
-    group=st.none() | st.sampled_from(["attn.0", "ffn.3", "ä.1"]),
     shape=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     form=st.sampled_from(get_args(Form)),
     quantized=st.booleans(),
-    norm_interval=st.none() | st.tuples(sizes, sizes).map(sorted).map(tuple),
     **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain"), st.none() | sizes),
-    **dict.fromkeys(("alpha", "alpha_error", "gamma", "k_star", "weight_gradient"), st.none() | sizes),
+    **dict.fromkeys(("alpha_error", "weight_gradient"), st.none() | sizes),
+    **dict.fromkeys(("alpha", "gamma", "k_star"), st.none() | shares),
     singular_energy=st.none() | st.floats(0, 1),
-    alignment=st.none()
-    | st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=16).map(tuple),
+    alignment=st.none() | st.lists(st.floats(-1e140, 1e140), min_size=1, max_size=16).map(tuple),
     examples=counts,
     domain_tags=st.dictionaries(labels, sizes, max_size=2),
     extra=unknown_keys,

@@ -350,7 +350,7 @@ class Blueprint:
             blueprints,
             "merge",
             merged,
-            model_revision=_common([b.model_revision for b in blueprints]),
+            model_revision=_common([b.model_revision for b in blueprints if b.model_revision] or [None]),
             provenance={"merged": [dict(b.provenance) for b in blueprints]},
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._text import find_unprintable
 from ..errors import BlueprintError, FormatError
 
 
@@ -27,11 +28,11 @@ MAX_ELEMENTS = 2**53  # of a shape; a double counts no further
 MAX_DIMENSIONS = 16
 MAX_ALIGNMENT = 64  # columns; 16 are measured
 MAX_TAGS = 256
+MAX_NUMBER = 1e150  # sums of squares stay finite
 
-# Characters that change how the rest of a line is shown, and surrogates, which no file can hold.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
 _LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
+_BLOCK_ID = re.compile(r"(?:\w+\.)?(?:attn|ffn|other|layer)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ NUMBERS = (
     "alpha",
     "k_star",
 )
+_SHARES = ("gamma", "k_star", "singular_energy")  # at most 1
+_POSITIVE = ("alpha", "gamma", "k_star")
+_ROUNDING = 1e-6  # relative, of the bootstrap's sums
 
 
 def norm_of(entry: Submodule) -> float:
@@ -170,21 +174,33 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
-    numbers = {name: getattr(entry, name) for name in (*NUMBERS, "alpha_error", "gamma")}
+    numbers: dict[str, float | None] = {name: getattr(entry, name) for name in (*NUMBERS, "alpha_error", "gamma")}
     numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
     numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
     for name, value in numbers.items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
-    wrong = next((value for value in entry.alignment or () if not math.isfinite(value)), None)
+        most = 1 if name in _SHARES else MAX_NUMBER
+        if value is not None and not (value <= most and (value > 0 or name not in _POSITIVE)):
+            raise FormatError(
+                f"{where} has {name}={value}; it must be {'positive and ' if name in _POSITIVE else ''}at most {most:g}. "
+                "Measure it again."
+            )
+    wrong = next((value for value in entry.alignment or () if not abs(value) <= MAX_NUMBER), None)
     if wrong is not None:
-        raise FormatError(f"{where} has {wrong} in its alignment; numbers must be finite. Measure it again.")
-    if entry.singular_energy is not None and entry.singular_energy > 1:
         raise FormatError(
-            f"{where} has singular_energy={entry.singular_energy}; it must be at most 1. Measure it again."
+            f"{where} has {wrong} in its alignment; numbers must be finite, at most {MAX_NUMBER:g} in size. Measure it "
+            "again."
         )
-    if entry.norm_interval and entry.norm_interval[0] > entry.norm_interval[1]:
-        raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
+    if entry.norm_interval is not None:
+        low, high = entry.norm_interval
+        if low > high:
+            raise FormatError(f"{where} has norm_interval={entry.norm_interval}; its lower end must come first.")
+        if not low * (1 - _ROUNDING) <= entry.gradient_norm <= high * (1 + _ROUNDING):
+            raise FormatError(
+                f"{where} has gradient_norm={entry.gradient_norm} outside its norm_interval={entry.norm_interval}. "
+                "Measure it again."
+            )
 
 
 def check_bounds(entry: Submodule, model_id: str) -> None:
@@ -209,6 +225,12 @@ def check_bounds(entry: Submodule, model_id: str) -> None:
     ):
         if count > most:
             raise FormatError(f"{where} has {count:,} {what}; at most {most} are read. Leave the others out.")
+    for what, name in (("group", entry.group), ("id", entry.name)):
+        block = _BLOCK_ID.fullmatch(name or "")
+        if block is not None and entry.depth is not None and int(block[1][:9]) != entry.depth:
+            raise FormatError(
+                f"{where} has depth={entry.depth}, and its {what} is {name!r}; they must agree. Measure it again."
+            )
     if entry.shape and (min(entry.shape) < 1 or math.prod(entry.shape) > MAX_ELEMENTS):
         raise FormatError(
             f"{where} has shape={entry.shape}; dimensions are at least 1, and their product at most 2**53. Measure it "
@@ -222,9 +244,9 @@ def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
         raise FormatError(
             f"{what} {text[:40]!r}… has {len(text):,} characters; at most {limit:,} are read. Shorten it."
         )
-    if found := _UNPRINTABLE.search(text):
+    if found := find_unprintable(text):
         shown = ascii(text if len(text) <= 80 else text[:80] + "…")
-        raise FormatError(f"{what} {shown} holds the control character U+{ord(found[0]):04X}. Take it out.")
+        raise FormatError(f"{what} {shown} holds the control character U+{ord(found):04X}. Take it out.")
 
 
 def unit_of(entry: Submodule, level: Level) -> str:

@@ -19,7 +19,7 @@ from ..errors import BlueprintError, FormatError
 from .arrays import from_arrays_bytes, to_arrays_bytes
 from .header import read_metadata
 from .header_text import JSON_KEY, has_arrays
-from .model_files import INDEX_FILE, MODEL_FILE, read_embedded
+from .model_files import ADAPTER_FILE, INDEX_FILE, MODEL_FILE, read_embedded
 from .schema import DIGEST, ENTRY_KEYS
 from .strict_json import csv_rows, loads, read_text
 
@@ -167,8 +167,11 @@ def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:
     path = Path(path)
     if path.is_dir():
         beside = (path / name, path / f"{name.removesuffix('.json')}.safetensors")
-        in_model = (path / MODEL_FILE, path / INDEX_FILE) if name == FILE_NAME else ()
-        path = next((file for file in (*beside, *in_model) if file.exists()), path / name)
+        in_model = (MODEL_FILE, INDEX_FILE, ADAPTER_FILE) if name == FILE_NAME else ()
+        holders = [path / file for file in in_model if (path / file).exists()]
+        path = next((file for file in beside if file.exists()), None) or next(
+            (file for file in holders if _carries_record(file)), holders[0] if holders else path / name
+        )
     if path.name.endswith((".safetensors", INDEX_FILE)) and not _has_arrays(path):
         return read_embedded(path)
     if path.suffix == ".safetensors":
@@ -199,6 +202,17 @@ def write_record(record: Mapping[str, Any], path: str | Path) -> Path:
     else:
         write_atomically(path, (to_csv if path.suffix == ".csv" else to_json)(record))
     return path
+
+
+def _carries_record(path: Path) -> bool:
+    """Return whether there is a blueprint in a model's file; also for one that cannot be read, whose error counts."""
+    try:
+        read_embedded(path)
+    except FormatError:
+        return True
+    except BlueprintError:
+        return False
+    return True
 
 
 def _has_arrays(path: Path) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 from .._text import format_names
 from ..errors import BlueprintError, FormatError
-from .schema import DIGEST, ENTRY_KEYS, TOP_KEYS, content_digest
+from .entry import MAX_TAGS
+from .schema import DIGEST, ENTRY_KEYS, MAX_ENTRIES, TOP_KEYS, content_digest
 from .strict_json import loads
 
 
@@ -19,6 +20,7 @@ VERSION = "1"  # of the text's layout
 
 _TAGS = "domain_tags"
 _OTHERS = "others"  # keys of single entries that are no statistic
+_MAX_VALUES = 400_000  # of tags, for 20,000 submodules and 20 domains
 _LEFT_OUT = ("alignment", "median_norm")  # long, and of little use for placing
 
 
@@ -90,9 +92,16 @@ def from_columns(record: Any) -> Any:
     if unknown:
         raise FormatError(f"layers has lists that this package does not know: {format_names(sorted(unknown))}.")
     names = _require(columns.get("id"), list, "id")
+    if len(names) > MAX_ENTRIES:
+        raise FormatError(f"layers has {len(names):,} ids; at most {MAX_ENTRIES:,} are read. Coarsen the blueprint.")
     layers: list[dict[str, Any]] = [{"id": name} for name in names]
     for key in columns.keys() - {"id", _OTHERS}:
         lists = _require(columns[key], Mapping, key) if key == _TAGS else {None: columns[key]}
+        if len(lists) > MAX_TAGS or len(lists) * len(layers) > _MAX_VALUES:  # each takes much memory in its entry
+            raise FormatError(
+                f"layers has {len(lists):,} lists of tags for {len(layers):,} ids; at most {MAX_TAGS} lists and "
+                f"{_MAX_VALUES:,} values of tags are read. Leave the others out."
+            )
         for tag, values in lists.items():
             if len(_require(values, list, tag or key)) != len(layers):
                 raise FormatError(

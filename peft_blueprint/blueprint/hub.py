@@ -6,41 +6,51 @@ All requests go through `huggingface_hub`, so that its tokens, mirrors and offli
 from __future__ import annotations
 
 import json
+import os
+import queue
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import cached_assets_path, constants, hf_hub_download, hf_hub_url
+from huggingface_hub import cached_assets_path, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .._files import write_atomically
-from ..errors import BlueprintError
-from .formats import FILE_NAME, read_record
+from ..errors import BlueprintError, FormatError
+from .formats import FILE_NAME, MAX_ARRAYS, read_record
 from .header import FIRST_READ, metadata_of_prefix
 from .header_text import JSON_KEY, from_header_text, require_version
-from .hub_errors import NETWORK_ERRORS, translated_hub_errors
-from .model_files import INDEX_FILE, MODEL_FILE, index_metadata_of_prefix
-from .strict_json import loads, read_text
+from .hub_errors import NETWORK_ERRORS, NO_JSON, translated_hub_errors
+from .model_files import ADAPTER_FILE, INDEX_FILE, MODEL_FILE, index_metadata_of_prefix
+from .strict_json import MAX_BYTES, loads, read_text
 
+
+MAX_SECONDS = 120.0  # for reading one blueprint
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NOTHING: dict[str, str] = {}  # cached for a commit without a blueprint in its model
 
 
 def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, **kwargs: Any) -> tuple[Any, str]:
     """Read a record from a repository on the Hub.
 
     The main blueprint is looked for in the header of `model.safetensors` with one range request of 100 kB; then in the
-    index of a sharded model; then in `blueprint.json` and `blueprint.safetensors` beside. A header holds numbers to
-    four digits, the files beside hold all. No tensor is downloaded, and what was read once is available offline.
+    index of a sharded model; then in the header of `adapter_model.safetensors`; then in `blueprint.json` and
+    `blueprint.safetensors` beside. A header holds numbers to four digits, the files beside hold all. No tensor is
+    downloaded, and what was read once is available offline. Files beyond the limits of `strict_json` are not downloaded,
+    and reading ends after `MAX_SECONDS` at the latest.
 
     Args:
         repo_id: of the repository.
         name: of the blueprint's file; another one than `blueprint.json` is looked for beside the model alone.
         revision: branch, tag or commit. A commit that was read before costs no request.
-        **kwargs: for `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `endpoint`, ….
+        **kwargs: for `huggingface_hub.hf_hub_download`: `subfolder`, `token`, `cache_dir`, `local_files_only`,
+            `endpoint`, ….
 
     Returns:
         The record, unchecked, and where it was found.
@@ -50,20 +60,70 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
         BlueprintError: if there is none, with the reason and a fix.
     """
     repository = _Repository(repo_id, revision, kwargs)
-    with translated_hub_errors(repo_id, revision=revision, file=name):
-        found, is_reached = _in_the_model(repository) if name == FILE_NAME else (None, True)
-        if found is not None:
-            where = f"{found.file} of {repo_id}"
-            return from_header_text(found.text, where), where
-        is_out_of_reach = repository.is_offline or not is_reached
-        settings = {"revision": revision, **kwargs} | ({"local_files_only": True} if is_out_of_reach else {})
+    with translated_hub_errors(repo_id, revision=revision, file=name, token=kwargs.get("token")):
+        return _within(MAX_SECONDS, partial(_fetch, repository, name), repo_id)
+
+
+def _fetch(repository: _Repository, name: str) -> tuple[Any, str]:
+    found, is_reached = _in_the_model(repository) if name == FILE_NAME else (None, True)
+    if found is not None:
+        where = f"{found.file} of {repository.id}"
+        return from_header_text(found.text, where), where
+    is_out_of_reach = repository.is_offline or not is_reached
+    try:
+        return read_record(_download(repository, name, is_out_of_reach))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return read_record(_download(repository, Path(name).with_suffix(".safetensors").name, is_out_of_reach))
+
+
+def _download(repository: _Repository, name: str, is_out_of_reach: bool) -> str:
+    """Return the path of a file in the client's cache, where it is downloaded to unless it is too large."""
+    settings = {"revision": repository.revision, **repository.settings}
+    is_local = is_out_of_reach
+    if not is_local and _COMMIT.fullmatch(repository.revision or "") and not settings.get("force_download"):
         try:
-            return read_record(hf_hub_download(repo_id, name, **settings))
+            path = hf_hub_download(repository.id, name, **settings | {"local_files_only": True})
+            if os.path.getsize(path):
+                return path
         except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            arrays = Path(name).with_suffix(".safetensors").name
-            return read_record(hf_hub_download(repo_id, arrays, **settings))
+            pass
+        settings["force_download"] = True  # what is cached is empty, if anything
+    if not is_local:
+        size = get_hf_file_metadata(repository.url(name), token=settings.get("token")).size
+        most = MAX_ARRAYS if name.endswith(".safetensors") else MAX_BYTES
+        if size is not None and size > most:
+            raise FormatError(
+                f"{name} of {repository.id} has {size:,} bytes; at most {most:,} are read. It is larger than any "
+                "blueprint should be, and was not downloaded."
+            )
+    return hf_hub_download(repository.id, name, **settings | ({"local_files_only": True} if is_local else {}))
+
+
+def _within(seconds: float, function: Callable[[], Any], repo_id: str) -> Any:
+    """Return a function's value, or raise BlueprintError if it takes longer; it then goes on in a thread of its own.
+
+    Timeouts of the client are of single reads, so that a server could keep it for ever with a byte now and then.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((function(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="peft_blueprint.hub").start()
+    try:
+        value, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise BlueprintError(
+            f"The Hub did not deliver the blueprint of {repo_id!r} within {seconds:g} seconds. Try again later."
+        ) from None
+    if error is not None:
+        raise error
+    return value
 
 
 @dataclass(frozen=True)
@@ -75,6 +135,21 @@ class _Repository:
     settings: dict[str, Any]
 
     @property
+    def subfolder(self) -> str | None:
+        return self.settings.get("subfolder") or None
+
+    def url(self, file: str) -> str:
+        """Return the address of a file."""
+        return hf_hub_url(
+            self.id,
+            file,
+            subfolder=self.subfolder,
+            repo_type=self.settings.get("repo_type"),
+            revision=self.revision,
+            endpoint=self.settings.get("endpoint"),
+        )
+
+    @property
     def is_offline(self) -> bool:
         return bool(self.settings.get("local_files_only")) or constants.HF_HUB_OFFLINE
 
@@ -84,7 +159,8 @@ class _Repository:
         folder = cached_assets_path(
             "peft_blueprint", self.id, parts[0], assets_dir=Path(chosen) / "assets" if chosen else None
         )
-        return folder / (re.sub(r"[^\w.-]", "--", parts[1]) + ".json")
+        names = [part for part in (self.settings.get("repo_type"), self.subfolder, parts[1]) if part]
+        return folder / (re.sub(r"[^\w.-]", "--", "--".join(names)) + ".json")
 
 
 class _Found(NamedTuple):
@@ -101,8 +177,8 @@ def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
     """
     revision = repository.revision or constants.DEFAULT_REVISION
     is_reached = True
-    if _COMMIT.fullmatch(revision) and (cached := repository.cache("commits", revision)).exists():
-        return _cached(cached), is_reached
+    if _COMMIT.fullmatch(revision) and (cached := _cached(repository, revision)) is not None:
+        return cached.found, is_reached
     if not repository.is_offline:
         try:
             return _asked(repository, revision), is_reached
@@ -110,10 +186,9 @@ def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
             raise
         except NETWORK_ERRORS:
             is_reached = False
-    reference = repository.cache("revisions", revision)
-    commit = loads(read_text(reference), str(reference)) if reference.exists() else revision
-    cached = repository.cache("commits", str(commit))
-    return (_cached(cached) if cached.exists() else None), is_reached
+    commit = _read_cache(repository.cache("revisions", revision))
+    cached = _cached(repository, commit if isinstance(commit, str) else revision)
+    return (None if cached is None else cached.found), is_reached
 
 
 def _asked(repository: _Repository, revision: str) -> _Found | None:
@@ -121,6 +196,7 @@ def _asked(repository: _Repository, revision: str) -> _Found | None:
     for file, parse in (
         (MODEL_FILE, metadata_of_prefix),
         (INDEX_FILE, index_metadata_of_prefix),
+        (ADAPTER_FILE, metadata_of_prefix),
     ):
         try:
             start = _read_start(repository, file, FIRST_READ)
@@ -154,7 +230,7 @@ class _Start(NamedTuple):
 def _read_start(repository: _Repository, file: str, count: int) -> _Start:
     """Read at most `count` bytes from a file's beginning, also from a server that ignores ranges."""
     settings = repository.settings
-    url = hf_hub_url(repository.id, file, revision=repository.revision, endpoint=settings.get("endpoint"))
+    url = repository.url(file)
     headers = build_hf_headers(token=settings.get("token")) | {
         "Range": f"bytes=0-{count - 1}",
         "Accept-Encoding": "identity",
@@ -163,6 +239,7 @@ def _read_start(repository: _Repository, file: str, count: int) -> _Start:
         if response.status_code == 416:
             return _Start(b"", 0, None)  # an empty file
         hf_raise_for_status(response)
+        _require_file(response, f"{file} of {repository.id}")
         data = bytearray()
         for chunk in _chunks(response):
             data += chunk
@@ -172,6 +249,17 @@ def _read_start(repository: _Repository, file: str, count: int) -> _Start:
         ranged = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
         size = int(ranged[1]) if ranged else _length(response) if response.status_code == 200 else None
         return _Start(bytes(data[:count]), size, commit)
+
+
+def _require_file(response: Any, source: str) -> None:
+    """Raise BlueprintError for a page in place of a file, and for compressed bytes, which may expand beyond all limits."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise BlueprintError(
+            f"The Hub sent {source} compressed ({encoding[:20]}), which was not asked for. Try again later."
+        )
+    if response.headers.get("Content-Type", "").startswith("text/html"):
+        raise BlueprintError(NO_JSON.format(what=source))
 
 
 def _commit_of(responses: Sequence[Any]) -> str | None:
@@ -195,7 +283,7 @@ try:
             headers=headers,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=(),
-            retry_on_status_codes=(429,),
+            retry_on_status_codes=(),
         )
 
     def _chunks(response: Any) -> Iterator[bytes]:
@@ -213,12 +301,29 @@ except ImportError:  # before its version 1.0 the client spoke through requests
 
 def _remember(repository: _Repository, revision: str, commit: str, found: _Found | None) -> None:
     try:
-        write_atomically(repository.cache("commits", commit), json.dumps(found and found._asdict()))
+        write_atomically(repository.cache("commits", commit), json.dumps(found._asdict() if found else _NOTHING))
         write_atomically(repository.cache("revisions", revision), json.dumps(commit))
     except (BlueprintError, OSError, ValueError):
         pass  # a cache that cannot be written costs a request next time
 
 
-def _cached(path: Path) -> _Found | None:
-    record = loads(read_text(path), str(path))
-    return _Found(str(record["file"]), str(record["text"])) if isinstance(record, dict) else None
+class _Cached(NamedTuple):
+    """What is known of a commit: its blueprint, or that it has none."""
+
+    found: _Found | None
+
+
+def _cached(repository: _Repository, commit: str) -> _Cached | None:
+    record = _read_cache(repository.cache("commits", commit))
+    if record == _NOTHING:
+        return _Cached(None)
+    is_found = isinstance(record, dict) and isinstance(record.get("file"), str) and isinstance(record.get("text"), str)
+    return _Cached(_Found(record["file"], record["text"])) if is_found else None
+
+
+def _read_cache(path: Path) -> Any:
+    """Return the content of a file of the cache; None without one, or for one that is empty or spoilt."""
+    try:
+        return loads(read_text(path), str(path))
+    except BlueprintError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
+from .._text import masked
 from ..errors import BlueprintError
 
 
@@ -26,6 +28,10 @@ CARD = "README.md"
 LOG_IN = "Run `hf auth login` with a token that may write, or set HF_TOKEN."
 # requests' errors are OSErrors; httpx's are of the class that the client's own errors come from
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+NO_JSON = (
+    "The Hub's address answered with a page, not with {what}: a proxy or a login page may be in between. Log in there, or "
+    "check HF_ENDPOINT."
+)
 _TRANSLATED: tuple[type[Exception], ...] = (*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError)
 
 _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
@@ -63,6 +69,7 @@ _MAY_NOT_WRITE = (
     "You may not write to {repo!r} (403: {said}). {done}Use a token that may write; offer it as a pull request with "
     "--create-pr (create_pr=True); or publish to a repository of your own."
 )
+_OTHER = "The client of the Hub failed over {repo!r} ({said}). {done}Check the token and the address."
 _NO_CONNECTION = "The connection to the Hub failed over {repo!r} ({said}). {done}Try again later."
 _CUT_CONNECTION = (
     "The connection to the Hub failed over {repo!r} ({said}). Whether the commit was made is not known. Publish again: "
@@ -91,7 +98,12 @@ def require_token(repo_id: str, token: str | bool | None) -> None:
 
 @contextmanager
 def translated_hub_errors(
-    repo_id: str, *, revision: str | None = None, file: str | None = None, sending: bool = False
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    file: str | None = None,
+    sending: bool = False,
+    token: str | bool | None = None,
 ) -> Iterator[None]:
     """Raise exceptions of `huggingface_hub` in the `with` block as BlueprintError.
 
@@ -100,9 +112,11 @@ def translated_hub_errors(
         revision: branch, tag or commit named in error messages.
         file: blueprint file that is read, which works offline from the cache; None for publishing, which does not.
         sending: whether the requests write, so that a broken connection leaves open what arrived.
+        token: given to the client, masked in messages as all tokens and passwords are.
 
     Raises:
-        BlueprintError: for an exception of the client or of the network; its cause is the original.
+        BlueprintError: for an exception of the client or of the network; its cause is the original, unless that quotes
+            a secret.
 
     Example:
         >>> from huggingface_hub.errors import OfflineModeIsEnabled
@@ -121,21 +135,30 @@ def translated_hub_errors(
         # the client raises a RuntimeError from the cause of an upload that failed
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         template = _template_of(cause, file is not None, sending)
-        if template is None:
+        is_safe = all(masked(text, [token]) == text for text in _texts_of(error))
+        if template is None and is_safe:
             raise
         status = status_of(cause) if isinstance(cause, HfHubHTTPError) else 0
         said = (cause.server_message if isinstance(cause, HfHubHTTPError) else None) or str(cause)
-        message = template.format(
+        message = (template or _OTHER).format(
+            what="JSON",
             repo=repo_id,
             revision=revision,
             file=file,
             status=status,
-            said=_one_line(said) or type(cause).__name__,
+            said=_one_line(masked(said, [token])) or type(cause).__name__,
             here="" if file is None else ", and there is no such file or folder here",
             done="" if file is not None else "Nothing was published. " if sending else "Nothing was sent. ",
             wait=_wait_of(cause),
         )
-        raise BlueprintError(message) from error
+        raise BlueprintError(masked(message, [token])) from (error if is_safe else None)
+
+
+def _texts_of(error: BaseException | None) -> Iterator[str]:
+    """Yield the texts of an exception and of those behind it, which a traceback shows."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def status_of(error: HfHubHTTPError) -> int:
@@ -156,6 +179,8 @@ def _template_of(error: BaseException, reading: bool, sending: bool) -> str | No
         if status == 403 and sending:
             return _MAY_NOT_WRITE
         return _BY_STATUS.get(500 if status >= 500 else status, _OTHER_STATUS)
+    if isinstance(error, json.JSONDecodeError):
+        return NO_JSON
     if isinstance(error, NETWORK_ERRORS):
         return _CUT_CONNECTION if sending else _NO_CONNECTION
     return _BAD_CARD if isinstance(error, ValueError) and CARD in str(error) else None

