@@ -130,9 +130,9 @@ def _measured(contest: Contest, name: str) -> dict[str, np.ndarray]:
             return np.stack([norms, alignment_scores(influence, aim)], axis=1)
 
         scores, of_scores = _in_parts(scorer, both, pool)
-        features, of_features = _in_parts(scorer, lambda part: scorer.features(part).values, pool)
+        features, of_features = _in_parts(scorer, scorer.features, pool)
         start = time.perf_counter()
-        tokens = token_features([one.row for one in pool]).values
+        tokens = token_features([one.row for one in pool])
         found = {
             "norm": scores[:, 0],
             "alignment": scores[:, 1],

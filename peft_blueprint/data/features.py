@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -34,25 +33,6 @@ _BUCKETS = 4096
 _ROWS = 64  # of logits at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Features of examples.
-
-    Args:
-        values: (examples, features) float64.
-        names: (features,)
-        scalars: number of leading columns with a meaning of their own; the others are random projections.
-        losses: (examples,) mean loss over an example's target tokens, in nats; NaN without a model.
-        tokens: input positions that the model read, padding included.
-    """
-
-    values: np.ndarray
-    names: tuple[str, ...]
-    scalars: int
-    losses: np.ndarray
-    tokens: int
-
-
 def model_features(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -61,7 +41,7 @@ def model_features(
     size: int = SIZE,
     loss_fn: LossFunction | None = None,
     seed: int = 0,
-) -> Features:
+) -> tuple[np.ndarray, int]:
     """Compute features of examples in one forward pass without gradients.
 
     Scalars are the logarithms of the number of tokens, of targets, of the mean loss and of the error ‖p − y‖ of the
@@ -77,33 +57,32 @@ def model_features(
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
         seed: of the projection; the same for features that are compared.
 
+    Returns:
+        Features, (examples, features) float64, beginning with `MODEL_SCALARS`; and the number of positions read, with
+        padding.
+
     Raises:
         MeasurementError: for an example without targets, or a loss or hidden state that is not finite.
     """
     reader = _Reader(model, depths, size, seed)
-    rows: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
+    rows = [np.empty((0, len(MODEL_SCALARS) + size * len(reader.modules)))]
     tokens, objective = 0, Objective(model, loss_fn)
     with measurement_mode(model), torch.no_grad():
         reader.hook()
         for batch in take_examples(model, batches, loss_fn=loss_fn):
-            batch_losses, batch_rows = reader.read(batch, objective)
-            rows.append(batch_rows)
-            losses.append(batch_losses)
+            rows += objective.map(batch, lambda part: reader.read(part, objective))
             tokens += batch["input_ids"].numel() if "input_ids" in batch else 0
-    names = (*MODEL_SCALARS, *(f"depth {depth:g}, {i}" for depth in depths for i in range(size)))
-    values = np.concatenate(rows) if rows else np.empty((0, len(names)))
-    every = np.concatenate(losses) if losses else np.empty(0)
-    bad = np.flatnonzero(~np.isfinite(every) | ~np.isfinite(values).all(axis=1)).tolist()
+    values = np.concatenate(rows)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
     if bad:
         raise MeasurementError(
-            f"The loss or a hidden state is not finite for examples {bad[:5]} of {len(every)}. Look for NaN in the "
+            f"The loss or a hidden state is not finite for examples {bad[:5]} of {len(values)}. Look for NaN in the "
             "weights or the data; load float16 weights in bfloat16 or float32 instead."
         )
-    return Features(values, names, len(MODEL_SCALARS), every, tokens)
+    return values, tokens
 
 
-def token_features(rows: Sequence[Mapping[str, Sequence[int]]], *, size: int = SIZE, seed: int = 0) -> Features:
+def token_features(rows: Sequence[Mapping[str, Sequence[int]]], *, size: int = SIZE, seed: int = 0) -> np.ndarray:
     """Compute features of examples from their token ids, without a model.
 
     Scalars are the logarithms of the number of tokens, of targets and of other tokens, and the share of distinct tokens.
@@ -114,8 +93,11 @@ def token_features(rows: Sequence[Mapping[str, Sequence[int]]], *, size: int = S
         size: projected numbers of the n-grams.
         seed: of the projection.
 
+    Returns:
+        (examples, features) float64, beginning with `TOKEN_SCALARS`.
+
     Example:
-        >>> token_features([{"input_ids": [5, 6, 5], "labels": [-100, 6, 5]}], size=2).values.shape
+        >>> token_features([{"input_ids": [5, 6, 5], "labels": [-100, 6, 5]}], size=2).shape
         (1, 6)
     """
     table = np.random.default_rng(seed).normal(size=(_BUCKETS, size)) / np.sqrt(size)
@@ -127,8 +109,7 @@ def token_features(rows: Sequence[Mapping[str, Sequence[int]]], *, size: int = S
         counts = np.log(np.maximum([len(ids), targets, len(ids) - targets], 1))
         n_grams = table[grams].mean(axis=0) if len(grams) else np.zeros(size)
         values[i] = [*counts, len(np.unique(ids)) / max(len(ids), 1), *n_grams]
-    names = (*TOKEN_SCALARS, *(f"n-grams, {i}" for i in range(size)))
-    return Features(values, names, len(TOKEN_SCALARS), np.full(len(rows), np.nan), 0)
+    return values
 
 
 class _Reader:
@@ -152,17 +133,10 @@ class _Reader:
         if head is not None:
             head.register_forward_hook(self._logits_hook)
 
-    def read(self, batch: Batch, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
-        """Return losses (B,) and features (B, f) of a batch."""
-
-        def read_part(part: Batch) -> tuple[np.ndarray, np.ndarray]:
-            self.states, self.logits = {}, None
-            return self._features(part, *objective.at_once(part))
-
-        parts = objective.map(batch, read_part)
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
-
-    def _features(self, batch: Batch, losses: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, batch: Batch, objective: Objective) -> np.ndarray:
+        """Return features (B, f) of a batch."""
+        self.states, self.logits = {}, None
+        losses, targets = objective.at_once(batch)
         examples = count_examples(batch)
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -174,7 +148,7 @@ class _Reader:
         logs = [v.clamp_min(least).log() for v, least in ((tokens, 1), (count, 1), (loss, 1e-6), (error, 1e-6))]
         scalars = torch.stack([*logs, loss, entropy], dim=1)
         states = [self._project(self.states.get(place), mask, examples) for place in range(len(self.modules))]
-        return loss.numpy(), torch.cat([scalars, *states], dim=1).numpy()
+        return torch.cat([scalars, *states], dim=1).numpy()
 
     def _predictions(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Mean entropy and root mean square error (B,) of the predictions at targets.

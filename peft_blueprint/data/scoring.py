@@ -14,10 +14,9 @@ from torch import nn
 from .._processes import of_every_process, process_count
 from ..errors import MeasurementError
 from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, collate, measure_influence
-from .alignment import Target, alignment_scores, find_rows, gradient_points
+from .alignment import find_rows, gradient_points
 from .examples import Candidate
-from .features import DEPTHS, Features, model_features
-from .options import Similarity
+from .features import DEPTHS, MODEL_SCALARS, model_features
 
 
 ScoreFunction = Callable[[Sequence[Candidate]], np.ndarray]
@@ -101,11 +100,11 @@ class ExampleScorer:
         self.cost.measured_tokens += found.tokens
         return found
 
-    def features(self, candidates: Sequence[Candidate], depths: Sequence[float] = DEPTHS) -> Features:
-        """Compute features by one forward pass in this process."""
+    def features(self, candidates: Sequence[Candidate], depths: Sequence[float] = DEPTHS) -> np.ndarray:
+        """Compute features by one forward pass in this process, see `model_features`."""
         batches = self._batches(candidates)
-        found = model_features(self.model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
-        self.cost.forward_tokens += found.tokens
+        found, tokens = model_features(self.model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
+        self.cost.forward_tokens += tokens
         return found
 
     def norms(self, candidates: Sequence[Candidate]) -> np.ndarray:
@@ -120,11 +119,7 @@ class ExampleScorer:
 
     def losses(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Return mean losses over targets, (n,)."""
-        return self.features(candidates, depths=()).losses
-
-    def alignment_with(self, target: Target, similarity: Similarity) -> ScoreFunction:
-        """Return a function that scores candidates by their alignment with a target."""
-        return lambda candidates: alignment_scores(self.influence(candidates, projections=True), target, similarity)
+        return self.features(candidates, depths=())[:, MODEL_SCALARS.index("loss")]
 
     def distribute(self, score: ScoreFunction, candidates: Sequence[Candidate]) -> np.ndarray:
         """Score candidates, of which each process takes a share; every process gets all scores.

@@ -18,11 +18,11 @@ from torch import nn
 
 from .._options import from_keywords
 from .._processes import process_count
-from .._text import format_names
+from .._text import format_names, is_inside
 from ..errors import BlueprintError, MismatchError
 from ..measure import LossFunction, find_submodules, get_pad_token_id, is_sharded, parameters_per_token, unwrap
 from ..place import Placement
-from .alignment import Target, make_target
+from .alignment import Target, alignment_scores, make_target
 from .brief_training import Train, restore_afterwards, temporary_adapters, train_briefly
 from .examples import Candidate, Example, Pool
 from .features import MODEL_SCALARS, TOKEN_SCALARS, token_features
@@ -257,7 +257,12 @@ def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> Sc
     """Build the function that scores candidates by a method, with the scorer's model as it is now."""
     scorer, options = scan.scorer, scan.options
     if method.measure == "alignment":
-        score = scorer.alignment_with(_measure_target(scan, targets), options.similarity)
+        target = _measure_target(scan, targets)
+
+        def align(candidates: Sequence[Candidate]) -> np.ndarray:
+            return alignment_scores(scorer.influence(candidates, projections=True), target, options.similarity)
+
+        score: ScoreFunction = align
     else:
         score = {
             "random": lambda candidates: random_scores(candidates, options.seed),
@@ -271,8 +276,8 @@ def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> Sc
 
     def featurize(candidates: Sequence[Candidate]) -> np.ndarray:
         if options.features == "tokens":
-            return token_features([one.row for one in candidates], seed=options.seed).values
-        return scorer.features(candidates).values
+            return token_features([one.row for one in candidates], seed=options.seed)
+        return scorer.features(candidates)
 
     scalars = len(TOKEN_SCALARS if options.features == "tokens" else MODEL_SCALARS)
     return scan.learn(score, featurize, scalars, logarithmic=method.measure == "norm")
@@ -393,19 +398,15 @@ def _trained_submodules(
     every = [submodule.name for submodule in find_submodules(model)]
     wanted = set(submodules or ()) if placement is None else set(placement.lora)
     blocks = () if placement is None else placement.unfreeze
-    empty = [block for block in blocks if not any(_is_in(name, block) for name in every)]
+    empty = [block for block in blocks if not any(is_inside(name, block) for name in every)]
     missing = sorted(wanted - set(every)) + empty
-    names = tuple(name for name in every if name in wanted or any(_is_in(name, block) for block in blocks))
+    names = tuple(name for name in every if name in wanted or any(is_inside(name, block) for block in blocks))
     if missing or not names:
         raise MismatchError(
             f"{len(missing)} of {len(wanted) + len(blocks)} submodules are not in this model "
             f"({format_names(missing) or 'no names given'}). Its submodules are {format_names(every)}."
         )
     return names
-
-
-def _is_in(name: str, block: str) -> bool:
-    return name == block or name.startswith(f"{block}.")
 
 
 def _encode_target(pool: Pool) -> list[Candidate]:

@@ -6,7 +6,7 @@ import torch
 
 from peft_blueprint import measure_influence
 from peft_blueprint.compare.drift import spearman
-from peft_blueprint.data.features import model_features, token_features
+from peft_blueprint.data.features import MODEL_SCALARS, model_features, token_features
 from peft_blueprint.data.predictor import fit_predictor
 from peft_blueprint.errors import MeasurementError
 from peft_blueprint.measure.losses import per_example_losses
@@ -14,7 +14,7 @@ from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, to
 
 
 def column(features, name):
-    return features.values[:, features.names.index(name)]
+    return features[:, MODEL_SCALARS.index(name)]
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -22,7 +22,7 @@ def column(features, name):
 def test_scalars_match_the_whole_logits(build, padding):
     """Loss, entropy, error and lengths, also if the head computes logits at targets alone."""
     model, batches = build(), toy_batches(padding=padding)
-    features = model_features(model, batches)
+    features, tokens = model_features(model, batches)
     done = 0
     for batch in batches:
         with torch.no_grad():
@@ -42,23 +42,22 @@ def test_scalars_match_the_whole_logits(build, padding):
             assert np.exp(column(features, "log tokens")[done]) == pytest.approx(int(mask.sum()))
             assert np.exp(column(features, "log targets")[done]) == pytest.approx(int(at.sum()))
             done += 1
-    assert done == len(features.values) == 8
-    assert np.array_equal(features.losses, column(features, "loss"))
-    assert features.tokens == 8 * 12
+    assert done == len(features) == 8
+    assert tokens == 8 * 12
 
 
 def test_hidden_states_are_means_over_an_examples_own_positions():
     """Padding does not count; projections keep inner products approximately."""
     model = tiny_llama()
     [batch] = toy_batches(batch_size=8)
-    features = model_features(model, [batch], depths=(1.0,), size=4096)
+    features, _ = model_features(model, [batch], depths=(1.0,), size=4096)
     states = []
     hook = model.model.layers[-1].input_layernorm.register_forward_hook(lambda *a: states.append(a[2].detach()))
     model(**batch)
     hook.remove()
     weights = batch["attention_mask"].float()
     means = torch.einsum("bt,btd->bd", weights, states[0]) / weights.sum(dim=1, keepdim=True)
-    found = features.values[:, features.scalars :]
+    found = features[:, len(MODEL_SCALARS) :]
     assert np.allclose(
         found @ found.T * 32 / 4096, (means @ means.T).numpy(), atol=0.15 * float(means.square().sum(1).max())
     )
@@ -67,7 +66,7 @@ def test_hidden_states_are_means_over_an_examples_own_positions():
 def test_features_of_an_example_do_not_depend_on_its_batch():
     """One at a time or eight together."""
     model = tiny_llama()
-    one, other = (model_features(model, toy_batches(batch_size=size)).values for size in (1, 8))
+    one, other = (model_features(model, toy_batches(batch_size=size))[0] for size in (1, 8))
     assert np.allclose(one, other, atol=1e-4)
 
 
@@ -88,21 +87,23 @@ def test_other_architectures_have_features():
     [batch] = toy_batches(batch_size=8)
     ids = batch["input_ids"]
     labels = torch.where(ids % 3 > 0, ids, -100)
-    t5 = model_features(tiny_t5(), [{**batch, "labels": labels}])
+    t5, _ = model_features(tiny_t5(), [{**batch, "labels": labels}])
     assert (column(t5, "entropy") > 0).all()
-    bert = model_features(tiny_bert(), [{"input_ids": ids, "labels": torch.arange(8) % 3}])
-    assert np.isfinite(bert.values).all() and not column(bert, "entropy").any() and (bert.losses > 0).all()
-    own = model_features(tiny_llama(), [batch], loss_fn=lambda model, batch: 7 + per_example_losses(model, batch)[0])
-    assert not column(own, "entropy").any() and (own.losses > 7).all()
+    bert, _ = model_features(tiny_bert(), [{"input_ids": ids, "labels": torch.arange(8) % 3}])
+    assert np.isfinite(bert).all() and not column(bert, "entropy").any() and (column(bert, "loss") > 0).all()
+    own, _ = model_features(
+        tiny_llama(), [batch], loss_fn=lambda model, batch: 7 + per_example_losses(model, batch)[0]
+    )
+    assert not column(own, "entropy").any() and (column(own, "loss") > 7).all()
 
 
 def test_they_predict_gradient_norms():
     """As Algorithm 2 needs: 64 measured examples predict the order of the others' norms."""
     model, batches = tiny_llama(), toy_batches(examples=112, batch_size=28, length=48)
-    values = model_features(model, batches)
+    values, _ = model_features(model, batches)
     norms = measure_influence(model, batches, progress=False).example_norms.numpy()
-    predictor = fit_predictor(values.values[:64], norms[:64], scalars=range(values.scalars), bootstrap=20)
-    assert spearman(predictor.predict(values.values[64:]), norms[64:]) > 0.5
+    predictor = fit_predictor(values[:64], norms[:64], scalars=range(len(MODEL_SCALARS)), bootstrap=20)
+    assert spearman(predictor.predict(values[64:]), norms[64:]) > 0.5
 
 
 def test_token_ids_alone_give_features():
@@ -113,10 +114,9 @@ def test_token_ids_alone_give_features():
         {"input_ids": [5, 6, 5], "labels": [-100, 6, 5]},
     ]
     features = token_features(rows)
-    assert np.exp(features.values[0, :4]) == pytest.approx([3, 2, 1, np.exp(2 / 3)])
-    assert np.array_equal(features.values[0], features.values[2])
-    assert not np.allclose(features.values[0], features.values[1])
-    assert features.tokens == 0 and np.isnan(features.losses).all()
+    assert np.exp(features[0, :4]) == pytest.approx([3, 2, 1, np.exp(2 / 3)])
+    assert np.array_equal(features[0], features[2])
+    assert not np.allclose(features[0], features[1])
 
 
 def test_a_loss_that_is_not_finite_is_refused():
