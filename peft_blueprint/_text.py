@@ -26,6 +26,16 @@ def format_names(names: Sequence[str], limit: int = 4) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Return whether `name` is the module of that name, or a submodule or parameter in it.
+
+    Example:
+        >>> [is_inside(name, "experts.1") for name in ("experts.1", "experts.1.up_proj", "experts.10.up_proj")]
+        [True, True, False]
+    """
+    return name == module or name.startswith(f"{module}.")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message without its full stop, or else its class."""
     lines = str(error).strip().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def find_model_files(path: Path) -> ModelFiles:
 def read_embedded(path: str | Path) -> tuple[Any, str]:
     """Read the record in a model's files, from the header or otherwise from the index, and no tensor.
 
+    Warns if the header holds another one than the index.
+
     Returns:
         The record, unchecked, and where it was found.
 
@@ -78,8 +81,14 @@ def read_embedded(path: str | Path) -> tuple[Any, str]:
         places.append((files.tensors, read_metadata(files.tensors)))
     if files.index is not None:
         places.append((files.index, parse_index(read_text(files.index), str(files.index))["metadata"]))
-    for place, metadata in places:
-        text = metadata.get(JSON_KEY)
+    texts = [metadata.get(JSON_KEY) for _, metadata in places]
+    if len(texts) == 2 and texts[0] not in (None, texts[1]):
+        warnings.warn(
+            f"{files.tensors} holds another blueprint than {files.index}, as after an interruption. The former's is read; "
+            f"embed or remove it again with `peft-blueprint embed {path} blueprint.json` or `peft-blueprint remove {path}`.",
+            stacklevel=2,
+        )
+    for (place, metadata), text in zip(places, texts, strict=True):
         if text is not None:
             require_version(metadata, str(place))
             if not isinstance(text, str):

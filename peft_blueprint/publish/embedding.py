@@ -127,19 +127,28 @@ def _write(files: ModelFiles, changes: dict[str, str | None], progress: bool) ->
             raise BlueprintError(f"There is no file {target}. Get the whole model, or check the path.")
         _require_own(target)
         require_writable(target.parent)
-    # the header first: a reader who finds another text in the index then knows that this was interrupted
-    changed = [files.tensors] if replace_metadata(files.tensors, changes, progress) else []
-    if files.index is not None:
-        remove_leftovers(files.index)
-        status = files.index.stat()
-        text = read_text(files.index)
-        index = parse_index(text, str(files.index))
-        metadata = {key: value for key, value in {**index["metadata"], **changes}.items() if value is not None}
-        if metadata != index["metadata"]:
-            content = json.dumps({"metadata": metadata, **index, **{"metadata": metadata}}, indent=2)
-            write_atomically(files.index, content + "\n" * text.endswith("\n"), status)
-            changed.append(files.index)
-    return changed
+    # readers warn of a header that holds what the index does not, which is what a kill in between leaves
+    is_removed = None in changes.values()
+    changed = []
+    for target in reversed(targets) if is_removed else targets:
+        replace = _replace_in_index if target == files.index else replace_metadata
+        if replace(target, changes, progress):
+            changed.append(target)
+    return sorted(changed, key=targets.index)
+
+
+def _replace_in_index(path: Path, changes: dict[str, str | None], progress: bool) -> bool:
+    """Set or remove (None) keys of an index's metadata. Return whether it changed."""
+    remove_leftovers(path)
+    status = path.stat()
+    text = read_text(path)
+    index = parse_index(text, str(path))
+    metadata = {key: value for key, value in {**index["metadata"], **changes}.items() if value is not None}
+    if metadata == index["metadata"]:
+        return False
+    content = json.dumps({"metadata": metadata, **index, **{"metadata": metadata}}, indent=2)
+    write_atomically(path, content + "\n" * text.endswith("\n"), status)
+    return True
 
 
 def _require_own(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._text import is_inside
 from ..blueprint import NUMBERS, Blueprint, score_of
 from ..errors import BlueprintError
 
@@ -95,7 +96,7 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
             x, y = entry.depth or 0, kinds.index(entry.kind)
             if entry.name in lora:
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=2))
-            elif any(entry.name.startswith(block) for block in unfreeze):
+            elif any(is_inside(entry.name, block) for block in unfreeze):
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=_OUTLINE, hatch="///", lw=0))
             if entry.name in lora and entry.name in ranks:
                 colour = "white" if shares[y, x] > 0.6 else "black"

@@ -1,6 +1,8 @@
 """The record as JSON and CSV: exact both ways, and clear about what it refuses."""
 
+import csv
 import errno
+import io
 import json
 import os
 import resource
@@ -13,6 +15,7 @@ from peft import get_peft_model
 
 from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, Submodule
 from peft_blueprint.blueprint.theory import gamma_from_alpha
+from peft_blueprint.compare import aggregate, write_table
 from peft_blueprint.errors import FormatError
 from peft_blueprint.measure import find_submodules
 from peft_blueprint.testing import tiny_llama
@@ -37,8 +40,8 @@ def test_files_round_trip_too(tmp_path_factory, blueprint, suffix):
 
 
 def test_zero_is_a_value_and_not_an_absence():
-    """A zero norm, depth 0 and a tag of 0.0 are written, in JSON and in CSV."""
-    entry = Submodule("a", 0.0, depth=0, signal_norm=0.0, examples=0, domain_tags={"bio": 0.0})
+    """A zero norm, depth 0, a tag of 0.0 and a scalar's empty shape are written, in JSON and in CSV."""
+    entry = Submodule("a", 0.0, depth=0, signal_norm=0.0, examples=0, domain_tags={"bio": 0.0}, shape=())
     blueprint = Blueprint("m", (entry,), extra={"x-none": None, "x-zero": 0})
     assert {"depth": 0, "gradient_norm": 0.0}.items() <= json.loads(to_json(blueprint))["layers"][0].items()
     for again in (from_json(to_json(blueprint)), from_csv(to_csv(blueprint))):
@@ -139,7 +142,6 @@ BAD_JSON = {
     "list for tags": (record(domain_tags=["bio"]), "domain_tags of 'b' must be an object"),
     "text in tags": (record(domain_tags={"bio": "high"}), "domain_tags of 'b' must be numbers"),
     "three for an interval": (record(norm_interval=[1, 2, 3]), "norm_interval of 'b' must be two numbers"),
-    "nothing for a shape": (record(shape=[]), "shape of 'b' must be numbers"),
     "an unknown form": (record(form="conv"), "form of 'b' is 'conv'; it must be one of linear, experts"),
     "text in a shape": (record(shape=["1", 2]), "shape of 'b' must be a whole number"),
     "an unknown level": (record(top_level="head"), "level is 'head'.*submodule, group or layer"),
@@ -276,3 +278,19 @@ def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask):
     finally:
         os.umask(old)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "''-x", "'plain", "=cmd|' /C calc'!A0", "a=b", "'"]
+)
+def test_no_cell_of_a_csv_is_a_formula(text, tmp_path):
+    """In a blueprint and in a table; and the blueprint's CSV is read back unchanged."""
+    entry = Submodule(text, 1.0, kind=text, group=text, domain_tags={text: 1.0})
+    blueprint = Blueprint(text, (entry,))
+    path = blueprint.save(tmp_path / "b.csv")
+    assert Blueprint.from_pretrained(path) == blueprint
+    write_table([{**row, text: text} for row in aggregate({text: blueprint})], tmp_path / "t.csv")
+    for file in (path, tmp_path / "t.csv"):
+        cells = [cell for row in csv.reader(io.StringIO(file.read_text())) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+        assert any(text in cell for cell in cells)

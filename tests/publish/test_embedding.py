@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -72,10 +73,7 @@ def test_embed_extract_remove(blueprint, folder):
 
 def test_a_sharded_model_has_it_in_the_index_and_the_first_shard(blueprint, saved, tmp_path):
     """Under the same keys; all else in the index stays as it was, and either place alone is enough."""
-    folder = tmp_path / "sharded"
-    folder.mkdir()
-    for path in (saved / "sharded").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = copied(saved / "sharded", tmp_path / "sharded")
     index = folder / "model.safetensors.index.json"
     before, text = json.loads(index.read_text()), index.read_text()
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -93,6 +91,62 @@ def test_a_sharded_model_has_it_in_the_index_and_the_first_shard(blueprint, save
     with pytest.raises(BlueprintError, match="no file .*00001"):
         embed(blueprint, folder)
     assert index.read_text() == text
+
+
+def copied(folder, to):
+    """A copy of a model's files."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+@pytest.mark.parametrize("act", ["embed", "embed another", "remove"])
+def test_an_interruption_between_header_and_index_is_noticed(blueprint, saved, tmp_path, monkeypatch, act):
+    """Readers warn; the same once more mends it, and then nobody warns."""
+    folder = copied(saved / "sharded", tmp_path / "copy")
+    if act != "embed":
+        embed(blueprint, folder, progress=False)
+    other = replace(blueprint, model_id="tiny/other")
+    acts = {
+        "embed": lambda: embed(blueprint, folder, progress=False),
+        "embed another": lambda: embed(other, folder, progress=False),
+        "remove": lambda: remove(folder, progress=False),
+    }
+    changes = iter([os.replace])
+
+    def interrupted(*paths):
+        next(changes)(*paths)  # the second is not made
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises((StopIteration, RuntimeError)):
+        acts[act]()
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="another blueprint than.*index.json.*peft-blueprint embed.*remove"):
+        assert extract(folder) == rounded(other if act == "embed another" else blueprint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        acts[act]()
+        if act != "remove":
+            assert extract(folder) == rounded(other if act == "embed another" else blueprint)
+    assert not list(folder.glob(".*"))
+
+
+def test_an_index_that_is_replaced_meanwhile_stays(blueprint, saved, tmp_path, monkeypatch):
+    """Another program saved the model again while its first shard was written."""
+    folder = copied(saved / "sharded", tmp_path / "copy")
+    index = folder / "model.safetensors.index.json"
+    original = shutil.copystat
+
+    def then(old, new):
+        if old == index:
+            index.write_text(index.read_text() + "\n\n")
+        return original(old, new)
+
+    monkeypatch.setattr(shutil, "copystat", then)
+    with pytest.raises(BlueprintError, match="index.json was replaced or changed by another program"):
+        embed(blueprint, folder, progress=False)
+    assert index.read_text().endswith("\n\n") and "blueprint.json" not in index.read_text()
 
 
 def test_removing_gives_back_the_index(blueprint, saved, tmp_path):

@@ -1,0 +1,79 @@
+"""Heat maps of blueprints."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+from matplotlib.patches import Rectangle
+
+from peft_blueprint import Blueprint, BlueprintError, Placement, Submodule
+from peft_blueprint.publish import plot_blueprint, save_plot
+
+
+def made(names, norm=1.0):
+    """Entries of one row each."""
+    return tuple(Submodule(name, norm, kind=name, depth=0) for name in names)
+
+
+def marked(blueprint, placement):
+    """Names of the hatched and of the outlined entries."""
+    names = blueprint.names
+    patches = [p for p in plot_blueprint(blueprint, placement).axes[0].patches if isinstance(p, Rectangle)]
+    rows = [(names[round(patch.get_y() + 0.5)], bool(patch.get_hatch())) for patch in patches]
+    return {name for name, is_hatched in rows if is_hatched}, {name for name, is_hatched in rows if not is_hatched}
+
+
+@pytest.mark.parametrize(
+    "block, inside",
+    [
+        ("experts.1", {"experts.1.up", "experts.1.down"}),
+        ("experts.1.up", {"experts.1.up"}),
+        ("experts", {"experts.1.up", "experts.1.down", "experts.10.up", "experts.10.upper"}),
+        ("experts.10.up", {"experts.10.up"}),
+        ("expert", set()),
+        ("head", set()),
+    ],
+)
+def test_an_unfrozen_block_hatches_what_is_in_it_alone(block, inside):
+    """Not a block whose name begins in the same way."""
+    blueprint = Blueprint("org/m", made(["experts.1.up", "experts.1.down", "experts.10.up", "experts.10.upper", "heads"]))
+    placement = Placement("org/m", lora=("heads",), unfreeze=(block,), rank_by="gradient_norm", coverage="none")
+    assert marked(blueprint, placement) == (inside, {"heads"})
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "a[/b]c", "<b>", "名前", "x" * 300, "%s{}", "_hidden", "a\\b" "q"])
+def test_any_name_is_drawn_as_it_is(tmp_path, name):
+    """A formula, markup, other letters, a very long one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_blueprint(Blueprint(name, made([name.replace("\\", "/")])))
+        assert save_plot(figure, tmp_path / "x.png").stat().st_size > 0
+    assert name in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-300, 1e300])
+@pytest.mark.parametrize("count", [1, 2])
+def test_extreme_norms_are_drawn(tmp_path, norm, count):
+    """Zeros, and the smallest and largest that a record may hold."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_plot(plot_blueprint(Blueprint("org/m", made(list("ab")[:count], norm))), tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kinds, depths", [(12_000, 1), (1, 12_000), (40, 300)])
+def test_many_entries_are_drawn_in_a_picture_of_bounded_size(tmp_path, kinds, depths):
+    """As many as an unfused model of experts has."""
+    entries = tuple(
+        Submodule(f"layers.{depth}.k{kind}", 1.0 + kind, kind=f"k{kind}", depth=depth)
+        for kind in range(kinds)
+        for depth in range(depths)
+    )
+    figure = plot_blueprint(Blueprint("org/m", entries))
+    assert max(figure.get_size_inches()) <= 100
+    save_plot(figure, tmp_path / "x.png")
+
+
+def test_without_kinds_and_depths_there_is_no_picture():
+    """The error says what to do."""
+    with pytest.raises(BlueprintError, match="no kinds and depths"):
+        plot_blueprint(Blueprint("org/m", tuple(replace(entry, depth=None) for entry in made("ab"))))
