@@ -203,9 +203,6 @@ def release(
     sigma = gaussian_sigma(privacy.epsilon * (1 - share), privacy.delta, sensitivity)
     noisy = np.array(_gaussian(sigma)(bounded(norms, privacy.clip).mean(axis=1).tolist()))
     reliability = _reliability(noisy, submodules, sigma)
-    scale = 1.0
-    if privacy.clip is None:
-        scale = choose_scale(np.linalg.norm(norms, axis=0), privacy.epsilon * share)
     if reliability < _RELIABLE:
         warnings.warn(
             f"Under epsilon={privacy.epsilon:g} with {examples} examples only {reliability:.0%} of the variance between "
@@ -226,7 +223,9 @@ def release(
         "sigma": sigma,
         "reliability": reliability,
     }
+    scale = 1.0
     if privacy.clip is None:
+        scale = choose_scale(np.linalg.norm(norms, axis=0), privacy.epsilon * share)
         statement |= {
             "scale": scale,
             "scale_chosen": "median length, noisy max of 601 values from 1e-6 to 1e6",
