@@ -15,6 +15,7 @@ from .entry import score_of as score_of
 from .formats import FILE_NAME as FILE_NAME
 from .formats import SUFFIXES as SUFFIXES
 from .formats import file_name as file_name
+from .formats import to_cell as to_cell
 from .formats import to_json as to_json
 from .header import FIRST_READ as FIRST_READ
 from .header import metadata_of_prefix as metadata_of_prefix

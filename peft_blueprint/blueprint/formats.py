@@ -30,6 +30,7 @@ MAX_ARRAYS = 2**28  # bytes
 
 _DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9._]{0,62}[a-z0-9])?")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # with the apostrophes that a text has already
 _LONG_LIST = re.compile(r"\[\n([-+.,eE\d\s]+)\]")
 
 
@@ -96,9 +97,9 @@ def to_csv(record: Mapping[str, Any]) -> str:
         row = {key: value for key, value in entry.items() if key in ("id", *ENTRY_KEYS)}
         extra = {key: value for key, value in entry.items() if key not in row}
         writer.writerow(
-            {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+            {key: to_cell(value) if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
             | {
-                "model_id": record["model_id"],
+                "model_id": to_cell(record["model_id"]),
                 "training_checkpoint": "" if checkpoint is None else repr(checkpoint),
                 "extra": json.dumps(extra) if extra else "",
                 "metadata": metadata,
@@ -126,7 +127,7 @@ def from_csv(text: str, source: str = "the text") -> dict[str, Any]:
 
 def _csv_record(text: str) -> dict[str, Any]:
     """Return the record that the rows of a CSV stand for."""
-    rows = list(csv_rows(text))
+    rows = [{key: from_cell(value) for key, value in row.items()} for row in csv_rows(text)]
     if not rows or not {"model_id", "id", "gradient_norm"} <= set(rows[0]):
         raise FormatError("this is not a blueprint: its CSV needs the columns model_id, id and gradient_norm.")
     model_id, checkpoint = rows[0]["model_id"], rows[0].get("training_checkpoint")
@@ -147,6 +148,21 @@ def _csv_record(text: str) -> dict[str, Any]:
                 entry[key] = cell if key in ("kind", "group", "form") else _cell(cell, key)
         record["layers"].append(entry | _beside(entry, row.get("extra"), "extra"))
     return record
+
+
+def to_cell(text: str) -> str:
+    """Return a text as a cell of a CSV that spreadsheets do not take for a formula: with an apostrophe before it.
+
+    Example:
+        >>> to_cell("=1+1"), to_cell("attn.0")
+        ("'=1+1", 'attn.0')
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_cell(cell: Any) -> Any:
+    """Return what `to_cell` was given."""
+    return cell[1:] if isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from .. import blueprint as records
+from .._text import masked, printable
 
 
 if TYPE_CHECKING:
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "json", "quiet"]
 
+# Statistics that a table of a blueprint shows where an entry has them, beside the one that it is sorted by.
+_SHOWN = ("gradient_norm", "norm_interval", "signal_norm", "adam_gain", "alpha", "gamma", "k_star", "domain_tags")
+_MOST_TAGS = 4  # of an entry
+_UNLIMITED = 10_000  # characters of a line
+_HEADINGS = {"norm_interval": "95 %"}
+_OPTIONAL = ("signal_norm", "95 %", "kind", "adam_gain")  # left out, in this order, of a terminal that is too narrow
+
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    """Print a line on stderr, without secrets and control characters."""
+    print(printable(masked(text)), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,14 @@ class Output:
         """Whether progress bars are shown, on stderr."""
         return self.format != "quiet"
 
-    def answer(self, data: Any, rows: Sequence[Mapping[str, Any]], bare: Sequence[str], title: str) -> None:
+    def answer(
+        self,
+        data: Any,
+        rows: Sequence[Mapping[str, Any]],
+        bare: Sequence[str],
+        title: str,
+        optional: Sequence[str] = (),
+    ) -> None:
         """Print the verb's answer on stdout.
 
         Args:
@@ -50,33 +65,34 @@ class Output:
             rows: of the table, by column.
             bare: lines that `--format quiet` prints.
             title: line above the table.
+            optional: columns to leave out, in this order, of a terminal that is too narrow for all.
         """
         if self.format == "json":
             print(json.dumps(data, indent=2, allow_nan=False))
         elif self.format == "quiet":
-            print("\n".join(bare))
+            print("\n".join(map(printable, bare)))
         else:
-            print(title)
-            _print_table(rows)
+            print(printable(title))
+            _print_table(rows, optional)
 
     def blueprint(self, blueprint: Blueprint, by: str, top: int, bare: Sequence[str]) -> None:
         """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON."""
         ranked = sorted(blueprint, key=lambda entry: -records.score_of(entry, by))[: top or None]
+        names = dict.fromkeys((*_SHOWN, by))
+        shown = [name for name in names if any(getattr(entry, name) not in (None, {}) for entry in ranked)]
         rows = [
-            {
-                "id": entry.name,
-                "kind": entry.kind,
-                "gradient_norm": entry.gradient_norm,
-                "95 %": "–".join(f"{x:.3g}" for x in entry.norm_interval) if entry.norm_interval else None,
-                "signal_norm": entry.signal_norm,
-                "adam_gain": entry.adam_gain,
-            }
+            {"id": entry.name, "kind": entry.kind}
+            | {_HEADINGS.get(name, name): _statistic(getattr(entry, name)) for name in shown}
             for entry in ranked
         ]
-        title = f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s{_concentration(blueprint)}"
+        title = (
+            f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
+            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}"
+        )
         if len(ranked) < len(blueprint):
             title += f"; the {len(ranked)} largest by {by}"
-        self.answer(records.to_dict(blueprint) if self.format == "json" else None, rows, bare, title)
+        optional = [column for column in _OPTIONAL if column != by]
+        self.answer(records.to_dict(blueprint) if self.format == "json" else None, rows, bare, title, optional)
 
     def hint(self, text: str) -> None:
         """Tell a person what to do next; programs and pipelines are not told."""
@@ -84,30 +100,57 @@ class Output:
             say(text)
 
 
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_table(rows: Sequence[Mapping[str, Any]], optional: Sequence[str]) -> None:
+    # A file or a pipe has no width: names stay whole there.
+    console = Console(
+        soft_wrap=False, width=None if sys.stdout.isatty() else _UNLIMITED, highlight=False, markup=False, emoji=False
+    )
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    left_out: list[str] = []
+    for column in (column for column in optional if column in columns):
+        unlimited = console.options.update(width=_UNLIMITED)
+        if Measurement.get(console, unlimited, _table(rows, columns)).maximum <= console.width:
+            break
+        columns.remove(column)
+        left_out.append(column)
+    console.print(_table(rows, columns))
+    if left_out:
+        say(f"This terminal is too narrow for {', '.join(left_out)}; --format json has all.")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
     table = Table()
     for column in columns:
         is_number = any(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(escape(column), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(printable(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    # A file or a pipe has no width: names stay whole there.
-    Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    return table
+
+
+def _statistic(value: Any) -> Any:
+    """Return a cell for a statistic: an interval, or ratios by domain, as one text."""
+    if isinstance(value, Mapping):
+        tags = ", ".join(f"{tag} {ratio:.3g}" for tag, ratio in list(value.items())[:_MOST_TAGS])
+        return tags + (f" and {len(value) - _MOST_TAGS} more" if len(value) > _MOST_TAGS else "")
+    return "–".join(f"{end:.3g}" for end in value) if isinstance(value, tuple) else value
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _concentration(blueprint: Blueprint) -> str:
     """Describe how concentrated the norms are within kinds, where the file has it."""
     known = blueprint.concentration
-    gamma = f", gamma_fit {known['gamma_fit']:.3f}" if "gamma_fit" in known else ""
-    tail = known.get("tail_within_kinds") or known.get("tail")
-    if not isinstance(tail, Mapping) or "gini" not in tail:
-        return gamma
-    gini = tail["gini"]
-    return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"
+    try:
+        gamma = f", gamma_fit {known['gamma_fit']:.3f}" if "gamma_fit" in known else ""
+        tail = known.get("tail_within_kinds") or known.get("tail") or {}
+        if "gini" not in tail:
+            return gamma
+        gini = tail["gini"]
+        return f"{gamma}, Gini {gini['value']:.2f} [{gini['low']:.2f}, {gini['high']:.2f}], tail: {tail['verdict']}"
+    except (KeyError, TypeError, ValueError):  # a file may hold anything here
+        return ""

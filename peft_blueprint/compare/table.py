@@ -17,7 +17,7 @@ import pyarrow.parquet
 from .._files import replacing
 from .._progress import progress_bar
 from .._text import shape_str
-from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule
+from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule, to_cell
 from ..errors import BlueprintError
 from .merging import has_privacy, parts_of, reference_of
 
@@ -145,6 +145,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
     The columns are all keys of the rows, in the order in which they first appear. An empty column has the type that
     `aggregate` gives it in Parquet, or text. (JSON is written without pandas, whose writer keeps 15 decimals alone.)
+    In CSV a text that begins with =, +, - or @ gets an apostrophe, so that spreadsheets do not take it for a formula.
 
     Args:
         rows: flat: text, numbers, true and false, or None for an unknown value.
@@ -162,7 +163,13 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     table = _table_of(rows)
     with replacing(path) as file:
         if path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, file)
+            texts = {
+                name: pa.array([None if text is None else to_cell(text) for text in column.to_pylist()], pa.string())
+                for name, column in zip(table.column_names, table.columns, strict=True)
+                if column.type == pa.string()
+            }
+            columns = {to_cell(name): texts.get(name, table[name]) for name in table.column_names}
+            pyarrow.csv.write_csv(pa.table(columns), file)
         elif path.suffix == ".parquet":
             pyarrow.parquet.write_table(table, file)
         else:

@@ -39,7 +39,8 @@ class Placement:
         ranks: rank by full name, where ranks differ.
         learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None without Adam's gain.
         gain_retained: predicted gain as a share of all-linear LoRA's, see `CoverGain`: of Adam's first-order gain if all
-            entries carry it, otherwise with every entry counted alike.
+            entries carry it, otherwise with every entry counted alike, which `is_gain_measured` tells.
+        is_gain_measured: whether `gain_retained` rests on a measurement.
         cost: predicted costs, as far as known: `time` as a share of all-linear LoRA's step, `parameters`, `modules`,
             `lowest` (depth at which the backward pass stops), `memory` in bytes.
         details: for each name in `lora` its `kind`, `depth`, `score` and, if the blueprint has k*, `k_star_rank`: the
@@ -60,6 +61,7 @@ class Placement:
     ranks: Mapping[str, int] = field(default_factory=dict)
     learning_rate_scale: float | None = None
     gain_retained: float | None = None
+    is_gain_measured: bool = True
     cost: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     alternatives: tuple[Mapping[str, float], ...] = ()
@@ -104,9 +106,13 @@ class Placement:
         spread = "not spread" if self.coverage == "none" else f"spread over {self.coverage}"
         return f"{' and '.join(adapted)} of {self.candidates} candidates by {self.rank_by}, {spread}"
 
+    def __repr__(self) -> str:
+        """One line: the model and the summary; `print` shows the tables, and `to_dict` all of it."""
+        return f"<Placement for {self.model_id!r}: {self.summary()}>"
+
     def __str__(self) -> str:
         """Tables of the adapters by kind, and of the costs beside the next smaller and larger choices."""
-        console = Console(file=io.StringIO(), width=119, highlight=False)
+        console = Console(file=io.StringIO(), width=119, highlight=False, markup=False, emoji=False)
         console.print(f"{self.model_id}: {self.summary()}")
         console.print(self._kind_table())
         if self.cost:
@@ -115,6 +121,8 @@ class Placement:
             console.print(f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer.")
         if self.cost:
             console.print("Costs are predicted. The step time is a share of all-linear LoRA's.")
+        if self.cost and not self.is_gain_measured:
+            console.print("No gain was measured: the coverage counts every submodule alike.")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _kind_table(self) -> Table:
@@ -141,7 +149,10 @@ class Placement:
             "parameters": ("parameters", "{:,.0f}".format),
             "modules": ("modules", "{:.0f}".format),
             "lowest": ("lowest layer", "{:.0f}".format),
-            "gain_retained": ("gain retained", "{:.0%}".format),
+            "gain_retained": (
+                "gain retained" if self.is_gain_measured else "coverage (gain not measured)",
+                "{:.0%}".format,
+            ),
         }
         for title in ("", *(title for title, _ in columns.values())):
             table.add_column(title, justify="right" if title else "left")

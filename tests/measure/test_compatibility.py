@@ -87,3 +87,20 @@ def test_an_entry_that_is_none_of_the_models_is_named(blueprint):
     odd = replace(blueprint, submodules=(*blueprint.submodules, Submodule("model.layers.0.mlp.odd", 1.0)))
     with pytest.raises(MismatchError, match="1 of its 85 entries are not in the model .'model.layers.0.mlp.odd'"):
         check_fits(odd, tiny_llama(layers=12))
+
+
+@pytest.mark.parametrize("tokens", [90, 128])
+def test_a_resized_vocabulary_fits(tokens):
+    """No adapter goes on embeddings and heads, whose rows are tokens; another width is another model."""
+    model = tiny_llama()
+    blueprint = generate_blueprint(model, toy_batches(examples=2), include="all", bootstrap=20, progress=False)
+    model.resize_token_embeddings(tokens)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The blueprint of .* other submodules")
+        check_fits(blueprint, model)
+    wide = tuple(
+        replace(entry, shape=(entry.shape[0], 2 * entry.shape[1])) if entry.form == "embedding" else entry
+        for entry in blueprint
+    )
+    with pytest.raises(MismatchError, match="embed_tokens.*another size"):
+        check_fits(replace(blueprint, submodules=wide), model)
