@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..place import Placement
 
 
+MAX_INCHES = 20.0  # of a picture's sides
+MAX_LABELS = 50  # of rows
 _OUTLINE = "#d9480f"
 
 
@@ -74,11 +76,12 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
     entries = [entry for entry in blueprint if entry.kind is not None and entry.depth is not None]
     if not entries:
         raise BlueprintError(f"The blueprint of {blueprint.model_id!r} has no kinds and depths; expand it first.")
-    kinds = list(dict.fromkeys(entry.kind for entry in entries))
+    kinds = list(dict.fromkeys(str(entry.kind) for entry in entries))
+    rows = {kind: row for row, kind in enumerate(kinds)}
     depths = max(entry.depth or 0 for entry in entries) + 1
     values = np.full((len(kinds), depths), np.nan)
     for entry in entries:
-        values[kinds.index(entry.kind), entry.depth] = score_of(entry, by)
+        values[rows[str(entry.kind)], entry.depth] = score_of(entry, by)
     largest = np.nanmax(values, axis=1, keepdims=True)
     shares = values / np.where(largest > 0, largest, 1)
 
@@ -86,14 +89,15 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
 
-        figure = Figure(figsize=(max(6.0, 2.5 + 0.3 * depths), 1.6 + 0.36 * len(kinds)), layout="constrained", dpi=150)
+        width, height = max(6.0, 2.5 + 0.3 * depths), 1.6 + 0.36 * len(kinds)
+        figure = Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained", dpi=150)
         axes = figure.add_subplot()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        lora = placement.lora if placement is not None else ()
+        lora = set(placement.lora) if placement is not None else set()
         unfreeze = placement.unfreeze if placement is not None else ()
         ranks = placement.ranks if placement is not None else {}
         for entry in entries:
-            x, y = entry.depth or 0, kinds.index(entry.kind)
+            x, y = entry.depth or 0, rows[str(entry.kind)]
             if entry.name in lora:
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=2))
             elif any(is_inside(entry.name, block) for block in unfreeze):
@@ -101,18 +105,24 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
             if entry.name in lora and entry.name in ranks:
                 colour = "white" if shares[y, x] > 0.6 else "black"
                 axes.annotate(str(ranks[entry.name]), (x, y), ha="center", va="center", fontsize=7, color=colour)
-        axes.set_yticks(range(len(kinds)), [str(kind) for kind in kinds])
+        labelled = range(0, len(kinds), -(-len(kinds) // MAX_LABELS))
+        axes.set_yticks(labelled, [_cut(kinds[row]) for row in labelled])
         axes.set_xlabel("layer")
         axes.set_xticks(range(0, depths, max(1, depths // 15)))
         right = axes.secondary_yaxis("right")
-        right.set_yticks(range(len(kinds)), [f"{value:.3g}" for value in largest[:, 0]])
+        right.set_yticks(labelled, [f"{largest[row, 0]:.3g}" for row in labelled])
         right.set_ylabel("largest of its kind")
         right.tick_params(length=0)
         figure.colorbar(image, ax=axes, label="share of the largest", pad=0.02)
         placed = "" if placement is None else f"; outlined: {len(lora)} adapters by {placement.rank_by}"
         placed += f"; hatched: {len(unfreeze)} unfrozen" if unfreeze else ""
-        axes.set_title(f"{blueprint.model_id}: {by.replace('_', ' ')}{placed}", fontsize=10)
+        axes.set_title(f"{_cut(blueprint.model_id)}: {by.replace('_', ' ')}{placed}", fontsize=10)
     return figure
+
+
+def _cut(name: str, longest: int = 60) -> str:
+    """Leave out the beginning of a long name."""
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
 def save_plot(figure: Figure, path: str | Path) -> Path:
