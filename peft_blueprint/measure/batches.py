@@ -390,7 +390,7 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
     chat: list[Any] = list(messages)
     try:
         whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        if tokenizer.is_fast and _MARKS_GENERATION.search(tokenizer.get_chat_template()):
+        if getattr(tokenizer, "is_fast", False) and _MARKS_GENERATION.search(tokenizer.get_chat_template()):
             marked: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         else:
             marked = {}
