@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -100,6 +101,8 @@ def empty_model(source: str | PretrainedConfig, *, revision: str | None = None) 
     """
     config = source if isinstance(source, PretrainedConfig) else _config(source, revision)
     names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # names and shapes need none of the kernels that a config may ask for
     try:
         with torch.device("meta"):
             if names:

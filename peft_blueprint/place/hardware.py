@@ -111,7 +111,9 @@ def plan_settings(
 
 
 def recommend_setting(settings: Sequence[Setting]) -> Setting:
-    """Return the setting with the most gain per step time; without a measurement, the fastest.
+    """Return the setting with the most gain per step time; without a blueprint, the fastest that holds the default's size.
+
+    The coverage stands in for a gain that was not measured.
 
     Raises:
         PlacementError: if nothing fits in any setting, with the reason of the last, which takes the least memory.
@@ -122,9 +124,8 @@ def recommend_setting(settings: Sequence[Setting]) -> Setting:
     if not fitting:
         raise PlacementError(f"Nothing fits in any setting. In the last one: {settings[-1].reason}")
 
-    def value(setting: Setting, placement: Placement) -> float:
-        gain = (placement.gain_retained or 0.0) if placement.is_gain_measured else 1.0
-        return gain / (setting.time or 1.0)
+    def value(setting: Setting, placement: Placement) -> tuple[bool, float]:
+        return "fraction" in placement.selector, (placement.gain_retained or 0.0) / (setting.time or 1.0)
 
     return max(fitting, key=lambda pair: value(*pair))[0]
 
@@ -138,5 +139,5 @@ def _plan(blueprint: Blueprint | None, model: Any, options: PlacementOptions, lo
             placement = plan_placement(None, model, sparse, workload=load)
             if options.budget is None or not Budget.of(options.budget).exceeded(placement.cost):
                 return placement
-        options = replace(options, per_cost=options.budget is not None)
+        options = replace(options, per_cost=options.per_cost or blueprint is not None and options.budget is not None)
     return plan_placement(blueprint, model, options, workload=load)

@@ -63,7 +63,12 @@ class PlacementOptions:
     """
 
     mode: Mode = _option("lora", "Place LoRA adapters, unfreeze whole attention and feed-forward blocks, or both.")
-    fraction: float | None = _option(None, "Share of the submodules (of the blocks in mode unfreeze), in (0, 1].")
+    fraction: float | None = _option(
+        None,
+        "Share of the submodules (of the blocks in mode unfreeze), in (0, 1]. Default without another size, budget or "
+        "keep: 1/7 with the defaults of rank_by and ranks, otherwise keep=0.95; 0.2 for blocks, for another coverage and "
+        "without shapes.",
+    )
     num_modules: int | None = _option(None, "Number of submodules (of blocks in mode unfreeze).")
     top_p: float | None = _option(
         None, "Fewest submodules that hold this share of the summed score in each stratum of the coverage, in (0, 1]."
@@ -84,7 +89,10 @@ class PlacementOptions:
         "Score to rank by. Default: cover_gain for adapters, adam_gain for other choices, and gradient_norm (the paper's) "
         "if the blueprint lacks Adam's gain.",
     )
-    per_cost: bool = _option(False, "Divide the score by the step time that an adapter takes.")
+    per_cost: bool = _option(
+        False,
+        "Divide the score by the step time that an adapter takes; within a budget, take the most gain per step time.",
+    )
     coverage: Coverage = _option("kind+depth", "What to spread the choice over; none is the paper's rule.")
     unfreeze_blocks: int | None = _option(None, "Number of blocks to unfreeze in mode lora+unfreeze. Default: 1.")
     r: int | None = _option(
@@ -95,7 +103,8 @@ class PlacementOptions:
     ranks: Ranks | None = _option(
         None,
         "uniform; equal_parameters, raised to the parameters of all-linear LoRA of rank r; or influence, higher where the "
-        "score is, r on average. Default: equal_parameters for adapters if neither r nor a budget of parameters is given.",
+        "score is, r on average. Default: equal_parameters in mode lora if shapes are known and neither r nor a budget of "
+        "parameters is given, otherwise uniform.",
     )
     seed: int = _option(0, "Seed of rank_by=random.")
 

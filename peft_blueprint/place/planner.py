@@ -102,6 +102,7 @@ def plan_placement(
     chosen = adapters or blocks
     assert chosen is not None
     lora = () if adapters is None else adapters.units
+    rank, ranks = solver.rank_of(lora), solver.ranks_of(lora)
     is_rank_planned = options.r is not None or selector.budget is not None or resolved.ranks != "uniform"
     return Placement(
         model_id=whole.model_id,
@@ -113,10 +114,11 @@ def plan_placement(
         candidates=len(solver.members) if options.mode == "unfreeze" else len(entries),
         target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
         left_out=len(whole) - len(entries),
-        rank=solver.rank_of(lora) if is_rank_planned else None,
-        ranks=solver.ranks_of(lora) if resolved.ranks == "influence" else {},
+        rank=rank if is_rank_planned else None,
+        ranks={name: own for name, own in ranks.items() if resolved.ranks == "influence" or own != rank},
         learning_rate_scale=None if unfreeze else solver.learning_rate_scale(lora),
         gain_retained=chosen.gain,
+        is_gain_measured=blueprint is not None and solver.is_gain_known,
         cost=chosen.costs,
         details={entry.name: solver.details_of(entry) for entry in lora},
         alternatives=tuple({**other.costs, "gain_retained": other.gain} for other in solver.alternatives),

@@ -17,14 +17,14 @@ _LARGEST_RAISED = 8  # times all-linear LoRA's rank
 def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float], rank: int) -> dict[str, int]:
     """Distribute ranks in proportion to scores, with a mean of `rank`.
 
-    An entry gets at least one and at most sixteen steps of a quarter of `rank`. D'Hondt's method gives each further step
-    to the entry with the largest score over steps held, plus one. Keep alpha over rank the same for all entries, so that
-    an optimizer step is as large in each.
+    An entry gets at least one and at most sixteen steps of a quarter of `rank`, and no more than its weight's full rank.
+    D'Hondt's method gives each further step to the entry with the largest score over steps held, plus one. Keep alpha
+    over rank the same for all entries, so that an optimizer step is as large in each.
 
     Args:
         entries: submodules that get an adapter.
         scores: by name, comparable with each other.
-        rank: mean rank.
+        rank: mean rank, less only where full ranks do not allow it.
 
     Example:
         >>> from peft_blueprint import Submodule
@@ -33,24 +33,27 @@ def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float]
     """
     step = max(1, rank // _STEPS)
     most = max(1, _LARGEST * rank // step)
+    full = {entry.name: full_rank(entry) for entry in entries}
     held = {entry.name: 1 for entry in entries}
     left = len(entries) * rank // step - len(entries)
-    queue = [(-scores[name] / 2, name) for name in held]
+    queue = [(-scores[name] / 2, name) for name in held if step < full[name]]
     heapq.heapify(queue)
     while left > 0 and queue:
         _, name = heapq.heappop(queue)
         held[name] += 1
         left -= 1
-        if held[name] < most:
+        if held[name] < most and held[name] * step < full[name]:
             heapq.heappush(queue, (-scores[name] / (held[name] + 1), name))
-    return {name: steps * step for name, steps in held.items()}
+    return {name: int(min(steps * step, full[name])) for name, steps in held.items()}
 
 
-def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> int:
-    """Return the rank at which adapters on `chosen` have as many parameters as adapters of `rank` on all entries.
+def ranks_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> dict[str, int]:
+    """Return the ranks at which adapters on `chosen` have as many parameters as adapters of `rank` on all entries.
 
     An adapter's time is spent on tensors as wide as the layer, hardly on its rank, so fewer adapters of a higher rank
-    take less time. Rounded down, to a multiple of 8 from 16 on; at least `rank` and at most eight times `rank`.
+    take less time. All have one rank, except where a weight's full rank is lower: the others share what that leaves.
+    Rounded down, to a multiple of 8 from 16 on; at least `rank` and at most eight times `rank`, but never above a full
+    rank.
 
     Args:
         chosen: entries that get an adapter.
@@ -60,12 +63,25 @@ def rank_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Subm
     Example:
         >>> from peft_blueprint import Submodule
         >>> entries = [Submodule(f"{i}.q", 1.0, shape=(64, 64)) for i in range(4)]
-        >>> rank_of_equal_parameters(entries[:1], entries, rank=16)
-        64
+        >>> ranks_of_equal_parameters(entries[:1], entries, rank=16)
+        {'0.q': 64}
     """
-    whole, part = (sum(map(_width, group)) for group in (entries, chosen))
-    raised = min(_LARGEST_RAISED * rank, rank * whole // part) if part else rank
-    return max(rank, raised - raised % 8 if raised >= 16 else raised)
+    left, width = rank * sum(map(_width, entries)), sum(map(_width, chosen))
+    raised = rank
+    for entry in sorted(chosen, key=full_rank):  # those with the lowest full rank leave parameters to the others
+        raised = left // width
+        if raised <= full_rank(entry):
+            break
+        left -= int(full_rank(entry)) * _width(entry)
+        width -= _width(entry)
+    raised = min(_LARGEST_RAISED * rank, raised)
+    raised = max(rank, raised - raised % 8 if raised >= 16 else raised)
+    return {entry.name: int(min(raised, full_rank(entry))) for entry in chosen}
+
+
+def full_rank(entry: Submodule) -> float:
+    """Return the smaller dimension of a weight, of each expert where experts are fused; infinite if it is unknown."""
+    return math.inf if entry.shape is None or len(entry.shape) < 2 else min(entry.shape[-2:])
 
 
 def _width(entry: Submodule) -> int:

@@ -6,6 +6,7 @@ Each score is a function from entries to numbers; a larger number gets an adapte
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..errors import BlueprintError
 
 Score = Callable[[Sequence[Submodule]], np.ndarray]
 
+_LARGEST = sys.float_info.max  # instead of infinity, where a score overflows
 _SMALLEST_NOISE_SCALE = 1e-12  # examples
 
 
@@ -41,7 +43,8 @@ def score(entries: Sequence[Submodule], by: str, *, seed: int = 0, costs: ArrayL
         [2.0, 1.5]
     """
     _check_known(by)
-    values = random(entries, seed) if by == "random" else SCORES[by](entries)
+    with np.errstate(over="ignore"):
+        values = np.minimum(random(entries, seed) if by == "random" else SCORES[by](entries), _LARGEST)
     if costs is None:
         return values
     prices = np.asarray(costs, dtype=float)
@@ -50,7 +53,8 @@ def score(entries: Sequence[Submodule], by: str, *, seed: int = 0, costs: ArrayL
     wrong = [entry.name for entry, price in zip(entries, prices, strict=True) if not 0 < price < math.inf]
     if wrong:
         raise BlueprintError(f"costs must be positive and finite, and those of {format_names(wrong)} are not.")
-    return values / prices
+    with np.errstate(over="ignore"):
+        return np.minimum(values / prices, _LARGEST)
 
 
 def comparable_across_kinds(by: str) -> bool:

@@ -14,6 +14,8 @@ from .coverage import Picker
 
 _MAX_DEPTHS = 16  # tried as the lowest depth
 _MAX_SINGLES = 400  # single units priced to find the smallest placement
+_MAX_EVERYTHING = 4000  # choices priced where the quick searches find none
+_GRID = 2**0.25  # between the numbers of units that are tried for the most gain per time
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Search:
         make_picker: pool → function that picks any number of its units.
         price: units → costs by name.
         gain: units → predicted gain, in any unit.
+        is_quick: whether to give up where the bisections find nothing, without a search of everything.
     """
 
     def __init__(
@@ -47,12 +50,15 @@ class Search:
         make_picker: Callable[[Sequence[Submodule]], Picker],
         price: Callable[[Sequence[Submodule]], Mapping[str, float]],
         gain: Callable[[Sequence[Submodule]], float],
+        is_quick: bool = False,
     ):
         self.units = tuple(units)
         self.make_picker = make_picker
         self.price = price
         self.gain = gain
         self.whole_gain = gain(self.units) or 1.0
+        self.is_quick = is_quick
+        self._all: list[Choice] | None = None
 
     def choice(self, units: Sequence[Submodule]) -> Choice:
         """Price these units."""
@@ -60,8 +66,12 @@ class Search:
         ordered = tuple(unit for unit in self.units if unit.name in names)
         return Choice(ordered, self.price(ordered), self.gain(ordered) / self.whole_gain)
 
-    def within(self, budget: Budget) -> Choice:
-        """Return the choice with the largest gain within a budget; among equal gains the fastest.
+    def within(self, budget: Budget, *, per_time: bool = False) -> Choice:
+        """Return the choice with the largest gain within a budget, among equal gains the fastest.
+
+        Args:
+            budget: upper limits.
+            per_time: whether to return the largest gain over step time instead.
 
         Raises:
             PlacementError: if nothing fits, with the smallest budget that works.
@@ -70,11 +80,25 @@ class Search:
         def fits(choice: Choice) -> bool:
             return not budget.exceeded(choice.costs)
 
-        found = [choice for pool in self._pools() if (choice := self._largest(pool, fits)) is not None]
+        if per_time:
+            found = [choice for pool in self._pools() for choice in self._grid(pool) if fits(choice)]
+        else:
+            found = self._fitting(fits)
         if not found:
-            found = [choice for choice in self._singles() if fits(choice)]
+            found = [choice for choice in self._everything() if fits(choice)]
         if not found:
-            raise PlacementError(self._too_small(budget))
+            nearest = _nearest(self._everything(), budget)
+            exceeded = budget.exceeded(nearest.costs)
+            compared = "; ".join(
+                f"the smallest placement takes {format_cost(name, nearest.costs[name])}, the limit is "
+                f"{format_cost(name, budget.limits[name])}"
+                for name in exceeded
+            )
+            raise PlacementError(
+                f"The budget is too small for any placement: {compared}. Give at least {_written(nearest, exceeded)}."
+            )
+        if per_time:
+            return max(found, key=lambda choice: choice.gain / choice.costs["time"])
         return max(found, key=lambda choice: (choice.gain, -choice.costs["time"]))
 
     def retaining(self, share: float, budget: Budget | None = None) -> Choice:
@@ -83,16 +107,25 @@ class Search:
         Raises:
             PlacementError: if there is none, with the largest share that the budget allows.
         """
-        found = []
-        for pool in self._pools():
-            choice = self._smallest(pool, lambda choice: choice.gain >= share)
-            if choice is not None and (budget is None or not budget.exceeded(choice.costs)):
-                found.append(choice)
+
+        def is_enough(choice: Choice) -> bool:
+            return choice.gain >= share
+
+        def fits(choice: Choice) -> bool:
+            return budget is None or not budget.exceeded(choice.costs)
+
+        smallest = [self._smallest(pool, is_enough) for pool in self._pools()]
+        found = [choice for choice in smallest if choice is not None and fits(choice)]
         if not found:
-            most = self.within(budget).gain if budget else 1.0
+            found = [c for c in (*self._fitting(fits), *self._everything()) if is_enough(c) and fits(c)]
+        if not found:
+            assert budget is not None  # all units together retain everything
+            most = self.within(budget)
+            nearest = _nearest([choice for choice in self._everything() if is_enough(choice)], budget)
             raise PlacementError(
-                f"keep={share:g} cannot be met within {budget}, which allows {most:.2f} of the predicted gain. Lower "
-                "keep or raise the budget."
+                f"keep={share:g} cannot be met within {budget}, which allows {most.gain:.1%} of the predicted gain. Lower "
+                f"keep to {_rounded_down(most.gain)}, or raise the budget to at least "
+                f"{_written(nearest, budget.exceeded(nearest.costs))}."
             )
         return min(found, key=lambda choice: (choice.costs["time"], choice.costs["parameters"]))
 
@@ -109,6 +142,10 @@ class Search:
         depths = sorted(set(map(_depth, self.units)))
         for depth in depths[:: math.ceil(len(depths) / _MAX_DEPTHS)]:
             yield [unit for unit in self.units if _depth(unit) >= depth]
+
+    def _fitting(self, fits: Callable[[Choice], bool]) -> list[Choice]:
+        """Return the most units that fit of each pool of which any do."""
+        return [choice for pool in self._pools() if (choice := self._largest(pool, fits)) is not None]
 
     def _largest(self, pool: Sequence[Submodule], fits: Callable[[Choice], bool]) -> Choice | None:
         """Find the most units of a pool that fit, by bisection: more units cost more."""
@@ -136,6 +173,30 @@ class Search:
                 low = middle + 1
         return best
 
+    def _grid(self, pool: Sequence[Submodule]) -> Iterator[Choice]:
+        """Price numbers of units of a pool that grow by a constant factor."""
+        pick = self.make_picker(pool)
+        steps = math.ceil(math.log(len(pool), _GRID)) + 1
+        for count in sorted({min(len(pool), round(_GRID**step)) for step in range(steps)}):
+            yield self.choice(pick(count))
+
+    def _everything(self) -> list[Choice]:
+        """Price every number of units of every pool, and single units.
+
+        Raised ranks and mixed strata break the rule of the bisections that more units cost more and gain more, so what
+        they do not find is looked for here.
+        """
+        if self._all is None:
+            if self.is_quick:
+                raise PlacementError("Nothing was found by bisection.")
+            pools = list(self._pools())
+            step = math.ceil(sum(map(len, pools)) / _MAX_EVERYTHING)
+            self._all = self._singles()
+            for pool in pools:
+                pick = self.make_picker(pool)
+                self._all += [self.choice(pick(count)) for count in (*range(1, len(pool), step), len(pool))]
+        return self._all
+
     def _singles(self) -> list[Choice]:
         """Price single units: all of them, or the deepest and the smallest of very many."""
         units: Sequence[Submodule] = self.units
@@ -145,28 +206,28 @@ class Search:
             units = [*deepest_first[: _MAX_SINGLES // 2], *smallest_first[: _MAX_SINGLES // 2]]
         return [self.choice([unit]) for unit in units]
 
-    def _too_small(self, budget: Budget) -> str:
-        singles, limits = self._singles(), budget.limits
-        least = {name: min(choice.costs[name] for choice in singles) for name in limits}
-        impossible = [name for name in limits if least[name] > limits[name]]
-        if not impossible:
-            fastest = min(singles, key=lambda choice: choice.costs["time"]).costs
-            return (
-                f"No placement meets all limits of {budget} at once. The fastest single module takes "
-                f"{', '.join(format_cost(name, fastest[name]) for name in limits)}. Raise a limit."
-            )
-        compared = "; ".join(
-            f"the smallest placement takes {format_cost(name, least[name])}, the limit is {format_cost(name, limits[name])}"
-            for name in impossible
-        )
-        written = {
-            "memory": lambda value: f"'{math.ceil(value / 2**20)}MiB'",
-            "time": lambda value: f"'{math.ceil(value * 1000) / 1000:.3f}x'",
-            "parameters": lambda value: f"'{value:.0f} parameters'",
-            "modules": lambda value: f"'{value:.0f} modules'",
-        }
-        enough = " and ".join(written[name](least[name]) for name in impossible)
-        return f"The budget is too small for any placement: {compared}. Give at least {enough}."
+
+def _nearest(choices: Sequence[Choice], budget: Budget) -> Choice:
+    """Return the choice for which a budget has to be raised least."""
+    limits = budget.limits
+    return min(choices, key=lambda choice: max(choice.costs[name] / limit for name, limit in limits.items()))
+
+
+def _written(choice: Choice, limits: Sequence[str]) -> str:
+    """Write limits that a choice meets as `Budget` reads them."""
+    written = {
+        "memory": lambda value: f"'{math.ceil(value / 2**20)}MiB'",
+        "time": lambda value: f"'{math.ceil(value * 1000) / 1000:.3f}x'",
+        "parameters": lambda value: f"'{value:.0f} parameters'",
+        "modules": lambda value: f"'{value:.0f} modules'",
+    }
+    return " and ".join(written[name](choice.costs[name]) for name in limits)
+
+
+def _rounded_down(share: float) -> float:
+    """Round a share in (0, 1] down to three digits, so that it can be met."""
+    scale = 10.0 ** (2 - math.floor(math.log10(share)))
+    return math.floor(share * scale) / scale
 
 
 def _depth(unit: Submodule) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
 
-from .._text import format_names
+from .._text import format_names, is_inside
 from ..blueprint import Submodule
 from ..errors import PlacementError
 from .budget import Budget
@@ -17,7 +17,7 @@ from .cost import CostModel
 from .coverage import Picker, by_kind, count_of, make_picker, nucleus
 from .gains import REACH, CoverGain, SetGain
 from .options import DEFAULT_RANK, PlacementOptions
-from .ranks import k_star_rank, rank_of_equal_parameters, ranks_by_influence
+from .ranks import k_star_rank, ranks_by_influence, ranks_of_equal_parameters
 from .scores import CONTROLS, comparable_across_kinds, score
 from .search import Choice, Search
 
@@ -25,6 +25,7 @@ from .search import Choice, Search
 DEFAULT_FRACTION = 0.2
 DEFAULT_SPARSE_FRACTION = 1 / 7  # about one submodule to a block
 DEFAULT_KEEP = 0.95
+_LARGEST_SCALE = 1000.0  # of the learning rate; beyond it the adapters hold nothing of the gain
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class PlacementSolver:
         self.members: dict[str, list[Submodule]] = _members_by_block(entries)
         self.is_greedy = self.rank_by in ("cover_gain", "set_gain")
         self.is_comparable = self.is_greedy or comparable_across_kinds(self.rank_by)
+        self.is_per_cost = options.per_cost
         self._times: list[float] | None = None  # step time of an adapter on each entry, to divide scores by
         if options.per_cost and costs is not None:
             self._times = [costs.adapter_cost(entry.name, self.reference_rank) for entry in entries]
@@ -121,19 +123,19 @@ class PlacementSolver:
             values = score(entries, self.rank_by, seed=options.seed, costs=self._times).tolist()
         self.scores = dict(zip((entry.name for entry in entries), values, strict=True))
 
-    def adapters(self, selector: Selector, unfrozen: Sequence[str] = ()) -> Choice:
-        """Choose entries to put an adapter on, outside of unfrozen modules.
+    def adapters(self, selector: Selector, unfrozen: Sequence[str] = (), is_quick: bool = False) -> Choice:
+        """Choose entries to put an adapter on, outside of unfrozen modules; `is_quick` as in `Search`.
 
         Raises:
             PlacementError: if there is none, or the selector cannot be met.
         """
-        free = [e for e in self.entries if not any(e.name == u or e.name.startswith(u + ".") for u in unfrozen)]
+        free = [e for e in self.entries if not any(is_inside(e.name, u) for u in unfrozen)]
         if not free:
             raise PlacementError(
                 f"Unfreezing {format_names(unfrozen)} leaves no submodule for LoRA. Unfreeze fewer blocks."
             )
         picker = self._greedy_picker if self.is_greedy else self._covering_picker(self.scores)
-        search = Search(free, picker, lambda units: self.price(units, unfrozen), self.gain_of)
+        search = Search(free, picker, lambda units: self.price(units, unfrozen), self.gain_of, is_quick)
         choice = self._choose(search, selector, self.scores)
         if self.costs is not None:
             self.alternatives = search.neighbours(choice)
@@ -148,10 +150,10 @@ class PlacementSolver:
         Raises:
             PlacementError: if the selector cannot be met.
         """
-        power = 2 if self.rank_by.endswith("norm") else 1
+        combine: Callable[..., float] = math.hypot if self.rank_by.endswith("norm") else lambda *values: sum(values)
         counted = 1 if self.rank_by in CONTROLS else None
         scores = {
-            block: sum(self.scores[entry.name] ** power for entry in members[:counted]) ** (1 / power)
+            block: combine(*(self.scores[entry.name] for entry in members[:counted]))
             for block, members in self.members.items()
         }
         units = [
@@ -173,8 +175,10 @@ class PlacementSolver:
 
     def ranks_of(self, units: Sequence[Submodule]) -> dict[str, int]:
         """Return the rank of each adapter by name."""
-        if self.ranks != "influence" or not units:
-            return dict.fromkeys((unit.name for unit in units), self.rank_of(units))
+        if self.ranks == "equal_parameters":
+            return ranks_of_equal_parameters(units, self.entries, self.reference_rank)
+        if self.ranks == "uniform":
+            return dict.fromkeys((unit.name for unit in units), self.rank)
         scale = dict.fromkeys((unit.kind for unit in units), 1.0)
         if not self.is_comparable:
             scale |= {
@@ -185,10 +189,10 @@ class PlacementSolver:
         return ranks_by_influence(units, scores, self.reference_rank)
 
     def rank_of(self, units: Sequence[Submodule]) -> int:
-        """Return the rank of all adapters, or their mean with ranks="influence"."""
+        """Return the rank of all adapters: the largest, where full ranks are lower; their mean with ranks="influence"."""
         if self.ranks != "equal_parameters":
             return self.rank
-        return rank_of_equal_parameters(units, self.entries, self.reference_rank)
+        return max(self.ranks_of(units).values(), default=self.rank)
 
     def lower_rank(self, selector: Selector) -> None:
         """Take the highest of r, r / 2, … 1 at which a budget retains enough of the gain, or as much as at rank 1.
@@ -203,7 +207,7 @@ class PlacementSolver:
         while self.rank > 1:
             self.rank //= 2
             try:
-                retained[self.rank] = self.adapters(selector).gain
+                retained[self.rank] = self.adapters(selector, is_quick=self.rank > 1).gain
             except PlacementError:
                 if self.rank == 1:
                     raise
@@ -237,10 +241,13 @@ class PlacementSolver:
         high.
         """
         ranks = self.ranks_of(units)
-        first_step = math.fsum(ranks[unit.name] * (unit.adam_gain or 0.0) for unit in units)
-        if not self.is_gain_known or not first_step:
+        largest = max(self.gains, default=0.0)
+        if not self.is_gain_known or not largest:
             return None
-        return math.sqrt(self.reference_rank * math.fsum(self.gains) / first_step)
+        first_step = math.fsum(ranks[unit.name] * ((unit.adam_gain or 0.0) / largest) for unit in units)
+        whole = self.reference_rank * math.fsum(gain / largest for gain in self.gains)
+        scale = math.sqrt(whole / first_step) if first_step else math.inf
+        return scale if scale <= _LARGEST_SCALE else None
 
     def details_of(self, entry: Submodule) -> dict[str, Any]:
         """Return kind, depth, score and, if the blueprint has k*, the rank that it asks for."""
@@ -252,7 +259,7 @@ class PlacementSolver:
         if selector.keep is not None:
             return search.retaining(selector.keep, selector.budget)
         if selector.budget is not None:
-            return search.within(selector.budget)
+            return search.within(selector.budget, per_time=self.is_per_cost)
         count = count_of(selector.size, len(search.units))
         if count is not None:
             return search.choice(search.make_picker(search.units)(count))

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .._files import require_writable
 from .._processes import process_count
 from .._text import format_names
-from ..blueprint import Blueprint, to_dict
+from ..blueprint import to_dict
 from ..errors import BlueprintError
 from ..measure import unwrap, versions
 from ..place import BlueprintConfig, Cost, CostModel, Structure, workload_of
@@ -577,9 +577,9 @@ def facts_of(model: nn.Module, arguments: TrainingArguments | None = None) -> di
     if isinstance(model, PeftModel):
         adapter = model.peft_config[model.active_adapter]
         if isinstance(adapter, BlueprintConfig):
-            given = adapter.blueprint
+            given, record = adapter.blueprint, adapter.record
             if given is not None:
-                facts["blueprint"] = to_dict(given) if isinstance(given, Blueprint) else given
+                facts["blueprint"] = to_dict(record) if record is not None and record.digest == given else given
             adapter = adapter.to_lora_config()
         facts["peft_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     return facts

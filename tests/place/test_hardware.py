@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from peft_blueprint import Blueprint
+from peft_blueprint import Blueprint, plan_placement
 from peft_blueprint.cli.program import app
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure.submodules import find_submodules
@@ -20,7 +20,7 @@ from peft_blueprint.testing import tiny_llama
 from tests.hub.loopback import loopback_hub
 
 
-def test_settings_are_tried_and_the_fastest_that_keeps_enough_is_recommend_setting():
+def test_settings_are_tried_and_the_most_gain_per_time_is_recommended():
     """Where memory is plenty without checkpointing and quantisation; where it is short with what makes it fit."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
@@ -77,10 +77,28 @@ def test_plan_goes_by_a_blueprint_and_keeps_its_budget(folder, tmp_path):
         plan(*words, "--no-checkpointing", "--format", "json", "--picture", tmp_path / "plan.png").stdout
     )
     [setting] = answer["settings"]
-    assert answer["placement"]["rank_by"] == "cover_gain" and setting["time"] <= 0.7 and setting["fits"]
+    assert answer["placement"]["rank_by"] == "cover_gain per cost" and setting["time"] <= 0.7 and setting["fits"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
-    text = plan(*words, "--no-checkpointing", "--for", "llamafactory").stdout
-    assert "lora_target" in text and "lora_rank: 32" in text
+    text = plan(*words, "--no-checkpointing", "--for", "llamafactory", "--rank", 8).stdout
+    assert "lora_target" in text and "lora_rank: 8" in text
+
+
+@pytest.mark.parametrize("vram", ["24GiB", "2GiB", "1070MiB"])
+def test_a_plan_for_a_card_takes_no_more_than_pays(folder, vram):
+    """With a blueprint the most gain per step time, without one the default's size, as far as it fits."""
+    config = tiny_llama(layers=6).config
+    words = (folder / "model", "--vram", vram, "--format", "json", "--length", 64)
+    unmeasured = json.loads(plan(*words).stdout)
+    assert len(unmeasured["placement"]["lora"]) <= 6 and unmeasured["placement"]["is_gain_measured"] is False
+    assert "not measured" in plan(folder / "model", "--vram", vram, "--length", 64).stdout.replace("\n", " ")
+    measured = json.loads(plan(*words, "--blueprint", folder / "blueprint.json").stdout)
+    found = measured["placement"]
+    assert found["is_gain_measured"] and 0 < len(found["lora"]) < 42
+    assert "not measured" not in plan(*words[:3], "--blueprint", folder / "blueprint.json").stdout
+    record, load = Blueprint.from_pretrained(folder / "blueprint.json"), Workload(batch_size=1, length=64)
+    for fraction in (0.1, 0.3, 0.6, 1.0):
+        other = plan_placement(record, config, fraction=fraction, ranks="equal_parameters", workload=load)
+        assert found["gain_retained"] / found["cost"]["time"] >= other.gain_retained / other.cost["time"] - 1e-9
 
 
 def test_plan_reads_a_repository_on_the_hub(folder):

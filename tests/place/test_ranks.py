@@ -22,15 +22,56 @@ def test_ranks_by_influence_follow_the_scores_and_keep_the_sum():
     assert ranks_by_influence(entries, scores, 1) == dict.fromkeys(scores, 1)
 
 
+SIZES = {"hidden_size": 256, "intermediate_size": 384}
+WIDE = tiny_llama(layers=6, **SIZES)  # k_proj and v_proj have rank 128 at most
+
+
 def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
     """As near below all-linear LoRA's as multiples of 8 allow, at most eight times the rank; a given rank is kept."""
-    whole = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, r=16).cost["parameters"]
+    blueprint = measured(WIDE)
+    whole = plan_placement(blueprint, WIDE, fraction=1.0, r=16).cost["parameters"]
     for count in (4, 12, 30):
-        placement = plan_placement(BLUEPRINT, LLAMA, num_modules=count)
+        placement = plan_placement(blueprint, WIDE, num_modules=count)
         each = placement.cost["parameters"] / placement.rank
-        assert placement.cost["parameters"] <= whole and placement.rank <= 128
+        assert placement.cost["parameters"] <= whole and placement.rank <= 128 and not placement.ranks
         assert placement.rank == 128 or placement.rank % 8 == 0 and whole < (placement.rank + 8) * each
-    assert plan_placement(BLUEPRINT, LLAMA, num_modules=4, r=16).rank == 16
+    assert plan_placement(blueprint, WIDE, num_modules=4, r=16).rank == 16
+
+
+@pytest.mark.parametrize("ranks", ["equal_parameters", "influence"])
+@pytest.mark.parametrize("r", [1, 16, 48, 200])
+@pytest.mark.parametrize("count", [1, 8, 42])
+def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
+    """What full ranks leave goes to the other adapters, and the sum stays within all-linear LoRA's."""
+    blueprint = measured(WIDE)
+    placement = plan_placement(blueprint, WIDE, num_modules=count, ranks=ranks, r=r)
+    shapes = {entry.name: entry.shape for entry in blueprint}
+    given = {name: placement.ranks.get(name, placement.rank) for name in placement.lora}
+    assert all(1 <= rank <= min(shapes[name]) for name, rank in given.items())
+    total = sum(rank * sum(shapes[name]) for name, rank in given.items())
+    assert total == placement.cost["parameters"]
+    if ranks == "influence":
+        assert sum(given.values()) <= r * count
+        return
+    assert total <= r * sum(map(sum, shapes.values()))
+    free = {name: rank for name, rank in given.items() if rank < min(shapes[name])}
+    assert len(set(free.values())) <= 1  # all others have one rank, which the parameters of one more step would exceed
+    level = max(free.values(), default=None)
+    if level is not None and r < level < 8 * r and level >= 16:
+        raised = sum(min(level + 8, min(shapes[name])) * sum(shapes[name]) for name in given)
+        assert raised > r * sum(map(sum, shapes.values()))
+
+
+def test_adapters_get_the_capped_ranks_on_the_model():
+    """Raised where it is possible, each with the scaling of all-linear LoRA."""
+    config = BlueprintConfig(blueprint=measured(WIDE), num_modules=12, r=48, ranks="equal_parameters", lora_alpha=96)
+    assert config.placement.ranks and set(config.placement.ranks.values()) == {128} and config.placement.rank > 128
+    layers = {
+        n: m for n, m in get_peft_model(tiny_llama(layers=6, **SIZES), config).named_modules() if hasattr(m, "lora_A")
+    }
+    found = {n.removeprefix("base_model.model."): m.r["default"] for n, m in layers.items()}
+    assert found == {name: config.placement.ranks.get(name, config.r) for name in config.placement.lora}
+    assert {m.scaling["default"] for m in layers.values()} == {2.0}
 
 
 def test_a_budget_of_parameters_lowers_the_rank_before_the_number_of_adapters():
