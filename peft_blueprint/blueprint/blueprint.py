@@ -88,6 +88,7 @@ class Blueprint:
         source: str | Path,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         domain: str | None = None,
         checkpoint: float | None = None,
         **kwargs: Any,
@@ -100,6 +101,7 @@ class Blueprint:
         Args:
             source: path or repository id.
             revision: branch, tag or commit, for a repository.
+            subfolder: folder within the repository, or below the path.
             domain: read the blueprint of this kind of data among several side by side, see `file_name`.
             checkpoint: likewise, the share of the training that was done, (0, 1].
             **kwargs: for `huggingface_hub.hf_hub_download`: `token`, `cache_dir`, `local_files_only`, `endpoint`, ….
@@ -110,10 +112,10 @@ class Blueprint:
         """
         name = file_name(domain, checkpoint)
         if Path(source).exists() or Path(source).suffix in SUFFIXES:
-            return from_dict(*read_record(source, name))
+            return from_dict(*read_record(Path(source, subfolder or ""), name))
         from .hub import fetch  # importing the Hub's client takes 0.2 s, which reading a file does not need
 
-        return from_dict(*fetch(str(source), name, revision=revision, **kwargs))
+        return from_dict(*fetch(str(source), name, revision=revision, subfolder=subfolder, **kwargs))
 
     def save(self, path: str | Path) -> Path:
         """Write CSV, safetensors or JSON, as the suffix of `path` says; `blueprint.json` into a folder.

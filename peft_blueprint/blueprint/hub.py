@@ -192,12 +192,14 @@ def _in_the_model(repository: _Repository) -> tuple[_Found | None, bool]:
 
 
 def _asked(repository: _Repository, revision: str) -> _Found | None:
-    commit, found = None, None
+    commit, found, has_model = None, None, False
     for file, parse in (
         (MODEL_FILE, metadata_of_prefix),
         (INDEX_FILE, index_metadata_of_prefix),
         (ADAPTER_FILE, metadata_of_prefix),
     ):
+        if has_model and file == INDEX_FILE:
+            continue
         try:
             start = _read_start(repository, file, FIRST_READ)
             metadata, needed = parse(start.data, f"{file} of {repository.id}", start.size)
@@ -208,12 +210,12 @@ def _asked(repository: _Repository, revision: str) -> _Found | None:
             if isinstance(error, HfHubHTTPError) and error.response is not None:
                 commit = _commit_of([error.response])
             continue
-        commit = start.commit
+        commit, has_model = start.commit, True
         text = (metadata or {}).get(JSON_KEY)
         if isinstance(text, str):
             require_version(metadata or {}, f"{file} of {repository.id}")
             found = _Found(file, text)
-        break
+            break
     if commit:
         _remember(repository, revision, commit, found)
     return found

@@ -1,12 +1,24 @@
 """Blueprints fetched over HTTP by the real client, from a Hub on loopback."""
 
+import gzip
+import http.server
+import json
+import re
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 
 from peft_blueprint import Blueprint, BlueprintError
+from peft_blueprint.blueprint import replace_metadata, translated_hub_errors
 from peft_blueprint.errors import FormatError
 from tests.hub.loopback import loopback_hub
 from tests.hub.state import COMMIT
 from tests.hub_client import adapters_placed
+from tests.records import to_header_text
 
 
 pytestmark = pytest.mark.usefixtures("no_token_of_mine")
@@ -106,3 +118,199 @@ def test_a_config_takes_a_repository_id(folder, tmp_path):
     """BlueprintConfig(blueprint="org/name") in a process whose Hub is HF_ENDPOINT, through get_peft_model."""
     with loopback_hub({"org/name": folder}) as endpoint:
         assert len(adapters_placed("org/name", endpoint, tmp_path / "home")) == 5
+
+
+# ------------------------------------------------------------------------------------------ subfolders and adapters
+
+
+def model_file(path, blueprint):
+    """A safetensors file without tensors that carries a blueprint, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(b"{}      ").to_bytes(8, "little") + b"{}      ")
+    if blueprint is not None:
+        replace_metadata(path, {"blueprint.json": to_header_text(blueprint)}, progress=False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "blueprint.json"])
+def test_a_subfolders_blueprint_is_its_own(blueprint, tmp_path, name):
+    """In a header or beside; online, from the cache of a branch or commit, and not that of the root or another folder."""
+    folders = {"": "root", "one": "first", "two/deep": "second"}
+    for folder, model_id in folders.items():
+        path = tmp_path / "repository" / folder / name
+        own = replace(blueprint, model_id=model_id)
+        if name == "blueprint.json":
+            own.save(path)
+        else:
+            model_file(path, own)
+    with loopback_hub({"org/name": tmp_path / "repository"}) as endpoint:
+        wish = {"endpoint": endpoint, "cache_dir": tmp_path / "cache"}
+        for known in ({}, {"local_files_only": True}, {"revision": COMMIT}):
+            for folder, model_id in folders.items():
+                where = {"subfolder": folder} if folder else {}
+                assert Blueprint.from_pretrained("org/name", **where, **wish, **known).model_id == model_id
+        with pytest.raises(BlueprintError, match="publishes no"):
+            Blueprint.from_pretrained("org/name", subfolder="three", **wish)
+    assert Blueprint.from_pretrained(tmp_path / "repository", subfolder="two/deep").model_id == "second"
+
+
+@pytest.mark.parametrize("beside", [None, "model.safetensors"])
+def test_an_adapters_header_is_read(blueprint, tmp_path, beside):
+    """From a folder and from the Hub, also beside a model without a blueprint."""
+    model_file(tmp_path / "adapter_model.safetensors", blueprint)
+    if beside:
+        model_file(tmp_path / beside, None)
+    found = Blueprint.from_pretrained(tmp_path / "adapter_model.safetensors")
+    assert found.names == blueprint.names and Blueprint.from_pretrained(tmp_path) == found
+    with loopback_hub({"org/adapter": tmp_path}) as endpoint:
+        assert Blueprint.from_pretrained("org/adapter", endpoint=endpoint, cache_dir=tmp_path / "cache") == found
+
+
+# ------------------------------------------------------------------------------------------ hostile and broken hubs
+
+
+@contextmanager
+def answering(respond):
+    """An HTTP server on loopback that gives every request to a function."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            try:
+                respond(self)
+            except OSError:
+                pass  # the client has gone
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def answer(handler, status, body=b"", **headers):
+    handler.send_response(status)
+    for key, value in ({"Content_Length": str(len(body))} | headers).items():
+        handler.send_header(key.replace("_", "-"), value)
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
+
+
+def drip(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b"\0")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def large(handler):
+    if "model" in handler.path:
+        answer(handler, 404, X_Error_Code="EntryNotFound")
+    else:
+        answer(handler, 200, b"{}", Content_Length=str(300 * 10**6), ETag="a" * 40, X_Repo_Commit=COMMIT)
+
+
+def login_page(handler):
+    answer(handler, 200, b"<html>Log in</html>", Content_Type="text/html; charset=utf-8")
+
+
+def compressed(handler):
+    answer(handler, 200, gzip.compress(bytes(10**7)), Content_Encoding="gzip")
+
+
+@pytest.mark.parametrize(
+    ("respond", "message"),
+    [
+        (drip, "did not deliver the blueprint of 'org/name' within 2 seconds"),
+        (large, "300,000,000 bytes; at most .* was not downloaded"),
+        (login_page, "answered with a page.*login page"),
+        (compressed, "compressed .gzip."),
+        (lambda handler: answer(handler, 429, Retry_After="86400"), "no more requests .* in 86400 seconds"),
+    ],
+    ids=["a byte now and then", "a large file", "a login page", "compressed", "wait for a day"],
+)
+def test_a_hostile_hub_costs_little(respond, message, tmp_path, monkeypatch):
+    """Size, expansion, waiting and total time are bounded, and said."""
+    monkeypatch.setattr("peft_blueprint.blueprint.hub.MAX_SECONDS", 2.0)
+    start = time.monotonic()
+    with answering(respond) as endpoint:
+        with pytest.raises(BlueprintError, match=message):
+            Blueprint.from_pretrained("org/name", endpoint=endpoint, cache_dir=tmp_path / "cache", token=False)
+    assert time.monotonic() - start < 10
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10_000
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "blueprint.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"file": 1}'])
+def test_a_spoilt_cache_is_read_anew(blueprint, tmp_path, name, content):
+    """A pinned revision does not fail for ever because a write was cut."""
+    if name == "blueprint.json":
+        blueprint.save(tmp_path / "repository" / name)
+    else:
+        model_file(tmp_path / "repository" / name, blueprint)
+    cache = tmp_path / "cache"
+    with loopback_hub({"org/name": tmp_path / "repository"}) as endpoint:
+        wish = {"endpoint": endpoint, "cache_dir": cache, "revision": COMMIT}
+        first = Blueprint.from_pretrained("org/name", **wish)
+        kept = list((cache / "assets").rglob("*.json"))
+        kept += [] if content else list(cache.rglob("blueprint.json"))
+        assert kept
+        for path in kept:
+            path.resolve().write_text(content)
+        assert Blueprint.from_pretrained("org/name", **wish) == first
+
+
+# ------------------------------------------------------------------------------------------ secrets
+
+SECRET = "s3cret-t0ken-of-mine"
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"token": f"{SECRET}\n"},
+        {"token": f"{SECRET}\nX-Other: 1"},
+        {"token": f"hf_{SECRET}\r\n"},
+        {"endpoint": f"http://me:{SECRET}@127.0.0.1:9"},
+        {"endpoint": f"http://{SECRET}@127.0.0.1:9"},
+    ],
+    ids=str,
+)
+def test_no_message_holds_a_secret(tmp_path, wish):
+    """Nor do the exceptions behind it, which a traceback shows."""
+    with pytest.raises(BlueprintError) as error:
+        Blueprint.from_pretrained("org/name", **{"endpoint": "http://127.0.0.1:9", "cache_dir": tmp_path} | wish)
+    assert SECRET not in "".join(traceback.format_exception_only(error.value))
+    behind, shown = error.value, []
+    while behind is not None:
+        shown.append(str(behind))
+        behind = behind.__cause__ or (None if behind.__suppress_context__ else behind.__context__)
+    assert SECRET not in "".join(shown)
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError, ConnectionError])
+def test_errors_that_quote_a_token_are_translated(kind, monkeypatch):
+    """Of any class that the client raises, in publishing too."""
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    for text in ("Bearer abcdef", "https://me:abcdef@hub", "it is of-the-environment", "hf_abcdef", "given-one"):
+        with pytest.raises(BlueprintError) as error, translated_hub_errors("org/name", token="given-one"):
+            raise kind(f"refused: {text}")
+        assert not re.search("abcdef|of-the-env|given-one", str(error.value))
+
+
+def test_a_page_instead_of_json_is_said():
+    """As a proxy or a captive portal gives it to the client's own requests."""
+    with pytest.raises(BlueprintError, match="'org/name'|answered with a page, not with JSON"):
+        with translated_hub_errors("org/name"):
+            json.loads("<html>")
