@@ -112,10 +112,10 @@ def initialize_along_gradient(
     rotated = [(adapter, _rotated(adapter, sketch)) for adapter, sketch in reached]
     try:
         _assign(rotated)
+        return len(reached)
     except BaseException:  # an interrupt
         _assign(before)
         raise
-    return len(reached)
 
 
 def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:

@@ -1,5 +1,6 @@
 """A model is given back bit for bit, whatever happens. Run: pytest tests/measure/test_borrowing.py"""
 
+import os
 import random
 import sys
 import threading
@@ -17,13 +18,14 @@ from peft_blueprint.data.brief_training import restore_afterwards, temporary_ada
 from peft_blueprint.data.features import model_features
 from peft_blueprint.errors import MeasurementError
 from peft_blueprint.measure import borrowed
-from peft_blueprint.testing import random_model, tiny_llama, toy_batches
+from peft_blueprint.testing import tiny_llama, toy_batches
 from peft_blueprint.train import check_adapters, held_out_loss, initialize_along_gradient
 
 
 PACKAGE = str(Path(peft_blueprint.__file__).parent)
 BATCHES = toy_batches(examples=2, length=6, batch_size=2)
-ROWS = [{"input_ids": [5, 6, 7 + i], "labels": [5, 6, 7 + i]} for i in range(4)]
+ROWS = [{"input_ids": [5, 6, 7 + i], "labels": [5, 6, 7 + i]} for i in range(20)]
+PLACES = int(os.environ.get("PLACES", 5))  # lines of a call that are interrupted, and as many at its end
 OPTIONS = {"progress": False}
 
 
@@ -32,10 +34,13 @@ def lent(layers=1):
     model = get_peft_model(tiny_llama(layers, attention_dropout=0.3), LoraConfig(r=2, target_modules=["up_proj"]))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    model.base_model.model.model.norm.eval()
     norm = model.base_model.model.model.norm
-    norm.register_buffer("mean", torch.ones(3))
-    norm.register_forward_pre_hook(lambda module, args: module.mean.add_(1.0))
+    norm.eval().register_buffer("mean", torch.ones(3))
+
+    def count(module, args):
+        module.mean.add_(1.0)
+
+    norm.register_forward_pre_hook(count)
     model(**BATCHES[0]).loss.backward()
     return model
 
@@ -51,16 +56,20 @@ def state_of(model):
         name: (
             p.requires_grad,
             id(p.grad),
-            None if p.grad is None else p.grad.tolist(),
+            None if p.grad is None else p.grad.numpy().tobytes(),
             len(p._backward_hooks or ()),
             len(p._post_accumulate_grad_hooks or ()),
         )
         for name, p in model.named_parameters()
     }
-    values = {name: value.tolist() for name, value in model.state_dict().items()}
-    flags = [vars(m).get("gradient_checkpointing") for m in model.modules()]
-    generators = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    return modules, parameters, values, flags, generators, torch.is_grad_enabled()
+    return {
+        "modules": modules,
+        "parameters": parameters,
+        "values": {name: value.numpy().tobytes() for name, value in model.state_dict().items()},
+        "checkpointing": [vars(m).get("gradient_checkpointing") for m in model.modules()],
+        "random": (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()),
+        "autograd": torch.is_grad_enabled(),
+    }
 
 
 def measure(model):
@@ -73,7 +82,7 @@ def start(model):
 
 def select(model):
     select_examples(
-        model, ROWS, count=2, method="iterative", small=2, iterations=2, train_steps=1, deduplicate=False, **OPTIONS
+        model, ROWS, count=2, method="iterative", small=16, iterations=2, train_steps=1, deduplicate=False, **OPTIONS
     )
 
 
@@ -141,17 +150,15 @@ def test_the_model_is_given_back_after_success(name):
     before = state_of(model)
     BORROWERS[name](model)
     after = state_of(model)
-    if name == "starting":
-        changed = {key for key, value in before[2].items() if after[2].pop(key) != value}
-        assert changed == {key for key in before[2] if "lora_A" in key}
-        before = (*before[:2], {k: v for k, v in before[2].items() if k not in changed}, *before[3:])
-        [after[2].pop(key, None) for key in changed]
+    values, others = before.pop("values"), after.pop("values")
+    changed = {key for key, value in values.items() if others[key] != value}
+    assert changed == ({key for key in values if "lora_A" in key} if name == "starting" else set())
     assert after == before
 
 
 @pytest.mark.parametrize("name", BORROWERS)
 def test_the_model_is_given_back_after_an_interrupt_at_any_line(name):
-    """A KeyboardInterrupt at lines spread over the whole call, and at each of the first and last ones."""
+    """A KeyboardInterrupt at lines spread over the whole call, and at each of the last ones."""
     model = lent()
     before = state_of(model)
     values = {name: value.clone() for name, value in model.state_dict().items()}
@@ -159,7 +166,7 @@ def test_the_model_is_given_back_after_an_interrupt_at_any_line(name):
     model.load_state_dict(values)
     rng = random.Random(name)
     state = random.getstate()
-    places = {*rng.sample(range(1, count + 1), 25), *range(count - 25, count + 1)}
+    places = {*rng.sample(range(1, count + 1), PLACES), *range(count - PLACES, count + 1)}
     for place in sorted(places):
         with pytest.raises(KeyboardInterrupt):
             interrupted(lambda: BORROWERS[name](model), place)
@@ -177,7 +184,7 @@ def test_new_adapters_are_gone_after_an_interrupt_at_any_line():
             train_briefly(adapted, ROWS, 1, batch_size=2, pad_token_id=0)
 
     count = lines_run(train)
-    for place in random.Random(0).sample(range(1, count + 1), 25):
+    for place in random.Random(0).sample(range(1, count + 1), PLACES):
         with pytest.raises(KeyboardInterrupt):
             interrupted(train, place)
         assert state_of(model) == before, f"line {place} of {count}"
@@ -223,7 +230,7 @@ def test_two_borrowers_at_once_are_refused_and_leave_nothing():
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert all("in another thread" in text for text in failures) and len(failures) < 2
-    assert state_of(model)[:4] == before[:4]
+    assert state_of(model) == before | {"random": state_of(model)["random"]}
     measure(model)
 
 
@@ -245,4 +252,3 @@ def test_batch_norms_keep_their_statistics():
     assert state_of(model) == before
     expected = model.eval()(batch["x"]).square().mean(1)
     torch.testing.assert_close(influence.losses, expected.detach())
-    assert random_model is not None
