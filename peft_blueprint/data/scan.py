@@ -125,8 +125,8 @@ class Scan:
 
         def keep() -> None:
             if parts:
-                parts[:] = [tuple(np.concatenate(column) for column in zip(*parts, strict=True))]
-                arrays["indices"], arrays["values"] = parts[0]
+                arrays["indices"], arrays["values"] = map(np.concatenate, zip(*parts, strict=True))
+                parts[:] = [(arrays["indices"], arrays["values"])]
 
         for candidates, found in self.run(score, keep):
             parts.append((np.array([one.index for one in candidates]), found))

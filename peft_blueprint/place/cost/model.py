@@ -111,18 +111,14 @@ class CostModel:
         self.structure = structure
         self.workload = workload
         self._index = {part.name: i for i, part in enumerate(structure.parts)}
-        self._under: dict[str, list[int]] = {}  # by each module's name, the parts in it
+        self._under: dict[str, list[int]] = {}  # indices of the parts in each module, by its name
         for i, part in enumerate(structure.parts):
             for module in accumulate(part.name.split("."), "{}.{}".format):
                 self._under.setdefault(module, []).append(i)
-        self._columns = Columns(structure.parts, workload)
-        sources = {part.source: part for part in structure.parts if part.source >= 0}
-        of_sources = [sources[i] for i in range(len(sources))]
-        self._source_stage = np.array([part.stage for part in of_sources], dtype=np.int64)
-        self._source_block = np.array([part.block for part in of_sources], dtype=np.int64)
-        self._source_attends = np.array([part.reads_attention for part in of_sources], dtype=bool)
-        widths = np.array([part.shape[-1] * part.visits for part in of_sources], dtype=np.float64)
-        self._source_bytes = widths * workload.number * workload.tokens
+        self._columns = columns = Columns(structure.parts, workload)
+        readers = {part.source: i for i, part in enumerate(structure.parts) if part.source >= 0}
+        self._reader = np.array([readers[source] for source in range(len(readers))], dtype=np.int64)
+        self._source_bytes = (columns.d_in * columns.visits)[self._reader] * workload.number * workload.tokens
         self._sum_up()
         self._reference_time = self.step_time(self.all_linear())
 
@@ -337,11 +333,11 @@ class CostModel:
         else:
             read[columns.source[adapted]] = True
         if load.attention == "sdpa":
-            read &= ~(self._source_attends & (self._source_stage - 1 > lowest))
+            read &= ~(columns.reads_attention & (columns.stage - 1 > lowest))[self._reader]
         own = np.where(fused, columns.numel[adapted] * load.number, own * columns.visits[adapted] * load.tokens)
         pairs = (
             (self._kept_block, self._kept * (self._kept_at > lowest)),
-            (self._source_block, self._source_bytes * read),
+            (columns.block[self._reader], self._source_bytes * read),
             (columns.block[adapted], own),
             (columns.block, columns.numel * load.number * load.tokens * (whole & columns.is_norm)),
         )

@@ -104,6 +104,7 @@ class Columns:
         self.is_adaptable: Mask = np.array([part.form in ADAPTABLE for part in parts])
         self.is_fused: Mask = np.array([part.form == "experts" for part in parts])
         self.is_matrix: Mask = np.array([part.is_matrix for part in parts])
+        self.reads_attention: Mask = np.array([part.reads_attention for part in parts])
         self.is_norm: Mask = np.array([part.form == "norm" for part in parts])
         self.is_quantized: Mask = np.array([part.is_quantizable for part in parts]) & bool(workload.quantization)
         self.experts: Array = np.where(self.is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0)
