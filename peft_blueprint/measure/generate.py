@@ -119,6 +119,7 @@ def generate_blueprint(
         spent = {name: figure.to_dict() for name, figure in ledger.quantities().items() if name in SPENT}
         measured = {
             **_measured(influences),
+            **({"estimates": estimated} if (estimated := influence.estimates) else {}),
             "projection_size": options.projection_size,
             "bootstrap": options.bootstrap,
             "spent": of_first_process(spent) if processes > 1 else spent,

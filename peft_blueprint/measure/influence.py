@@ -13,6 +13,19 @@ from ..blueprint import Submodule
 from ..errors import MeasurementError, MismatchError
 
 
+# statistics of an entry that are made of the mean gradient
+_OF_THE_MEAN_GRADIENT = (
+    "signal_norm",
+    "noise_scale",
+    "adam_gain",
+    "weight_gradient",
+    "singular_energy",
+    "alpha",
+    "gamma",
+    "k_star",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Influence:
     """Statistics of one pass over some examples. All tensors are on the CPU. Measurements of different examples merge.
@@ -87,6 +100,21 @@ class Influence:
         n = self.examples
         noise = (self.norms.square().mean(dim=1) - self.mean_gradient_norms.square()) * n / (n - 1 or float("nan"))
         return noise.clamp_min(0) / self._signal_squares().clamp_min(0)
+
+    @property
+    def estimates(self) -> list[str]:
+        """Names of the entries' statistics that come from sketches in some row, whatever the method; none if all are exact.
+
+        `method="exact"` makes the norms exact. The mean gradient is whole where d_in ≤ 2·sketch_size, or everywhere with
+        `sketch_size=None`; elsewhere its norm has a relative standard error of up to √(1/(2·sketch_size)), and
+        `signal_norm` and `noise_scale`, which are differences, of more.
+        """
+        names: list[str] = []
+        if self.norm_errors.any():
+            names += ["gradient_norm", "median_norm", "norm_interval"]
+        if any(self._is_sketched(row) for row in range(len(self.submodules))):
+            names += _OF_THE_MEAN_GRADIENT
+        return names
 
     @property
     def example_norms(self) -> Tensor:

@@ -339,7 +339,8 @@ class _Passes:
                             f"loss_fn must return one loss an example, got {len(losses)} losses for a batch of "
                             f"{examples} examples (the rows of its first tensor)."
                         )
-                    (losses.sum() * scale).backward()
+                    if losses.requires_grad:  # otherwise they depend on no row
+                        (losses.sum() * scale).backward()
             except UnknownObjective:
                 if examples > 1:
                     return None

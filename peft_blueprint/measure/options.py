@@ -39,8 +39,8 @@ class MeasureOptions:
     method: Method = field(
         default="auto",
         metadata={
-            "help": "exact: exact norms. sketch: estimate norms from a sketch of every layer's input, at little more "
-            "than the cost of the pass. auto: exact where it is nearly free, otherwise sketch."
+            "help": "exact: exact norms, while statistics of the mean gradient stay estimates unless sketch_size is "
+            "None. sketch: estimate norms from a sketch of every layer's input, at little more than the cost of the pass. auto: exact where it is nearly free, otherwise sketch."
         },
     )
     sketch_size: int | None = field(

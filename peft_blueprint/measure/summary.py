@@ -45,6 +45,7 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
     alignments = _rounded_factor(influence)
     entries = []
     for i, submodule in enumerate(influence.submodules):
+        mean = float(norms[i].mean())
         rows = influence.row_norms[i].double().numpy()
         fit = fit_rank_exponent(rows)
         gamma = gamma_from_alpha(fit.exponent) if fit else None
@@ -52,9 +53,12 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
         entries.append(
             replace(
                 submodule,
-                gradient_norm=float(norms[i].mean()),
+                gradient_norm=mean,
                 median_norm=float(np.median(norms[i])),
-                norm_interval=(float(intervals[i, 0]), float(intervals[i, 1])) if influence.examples > 1 else None,
+                # few resamples may miss the mean itself
+                norm_interval=(min(float(intervals[i, 0]), mean), max(float(intervals[i, 1]), mean))
+                if influence.examples > 1
+                else None,
                 signal_norm=signals[i] if math.isfinite(signals[i]) else None,
                 noise_scale=scales[i] if math.isfinite(scales[i]) else None,
                 adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,

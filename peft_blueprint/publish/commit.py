@@ -197,7 +197,7 @@ def prepare(
         raise BlueprintError(f"A model's index can hold {FILE_NAME} only, got {name}. Leave in_index out.")
     content = to_json(to_dict(blueprint)).encode()
     notes = _local_paths(blueprint)
-    with translated_hub_errors(repo_id, revision=options.revision):
+    with translated_hub_errors(repo_id, revision=options.revision, token=token):
         api = HfApi(endpoint=endpoint, token=token)
         there = take_snapshot(api, repo_id, options.revision, may_be_created=not options.create_pr)
         is_own = blueprint.model_id.lower() in (repo_id.lower(), there.id.lower())
@@ -340,10 +340,10 @@ def _send(publication: Publication, api: HfApi) -> str | None:
     """Make the commit. Return its URL or the pull request's, or None if somebody committed in between."""
     repo_id, parent = publication.repo_id, publication.parent_commit
     if publication.creates_repository:
-        with translated_hub_errors(repo_id, revision=publication.revision, sending=True):
+        with translated_hub_errors(repo_id, revision=publication.revision, sending=True, token=api.token):
             api.create_repo(repo_id, private=publication.private)
     try:
-        with translated_hub_errors(repo_id, revision=publication.revision, sending=True):
+        with translated_hub_errors(repo_id, revision=publication.revision, sending=True, token=api.token):
             try:
                 info = api.create_commit(
                     repo_id,

@@ -163,3 +163,41 @@ def test_several_domains_are_measured_into_one_blueprint():
     assert {e.domain_tags["law"] for e in both} == {1.0}
     assert norms_of(both.for_domain("code")) == pytest.approx(norms_of(alone["code"]), rel=1e-6)
     assert list(both.provenance["domains"]) == ["law", "code"]
+
+
+@pytest.mark.parametrize(
+    ("options", "exact_norms", "exact_signals"),
+    [
+        ({"method": "exact", "sketch_size": None}, True, True),
+        ({"method": "exact", "sketch_size": 4}, True, False),
+        ({"method": "sketch", "sketch_size": 4}, False, False),
+        ({"method": "exact", "sketch_size": 64}, True, True),
+    ],
+)
+def test_a_blueprint_says_which_statistics_are_estimates(options, exact_norms, exact_signals):
+    """Those it does not name are the same as from whole gradients."""
+    wish = {"bootstrap": 20, "progress": False}
+    truth = generate_blueprint(tiny_llama(), toy_batches(examples=4), method="exact", sketch_size=None, **wish)
+    blueprint = generate_blueprint(tiny_llama(), toy_batches(examples=4), **options, **wish)
+    estimates = blueprint.provenance.get("estimates", [])
+    assert ("gradient_norm" not in estimates, "signal_norm" not in estimates) == (exact_norms, exact_signals)
+    for name in (
+        "gradient_norm",
+        "median_norm",
+        "signal_norm",
+        "noise_scale",
+        "adam_gain",
+        "weight_gradient",
+        "alpha",
+    ):
+        mine, right = ([getattr(entry, name) or 0 for entry in b] for b in (blueprint, truth))
+        if name not in estimates:
+            assert mine == pytest.approx(right, rel=1e-3, abs=1e-9)
+        else:
+            assert mine != pytest.approx(right, rel=1e-3, abs=1e-9)
+
+
+def test_a_norm_is_in_its_interval_with_few_resamples():
+    """A single resample misses the mean; a record whose norm is outside of its interval is refused."""
+    blueprint = generate_blueprint(tiny_llama(), toy_batches(examples=4), bootstrap=1, progress=False)
+    assert all(entry.norm_interval[0] <= entry.gradient_norm <= entry.norm_interval[1] for entry in blueprint)

@@ -1,0 +1,66 @@
+"""Progress bars that are switched off, and files whose mode needs no umask of the process."""
+
+import os
+import stat
+
+import pytest
+from tqdm import tqdm
+
+from peft_blueprint import generate_blueprint
+from peft_blueprint._files import write_atomically
+from peft_blueprint._progress import progress_bar
+from peft_blueprint.blueprint import replace_metadata
+from peft_blueprint.compare import read_sources
+from peft_blueprint.testing import tiny_llama, toy_batches
+from peft_blueprint.train.run import held_out_loss
+
+
+def test_a_bar_that_is_off_does_nothing():
+    """It is a context and an iterable, and takes updates."""
+    with progress_bar(show=False, total=3, desc="x") as bar:
+        bar.update(2)
+    assert list(progress_bar([1, 2], show=False)) == [1, 2]
+
+
+def rewrite(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    replace_metadata(path, {"a": "b"}, progress=False)
+
+
+QUIET = {
+    "measuring": lambda tmp_path: generate_blueprint(tiny_llama(), toy_batches(examples=2), progress=False),
+    "rewriting": rewrite,
+    "reading": lambda tmp_path: read_sources(
+        [generate_blueprint(tiny_llama(), toy_batches(examples=2), progress=False).save(tmp_path / "b.json")]
+    ),
+    "evaluating": lambda tmp_path: held_out_loss(tiny_llama(), toy_batches(examples=2), progress=False),
+}
+
+
+@pytest.mark.parametrize("run", QUIET.values(), ids=QUIET)
+def test_without_progress_nobody_takes_the_lock_of_the_bars(run, tmp_path, monkeypatch):
+    """All processes share it: a child that is killed while it holds it would hang the others."""
+
+    def taken(cls):
+        raise AssertionError("the lock of the bars was taken")
+
+    monkeypatch.setattr(tqdm, "get_lock", classmethod(taken))
+    run(tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_their_mode_without_a_change_of_the_umask(umask, mode, tmp_path, monkeypatch):
+    """Other threads create files meanwhile; a file that is replaced keeps its mode."""
+    old = os.umask(umask)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+            write_atomically(tmp_path / "new", "x")
+            (tmp_path / "old").write_text("x")
+            (tmp_path / "old").chmod(0o640)
+            write_atomically(tmp_path / "old", "y")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o640
