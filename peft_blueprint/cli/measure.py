@@ -98,7 +98,7 @@ def show(
     source: Source,
     output: Output,
     by: Annotated[
-        str, typer.Option(help="Statistic to sort by, such as gradient_norm or adam_gain.")
+        str, typer.Option(help="Statistic to sort by: gradient_norm, adam_gain, k_star, …")
     ] = "gradient_norm",
     top: Annotated[int, typer.Option(min=0, help="Number of entries; 0 for all.")] = 20,
     picture: Picture = None,
