@@ -62,7 +62,7 @@ def plan(*words):
 def test_plan_reads_a_config_alone(folder):
     """All settings in a table, the one to take, and the placement; as JSON and as bare names too."""
     found = plan(folder / "model", "--vram", "40MiB", "--reserve", "20MiB", "--length", 64)
-    for part in ("recommended", "nf4", "bfloat16", "within 20 MiB", "q_proj", "next smaller"):
+    for part in ("recommended", "nf4", "bfloat16", "within 20 MiB", "_proj", "not measured"):
         assert part in found.stdout, part
     answer = json.loads(plan(folder / "model", "--keep", 0.5, "--format", "json").stdout)
     assert len(answer["settings"]) == 4 and answer["placement"]["rank_by"] == "even"
