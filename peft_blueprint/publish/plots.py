@@ -86,6 +86,7 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
     shares = values / np.where(largest > 0, largest, 1)
 
     with drawing_style():
+        from matplotlib.collections import PatchCollection
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
 
@@ -96,15 +97,18 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         lora = set(placement.lora) if placement is not None else set()
         unfreeze = placement.unfreeze if placement is not None else ()
         ranks = placement.ranks if placement is not None else {}
+        outlined, hatched = [], []
         for entry in entries:
             x, y = entry.depth or 0, rows[str(entry.kind)]
             if entry.name in lora:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=2))
+                outlined.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
             elif any(is_inside(entry.name, block) for block in unfreeze):
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=_OUTLINE, hatch="///", lw=0))
-            if entry.name in lora and entry.name in ranks:
+                hatched.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
+            if entry.name in lora and entry.name in ranks and height <= MAX_INCHES:  # otherwise rows are too low
                 colour = "white" if shares[y, x] > 0.6 else "black"
                 axes.annotate(str(ranks[entry.name]), (x, y), ha="center", va="center", fontsize=7, color=colour)
+        axes.add_collection(PatchCollection(outlined, facecolor="none", edgecolor=_OUTLINE, linewidth=2))
+        axes.add_collection(PatchCollection(hatched, facecolor="none", edgecolor=_OUTLINE, hatch="///", linewidth=0))
         labelled = range(0, len(kinds), -(-len(kinds) // MAX_LABELS))
         axes.set_yticks(labelled, [_cut(kinds[row]) for row in labelled])
         axes.set_xlabel("layer")
