@@ -25,7 +25,7 @@ from peft_blueprint.train import check_adapters, held_out_loss, initialize_along
 PACKAGE = str(Path(peft_blueprint.__file__).parent)
 BATCHES = toy_batches(examples=2, length=6, batch_size=2)
 ROWS = [{"input_ids": [5, 6, 7 + i], "labels": [5, 6, 7 + i]} for i in range(20)]
-PLACES = int(os.environ.get("PLACES", 5))  # lines of a call that are interrupted, and as many at its end
+PLACES = int(os.environ.get("PLACES", 2))  # lines of a call that are interrupted, and as many at its end
 OPTIONS = {"progress": False}
 
 
