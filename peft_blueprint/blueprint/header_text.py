@@ -20,7 +20,7 @@ VERSION = "1"  # of the text's layout
 
 _TAGS = "domain_tags"
 _OTHERS = "others"  # keys of single entries that are no statistic
-_MAX_VALUES = 400_000  # of tags, for 20,000 submodules and 20 domains
+_MAX_VALUES = 200_000  # of tags, for 20,000 submodules and 10 domains
 _LEFT_OUT = ("alignment", "median_norm")  # long, and of little use for placing
 
 
