@@ -38,13 +38,13 @@ from .card_sections import with_section
 from .metadata import add_metadata, is_hub_id
 from .options import PublishOptions
 from .plots import plot_blueprint
-from .snapshot import Snapshot, has_other_header, index_with, take_snapshot
+from .snapshot import ADAPTER_CONFIG, Snapshot, base_model_of, file_with_other_header, index_with, take_snapshot
 
 
 LARGE = 5_000_000  # bytes of JSON from which the arrays are published too
 ATTEMPTS = 3
 MODEL_FILES = frozenset(
-    ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    ("config.json", ADAPTER_CONFIG, "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 )
 
 _LOG = logging.getLogger(__name__)
@@ -224,9 +224,9 @@ def prepare(
         if name == FILE_NAME:
             if (index := index_with(blueprint, there, options.in_index)) is not None:
                 files[constants.SAFETENSORS_INDEX_FILE] = index
-            if has_other_header(blueprint, there):
+            if (other := file_with_other_header(blueprint, there)) is not None:
                 notes.append(
-                    f"The header of {constants.SAFETENSORS_SINGLE_FILE} holds another blueprint, and readers look there "
+                    f"The header of {other} holds another blueprint, and readers look there "
                     "first: update it with `peft-blueprint embed` and upload the model, or take it out with "
                     "`peft-blueprint remove`."
                 )
@@ -296,10 +296,11 @@ def _require_suitable(there: Snapshot, blueprint: Blueprint, is_own: bool, optio
     if options.private and there.is_public:
         raise BlueprintError(f"{there.id!r} exists and is public. Leave private out, or choose another repository.")
     model_files = sorted(there.files & MODEL_FILES)
-    if model_files and not is_own and not options.allow_other_model:
+    is_adapter_of_it = model_files == [ADAPTER_CONFIG] and base_model_of(there) == blueprint.model_id
+    if model_files and not is_own and not is_adapter_of_it and not options.allow_other_model:
         raise MismatchError(
             f"{there.id!r} holds a model ({', '.join(model_files)}), and the blueprint is of {blueprint.model_id!r}. Publish "
-            "to that model's repository or to a new one; for a copy of the same model give --allow-other-model "
+            "to that model's repository, to one of its adapters or to a new one; for a copy of the same model give --allow-other-model "
             "(allow_other_model=True)."
         )
 

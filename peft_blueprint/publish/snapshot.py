@@ -17,12 +17,17 @@ from ..blueprint import (
     VERSION_KEY,
     Blueprint,
     from_header_text,
+    loads,
     parse_index,
     rounded,
     to_dict,
     to_header_text,
 )
 from ..errors import BlueprintError, FormatError
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -125,19 +130,30 @@ def index_with(blueprint: Blueprint, there: Snapshot, is_wanted: bool) -> bytes 
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def has_other_header(blueprint: Blueprint, there: Snapshot) -> bool:
-    """Return whether the header of the model's single file, where readers look first, holds another blueprint."""
-    path = constants.SAFETENSORS_SINGLE_FILE
-    if path not in there.files:
-        return False
+def base_model_of(there: Snapshot) -> str | None:
+    """Return the model that the repository's adapter was trained on; None without an adapter, or if it names none."""
+    try:
+        config = loads((there.read(ADAPTER_CONFIG) or b"").decode(errors="replace"), ADAPTER_CONFIG)
+    except FormatError:
+        return None
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def file_with_other_header(blueprint: Blueprint, there: Snapshot) -> str | None:
+    """Return the file of a model or adapter, where readers look first, whose header holds another blueprint."""
+    path = next((name for name in (constants.SAFETENSORS_SINGLE_FILE, _ADAPTER_FILE) if name in there.files), None)
+    if path is None:
+        return None
     try:
         metadata = there.api.parse_safetensors_file_metadata(there.id, path, revision=there.commit).metadata
     except SafetensorsParsingError:
-        return False
+        return None
     if JSON_KEY not in metadata:
-        return False
+        return None
     try:
         record = from_header_text(metadata[JSON_KEY])
     except FormatError:
-        return True
-    return not isinstance(record, dict) or record.get("digest") != rounded(to_dict(blueprint))["digest"]
+        return path
+    is_same = isinstance(record, dict) and record.get("digest") == rounded(to_dict(blueprint))["digest"]
+    return None if is_same else path

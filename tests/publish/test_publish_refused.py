@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from safetensors.numpy import save
 
 from peft_blueprint import BlueprintError
 from peft_blueprint.errors import MismatchError
@@ -143,6 +144,32 @@ def test_another_models_repository_is_refused(two_layers, model_hub):
         put(two_layers, model_hub, "org/other")
     put(two_layers, model_hub, "org/other", allow_other_model=True)
     assert "base_model: tiny/llama" in model_hub.repository("org/other").files()["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    "config, fits",
+    [
+        ('{"base_model_name_or_path": "tiny/llama"}', True),
+        ('{"base_model_name_or_path": "org/base"}', False),
+        ('{"base_model_name_or_path": null}', False),
+        ("[]", False),
+        ("{", False),
+        ("", False),
+    ],
+)
+def test_beside_an_adapter_of_the_model_it_is_published(two_layers, model_hub, config, fits):
+    """Not beside another model's, or one that does not say whose it is."""
+    weights = save({}, metadata={"format": "pt", "blueprint.json": "{}"})
+    files = {"adapter_config.json": config.encode(), "adapter_model.safetensors": weights}
+    model_hub.repository("org/adapter").commit(files)
+    if fits:
+        publication = put(two_layers, model_hub, "org/adapter", dry_run=True)
+        assert "header of adapter_model.safetensors holds another blueprint" in str(publication)
+        put(two_layers, model_hub, "org/adapter")
+        assert "blueprint.json" in model_hub.repository("org/adapter").files()
+    else:
+        with pytest.raises(MismatchError, match="adapter_config.json.*one of its adapters"):
+            put(two_layers, model_hub, "org/adapter")
 
 
 def test_a_blueprint_of_another_model_is_not_overwritten(two_layers, model_hub):
