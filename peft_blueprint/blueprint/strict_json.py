@@ -35,10 +35,10 @@ _MAX_DIGITS = 308  # of a whole number that a double holds
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no file can hold
 
 
-def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
+def read_text(path: str | Path, limit: int = MAX_BYTES, what: str = "blueprint") -> str:
     """Return the text of a UTF-8 file of at most `limit` bytes without its byte order mark.
 
-    With characters beyond ASCII, which take up to four times the memory, the limit is a quarter.
+    With characters beyond ASCII, which take up to four times the memory, the limit is a quarter. Errors call it `what`.
 
     Raises:
         BlueprintError: if there is no such file, or it cannot be read.
@@ -46,7 +46,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
     """
     path = Path(path)
     try:
-        content = _read_bytes(path, limit)
+        content = _read_bytes(path, limit, what)
         if len(content) > limit // 4 and not content.isascii():
             raise FormatError(
                 f"{path} has {len(content):,} bytes with characters beyond ASCII among them, of which at most "
@@ -56,7 +56,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
     except FileNotFoundError:
         raise BlueprintError(f"There is no blueprint at {path}. Make one with `peft-blueprint generate`.") from None
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not text ({error.reason} at byte {error.start}). Give a blueprint.") from None
+        raise FormatError(f"{path} is not text ({error.reason} at byte {error.start}). Give a {what}.") from None
     except OSError as error:
         raise BlueprintError(f"{path} cannot be read: {error.strerror}.") from error
     except BlueprintError:
@@ -108,7 +108,7 @@ def csv_rows(text: str) -> Iterator[dict[str | None, Any]]:
         raise FormatError(f"this is not valid CSV: {error}, line {reader.line_num}.") from error
 
 
-def _read_bytes(path: Path, limit: int) -> bytes:
+def _read_bytes(path: Path, limit: int, what: str) -> bytes:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise FormatError(f"{path} is a device or a pipe, not a file. Copy what it gives into a file first.")
@@ -118,7 +118,7 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     if size > limit:
         raise FormatError(
             f"{path} has {size:,} bytes{' or more' if content else ''}; at most {limit:,} are read. It is larger than "
-            "any blueprint should be. Check what it is."
+            f"any {what} should be. Check what it is."
         )
     return content
 

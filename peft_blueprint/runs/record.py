@@ -229,7 +229,7 @@ def _file_of(path: Path) -> Path:
 
 
 def _parsed(file: Path) -> Any:
-    text = read_text(file, MAX_BYTES)
+    text = read_text(file, MAX_BYTES, "run record")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

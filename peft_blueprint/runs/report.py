@@ -381,7 +381,7 @@ def _slope(curve: Sequence[tuple[float, float]]) -> float | None:
     """Return the slope of the least-squares line; None for fewer than two different x, or beyond the range of floats."""
     try:
         slope = statistics.linear_regression([x for x, _ in curve], [y for _, y in curve]).slope
-    except (statistics.StatisticsError, OverflowError):
+    except (ValueError, OverflowError):  # StatisticsError is the former
         return None
     return slope if math.isfinite(slope) else None
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from .._options import check_fields, from_mapping
+from ..blueprint import read_text
 from ..errors import BlueprintError
 from ..measure import dtype_of
 from ..place import DEFAULT_RANK, Budget, PlacementOptions, Workload
@@ -26,6 +27,8 @@ from ..runs import MarginalReturn, carbon_factor
 
 
 ALL_LINEAR = "all-linear"
+MAX_BYTES = 2**18
+MAX_VALUES = 20_000
 
 DriftPolicy = Literal["warn", "error", "refresh", "coarsen"]
 
@@ -346,9 +349,20 @@ def _has_8bit_adamw_on_cpu() -> bool:
 
 
 def _read_yaml(path: str | Path) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        why = "it is not a file" if path.exists() else "No such file or directory"
+        raise BlueprintError(f"The recipe {path} cannot be read: {why}.")
+    text = read_text(path, MAX_BYTES, "recipe")
     try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BlueprintError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise BlueprintError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        data = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise BlueprintError(f"{path} is not valid YAML: {why}.") from error
+    values = [data]
+    for value in values:  # grows while it is read; aliases stand for whole values, and may for exponentially many
+        if isinstance(value, Mapping | list):
+            values += [*value, *value.values()] if isinstance(value, Mapping) else value
+        if len(values) > MAX_VALUES:
+            raise BlueprintError(f"{path} has more than {MAX_VALUES:,} values, counting aliases. Write it plainly.")
+    return data

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_blueprint.errors import BlueprintError, FormatError, MismatchError
+from peft_blueprint.publish import method_comparison_json, update_card
 from peft_blueprint.runs.record import RUN_FILE, Point, RunRecord, direction_of, jsonable
 from peft_blueprint.runs.report import make_report
 from tests.made_up_runs import made_up_run
@@ -149,7 +150,22 @@ def paths(value, path=()):
         yield from paths(item, (*path, key))
 
 
-SOUND = json.loads(json.dumps(replace(made_up_run(evaluations=3), stopping={"stopped": False}).to_dict()))
+ABOUT = {
+    "held_out": "org/data",
+    "system": {"devices": ["cpu"]},
+    "train_config": {"learning_rate": 1e-4},
+    "placement": {"lora": {"q": 4}},
+    "probe": {"seconds": {"value": 1.0, "how": "measured"}},
+}
+STOPPING = {
+    "stopped": True,
+    "step": 3,
+    "reason": "flat",
+    "ratio": 1.0,
+    "proposal": "shorter",
+    "settings": {"window": 5},
+}
+SOUND = json.loads(json.dumps(replace(made_up_run(evaluations=3, **ABOUT), stopping=STOPPING).to_dict()))
 STATE = {"global_step": 20, "total_flos": 8e12, "log_history": HISTORY}
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -1, "", "a", "\ud800", math.inf, math.nan])
@@ -190,7 +206,9 @@ def test_a_mutated_record_is_sound_or_a_format_error(tmp_path_factory, data, sou
     assert jsonable(again.to_dict()) == jsonable(record.to_dict())
     assert not any(math.isinf(value) for point in record.points for value in point.metrics.values())
     with suppress(MismatchError):  # a metric of another name
-        make_report([record])
+        report = make_report([record])
+        json.dumps(method_comparison_json(report.rows[0], report), allow_nan=False)
+        assert update_card(folder, report, report.rows[0])[0].exists()
 
 
 def test_a_broken_trainers_state_says_where(tmp_path):
