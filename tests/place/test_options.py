@@ -63,7 +63,8 @@ def test_planner_config_command_line_and_recipe_choose_the_same_placement(option
     for other in (config.placement, from_recipe, *([planned] if "x" not in str(options.get("budget")) else [])):
         assert (other.lora, other.unfreeze, other.rank) == (on_model.lora, on_model.unfreeze, on_model.rank)
         assert other.ranks == on_model.ranks
-    assert config.r == max(on_model.ranks.values(), default=on_model.rank or 16)
+    ranks = [on_model.ranks.get(name, on_model.rank or 16) for name in on_model.lora]
+    assert config.r == max(ranks, default=on_model.rank or 16)
 
 
 @pytest.mark.parametrize(
