@@ -47,7 +47,8 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
         return
     adapted = {found[1] for name in tensors if (found := _ADAPTER.match(name))}
     if adapted:
-        wanted = set(blueprint.names)
+        wanted = set(blueprint.names)  # an adapter on experts has the name of the module that holds them
+        wanted |= {entry.name.rpartition(".")[0] for entry in blueprint if entry.form == "experts"}
         if not any(_without_prefix(name, wanted) for name in adapted):
             raise _mismatch(blueprint, blueprint.names, sorted(adapted), source, "adapts")
         return

@@ -303,6 +303,15 @@ def test_coarser_levels_are_checked_by_their_blocks(blueprint, saved):
         check_stored(blueprint.coarsen("layer"), {"model.layers.0.q.weight": None}, "x")
 
 
+def test_an_adapter_on_experts_fits():
+    """It has the name of their module, and the blueprint those of its parameters."""
+    entry = Submodule("model.layers.0.mlp.experts.gate_up_proj", 1.0, shape=(4, 48, 32), form="experts")
+    tensors = {"base_model.model.model.layers.0.mlp.experts.lora_A.weight": ("F32", (32, 32))}
+    check_stored(Blueprint("org/m", (entry,)), tensors, "x")
+    with pytest.raises(MismatchError, match="adapts"):
+        check_stored(Blueprint("org/m", (replace(entry, name="model.layers.1.mlp.experts.up"),)), tensors, "x")
+
+
 def test_check_false_embeds_anyway(blueprint, tmp_path):
     """For a file whose names this package does not know."""
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
