@@ -64,6 +64,7 @@ class Objective:
         self.loss_fn = loss_fn
         self.form: str | None = None  # unknown before the first batch
         self._expected: float | None = None  # the first example's loss, until it is compared with what is computed
+        self._caches = False  # whether the model's loss is another without its cache of keys and values
 
     @property
     def is_own(self) -> bool:
@@ -89,12 +90,10 @@ class Objective:
     def map(self, batch: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Result]) -> list[Result]:
         """Call `run`, which calls `at_once`, with a batch, or with each of its examples if they must be alone."""
         self.find(batch)
-        if not self.is_own:
-            try:
-                return [run(batch)]
-            except UnknownObjective:
-                pass
-        return [run(example) for example in split_examples(batch)]
+        try:
+            return [run(part) for part in (split_examples(batch) if self.is_own else [batch])]
+        except UnknownObjective:  # learned in the first pass, which is repeated
+            return [run(example) for example in split_examples(batch)]
 
     def at_once(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return losses (B,) and numbers of targets (B,) as `losses`, in one pass.
@@ -113,7 +112,11 @@ class Objective:
             return losses.float(), _count_targets(batch, len(losses))
         self.find(batch)
         if self.is_own and count_examples(batch) == 1:
-            return _model_loss(self.model, batch)
+            own = _model_loss(self.model, batch, self._caches)
+            if not self._is_expected(own[0]):
+                self._caches, self._expected = True, None
+                raise UnknownObjective(f"The pass must be repeated: {_name(self.model)} needs its cache.")
+            return own
         known = None
         if not self.is_own and isinstance(batch.get("labels"), Tensor):
             try:
@@ -177,9 +180,13 @@ class Objective:
         return _token_losses(logits, targets[:, columns.to(targets.device)])
 
     def _is_expected(self, losses: Tensor) -> bool:
-        expected, self._expected = self._expected, None
+        if self._expected is None:
+            return True
         is_exact = next(self.model.parameters()).dtype == torch.float32
-        return expected is None or _is_near(losses[0].item(), expected, 1e-3 if is_exact else 0.02)
+        if not _is_near(losses[0].item(), self._expected, 1e-3 if is_exact else 0.02):
+            return False
+        self._expected = None
+        return True
 
 
 def per_example_losses(
@@ -213,7 +220,8 @@ class _Comparison(NamedTuple):
 
 def _compared(model: nn.Module, batch: Mapping[str, Any]) -> _Comparison:
     with torch.no_grad():
-        output = _run(model, batch)
+        is_checkpointed = any(vars(m).get("gradient_checkpointing") is True and m.training for m in model.modules())
+        output = _run(model, batch, caches=not is_checkpointed)
         loss, labels = _loss_of(model, output, batch), batch.get("labels")
         theirs = float(loss)
         # a part of its own, such as a load-balancing loss, may be small beside the rest
@@ -254,18 +262,19 @@ def _is_near(loss: float, other: float, tolerance: float = 0.02) -> bool:
     return abs(loss - other) <= tolerance * abs(loss) + 1e-3  # room for half precision
 
 
-def _model_loss(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _model_loss(model: nn.Module, example: Mapping[str, Any], caches: bool) -> tuple[Tensor, Tensor]:
     counts = _count_targets(example, 1)
     _require_targets(counts[:, None] > 0)
-    loss = _loss_of(model, _run(model, example), example)
+    loss = _loss_of(model, _run(model, example, caches), example)
     _require_graph(loss, _name(model))
     return loss.float().reshape(1), counts
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
+def _run(model: nn.Module, batch: Mapping[str, Any], caches: bool) -> Any:
+    """Call a model. A cache is of no use, and a checkpointed layer that runs again would add to it once more."""
+    has_cache = "use_cache" in inspect.signature(unwrap(model).forward).parameters
     try:
-        return model(**cacheless | dict(batch))
+        return model(**{"use_cache": False} | dict(batch) if has_cache and not caches else batch)
     except (BlueprintError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -317,8 +326,8 @@ def _tensors_of(output: Any) -> list[Tensor]:
 def _require_graph(losses: Tensor, source: str) -> None:
     if torch.is_grad_enabled() and not losses.requires_grad:
         raise MeasurementError(
-            f"{source} returned losses without a graph: they were detached, or computed under no_grad. Return them with "
-            "their graph."
+            f"{source} returned losses without a graph: they were detached, computed under no_grad, or depend on no "
+            "submodule that is measured. Return them with their graph."
         )
 
 

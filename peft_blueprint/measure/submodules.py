@@ -117,9 +117,7 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     """
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
-    inner = [module for module in base.modules() if isinstance(module, PreTrainedModel)]  # also of a wrapper
-    found = [model.get_output_embeddings() for model in inner]
-    heads = {id(part) for head in found if head is not None for part in head.modules()}  # PEFT may have wrapped it
+    heads = {id(part) for part in _heads(base)}
     places = _places_of_parameters(base)
     seen: set[int] = set()
     weights = []
@@ -191,12 +189,19 @@ def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = No
     """
     weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
     counts = [math.prod(weight.shape) for weight in weights]
-    base: Any = unwrap(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    known = {id(weight.module) for weight in weights if weight.form == "head"}
-    tied = 0 if head is None or id(head) in known else math.prod(_size(head.weight))
+    known = {id(weight.module) for weight in weights}
+    tied = sum(math.prod(_size(part.weight)) for part in _heads(unwrap(model)) if id(part) not in known)
     first = next((i for i, w in enumerate(weights) if submodules is not None and w.name in set(submodules)), 0)
     return sum(counts) + tied, sum(counts[first:]) + tied
+
+
+def _heads(base: nn.Module) -> list[Any]:
+    """Return the output layers of a model's language models, without adapters; several if it predicts several tokens."""
+    inner = (module for module in base.modules() if isinstance(module, PreTrainedModel))
+    heads = {id(head): head for model in inner if (head := model.get_output_embeddings()) is not None}
+    inside = {id(part) for head in heads.values() for part in head.modules()}
+    own = (part.module for part in _modules_of(base))
+    return [module for module in own if id(module) in inside and "weight" in vars(module)["_parameters"]]
 
 
 def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | None) -> tuple[Submodule, ...]:

@@ -2,12 +2,32 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlamaForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
-from peft_blueprint import measure_influence
+from benchmarks.objectives import classes, compare
+from peft_blueprint import generate_blueprint, measure_influence
 from peft_blueprint.errors import MeasurementError
-from peft_blueprint.measure.submodules import find_weights
-from peft_blueprint.testing import VOCABULARY, tiny_bert, tiny_llama, tiny_mixtral, toy_batches
+from peft_blueprint.measure.submodules import find_submodules, find_weights
+from peft_blueprint.testing import (
+    VOCABULARY,
+    random_model,
+    tiny_bert,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_t5,
+    tiny_vit,
+    toy_batches,
+)
 
 
 def norms_by_autograd(model, rows, losses):
@@ -106,7 +126,216 @@ def test_a_contrastive_loss_cannot_be_measured_one_example_at_a_time(build, incl
 
 def by_own_loss(model, batch):
     one = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-    return [model(**example).loss for example in one]
+    outputs = [model(**example) for example in one]
+    return [output["loss"] if isinstance(output, dict) else output[0] for output in outputs]
+
+
+CLASSES = """BartForCausalLM WhisperForCausalLM CpmAntForCausalLM XLMWithLMHeadModel GPT2LMHeadModel MixtralForCausalLM
+EncoderDecoderModel FSMTForConditionalGeneration T5GemmaForConditionalGeneration T5Gemma2ForTokenClassification
+BigBirdForPreTraining BertForMaskedLM BertForSequenceClassification ViTForImageClassification"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("name", "kind", "config"), list(classes(CLASSES.split())), ids=lambda value: value)
+def test_losses_are_those_that_a_class_of_transformers_returns(name, kind, config):
+    """With labels shifted or not, decoder inputs made in its own way, several losses summed, another loss with a cache."""
+    outcome, note = compare(name, kind, config)
+    assert outcome == "own", note
+
+
+class Wrapper(torch.nn.Module):
+    """Another forward around a model, which hides its arguments."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change = tiny_llama(layers=2), change
+
+    def forward(self, *args, **kwargs):
+        return self.change(self.inner(*args, **kwargs))
+
+
+def scaled(output):
+    if output.loss is not None:
+        output.loss = 1.5 * output.loss
+    return output
+
+
+def with_vectors(output):
+    output.loss = output.loss.expand(3)
+    return output
+
+
+def detached(output):
+    output.loss = 2 * output.loss.detach()
+    return output
+
+
+@pytest.mark.parametrize("change", [lambda output: output, dict, lambda output: output.to_tuple(), scaled])
+def test_a_wrapper_is_measured_by_what_it_returns(change):
+    """Its arguments are hidden, and it returns an object, a dictionary, a tuple, or another loss."""
+    model, [batch, *_] = Wrapper(change), toy_batches()
+    assert_measures(model, batch, None, by_own_loss(model, batch))
+    assert "inner.lm_head" not in [row.name for row in find_submodules(model)], "a wrapped model's head is a head"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda output: output.logits, "Wrapper returned no loss"),
+        (with_vectors, r"one number as its loss, got shape \(3,\)"),
+        (detached, "Wrapper returned losses without a graph"),
+        (lambda output: output.nothing, "Wrapper failed on input_ids 1x12, .*nothing"),
+    ],
+)
+def test_a_wrapper_without_a_usable_loss_is_an_error(change, message):
+    """Nothing is guessed."""
+    with pytest.raises(MeasurementError, match=message):
+        measure_influence(Wrapper(change), toy_batches(), progress=False)
+
+
+def compiled_layers(model):
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer)
+    return model
+
+
+def compiled_in_place(model):
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        torch.compile,
+        compiled_in_place,
+        compiled_layers,
+        lambda model: torch.compile(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))),
+        lambda model: get_peft_model(torch.compile(model), LoraConfig(target_modules=["q_proj"])),
+    ],
+)
+def test_a_compiled_model_is_measured_as_the_model_in_it(compiled):
+    """By the same names, without compiling the hooks."""
+    expected = measure_influence(tiny_llama(layers=2), toy_batches(), progress=False)
+    measured = measure_influence(compiled(tiny_llama(layers=2)), toy_batches(), progress=False)
+    assert measured.submodules == expected.submodules
+    torch.testing.assert_close(measured.norms, expected.norms)
+    torch.testing.assert_close(measured.losses, expected.losses)
+
+
+@pytest.mark.parametrize("tuning", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"])
+def test_virtual_tokens_do_not_shift_the_targets(tuning, task):
+    """Prompt tuning, P-tuning and prefix tuning."""
+    build = {"CAUSAL_LM": tiny_llama, "SEQ_2_SEQ_LM": tiny_t5, "SEQ_CLS": tiny_bert}[task]
+    torch.manual_seed(0)
+    model, [batch, *_] = get_peft_model(build(layers=2), tuning(task_type=task, num_virtual_tokens=3)), toy_batches()
+    model.eval().requires_grad_(True)
+    if task == "SEQ_CLS":
+        if tuning is PrefixTuningConfig:
+            pytest.skip("BERT does not take prefixes in this version of PEFT")
+        batch = batch | {"labels": torch.tensor([0, 1, 2, 1])}
+    assert_measures(model, batch, None, by_own_loss(model, batch))
+
+
+def test_examples_that_need_their_own_loss_and_cannot_be_split_are_an_error():
+    """Both numbers are in the message."""
+    positions = torch.arange(12)[None]
+    batches = [batch | {"position_ids": positions} for batch in toy_batches()]
+    influence = measure_influence(tiny_llama(), batches, progress=False)
+    torch.testing.assert_close(influence.losses, measure_influence(tiny_llama(), toy_batches(), progress=False).losses)
+    with pytest.raises(MeasurementError, match=r"returns the loss [\d.]+ .* computes as [\d.]+ .*'position_ids': 1"):
+        measure_influence(Wrapper(scaled), batches, progress=False)
+
+
+def test_a_models_own_contrastive_loss_is_an_error():
+    """CLIP's is zero for one example."""
+    parts = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    words = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPConfig(text_config=parts | words, vision_config=parts | {"image_size": 16, "patch_size": 8})
+    batch = {"input_ids": pairs(2)["chosen"], "pixel_values": torch.randn(2, 3, 16, 16), "return_loss": True}
+    with pytest.raises(MeasurementError, match="CLIPModel gives a batch of 2 examples the loss"):
+        measure_influence(random_model(CLIPModel, config), [batch], progress=False)
+
+
+def test_a_model_with_several_heads():
+    """MusicGen predicts several codebooks, with a head for each."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MusicgenDecoderConfig(**sizes, vocab_size=64, num_codebooks=4, pad_token_id=63, bos_token_id=63)
+    model = random_model(MusicgenForCausalLM, config)
+    batch = {"input_ids": torch.randint(0, 60, (4, 5)), "labels": torch.randint(0, 60, (1, 5, 4))}
+    assert_measures(model, batch, None, [model(**batch).loss])
+    assert generate_blueprint(model, [batch], progress=False)
+
+
+# ------------------------------------------------------------------------------------------ how a model is held
+
+
+class CalledByKeyword(torch.nn.Module):
+    """Linear layers whose input is a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCABULARY, 8)
+        self.proj, self.out = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        logits = self.out(input=self.proj(input=self.embed(input_ids)).relu())
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_layers_called_by_keyword():
+    """And a model that cannot do without labels."""
+    model, [batch, *_] = CalledByKeyword(), toy_batches()
+    assert_measures(model, batch, None, by_own_loss(model, batch))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_vit])
+def test_inside_inference_mode(build):
+    """Also with batches that were made there."""
+    batches = [{"pixel_values": torch.ones(2, 3, 16, 16), "labels": torch.tensor([0, 2])}]
+    batches = toy_batches() if build is tiny_llama else batches
+    model = build(layers=2)
+    expected = measure_influence(model, batches, progress=False)
+    with torch.inference_mode():
+        made_there = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+        torch.testing.assert_close(measure_influence(model, made_there, progress=False).norms, expected.norms)
+        with pytest.raises(MeasurementError, match=r"made in torch.inference_mode\(\)"):
+            measure_influence(build(layers=1), batches, progress=False)
+
+
+def test_weights_on_the_meta_device_are_an_error():
+    """There is nothing to measure with."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_llama().config)
+    with pytest.raises(MeasurementError, match="weights are on the meta device"):
+        measure_influence(model, toy_batches(), progress=False)
+
+
+def wav2vec2():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (8, 4), "conv_stride": (4, 2), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(**sizes, **convolutions, **positions, vocab_size=VOCABULARY, layerdrop=0.9)
+    return random_model(Wav2Vec2ForCTC, config)
+
+
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [
+        (tiny_vit, {"pixel_values": torch.ones(2, 3, 16, 16), "labels": torch.tensor([0, 2])}),
+        (wav2vec2, {"input_values": torch.linspace(-1, 1, 800).view(2, 400), "labels": torch.arange(3, 9).view(2, 3)}),
+    ],
+)
+def test_reentrant_checkpointing_without_an_embedding(build, batch):
+    """Nothing before the first layer requires a gradient; and no layer is dropped."""
+    model = build()
+    expected = measure_influence(model, [batch], progress=False)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    measured = measure_influence(model, [batch], progress=False)
+    assert measured.submodules == expected.submodules
+    torch.testing.assert_close(measured.norms, expected.norms)
 
 
 def test_a_classifier_with_an_objective_of_its_own():
