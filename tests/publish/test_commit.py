@@ -180,7 +180,10 @@ def test_a_persons_text_around_the_section_stays(two_layers, model_hub, line_end
     below = f"Below, by hand.{line_end}".encode()
     repository.commit({"README.md": repository.files()["README.md"] + below})
     first = repository.files()["README.md"]
-    louder = replace(two_layers, submodules=tuple(replace(e, gradient_norm=2 * e.gradient_norm) for e in two_layers))
+    louder = replace(
+        two_layers,
+        submodules=tuple(replace(e, gradient_norm=2 * e.gradient_norm, norm_interval=None) for e in two_layers),
+    )
     put(louder, model_hub)
     second = repository.files()["README.md"]
     begin, end = b"<!-- gradient-blueprint blueprint.json begin -->", b"<!-- gradient-blueprint blueprint.json end -->"
@@ -226,7 +229,10 @@ def test_arrays_go_beside_when_asked_for(two_layers, model_hub):
     repository = model_hub.repository("tiny/llama")
     put(two_layers, model_hub, with_arrays=True)
     assert ("lfsFile", "blueprint.safetensors") in repository.commits()[0].operations
-    louder = replace(two_layers, submodules=tuple(replace(e, gradient_norm=2 * e.gradient_norm) for e in two_layers))
+    louder = replace(
+        two_layers,
+        submodules=tuple(replace(e, gradient_norm=2 * e.gradient_norm, norm_interval=None) for e in two_layers),
+    )
     put(louder, model_hub)
     assert ("lfsFile", "blueprint.safetensors") in repository.commits()[0].operations
 
