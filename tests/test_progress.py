@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from peft_blueprint.blueprint import replace_metadata
 from peft_blueprint.compare import read_sources
 from peft_blueprint.testing import tiny_llama, toy_batches
 from peft_blueprint.train.run import held_out_loss
+from tests import ROOT
 
 
 def test_a_bar_that_is_off_does_nothing():
@@ -47,6 +50,31 @@ def test_without_progress_nobody_takes_the_lock_of_the_bars(run, tmp_path, monke
 
     monkeypatch.setattr(tqdm, "get_lock", classmethod(taken))
     run(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tqdm import tqdm
+from tests.test_progress import QUIET
+lock = tqdm.get_lock()
+if not (child := os.fork()):
+    lock.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+assert not any(part.acquire(block=False) for part in lock.locks[:1]), "the dead child has it"
+QUIET[sys.argv[1]](Path(sys.argv[2]))
+sys.exit(f"{sys.argv[1]} ends")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", ["measuring"])
+def test_a_child_that_was_killed_with_the_lock_hangs_nobody(name, tmp_path):
+    """The lock is never given back, and the siblings work on."""
+    command = [sys.executable, "-c", KILLED, name, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == f"{name} ends", done.stderr
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
