@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +137,7 @@ class LedgerCallback(TrainerCallback):
         self._carbon, self._watts = carbon_factor(carbon), watts
         self._fresh: dict[str, Any] | None = None
         self._counter = TokenCounter()
+        self._detach_after(trainer)
         self._begin()
         self._fresh = None if stop is None else stop.state_dict()
 
@@ -147,6 +149,22 @@ class LedgerCallback(TrainerCallback):
     def summary(self) -> str:
         """Return what was spent and gained so far, as lines to print."""
         return self._log.summary()
+
+    def _detach_after(self, trainer: Trainer) -> None:
+        """Take the counter off the model when training ends by an error or interrupt, which callbacks do not learn of."""
+        train = trainer.train
+
+        @wraps(train)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                try:
+                    return train(*args, **kwargs)
+                finally:
+                    self._counter.detach()
+            finally:  # an interrupt may end the first one
+                self._counter.detach()
+
+        trainer.train = guarded  # type: ignore[method-assign]
 
     def _begin(self) -> None:
         """Start a new log, with the rule in its initial state."""

@@ -147,3 +147,36 @@ def test_what_is_stored_is_made_once():
     log = some_steps(log_of(), 1, 6)
     first, second = log.state_dict(), log.state_dict()
     assert first == second and all(a is b for a, b in zip(first["points"], second["points"], strict=True))
+
+
+@pytest.mark.parametrize("place", ["forward", "on_step_end", "on_step_begin"])
+def test_nothing_stays_on_the_model_after_an_interrupt(tmp_path, place):
+    """Neither the hook that counts tokens nor the mode that counts FLOPs, which the second step is in."""
+
+    class Interrupting(TrainerCallback):
+        steps = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.steps += 1
+            if self.steps == 2 and place == "on_step_begin":
+                raise KeyboardInterrupt
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.steps == 2 and place == "on_step_end":
+                raise KeyboardInterrupt
+
+    trainer, interrupting = make_trainer(tmp_path), Interrupting()
+    trainer.add_callback(LedgerCallback(trainer))
+    trainer.add_callback(interrupting)
+    forward = trainer.model.forward
+
+    def interrupted(*args, **kwargs):
+        if interrupting.steps == 2 and place == "forward":
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.model._forward_pre_hooks and not trainer.model_wrapped._forward_pre_hooks
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
