@@ -1,31 +1,39 @@
 """Demo on real weights: measure, probe, check drift, place, train, save, and reload with plain PEFT.
 
 Trains SmolLM2-135M to write docstrings of Python's standard library, once with adapters where the blueprint places them
-and once on every linear layer, for the same number of steps. Needs no network. Run it with `make demo`.
+and once on every linear layer. The two take their steps in turn, on the same batches, so that other work on the machine
+slows both alike. Needs no network. Run it with `make demo`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import TrainingArguments, get_scheduler
 
 import smollm2
 import stdlib_docs
 from peft_blueprint import Blueprint, Placement, generate_blueprint
 from peft_blueprint.data import read_examples
-from peft_blueprint.measure import encode, get_pad_token_id, load_model, make_batches
+from peft_blueprint.measure import collate, encode, get_pad_token_id, load_model, make_batches
 from peft_blueprint.publish import plot_blueprint, save_page, save_plot
-from peft_blueprint.runs import RunRecord, make_report
-from peft_blueprint.train import Recipe, Report, run_recipe
+from peft_blueprint.runs import Ledger, RunLog, counted_flops, make_report
+from peft_blueprint.train import Recipe, held_out_loss, initialize_adapters, prepare, training_settings
 
 
 RECIPE = Path("recipes/stdlib_docs.yaml")
@@ -67,14 +75,15 @@ def main() -> None:
     say(f"2/6 Measuring a blueprint on {CALIBRATION_EXAMPLES} calibration examples, as its publisher would")
     publish(recipe)
 
-    say("3/6 Probing, checking drift, placing and initializing adapters on a seventh of the layers, and training")
-    placed = run_recipe(recipe)
-    draw(recipe)
-
-    say("4/6 Training the same number of steps with LoRA on every linear layer")
-    everything = run_recipe(
-        replace(recipe, placement="all-linear", start_examples=0, output=str(OUTPUT / "all-linear"))
+    say("3/6 Probing, checking drift, placing and initializing adapters on a seventh of the layers")
+    placed = Training(recipe, "by blueprint")
+    everything = Training(
+        replace(recipe, placement="all-linear", start_examples=0, output=str(OUTPUT / "all-linear")), "all-linear"
     )
+
+    say(f"4/6 Training both for {placed.max_steps} steps, in turn")
+    train_in_turn([placed, everything])
+    draw(recipe)
 
     say("5/6 Loading the adapter in a process that cannot import peft_blueprint")
     reloaded = reload(recipe)
@@ -83,15 +92,115 @@ def main() -> None:
     report(placed, everything, reloaded)
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s: SmolLM2-135M now documents Python a little better, with adapters "
-        f"on {placed.placed} of its submodules.\nThe adapter is in {placed.output}, the blueprint in "
+        f"on {placed.adapters} of its submodules.\nThe adapter is in {recipe.output}, the blueprint in "
         f"{OUTPUT / 'blueprint.json'}, the picture in {OUTPUT / 'placement.png'};\n"
         f"{OUTPUT / 'report.html'} compares gains and costs.\n"
         "Next, try: .venv/bin/peft-blueprint show demo-output/blueprint.json"
     )
-    if abs(reloaded - (placed.loss_after or 0)) > 1e-3:
+    if abs(reloaded - placed.losses[-1]) > 1e-3:
         raise SystemExit(
-            f"The reloaded adapter must have the loss {placed.loss_after:.4f} it was trained to, got {reloaded:.4f}."
+            f"The reloaded adapter must have the loss {placed.losses[-1]:.4f} it was trained to, got {reloaded:.4f}."
         )
+
+
+class Training:
+    """One of several trainings that take their steps in turn: everything of a recipe before and after a step."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        arguments = TrainingArguments(**training_settings(recipe, progress=False))
+        start = time.perf_counter()
+        self.recipe, self.prepared = recipe, prepare(recipe, arguments)
+        self.model = get_peft_model(self.prepared.model, self.prepared.config)
+        self.pad = get_pad_token_id(self.prepared.tokenizer)
+        initialize_adapters(self.model, recipe, self.prepared.rows, self.pad)
+        self.seconds_before = time.perf_counter() - start
+        self.max_steps, self.batch_size = arguments.max_steps, arguments.per_device_train_batch_size
+        self.most_norm = arguments.max_grad_norm
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        rate = self.prepared.learning_rate or arguments.learning_rate
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=arguments.weight_decay)
+        warmup = arguments.get_warmup_steps(self.max_steps)
+        self.scheduler = get_scheduler(arguments.lr_scheduler_type, self.optimizer, warmup, self.max_steps)
+        examples = read_examples(str(recipe.held_out), limit=recipe.held_out_examples)
+        self.held_out = make_batches(encode(examples, self.prepared.tokenizer, recipe.max_length), 8, self.pad)
+        about = {"model_id": recipe.model, "held_out": recipe.held_out}
+        self.log = RunLog(
+            name, metric="held_out_loss", resource="flops", ledger=Ledger(), output_dir=recipe.output, about=about
+        )
+        self.losses: list[float] = []
+        self.wall: list[float] = []  # seconds of each step
+        self.cpu: list[float] = []  # of the process, all threads
+
+    @property
+    def adapters(self) -> int:
+        """Number of submodules with an adapter."""
+        return sum(name.endswith("lora_A") for name, _ in self.model.named_modules())
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Return the batches of the steps, the same for the same data, seed and size."""
+        rows, count = self.prepared.rows, self.max_steps * self.batch_size
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
+        chosen = [rows[i] for i in (order * (count // len(rows) + 1))[:count]]
+        return [collate(chosen[i : i + self.batch_size], self.pad) for i in range(0, count, self.batch_size)]
+
+    def count_flops(self, batch: Mapping[str, Tensor]) -> None:
+        """Count the operations of one step, without taking it; counting is too slow to be timed."""
+        self.model.train()
+        with counted_flops() as counted:
+            self.model(**batch).loss.backward()
+        self.optimizer.zero_grad()
+        self.log.ledger.flops_per_token = counted.per_token(batch["input_ids"].numel())
+
+    def step(self, batch: Mapping[str, Tensor]) -> None:
+        """Take one step, and note what it took."""
+        self.model.train()
+        self.log.ledger.start()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.most_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        self.log.ledger.pause()
+        self.log.step(tokens=batch["input_ids"].numel())
+
+    def evaluate(self) -> None:
+        """Note the held-out loss."""
+        self.losses.append(held_out_loss(self.model, self.held_out, progress=False))
+        self.log.evaluate(self.losses[-1], step=len(self.wall))
+
+    def finish(self) -> None:
+        """Save the adapter and the record of the run."""
+        self.evaluate()
+        self.model.save_pretrained(self.recipe.output)
+        self.prepared.tokenizer.save_pretrained(self.recipe.output)
+        self.log.finish()
+
+
+def train_in_turn(trainings: Sequence[Training]) -> None:
+    """Let each take a step on a batch before any takes the next; who goes first alternates."""
+    for training in trainings:
+        training.evaluate()
+        training.count_flops(training.batches()[0])
+    for number, batches in enumerate(zip(*(training.batches() for training in trainings), strict=True)):
+        pairs = list(zip(trainings, batches, strict=True))
+        for training, batch in reversed(pairs) if number % 2 else pairs:
+            training.step(batch)
+    for training in trainings:
+        training.finish()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles, without the first step, which sets up what is initialized lazily."""
+    low, middle, high = statistics.quantiles(values[1:], n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def format_spread(values: Mapping[str, float], form: str = ".2f") -> str:
+    """Format a median with its quartiles."""
+    return f"{values['median']:{form}} [{values['low']:{form}}, {values['high']:{form}}]"
 
 
 def write_examples(train: Path, held_out: Path) -> None:
@@ -144,30 +253,42 @@ def reload(recipe: Recipe) -> float:
     return loss
 
 
-def report(placed: Report, everything: Report, reloaded: float) -> None:
+def report(placed: Training, everything: Training, reloaded: float) -> None:
     """Print a table, and write `report.json` and `report.html`."""
     table = Table()
     for column in ("", "by blueprint", "all-linear", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
+    results: dict[str, Any] = {"by_blueprint": {}, "all_linear": {}, "ratio": {}, "reloaded_loss": reloaded}
 
-    def row(name: str, a: float | None, b: float | None, form: str) -> None:
-        if a is not None and b is not None:
-            table.add_row(name, format(a, form), format(b, form), f"{a / b:.2f}")
+    def row(name: str, a: float, b: float, form: str) -> None:
+        results["by_blueprint"][name], results["all_linear"][name], results["ratio"][name] = a, b, a / b
+        table.add_row(name, format(a, form), format(b, form), f"{a / b:.2f}")
 
-    row("adapters", placed.placed, everything.placed, "d")
-    row("trainable parameters", placed.trainable_parameters, everything.trainable_parameters, ",d")
-    row("held-out loss before", placed.loss_before, everything.loss_before, ".4f")
-    row("held-out loss after", placed.loss_after, everything.loss_after, ".4f")
-    row("seconds of training", placed.train_seconds, everything.train_seconds, ".0f")
-    row("peak memory, MiB", (placed.peak_bytes or 0) / 2**20, (everything.peak_bytes or 1) / 2**20, ".0f")
-    table.add_row("seconds of probe and initialization", f"{placed.measure_seconds:.0f}", "0", "")
+    def timed(name: str, a: Sequence[float], b: Sequence[float]) -> None:
+        found = [spread(values) for values in (a, b, [x / y for x, y in zip(a, b, strict=True)])]
+        results["by_blueprint"][name], results["all_linear"][name], results["ratio"][name] = found
+        table.add_row(name, *map(format_spread, found))
+
+    flops = [training.log.totals()["flops"].value or 0.0 for training in (placed, everything)]
+    row("adapters", placed.adapters, everything.adapters, "d")
+    sizes = [sum(parameter.numel() for parameter in training.trained) for training in (placed, everything)]
+    row("trainable parameters", sizes[0], sizes[1], ",d")
+    row("held-out loss before", placed.losses[0], everything.losses[0], ".4f")
+    row("held-out loss after", placed.losses[-1], everything.losses[-1], ".4f")
+    timed("seconds of a step", placed.wall, everything.wall)
+    timed("processor seconds of a step", placed.cpu, everything.cpu)
+    row("TFLOPs of training", flops[0] / 1e12, flops[1] / 1e12, ".1f")
+    memory = [training.prepared.predicted["predicted_bytes"] for training in (placed, everything)]
+    row("memory of a step, modelled, MiB", memory[0] / 2**20, memory[1] / 2**20, ".0f")
+    table.add_row("seconds of probe and initialization", f"{placed.seconds_before:.0f}", "", "")
     table.add_row("loss, reloaded by plain PEFT", f"{reloaded:.4f}", "", "")
-    Console(width=100 if not sys.stdout.isatty() else None, highlight=False).print(table)
-    if placed.drift is not None:
-        print(f"Rank correlation of the local probe with the published blueprint, within kinds: {placed.drift:.2f}")
-    runs = [RunRecord.load(one.output) for one in (placed, everything)]
+    Console(width=119 if not sys.stdout.isatty() else None, highlight=False).print(table)
+    print("Times are medians and quartiles over the steps; their ratios are of the two steps on the same batch.")
+    if placed.prepared.drift is not None:
+        drift = f"{placed.prepared.drift:.2f}"
+        print(f"Rank correlation of the local probe with the published blueprint, within kinds: {drift}")
+    runs = [training.log.record() for training in (placed, everything)]
     save_page(make_report(runs, baseline=runs[1].name, resource="flops"), OUTPUT / "report.html")
-    results = {"by_blueprint": asdict(placed), "all_linear": asdict(everything), "reloaded_loss": reloaded}
     (OUTPUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

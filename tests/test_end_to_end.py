@@ -97,3 +97,41 @@ def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_pat
     command = [sys.executable, "-c", demo.RELOAD, report.output, str(tmp_path / "batches.pt")]
     reloaded = float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     assert reloaded == pytest.approx(report.loss_after, abs=1e-3)
+
+
+def test_the_demo_lets_two_trainings_take_their_steps_in_turn(tmp_path, monkeypatch, capsys):
+    """On the same batches, whoever goes first; with medians, spread, processor time and FLOPs of both."""
+    import demo
+    from peft_blueprint.testing import save_tiny_model
+    from peft_blueprint.train import Recipe
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1 2 3", "completion": f"{i} 5 6"}) + "\n" for i in range(9)))
+    training = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True}
+    recipe = Recipe(
+        str(save_tiny_model(tmp_path / "model")),
+        str(data),
+        str(tmp_path / "placed"),
+        held_out=str(data),
+        probe_examples=4,
+        training=training,
+        dtype="float32",
+    )
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    everything = Recipe(**{**vars(recipe), "placement": "all-linear", "output": str(tmp_path / "all")})
+    trainings = [demo.Training(recipe, "placed"), demo.Training(everything, "all")]
+    steps = []
+    step = demo.Training.step
+    monkeypatch.setattr(
+        demo.Training, "step", lambda self, batch: (steps.append((self.log.name, batch)), step(self, batch))
+    )
+    demo.train_in_turn(trainings)
+    assert [name for name, _ in steps] == ["placed", "all", "all", "placed"] * 2 + ["placed", "all"]
+    for (_, one), (_, other) in zip(steps[::2], steps[1::2], strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+    demo.report(*trainings, reloaded=trainings[0].losses[-1])
+    results = json.loads((tmp_path / "report.json").read_text())
+    for name in ("seconds of a step", "processor seconds of a step"):
+        assert all(0 < results[key][name]["low"] <= results[key][name]["high"] for key in ("by_blueprint", "ratio"))
+    assert 0 < results["ratio"]["TFLOPs of training"] < 1 and "seconds of a step" in capsys.readouterr().out
+    assert (tmp_path / "placed" / "run.json").exists() and (tmp_path / "report.html").exists()
