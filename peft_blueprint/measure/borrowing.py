@@ -124,7 +124,8 @@ class _State:
             for kind in (dict, list, set)
             if isinstance(value, kind)
         ]
-        self.parameters = [(p, p.requires_grad, p.grad, *map(_copy, _hooks_of(p))) for p in model.parameters()]
+        self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self.hooks = [(p, [_copy(hooks) for hooks in _hooks_of(p)]) for p in model.parameters()]
         self.values = [(value, value.detach().to("cpu", copy=True)) for value in values]
         self.buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if _may_change(b)]
         self.is_grad_enabled = torch.is_grad_enabled()
@@ -137,19 +138,20 @@ class _State:
             return
         for module, known in self.attributes:
             _restore(vars(module), known)
-        for value, content in self.contents:
-            _restore(value, content)
+        for collection, content in self.contents:
+            _restore(collection, content)
         with torch.no_grad():
-            for value, copy in self.values:
-                value.copy_(copy)
+            for tensor, copy in self.values:
+                tensor.copy_(copy)
             for buffer, version, copy in self.buffers:
                 if buffer._version != version:
                     buffer.copy_(copy)
-        for parameter, requires_grad, gradient, *hooks in self.parameters:
+        for parameter, requires_grad, gradient in self.parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not gradient:
                 parameter.grad = gradient
+        for parameter, hooks in self.hooks:
             for now, before in zip(_hooks_of(parameter), hooks, strict=True):
                 if now is not None:
                     _restore(now, before or {})
@@ -164,7 +166,7 @@ class _State:
 
 
 def _hooks_of(parameter: Tensor) -> tuple[_Hooks | None, _Hooks | None]:
-    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined,return-value]
+    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks
 
 
 def _copy(hooks: _Hooks | None) -> _Hooks | None:

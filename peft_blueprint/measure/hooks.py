@@ -73,7 +73,7 @@ def hook_output(
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if not is_known:
             is_known = True
-            reason = difference_from_linear(module, inputs, output)
+            reason = difference_from_linear(cast(nn.Linear, module), inputs, output)
             if reason is not None:
                 refused[index] = reason
                 return output
@@ -163,7 +163,9 @@ def measurement_mode(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterato
                 disable_dropout(module)
             function = vars(module).get("_gradient_checkpointing_func")
             if isinstance(function, partial) and function.keywords.get("use_reentrant") is True:
-                module._gradient_checkpointing_func = partial(function.func, *function.args, use_reentrant=False)
+                vars(module)["_gradient_checkpointing_func"] = partial(
+                    function.func, *function.args, use_reentrant=False
+                )
         disable_cpu_repack(model)
         with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
             yield

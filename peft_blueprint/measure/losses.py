@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ def _compared(model: nn.Module, batch: Mapping[str, Any]) -> _Comparison:
         theirs = float(loss)
         # a part of its own, such as a load-balancing loss, may be small beside the rest
         has_more = not isinstance(labels, Tensor) or getattr(output, "aux_loss", None) is not None
-        forms = {} if has_more else _losses_of(_logits_of(output), labels)
+        forms = {} if has_more else _losses_of(_logits_of(output), cast(Tensor, labels))
         known = {form: float((losses * counts).sum() / counts.sum()) for form, (losses, counts) in forms.items()}
     tolerance = 1e-4 if loss.dtype == torch.float32 else 2e-2
     agreeing = {form for form, mine in known.items() if abs(mine - theirs) <= tolerance * abs(theirs) + 1e-5}
@@ -434,8 +434,9 @@ def _logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor, length
     finally:
         if hook is not None:
             hook.remove()
-    is_whole = logits is not None and logits.dim() == 3 and logits.shape[1] == length
-    return logits[:, columns.to(logits.device)] if is_whole else logits
+    if logits is not None and logits.dim() == 3 and logits.shape[1] == length:
+        return logits[:, columns.to(logits.device)]
+    return logits
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -432,7 +432,7 @@ def _must_not_be_adapted(own: _Own) -> bool:
         return False
     key = own.name.rsplit(".", 1)[-1]
     is_router = "experts" in vars(own.parent)["_modules"] and key in _ROUTERS
-    return is_router or key in _read_without_call(class_of(own.parent))
+    return is_router or key in _read_without_call(class_of(own.parent))  # type: ignore[arg-type]  # mypy reads the hash of instances
 
 
 @cache

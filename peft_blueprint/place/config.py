@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, LoraModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -241,7 +241,7 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
         if isinstance(self.blueprint, Blueprint):
             return self.blueprint
         if "_record" in vars(self):
-            return self._record
+            return cast(Blueprint, vars(self)["_record"])
         is_digest = isinstance(self.blueprint, str) and self.blueprint.startswith(_DIGEST)
         if self.blueprint is None or is_digest:
             if self.placement is None and self.target_modules is None:
@@ -296,6 +296,7 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
 
     def _check_initialization(self, placement: Placement, model: nn.Module) -> None:
         """Raise unless `init_lora_weights` can start adapters of these ranks on these weights."""
+        assert self.r is not None
         how = str(self.init_lora_weights)
         ranks = {name: placement.ranks.get(name, self.r) for name in placement.target_modules}
         if how == "orthogonal" and (odd := [name for name, rank in ranks.items() if rank % 2]):

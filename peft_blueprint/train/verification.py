@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -86,4 +86,4 @@ def check_adapters(
 def _own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
     """Return the parameters of an adapter's layer without those of the layer that it replaced."""
     base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
-    return [parameter for parameter in layer.parameters() if id(parameter) not in base]
+    return [parameter for parameter in cast(nn.Module, layer).parameters() if id(parameter) not in base]
