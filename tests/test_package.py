@@ -1,5 +1,6 @@
 """What the package promises before anything is called: light imports, PEFT's registration, the public names."""
 
+import ast
 import importlib
 import inspect
 import subprocess
@@ -79,3 +80,41 @@ def test_every_name_of_a_room_resolves(room):
         value = getattr(module, name)
         if inspect.isfunction(value) or inspect.isclass(value):
             assert inspect.getdoc(value), name
+
+
+# Why an import may stand inside a function: the module is an optional extra, or heavy where the file must stay light.
+EXTRAS = {"bitsandbytes", "bm25s", "datasketch", "matplotlib", "opendp", "sklearn", "zeus", "torchao", "deepspeed"}
+LIGHT = {
+    ("_options.py", "pydantic"),  # validates untrusted data alone
+    ("_options.py", "typing_extensions"),
+    ("blueprint/blueprint.py", ".hub"),  # the Hub's client takes 0.2 s, which reading a file does not need
+    ("blueprint/blueprint.py", "..publish"),  # Blueprint.push_to_hub, the one import of a room above
+    ("_progress.py", "tqdm"),  # only where a bar is shown
+    ("cli/runs.py", "torch"),
+    ("publish/embedding.py", ".loaded_tensors"),  # needs transformers, and most files do not need it
+    ("publish/loaded_tensors.py", "transformers"),  # a module that transformers 4 lacks
+    ("data/tables.py", "datasets"),
+    ("data/tables.py", "pyarrow"),
+    ("runs/meters.py", "torch"),
+}
+
+
+def test_imports_inside_functions_are_listed():
+    """No import hides from the order of the rooms, or from a reader."""
+    found = set()
+    for path in (ROOT / "peft_blueprint").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = ["." * node.level + (node.module or "")]
+                for name in names:
+                    root = name if name.startswith(".") else name.partition(".")[0]
+                    if root not in EXTRAS:
+                        found.add((path.relative_to(ROOT / "peft_blueprint").as_posix(), root))
+    assert found - LIGHT == set() and LIGHT - found == set()

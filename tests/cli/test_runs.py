@@ -119,9 +119,7 @@ def test_what_is_wrong_is_said_in_one_line(folders, call):
     (folders / "slow" / "run.json").unlink()
     (folders / "slow" / "trainer_state.json").write_text('{"log_history": [{"step": 5, "loss": 2.0}]}')
     status, out, err = call("slow")
-    assert (
-        status == 0 and "slow was not evaluated" in out and "slow" in err
-    )
+    assert status == 0 and "slow was not evaluated" in out and "slow" in err
     assert call("base", "--html", "base/run.json/page.html")[0] == 2
 
 

@@ -186,7 +186,9 @@ def test_the_order_of_the_entries_does_not_matter(blueprint, coverage, data):
 @given(random_blueprints(), st.sets(st.integers(0, 35)), coverages, st.floats(0.01, 1))
 def test_top_p_holds_its_share_with_the_fewest(blueprint, silent, coverage, share):
     """At 1 it takes all with a positive score and no other; below, one fewer would hold too little."""
-    entries = tuple(replace(e, gradient_norm=0.0, norm_interval=None) if i in silent else e for i, e in enumerate(blueprint))
+    entries = tuple(
+        replace(e, gradient_norm=0.0, norm_interval=None) if i in silent else e for i, e in enumerate(blueprint)
+    )
     blueprint = replace(blueprint, submodules=entries)
     total = math.fsum(e.gradient_norm for e in blueprint)
     positive = {e.name for e in blueprint if e.gradient_norm > 0}
