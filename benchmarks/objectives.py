@@ -86,7 +86,9 @@ def main(options: argparse.Namespace) -> None:
         outcomes[outcome] += 1
         if outcome in options.show:
             print(f"{name:<55} {outcome}: {note}", flush=True)
-    print(dict(outcomes))
+    print("| outcome | classes |\n|---|---|")
+    for outcome, count in outcomes.most_common():
+        print(f"| {outcome} | {count} |")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -70,7 +70,7 @@ class Output:
         if self.format == "json":
             print(json.dumps(data, indent=2, allow_nan=False))
         elif self.format == "quiet":
-            print("\n".join(map(printable, bare)))
+            print("\n".join("\t".join(map(printable, line.split("\t"))) for line in bare))
         else:
             print(printable(title))
             _print_table(rows, optional)

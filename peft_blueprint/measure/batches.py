@@ -43,6 +43,8 @@ def take_examples(
 ) -> Iterator[dict[str, Any]]:
     """Yield batches as `as_batches` does, on the model's device, until `max_examples` were taken."""
     device, left = input_device(model), max_examples
+    if left == 0:  # another process has them all
+        return
     for batch in as_batches(model, batches, tokenizer=tokenizer, loss_fn=loss_fn):
         examples = count_examples(batch)
         taken = examples if left is None else min(left, examples)

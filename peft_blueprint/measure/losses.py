@@ -278,6 +278,8 @@ def _run(model: nn.Module, batch: Mapping[str, Any], caches: bool) -> Any:
     except (BlueprintError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if has_cache and caches and "use_cache" not in batch:  # layers that are shared cannot keep one
+            return _run(model, batch, caches=False)
         shapes = ", ".join(
             f"{key} {shape_str(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor)
         )

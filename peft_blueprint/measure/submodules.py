@@ -247,7 +247,8 @@ def is_quantized(weight: Tensor) -> bool:
     if type(weight).__name__ in _STORED_AS_ANY_DTYPE or not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return True
     flatten = getattr(weight, "__tensor_flatten__", None)
-    return flatten is not None and any(is_quantized(getattr(weight, name)) for name in flatten()[0])
+    parts = [] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
+    return any(is_quantized(part) for part in parts if isinstance(part, Tensor))
 
 
 def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:

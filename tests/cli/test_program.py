@@ -53,6 +53,7 @@ def test_targets_speaks_each_trainers_language(run, file, blueprint):
     words = ("targets", file, "--fraction", 0.1, "--for", "llamafactory")
     config = yaml.safe_load(run(*words, "--rank", 4)[1])
     assert (config["lora_rank"], config["lora_alpha"]) == (4, 8)
+    words = (*words, "--rank", 4)
     answer = json.loads(run(*words, "--format", "json")[1])
     assert answer["trainer"] == "llamafactory" and answer["config"] == run(*words, "--format", "quiet")[1]
 
@@ -97,7 +98,7 @@ def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
     """The entry whose rank changed most leads; another model's blueprint is refused."""
     record = json.loads(file.read_text())
     del record["digest"]  # it is changed on purpose
-    record["layers"][70]["gradient_norm"] = 1e6
+    record["layers"][70] |= {"gradient_norm": 1e6, "norm_interval": [1e6, 1e6]}
     other = tmp_path / "other.json"
     other.write_text(json.dumps(record))
     status, out, _ = run("compare", file, other, "--format", "json")
@@ -115,7 +116,7 @@ def test_drift_answers_with_its_exit_status(run, file, tmp_path):
     status, out, _ = run("drift", file, file, "--format", "json")
     assert status == 0 and json.loads(out)["correlation"] > 0.999
     for depth, entry in enumerate(record["layers"]):
-        entry["gradient_norm"] = 1.0 + depth
+        entry |= {"gradient_norm": 1.0 + depth, "norm_interval": [1.0 + depth, 1.0 + depth]}
     (tmp_path / "reversed.json").write_text(json.dumps(record))
     assert run("drift", tmp_path / "reversed.json", file)[0] == 1
     assert run("drift", file, file, "--threshold", 1.5)[0] == 1
@@ -200,7 +201,7 @@ def test_generate_shares_the_work_among_processes(tmp_path):
         (["generate", "m", "--data", "a.jsonl", "--data", "b.jsonl"], "name every domain"),
         (["targets", "FILE", "--fraction", "2"], "fraction must be in (0, 1], got 2"),
         (["targets", "FILE", "--fraction", "0.1", "--top-p", "0.1"], "both say how many submodules"),
-        (["show", "FILE", "--by", "luck"], "no statistic 'luck'"),
+        (["show", "FILE", "--by", "luck"], "by must be one of"),
         (["train", "no.yaml"], "The recipe no.yaml cannot be read"),
         (["frobnicate"], "No such command"),
         (["targets", "FILE", "--coverage", "everything"], "everything"),

@@ -23,6 +23,7 @@ from peft_blueprint.errors import BlueprintError, DriftError
 from peft_blueprint.measure import GenerateOptions
 from peft_blueprint.place import PlacementOptions
 from peft_blueprint.testing import save_tiny_model, tiny_llama
+from tests import ROOT
 from tests.hub.loopback import LoopbackHub
 from tests.made_up_runs import made_up_run
 
@@ -78,6 +79,7 @@ def workshop(tmp_path, monkeypatch, blueprint):
     for name in ("blueprint", "one", "other", "local", "math"):
         named.save(tmp_path / f"{name}.json")
     named.save(tmp_path / "org" / "model")
+    named.save(tmp_path / "org" / "model" / file_name("math"))
     for share in (0.5, 0.8, 1.0):
         dataclasses.replace(named, training_checkpoint=share).save(tmp_path / "run" / file_name(None, share))
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 5})
@@ -96,7 +98,12 @@ def on_the_hub(hub, home, words):
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_any"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     words = [sys.executable, "-m", "peft_blueprint.cli", *words]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    environment["PYTHONPATH"] = str(ROOT)
+    away = home / "away"  # where org/model is no folder
+    away.mkdir(parents=True, exist_ok=True)
+    for file in home.parent.glob("*.json"):
+        shutil.copy(file, away)
+    done = subprocess.run(words, env=environment, cwd=away, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 

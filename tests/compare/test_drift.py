@@ -125,7 +125,7 @@ def test_the_interval_covers(entries, kinds):
         truth = spearman(many[..., 0], many[..., 1]).mean()
         found += [drift.interval[0] <= truth <= drift.interval[1] for drift in drifts]
         assert all(drift.interval[0] <= drift.correlation <= drift.interval[1] for drift in drifts)
-    assert 0.91 <= np.mean(found)
+    assert 0.9 <= np.mean(found)  # 180 draws: three standard errors below 0.95
 
 
 def test_only_ranks_within_a_kind_count():

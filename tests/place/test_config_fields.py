@@ -157,6 +157,7 @@ def test_ranks_of_the_user_are_obeyed_or_refused(pattern, options, is_obeyed):
         *((how, {"r": 40}, "singular vectors") for how in ("pissa", "pissa_niter_4", "olora", "mica", "corda", "eva")),
     ],
 )
+@pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
 def test_initialisations_that_cannot_start_the_ranks_are_refused(how, options, message):
     """In words, instead of an error of torch or weights of another shape."""
     config = BlueprintConfig(blueprint=BLUEPRINT, num_modules=6, init_lora_weights=how, **options)
