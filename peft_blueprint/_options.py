@@ -11,7 +11,9 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ._text import format_names
 from .errors import BlueprintError
@@ -116,6 +118,49 @@ def check_fields(
     given = TypedDict("given", {key: types[key] for key in data}, total=False)  # type: ignore[misc]
     given.__pydantic_config__ = {"arbitrary_types_allowed": True}  # type: ignore[attr-defined]
     _validated(TypeAdapter(given), data, where, error)
+
+
+def require_types(record: Any, cls: type, error: type[BlueprintError] = BlueprintError) -> None:
+    """Check the fields of `cls` in a record made by keywords: text, numbers, flags and choices; other types pass.
+
+    Raises:
+        BlueprintError: of class `error`, naming the field, what was expected and what was got.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Options:
+        ...     fraction: float | None = None
+        >>> require_types(SimpleNamespace(fraction="0.2"), Options)
+        Traceback (most recent call last):
+        peft_blueprint.errors.BlueprintError: fraction must be a number, got '0.2' (text).
+    """
+    for name, kinds in _simple_types(cls).items():
+        value = getattr(record, name)
+        if value is None and type(None) in kinds:
+            continue
+        is_flag = isinstance(value, bool) or type(value).__name__ == "bool_"  # NumPy's
+        if any(is_flag if kind is bool else isinstance(value, kind) and not is_flag for kind in kinds):
+            continue
+        expected = " or ".join(dict.fromkeys(_EXPECTED[kind] for kind in kinds if kind in _EXPECTED))
+        raise error(f"{name} must be {expected}, got {_shown(value)}.")
+
+
+_SIMPLE = {str: str, int: Integral, float: Real, bool: bool, type(None): type(None)}
+_EXPECTED: dict[type, str] = {str: "text", Integral: "a whole number", Real: "a number", bool: "true or false"}
+
+
+@functools.cache
+def _simple_types(cls: type) -> dict[str, tuple[type, ...]]:
+    """Return what `isinstance` accepts for every field of plain types; fields of other types are left out."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = [str if get_origin(part) is Literal else part for part in parts]
+        if all(kind in _SIMPLE for kind in kinds):
+            found[name] = tuple(_SIMPLE[kind] for kind in kinds)
+    return found
 
 
 @functools.cache

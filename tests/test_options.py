@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from peft_blueprint import BlueprintError, _options
 from peft_blueprint._options import check_fields, from_keywords, from_mapping
 from peft_blueprint.errors import PlacementError
+from peft_blueprint.measure import GenerateOptions, MeasureOptions
+from peft_blueprint.place import PlacementOptions
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,30 @@ def test_keywords_count_before_the_options():
     assert from_keywords(Inner, Inner(2), {}) == Inner(2) and from_keywords(Inner, Inner(2), {"size": 3}) == Inner(3)
     with pytest.raises(BlueprintError, match="options must be Inner, got dict. Pass Inner"):
         from_keywords(Inner, {"size": 3}, {})
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "wrong", "message"),
+    [
+        (PlacementOptions, "fraction", "0.2", r"fraction must be a number, got '0.2' \(text\)"),
+        (PlacementOptions, "fraction", True, "fraction must be a number, got True"),
+        (PlacementOptions, "num_modules", 2.5, "num_modules must be a whole number, got 2.5"),
+        (PlacementOptions, "per_cost", "yes", "per_cost must be true or false"),
+        (PlacementOptions, "mode", 3, "mode must be text, got 3"),
+        (GenerateOptions, "max_examples", "64", "max_examples must be a whole number, got '64'"),
+        (GenerateOptions, "training_checkpoint", [1], "training_checkpoint must be a number"),
+        (MeasureOptions, "seed", None, "seed must be a whole number, got nothing"),
+    ],
+)
+def test_keywords_of_another_type_are_refused_by_name(cls, field, wrong, message):
+    """With the class of errors of the room, in Python as in a file."""
+    with pytest.raises(BlueprintError, match=message):
+        cls(**{field: wrong})
+
+
+def test_numpys_numbers_are_numbers():
+    """They come out of computations of one's own."""
+    assert PlacementOptions(fraction=np.float32(0.5)).fraction == 0.5 and MeasureOptions(seed=np.int64(3)).seed == 3
 
 
 def test_the_examples_run():

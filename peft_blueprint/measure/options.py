@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .._options import require_types
 from ..errors import MeasurementError
 
 
@@ -66,6 +67,7 @@ class MeasureOptions:
     seed: int = field(default=0, metadata={"help": "Seed of sketches, projections and bootstrap resamples."})
 
     def __post_init__(self) -> None:
+        require_types(self, type(self), MeasurementError)
         if self.max_examples is not None and self.max_examples < 1:
             raise MeasurementError(f"max_examples must be a positive integer or None, got {self.max_examples}.")
         for name, choices in (("method", Method), ("include", Include)):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .._options import require_types
 from ..errors import PlacementError
 from .budget import Budget
 
@@ -109,6 +110,7 @@ class PlacementOptions:
     seed: int = _option(0, "Seed of rank_by=random.")
 
     def __post_init__(self) -> None:
+        require_types(self, PlacementOptions, PlacementError)
         choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy}
         for name, literal in choices.items():
             value = getattr(self, name)

@@ -89,7 +89,7 @@ def test_every_adapter_keeps_the_scaling_of_all_linear_lora(settings, scaling):
     ("options", "message"),
     [
         ({"rank_by": "even", "top_p": 0.5}, "top_p=0.5 needs scores, and rank_by='even' has none"),
-        ({"num_modules": True, "fraction": 0.5}, "both say how many"),
+        ({"num_modules": 3, "fraction": 0.5}, "both say how many"),
         ({"keep": 0.5, "threshold": 1.0}, "keep=0.5 and threshold=1.0 both say how much"),
         ({"ranks": "some"}, "ranks must be uniform, equal_parameters or influence, got 'some'"),
         ({"unfreeze_blocks": 1}, "needs mode='lora.unfreeze', got mode='lora'"),

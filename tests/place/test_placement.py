@@ -354,7 +354,7 @@ def test_groups_need_the_model():
         ({"fraction": 0}, r"fraction must be in \(0, 1\], got 0"),
         ({"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1.01"),
         ({"fraction": float("nan")}, r"fraction must be in \(0, 1\], got nan"),
-        ({"num_modules": 2.5}, "num_modules must be a positive integer, got 2.5"),
+        ({"num_modules": 2.5}, "num_modules must be a whole number, got 2.5"),
         ({"num_modules": 0}, "num_modules must be a positive integer, got 0"),
         ({"num_modules": 9}, "num_modules=9: the blueprint has only 8"),
         ({"threshold": -1}, "threshold must be a finite number of at least 0, got -1"),
