@@ -1,7 +1,4 @@
-"""Files written whole or not at all: beside the old one, then moved into its place.
-
-Knows nothing of what is in them.
-"""
+"""Write files atomically: a new file beside the old one, moved into its place when it is complete."""
 
 from __future__ import annotations
 

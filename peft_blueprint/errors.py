@@ -1,7 +1,6 @@
-"""What can go wrong, as exceptions a caller can tell apart.
+"""Define the errors that this package raises on purpose.
 
-Every message names the thing, shows both sides of a mismatch, and ends with what to do. This file knows of nothing
-else.
+Every message names the argument, says what was expected and what was got, and ends with how to fix it.
 """
 
 

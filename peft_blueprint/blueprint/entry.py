@@ -141,7 +141,7 @@ def score_of(entry: Submodule, by: str) -> float:
     """Return the statistic `by` of an entry.
 
     Raises:
-        BlueprintError: if there is no such statistic, or the entry does not have it.
+        BlueprintError: if `by` is not a statistic, or the entry lacks it.
 
     Example:
         >>> score_of(Submodule("attn.0", gradient_norm=0.052), "gradient_norm")

@@ -177,7 +177,7 @@ def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:
         The record, unchecked, and where it was found.
 
     Raises:
-        BlueprintError: if there is no such file, or it cannot be read.
+        BlueprintError: if the file does not exist or cannot be read.
         FormatError: if it is not JSON, CSV or safetensors.
     """
     path = Path(path)

@@ -139,7 +139,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the metadata of a safetensors file, and no tensor.
 
     Raises:
-        BlueprintError: if there is no such file, or it cannot be read.
+        BlueprintError: if the file does not exist or cannot be read.
         FormatError: as `metadata_of_prefix`.
     """
     with _opened(Path(path)) as file:
@@ -156,7 +156,7 @@ def read_header(path: str | Path) -> Header:
     """Read the whole header of a safetensors file, with the tensors' names and shapes.
 
     Raises:
-        BlueprintError: if there is no such file, or it cannot be read.
+        BlueprintError: if the file does not exist or cannot be read.
         FormatError: as `parse_header`.
     """
     with _opened(Path(path)) as file:
@@ -251,7 +251,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
             raise FormatError(f"{path} is a device or a pipe, not a file. Copy its content into a file first.")
         file = open(path, "rb", buffering=0)
     except FileNotFoundError:
-        raise BlueprintError(f"There is no file {path}. Check the path.") from None
+        raise BlueprintError(f"The file {path} does not exist. Check the path.") from None
     except OSError as error:
         raise BlueprintError(f"{path} cannot be read: {error.strerror}.") from error
     with file:

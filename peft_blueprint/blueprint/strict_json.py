@@ -41,7 +41,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES, what: str = "blueprint")
     With characters beyond ASCII, which take up to four times the memory, the limit is a quarter. Errors call it `what`.
 
     Raises:
-        BlueprintError: if there is no such file, or it cannot be read.
+        BlueprintError: if the file does not exist or cannot be read.
         FormatError: if it is too large, a device or a pipe, or no text.
     """
     path = Path(path)

@@ -128,7 +128,7 @@ def dtype_of(name: str, is_quantized: bool) -> torch.dtype | None:
         The dtype; None for that of the checkpoint.
 
     Raises:
-        BlueprintError: if there is no such dtype.
+        BlueprintError: if the dtype is unknown.
     """
     if name != "auto":
         found = getattr(torch, name, None)

@@ -201,7 +201,7 @@ _WITHIN_KIND_ONLY = (
 
 def _check_known(by: str) -> None:
     if by not in SCORES:
-        raise BlueprintError(f"There is no score {by!r}; choose from {', '.join(SCORES)}.")
+        raise BlueprintError(f"rank_by must be one of {', '.join(SCORES)}, got {by!r}.")
 
 
 def _statistic(entries: Sequence[Submodule], name: str) -> np.ndarray:

@@ -124,7 +124,7 @@ def _write(files: ModelFiles, changes: dict[str, str | None], progress: bool) ->
     targets = [path for path in (files.tensors, files.index) if path is not None]
     for target in targets:
         if not target.exists():
-            raise BlueprintError(f"There is no file {target}. Get the whole model, or check the path.")
+            raise BlueprintError(f"The file {target} does not exist. Download the whole model, or check the path.")
         _require_own(target)
         require_writable(target.parent)
     # readers warn of a header that holds what the index does not, which is what a kill in between leaves

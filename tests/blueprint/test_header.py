@@ -81,7 +81,7 @@ def test_any_bytes_are_metadata_or_a_format_error(content, is_first):
 
 def test_what_is_not_there(tmp_path):
     """A missing file or a folder is a BlueprintError."""
-    with pytest.raises(BlueprintError, match="no file .*none"):
+    with pytest.raises(BlueprintError, match="The file .*none.* does not exist"):
         read_metadata(tmp_path / "none.safetensors")
     with pytest.raises(BlueprintError, match="cannot be read: Is a directory"):
         read_header(tmp_path)

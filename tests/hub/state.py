@@ -1,6 +1,6 @@
 """Repositories of a Hub as plain data: files, commits, branches and pull requests, in memory.
 
-Knows nothing of HTTP; what it refuses, it refuses with the Hub's status, code and words.
+A refusal carries the Hub's status, code and message.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ bare = Submodule("bare", 1.0)
 @pytest.mark.parametrize(
     "act, message",
     [
-        (lambda: score([bare], "beauty"), "no score 'beauty'; choose from gradient_norm, within_kind"),
-        (lambda: comparable_across_kinds("beauty"), "no score 'beauty'"),
+        (lambda: score([bare], "beauty"), "rank_by must be one of gradient_norm, within_kind"),
+        (lambda: comparable_across_kinds("beauty"), "got 'beauty'"),
         (lambda: score([bare], "adam_gain"), "1 of 1 entries have no adam_gain .'bare'.*generate_blueprint"),
         (lambda: score([bare], "signal_to_noise"), "no noise_scale .'bare'.*two examples"),
         (lambda: score([bare], "per_root_parameter"), "'bare' have no shape"),
