@@ -51,6 +51,21 @@ print(sorted({{"torch", "peft", "transformers"}} & sys.modules.keys()))
     assert run(script) == "[]"
 
 
+def test_keeping_the_books_of_work_on_a_cpu_waits_for_no_tensor_library(tmp_path):
+    """A ledger, a run's log and its report work without torch where no GPU is used."""
+    script = f"""
+import sys
+from peft_blueprint.runs import Ledger, RunLog, make_report, RunRecord
+log = RunLog("run", metric="loss", ledger=Ledger(gpus=False, meters=[]), output_dir={str(tmp_path)!r})
+with log:
+    log.step(tokens=8)
+    log.evaluate({{"loss": 2.0}}, step=1)
+make_report([RunRecord.load({str(tmp_path)!r})])
+print(sorted({{"torch", "peft", "transformers"}} & sys.modules.keys()))
+"""
+    assert run(script) == "[]"
+
+
 def test_importing_it_after_peft_registers_the_type():
     """So that a saved recipe is understood without a further import."""
     script = """
@@ -95,6 +110,7 @@ LIGHT = {
     ("publish/loaded_tensors.py", "transformers"),  # a module that transformers 4 lacks
     ("data/tables.py", "datasets"),
     ("data/tables.py", "pyarrow"),
+    ("runs/ledger.py", "torch"),  # only for GPUs, optimizers and counted FLOPs
     ("runs/meters.py", "torch"),
 }
 

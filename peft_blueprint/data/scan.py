@@ -9,9 +9,8 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
-from .._processes import process_count
+from .._processes import process_count, process_rank
 from .._progress import progress_bar
 from ..errors import BlueprintError, MismatchError
 from .coresets import facility_location, k_centre
@@ -217,7 +216,7 @@ class Scan:
         notes.setdefault("without_targets", 0)
         notes.setdefault("tokens", 0)
         start, before, digest, saved = progress.position, progress.digest, "", progress.position
-        is_quiet = not self.shows_bar or (process_count() > 1 and dist.get_rank() > 0)
+        is_quiet = not self.shows_bar or process_rank() > 0
         chunk: list[Candidate] = []
         seen = 0
         with progress_bar(

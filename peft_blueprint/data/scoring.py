@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import nn
 
-from .._processes import of_every_process, process_count
+from .._processes import of_every_process, process_count, process_rank
 from ..errors import MeasurementError
 from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, collate, measure_influence
 from .alignment import find_rows, gradient_points
@@ -132,7 +131,7 @@ class ExampleScorer:
         """
         order = sorted(range(len(candidates)), key=lambda i: len(candidates[i].row["input_ids"]))
         count = process_count()
-        rank = dist.get_rank() if count > 1 else 0
+        rank = process_rank()
         own = order[rank::count]
         padded = own + order[:1] * (-(-len(order) // count) - len(own))
         try:

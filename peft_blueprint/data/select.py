@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .._options import from_keywords
-from .._processes import process_count
+from .._processes import process_rank
 from .._text import format_names, is_inside
 from ..errors import BlueprintError, MismatchError
 from ..measure import LossFunction, find_submodules, get_pad_token_id, is_sharded, parameters_per_token, unwrap
@@ -202,7 +201,7 @@ def select_examples(
     if method.uses_target and target is not None:
         targets = _encode_target(Pool(target, tokenizer, options.columns, options.max_length))
     settings = _settings(options, method, names, targets)
-    rank = dist.get_rank() if process_count() > 1 else 0
+    rank = process_rank()
     state = _open_state(options, settings, pool, names, targets, model, writes=rank == 0)
     scorer = ExampleScorer(
         model=nn.Module() if model is None else model,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .._processes import of_every_process, process_count
+from .._processes import of_every_process, process_count, process_rank
 from ..errors import MeasurementError
 from .influence import joined_digest
 from .submodules import is_sharded
@@ -85,7 +85,7 @@ class Processes:
 
     def __init__(self, model: nn.Module, reduce: bool):
         self.count = process_count()
-        self.rank = dist.get_rank() if self.count > 1 else 0
+        self.rank = process_rank() if self.count > 1 else 0
         self.reduces = reduce and self.count > 1
         self.in_lockstep = _is_fully_sharded(model) and self.count > 1
         self.is_inside_pass = False  # of a sharded model, where processes wait for each other's weights

@@ -6,18 +6,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING, Any
 
 from .._options import from_mapping
 from ..errors import BlueprintError, FormatError, MeasurementError
 from .meters import HighWater, Meter, find_meters, local_processes
 from .quantity import UNITS, Quantity, absent, is_finite_number, largest, measured, modelled, total, weakest
 
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.utils.flop_counter import FlopCounterMode
 
 GB = 10**9
 JOULES_PER_KWH = 3.6e6
@@ -94,7 +94,7 @@ class Ledger:
         for name, quantity in (("flops_per_token", flops_per_token), ("carbon", carbon)):
             if quantity is not None and not isinstance(quantity, Quantity):
                 raise BlueprintError(f"{name} must be a Quantity, got {quantity!r}. Use measured(…) or modelled(…).")
-        visible = torch.cuda.device_count() if gpus else 0
+        visible = _count_visible_gpus() if gpus else 0
         own = 1 if local_processes() > 1 else visible
         self.devices = devices or max(1, own)
         self.flops_per_token = flops_per_token or absent("the cost of a token is not known")
@@ -116,12 +116,10 @@ class Ledger:
         if self._running:
             return self
         if self._gpu_count and not self._gpus:
-            torch.cuda.init()
             self._gpus = _own_gpus(self._gpu_count)
             self._memory = HighWater(self._gpus)
         if self._meters is None:
-            uuids = {i: f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in self._gpus}
-            self._meters, missing = find_meters(uuids)
+            self._meters, missing = find_meters(_uuids_of(self._gpus))
             self._no_meter = "; ".join(missing)
         self._wait()
         self._memory.start()
@@ -304,8 +302,11 @@ class Ledger:
         return passed
 
     def _wait(self) -> None:
-        for gpu in self._gpus:
-            torch.cuda.synchronize(gpu)
+        if self._gpus:
+            import torch
+
+            for gpu in self._gpus:
+                torch.cuda.synchronize(gpu)
 
 
 class CountedFlops:
@@ -335,11 +336,15 @@ def counted_flops() -> Iterator[CountedFlops]:
     with 4-bit weights, are not. Counting is slow: count one step, not all.
 
     Example:
+        >>> import torch
         >>> with counted_flops() as counted:
         ...     _ = torch.ones(4, 4) @ torch.ones(4, 4)
         >>> counted.total
         128
     """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     aten = torch.ops.aten
     of_cpu = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -370,15 +375,36 @@ def _carbon_of(energy: Quantity, factor: Quantity) -> Quantity:
     return Quantity(grams, weakest((energy.how, factor.how)), f"{energy.source}; {factor.source}")
 
 
+def _count_visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _own_gpus(count: int) -> list[int]:
     """Choose `count` visible GPUs: first those with most of this process's memory, then its current one."""
+    import torch
+
+    torch.cuda.init()
     current = torch.cuda.current_device()
     by_use = sorted(range(torch.cuda.device_count()), key=lambda i: (-torch.cuda.memory_allocated(i), i != current))
     return sorted(by_use[:count])
 
 
+def _uuids_of(gpus: Sequence[int]) -> dict[int, str]:
+    """Return GPUs' UUIDs, as NVML spells them, by torch's index."""
+    if not gpus:
+        return {}
+    import torch
+
+    return {i: f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in gpus}
+
+
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the plain tensors in nested lists and mappings, and within tensors made of others."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()

@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from .._files import require_writable
 from .._options import from_mapping
-from .._processes import of_every_process, of_first_process, process_count
+from .._processes import of_every_process, of_first_process, process_count, process_rank
 from ..errors import BlueprintError, FormatError
 from .ledger import Ledger
 from .quantity import RESOURCES, UNITS, Direction, Quantity, absent, across_processes, format_quantity
 from .record import RUN_FILE, Point, RunRecord, direction_of
 from .stopping import Decision, MarginalReturn
 
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 TIME_BETWEEN_SAVES = 1000  # times the time of one save, before an evaluation saves again
 MOST_LOSSES = 4096  # entries kept of the training log; beyond that every second one is dropped
@@ -382,4 +382,4 @@ def _of_first(act: Callable[[], Any]) -> Any:
 
 
 def _is_first() -> bool:
-    return process_count() == 1 or dist.get_rank() == 0
+    return process_rank() == 0
