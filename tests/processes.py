@@ -1,8 +1,12 @@
 """What tests with two processes share."""
 
+import contextlib
 import os
 import subprocess
 import sys
+
+import torch
+import torch.distributed as dist
 
 from tests import ROOT
 
@@ -27,3 +31,18 @@ def in_two_processes(script, *arguments):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+@contextlib.contextmanager
+def gloo_process():
+    """Join the other process of `in_two_processes`, and yield this one's rank.
+
+    The process ends with the block, once both have come there: gloo's threads can abort an interpreter that shuts down.
+    """
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    yield dist.get_rank()
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from peft_blueprint.data.options import METHODS
 from tests.choosing import choose, make_rows, model
-from tests.processes import error_of, in_two_processes
+from tests.processes import error_of, gloo_process, in_two_processes
 
 
 POOL = make_rows(40)
@@ -85,11 +84,9 @@ def test_an_error_on_one_process_ends_the_others(found):
 
 def main():
     """Run one of the two processes."""
-    dist.init_process_group("gloo")
-    path, rank = Path(sys.argv[1]), dist.get_rank()
-    torch.set_num_threads(1)
-    torch.save(scenario(rank, path), path / f"{rank}.pt")
-    dist.destroy_process_group()
+    path = Path(sys.argv[1])
+    with gloo_process() as rank:
+        torch.save(scenario(rank, path), path / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from peft_blueprint import Influence, generate_blueprint, measure_influence
 from peft_blueprint.testing import tiny_llama, tiny_mixtral, toy_batches
-from tests.processes import error_of, in_two_processes
+from tests.processes import error_of, gloo_process, in_two_processes
 
 
 SKETCH = 8
@@ -367,16 +366,12 @@ def test_what_accelerate_prepares_is_measured(found):
 
 
 def main(folder):
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    rank = dist.get_rank()
-    with warnings.catch_warnings():  # as in pyproject.toml
+    with gloo_process() as rank, warnings.catch_warnings():  # as in pyproject.toml
         warnings.simplefilter(sys.argv[2])
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
         for name in sys.argv[3:] or SCENARIOS:
             torch.save(globals()[name](rank), folder / f"{name}.{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

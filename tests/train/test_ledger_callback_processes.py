@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from peft_blueprint.runs.ledger import Ledger
 from peft_blueprint.runs.log import RunLog
@@ -16,7 +15,7 @@ from peft_blueprint.runs.quantity import UNITS, modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
 from tests.accounts import LENGTH, At, end, logged, train
-from tests.processes import error_of, in_two_processes
+from tests.processes import error_of, gloo_process, in_two_processes
 
 
 STEP = 2 * 4 * LENGTH  # tokens of both processes
@@ -155,11 +154,9 @@ def test_a_ledger_that_fails_on_one_process_ends_no_run(found):
 
 def main():
     """One process of the two."""
-    dist.init_process_group("gloo")
-    path, rank = Path(sys.argv[1]), dist.get_rank()
-    torch.set_num_threads(1)
-    torch.save({name: globals()[name](rank, path) for name in SCENARIOS}, path / f"{rank}.pt")
-    dist.destroy_process_group()
+    path = Path(sys.argv[1])
+    with gloo_process() as rank:
+        torch.save({name: globals()[name](rank, path) for name in SCENARIOS}, path / f"{rank}.pt")
 
 
 if __name__ == "__main__":
