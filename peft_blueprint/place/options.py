@@ -14,7 +14,7 @@ from .budget import Budget
 
 Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
 Coverage = Literal["none", "kind", "kind+depth"]
-Ranks = Literal["uniform", "equal_parameters", "influence"]
+Ranks = Literal["uniform", "equal_parameters", "score"]
 RankBy = Literal[
     "gradient_norm",
     "within_kind",
@@ -103,7 +103,7 @@ class PlacementOptions:
     )
     ranks: Ranks | None = _option(
         None,
-        "uniform; equal_parameters, raised to the parameters of all-linear LoRA of rank r; or influence, higher where the "
+        "uniform; equal_parameters, raised to the parameters of all-linear LoRA of rank r; or score, higher where the "
         "score is, r on average. Default: equal_parameters in mode lora if shapes are known and neither r nor a budget of "
         "parameters is given, otherwise uniform.",
     )

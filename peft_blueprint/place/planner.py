@@ -115,7 +115,7 @@ def plan_placement(
         target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
         left_out=len(whole) - len(entries),
         rank=rank if is_rank_planned else None,
-        ranks={name: own for name, own in ranks.items() if resolved.ranks == "influence" or own != rank},
+        ranks={name: own for name, own in ranks.items() if resolved.ranks == "score" or own != rank},
         learning_rate_scale=None if unfreeze else solver.learning_rate_scale(lora),
         gain_retained=chosen.gain,
         is_gain_measured=blueprint is not None and solver.is_gain_known,

@@ -14,7 +14,7 @@ _LARGEST = 4  # times the mean rank
 _LARGEST_RAISED = 8  # times all-linear LoRA's rank
 
 
-def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float], rank: int) -> dict[str, int]:
+def ranks_by_score(entries: Sequence[Submodule], scores: Mapping[str, float], rank: int) -> dict[str, int]:
     """Distribute ranks in proportion to scores, with a mean of `rank`.
 
     An entry gets at least one and at most sixteen steps of a quarter of `rank`, and no more than its weight's full rank.
@@ -28,7 +28,7 @@ def ranks_by_influence(entries: Sequence[Submodule], scores: Mapping[str, float]
 
     Example:
         >>> from peft_blueprint import Submodule
-        >>> ranks_by_influence([Submodule("a", 1.0), Submodule("b", 1.0)], {"a": 3.0, "b": 1.0}, rank=8)
+        >>> ranks_by_score([Submodule("a", 1.0), Submodule("b", 1.0)], {"a": 3.0, "b": 1.0}, rank=8)
         {'a': 12, 'b': 4}
     """
     step = max(1, rank // _STEPS)

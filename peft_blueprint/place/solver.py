@@ -17,7 +17,7 @@ from .cost import CostModel
 from .coverage import Picker, by_kind, count_of, make_picker, nucleus
 from .gains import REACH, CoverGain, SetGain
 from .options import DEFAULT_RANK, PlacementOptions
-from .ranks import k_star_rank, ranks_by_influence, ranks_of_equal_parameters
+from .ranks import k_star_rank, ranks_by_score, ranks_of_equal_parameters
 from .scores import CONTROLS, comparable_across_kinds, score
 from .search import Choice, Search
 
@@ -186,10 +186,10 @@ class PlacementSolver:
                 for kind, members in by_kind(self.entries).items()
             }
         scores = {unit.name: self.scores[unit.name] / scale[unit.kind] for unit in units}
-        return ranks_by_influence(units, scores, self.reference_rank)
+        return ranks_by_score(units, scores, self.reference_rank)
 
     def rank_of(self, units: Sequence[Submodule]) -> int:
-        """Return the rank of all adapters: the largest, where full ranks are lower; their mean with ranks="influence"."""
+        """Return the rank of all adapters: the largest, where full ranks are lower; their mean with ranks="score"."""
         if self.ranks != "equal_parameters":
             return self.rank
         return max(self.ranks_of(units).values(), default=self.rank)

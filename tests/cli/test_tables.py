@@ -82,7 +82,7 @@ def test_a_narrow_terminal_leaves_out_what_matters_least(by, run, tagged, monkey
         (("--coverage", "none", "--fraction", 0.2), None),
         (("--mode", "lora+unfreeze", "--num-modules", 3), 16),
         (("--budget", "9 modules"), None),
-        (("--ranks", "influence", "--num-modules", 3), None),
+        (("--ranks", "score", "--num-modules", 3), None),
     ],
 )
 def test_targets_shows_the_rank_that_it_chose(words, rank, run, tagged):

@@ -122,7 +122,7 @@ def test_a_placement_that_a_field_contradicts_is_refused():
 @pytest.mark.parametrize(
     ("options", "is_obeyed"),
     [
-        ({"ranks": "influence"}, False),
+        ({"ranks": "score"}, False),
         ({}, False),
         ({"ranks": "equal_parameters", "r": 4}, False),
         ({"budget": "20k parameters"}, False),
@@ -151,9 +151,9 @@ def test_ranks_of_the_user_are_obeyed_or_refused(pattern, options, is_obeyed):
 @pytest.mark.parametrize(
     ("how", "options", "message"),
     [
-        ("orthogonal", {"r": 5, "ranks": "influence"}, "even ranks"),
+        ("orthogonal", {"r": 5, "ranks": "score"}, "even ranks"),
         ("orthogonal", {"r": 3}, "even ranks"),
-        ("eva", {"r": 5, "ranks": "influence"}, "distributes ranks itself"),
+        ("eva", {"r": 5, "ranks": "score"}, "distributes ranks itself"),
         *((how, {"r": 40}, "singular vectors") for how in ("pissa", "pissa_niter_4", "olora", "mica", "corda", "eva")),
     ],
 )
@@ -166,7 +166,7 @@ def test_initialisations_that_cannot_start_the_ranks_are_refused(how, options, m
 
 
 @pytest.mark.parametrize("how", ["orthogonal", "pissa", "olora", "mica", "gaussian"])
-@pytest.mark.parametrize("options", [{}, {"r": 16, "ranks": "influence"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"r": 16, "ranks": "score"}], ids=str)
 def test_initialisations_start_planned_ranks(how, options):
     """Also where ranks differ: raised ones end at a weight's full rank."""
     config = BlueprintConfig(blueprint=BLUEPRINT, init_lora_weights=how, **{"num_modules": 6, **options})

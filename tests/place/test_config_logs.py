@@ -21,7 +21,7 @@ RECORD = measured(LARGE, alignment=(1.0,) * 16)  # 168 submodules
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"ranks": "influence"}, {"mode": "lora+unfreeze"}, {"budget": "0.9x"}, {"fraction": 1.0}], ids=str
+    "options", [{}, {"ranks": "score"}, {"mode": "lora+unfreeze"}, {"budget": "0.9x"}, {"fraction": 1.0}], ids=str
 )
 @pytest.mark.parametrize("given", ["object", "dict", "placement"])
 def test_a_print_is_short(options, given):

@@ -51,7 +51,7 @@ def followed(message, limits, keep):
             {},
             {"r": 16},
             {"r": 16, "ranks": "equal_parameters"},
-            {"r": 16, "ranks": "influence"},
+            {"r": 16, "ranks": "score"},
             {"mode": "unfreeze"},
             {"mode": "lora+unfreeze"},
             {"rank_by": "gradient_norm"},
@@ -86,7 +86,7 @@ def test_what_an_error_advises_works(shares, keep, options, gains):
         assert keep is None or found.gain_retained >= keep
 
 
-@pytest.mark.parametrize("ranks", ["uniform", "equal_parameters", "influence"])
+@pytest.mark.parametrize("ranks", ["uniform", "equal_parameters", "score"])
 def test_a_plan_that_exists_is_found(ranks):
     """The costs of any planned size, as limits, are met; with its share of the gain too."""
     blueprint = measured(MODEL)
@@ -112,7 +112,7 @@ def test_blocks_are_planned_by_every_score(rank_by, mode, wish):
 
 @pytest.mark.parametrize("largest", [1e150, 1e-150, 5e-324])
 @pytest.mark.parametrize(
-    "options", [{}, {"mode": "unfreeze", "rank_by": "gradient_norm"}, {"ranks": "influence"}], ids=str
+    "options", [{}, {"mode": "unfreeze", "rank_by": "gradient_norm"}, {"ranks": "score"}], ids=str
 )
 def test_sizes_at_the_ends_of_the_range_overflow_nothing(largest, options):
     """Scores, gains and the learning rate's scale are finite, or None where nothing predicts it."""

@@ -33,7 +33,7 @@ def test_every_option_explains_itself_and_is_a_field_of_the_config():
         {"fraction": 0.3},
         {"keep": 0.8},
         {"r": 8},
-        {"ranks": "influence", "num_modules": 9},
+        {"ranks": "score", "num_modules": 9},
         {"budget": "0.8x"},
         {"budget": "6k parameters"},
         {"coverage": "none", "rank_by": "gradient_norm"},

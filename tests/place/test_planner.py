@@ -42,7 +42,7 @@ BUDGETS = st.one_of(
     budget=BUDGETS,
     gains=st.lists(st.floats(0.01, 100), min_size=42, max_size=42),
     coverage=st.sampled_from(["none", "kind", "kind+depth"]),
-    ranks=st.sampled_from(["uniform", "influence"]),
+    ranks=st.sampled_from(["uniform", "score"]),
     mode=st.sampled_from(["lora", "unfreeze"]),
 )
 def test_a_budget_that_is_accepted_is_never_exceeded(budget, gains, coverage, ranks, mode):
@@ -227,7 +227,7 @@ def test_a_source_without_a_config_is_named(tmp_path):
         ({"keep": 1.5}, r"keep must be in \(0, 1\], got 1.5"),
         ({"keep": 0.5, "num_modules": 3}, "keep=0.5 and num_modules=3 both"),
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"ranks": "some"}, "ranks must be uniform, equal_parameters or influence, got 'some'"),
+        ({"ranks": "some"}, "ranks must be uniform, equal_parameters or score, got 'some'"),
         ({"budget": "1GiB"}, "needs the model, or its config"),
     ],
 )

@@ -7,19 +7,19 @@ from peft import get_peft_model
 
 from peft_blueprint import BlueprintConfig, Submodule, plan_placement
 from peft_blueprint.errors import PlacementError
-from peft_blueprint.place.ranks import k_star_rank, ranks_by_influence
+from peft_blueprint.place.ranks import k_star_rank, ranks_by_score
 from peft_blueprint.testing import tiny_llama
 from tests.planning import BLUEPRINT, LLAMA, measured
 
 
-def test_ranks_by_influence_follow_the_scores_and_keep_the_sum():
+def test_ranks_by_score_follow_the_scores_and_keep_the_sum():
     """In quarters of the uniform rank, between one and sixteen of them."""
     entries = [Submodule(f"m.{i}", 1.0) for i in range(6)]
     scores = {"m.0": 100.0, "m.1": 4.0, "m.2": 4.0, "m.3": 2.0, "m.4": 2.0, "m.5": 0.0}
-    ranks = ranks_by_influence(entries, scores, 16)
+    ranks = ranks_by_score(entries, scores, 16)
     assert sum(ranks.values()) == 6 * 16 and all(rank % 4 == 0 for rank in ranks.values())
     assert ranks["m.0"] == 64 > ranks["m.1"] >= ranks["m.2"] > ranks["m.3"] == ranks["m.5"] == 4
-    assert ranks_by_influence(entries, scores, 1) == dict.fromkeys(scores, 1)
+    assert ranks_by_score(entries, scores, 1) == dict.fromkeys(scores, 1)
 
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384}
@@ -38,7 +38,7 @@ def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
     assert plan_placement(blueprint, WIDE, num_modules=4, r=16).rank == 16
 
 
-@pytest.mark.parametrize("ranks", ["equal_parameters", "influence"])
+@pytest.mark.parametrize("ranks", ["equal_parameters", "score"])
 @pytest.mark.parametrize("r", [1, 16, 48, 200])
 @pytest.mark.parametrize("count", [1, 8, 42])
 def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
@@ -50,7 +50,7 @@ def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
     assert all(1 <= rank <= min(shapes[name]) for name, rank in given.items())
     total = sum(rank * sum(shapes[name]) for name, rank in given.items())
     assert total == placement.cost["parameters"]
-    if ranks == "influence":
+    if ranks == "score":
         assert sum(given.values()) <= r * count
         return
     assert total <= r * sum(map(sum, shapes.values()))
@@ -122,7 +122,7 @@ def test_a_config_gives_every_adapter_its_rank_and_the_same_scaling():
     """On the model, r and alpha over r are as planned, and the adapter's parameters as predicted."""
     model = tiny_llama(layers=6)
     config = BlueprintConfig(
-        blueprint=BLUEPRINT, num_modules=8, ranks="influence", r=4, lora_alpha=8, task_type="CAUSAL_LM"
+        blueprint=BLUEPRINT, num_modules=8, ranks="score", r=4, lora_alpha=8, task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, config)
     layers = {n: m for n, m in adapted.named_modules() if hasattr(m, "lora_A") and "default" in m.r}
