@@ -45,6 +45,7 @@ FILES = {
     "pubmedqa": {"train": "pubmedqa_ori_pqal.json", "test": "pubmedqa_test_ground_truth.json"},
     "jsonl": {"train": "train.jsonl", "test": "test.jsonl"},
 }
+FILES["pubmedqa with contexts"] = FILES["pubmedqa"]
 CODE = ("argparse", "calendar", "difflib", "fractions", "heapq", "inspect", "shutil", "statistics", "textwrap")
 LONGEST = 4096  # tokens; longer examples are cut
 
@@ -104,7 +105,7 @@ def read_examples(name: str, folder: Path, split: Split) -> list[Example]:
     """Read prompts and completions of a data set, in its own order.
 
     Args:
-        name: "gsm8k", "pubmedqa" or "jsonl", read from `folder`; "demo" or "code", the docstrings and the functions of
+        name: "gsm8k", "pubmedqa", "pubmedqa with contexts" or "jsonl", read from `folder`; "demo" or "code", the docstrings and the functions of
             Python's standard library; "numbers", made up for tiny models.
 
     Raises:
@@ -123,14 +124,15 @@ def read_examples(name: str, folder: Path, split: Split) -> list[Example]:
     paths = {part: folder / file for part, file in FILES[name].items()}
     if missing := [str(path) for path in paths.values() if not path.exists()]:
         raise SystemExit(f"{' and '.join(missing)} not found. Give the folder that holds them as --data.")
-    if name == "pubmedqa":
+    if name.startswith("pubmedqa"):
         tests = json.loads(paths["test"].read_text())
         rows = json.loads(paths["train"].read_text())
-        return [
-            {"prompt": f"{row['QUESTION']}\n", "completion": f"{row['LONG_ANSWER']}\nAnswer: {row['final_decision']}"}
-            for key, row in rows.items()
-            if (key in tests) == (split == "test")
-        ]
+        found = []
+        for row in (row for key, row in rows.items() if (key in tests) == (split == "test")):
+            contexts = "".join(f"{text}\n" for text in row["CONTEXTS"]) if name.endswith("contexts") else ""
+            completion = f"{row['LONG_ANSWER']}\nAnswer: {row['final_decision']}"
+            found.append({"prompt": f"{contexts}{row['QUESTION']}\n", "completion": completion})
+        return found
     lines = [json.loads(line) for line in paths[split].read_text().splitlines()]
     if name == "gsm8k":
         return [{"prompt": f"{line['question']}\n", "completion": line["answer"]} for line in lines]

@@ -27,7 +27,7 @@ from .plan import TASK, Study, digest
 MEASURING = 1.04  # of a forward and backward pass of the frozen model, by RESULTS.md
 SOURCES = ("gsm8k", "pubmedqa", "demo")
 DECISIONS = ("yes", "no", "maybe")  # PubMedQA's
-OTHER = {"gsm8k": "pubmedqa", "pubmedqa": "gsm8k", "demo": "gsm8k"}  # unrelated text beside a study's own
+OTHER = {"gsm8k": "pubmedqa", "pubmedqa": "gsm8k", "pubmedqa with contexts": "gsm8k", "demo": "gsm8k"}  # unrelated text beside a study's own
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
@@ -151,7 +151,7 @@ class Ground:
 
     def _decisions(self, tests: Sequence[Row]) -> dict[str, Any]:
         """Return PubMedQA's questions, each cut before its last decision."""
-        if self.study.data != "pubmedqa":
+        if not self.study.data.startswith("pubmedqa"):
             return {}
         options = [self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in DECISIONS]
         questions = []
