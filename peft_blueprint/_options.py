@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from itertools import repeat
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -55,7 +56,7 @@ def from_keywords(
         raise error(
             f"options must be {cls.__name__}, got {type(options).__name__}. Pass {cls.__name__}(…) or keywords."
         )
-    _require_mapping(keywords, cls.__name__, error, [f.name for f in fields(cls) if f.init])  # type: ignore[arg-type]
+    _require_keys(keywords, cls.__name__, error, [f.name for f in fields(cls) if f.init])  # type: ignore[arg-type]
     return replace(cls() if options is None else options, **keywords)  # type: ignore[type-var]
 
 
@@ -73,7 +74,7 @@ def from_mapping(
         data: a mapping with the fields of `cls`; nested dataclasses are mappings too, tuples are lists.
         where: file or key named in error messages.
         error: class of the errors raised; errors of its subclasses that `cls` raises keep their class.
-        ignore_unknown: whether unknown keys are left out, for files that a later version may have written.
+        ignore_unknown: whether unknown keys, also of nested dataclasses, are left out, for files that a later version may have written.
 
     Raises:
         BlueprintError: of class `error`, naming the first key that is unknown, missing or of the wrong type.
@@ -87,8 +88,10 @@ def from_mapping(
         Traceback (most recent call last):
         peft_blueprint.errors.BlueprintError: recipe.yaml: fraction must be a number, got '0.5' (text).
     """
-    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
-    _require_mapping(data, where, error, None if ignore_unknown else known)
+    if not isinstance(data, Mapping):
+        raise error(f"{where} must be a mapping, got {_shown(data)}.")
+    if not ignore_unknown:
+        _require_known_keys(cls, data, where, error)
     return _validated(_adapter(cls), data, where, error)  # type: ignore[arg-type]
 
 
@@ -114,7 +117,9 @@ def check_fields(
     from pydantic import TypeAdapter
     from typing_extensions import TypedDict
 
-    _require_mapping(data, where, error, list(types))
+    if not isinstance(data, Mapping):
+        raise error(f"{where} must be a mapping, got {_shown(data)}.")
+    _require_keys(data, where, error, list(types))
     given = TypedDict("given", {key: types[key] for key in data}, total=False)  # type: ignore[misc]
     given.__pydantic_config__ = {"arbitrary_types_allowed": True}  # type: ignore[attr-defined]
     _validated(TypeAdapter(given), data, where, error)
@@ -170,10 +175,49 @@ def _adapter(cls: type) -> Any:
     return TypeAdapter(cls)
 
 
-def _require_mapping(data: Any, where: str, error: type[BlueprintError], known: list[str] | None) -> None:
-    if not isinstance(data, Mapping):
-        raise error(f"{where} must be a mapping, got {_shown(data)}.")
-    unknown = [] if known is None else [str(key) for key in data if key not in known]
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's arguments, by name."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _require_known_keys(hint: Any, data: Any, where: str, error: type[BlueprintError], path: str = "") -> None:
+    """Raise for a key that a dataclass lacks, also one inside lists, mappings and options; wrong types pass."""
+    if not isinstance(data, Mapping | list | tuple):
+        return
+    if get_origin(hint) in (Union, UnionType):
+        fitting = [part for part in get_args(hint) if _may_be(part, data)]
+        if len(fitting) == 1:
+            _require_known_keys(fitting[0], data, where, error, path)
+        return
+    inside: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(data, Mapping):
+        hints = _hints(hint)
+        _require_keys(data, f"{where}: {path}" if path else where, error, list(hints))
+        inside = ((hints[key], key, value) for key, value in data.items())
+    elif _may_be(hint, data) and (parts := get_args(hint)):
+        if isinstance(data, Mapping):
+            inside = ((parts[1], key, value) for key, value in data.items())
+        else:
+            each = repeat(parts[0]) if get_origin(hint) is not tuple or Ellipsis in parts else iter(parts)
+            inside = ((part, i, value) for i, (part, value) in enumerate(zip(each, data, strict=False)))
+    for part, key, value in inside:
+        _require_known_keys(part, value, where, error, f"{path}.{key}" if path else str(key))
+
+
+def _may_be(hint: Any, data: Any) -> bool:
+    """Return whether a mapping or a list may be of this type."""
+    kind = get_origin(hint) or hint
+    if not isinstance(kind, type):
+        return False
+    if isinstance(data, Mapping):
+        return is_dataclass(kind) or issubclass(kind, Mapping)
+    return issubclass(kind, Sequence) and not issubclass(kind, str)
+
+
+def _require_keys(data: Mapping[Any, Any], where: str, error: type[BlueprintError], known: list[str]) -> None:
+    unknown = [str(key) for key in data if key not in known]
     if known and unknown:
         close = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""

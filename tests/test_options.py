@@ -30,6 +30,10 @@ class Options:
     shape: tuple[int, ...] = ()
     inner: Inner = Inner()
     pairs: Mapping[str, float] = field(default_factory=dict)
+    many: tuple[Inner, ...] = ()
+    named: Mapping[str, Inner] = field(default_factory=dict)
+    maybe: Inner | str | list[int] | None = None
+    two: tuple[int, Inner] | None = None
 
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 < self.fraction <= 1:
@@ -56,6 +60,11 @@ def test_a_sound_mapping_becomes_the_record():
         ({"name": "a", "shape": 3}, r"f: shape must be a list, got 3"),
         ({"name": "a", "shape": [1.5]}, r"f: shape.0 must be a whole number, got 1.5"),
         ({"name": "a", "inner": {"size": "b"}}, r"f: inner.size must be a whole number, got 'b'"),
+        ({"name": "a", "inner": {"sise": 3}}, "f: inner has no option 'sise'. Did you mean 'size'. Options: size"),
+        ({"name": "a", "many": [{"size": 1}, {"weight": 3}]}, "f: many.1 has no option 'weight'. Options: size"),
+        ({"name": "a", "named": {"x": {"sizes": 1}}}, "f: named.x has no option 'sizes'"),
+        ({"name": "a", "maybe": {"siz": 1}}, "f: maybe has no option 'siz'"),
+        ({"name": "a", "two": [1, {"siz": 1}]}, "f: two.1 has no option 'siz'"),
         ({"name": "a", "inner": [1]}, r"f: inner must be a mapping, got \[1\]"),
         ({"name": "a", "pairs": {"x": None}}, "f: pairs.x must be a number, got nothing"),
         ({"name": object()}, "f must hold text, numbers, lists and mappings alone"),
@@ -64,6 +73,13 @@ def test_a_sound_mapping_becomes_the_record():
 def test_unsound_data_is_refused_with_its_key(data, message):
     with pytest.raises(BlueprintError, match=message):
         from_mapping(Options, data, "f")
+
+
+def test_keys_of_a_later_version_are_left_out_at_every_level():
+    """On request, for files."""
+    data = {"name": "a", "later": 1, "inner": {"size": 3, "later": 1}, "many": [{"later": {"size": 1}}]}
+    found = from_mapping(Options, data, "f", ignore_unknown=True)
+    assert found == Options("a", inner=Inner(3), many=(Inner(),))
 
 
 @pytest.mark.parametrize(
