@@ -171,7 +171,7 @@ def random_batches(
     return batches
 
 
-def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def in_batches(rows: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Split rows into batches, in order."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 

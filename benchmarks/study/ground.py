@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ from peft_blueprint.measure import Row, empty_model, get_pad_token_id, load_mode
 from peft_blueprint.place import CostModel, CoverGain, Structure, Workload
 
 from .. import setup
-from .plan import TASK, Study, digest
+from .plan import EQUAL, TASK, Study, digest
 
 
 MEASURING = 1.04  # of a forward and backward pass of the frozen model, by RESULTS.md
 SOURCES = ("gsm8k", "pubmedqa", "demo")
 DECISIONS = ("yes", "no", "maybe")  # PubMedQA's
-OTHER = {"gsm8k": "pubmedqa", "pubmedqa": "gsm8k", "pubmedqa with contexts": "gsm8k", "demo": "gsm8k"}  # unrelated text beside a study's own
+OTHER = {
+    "gsm8k": "pubmedqa",
+    "pubmedqa": "gsm8k",
+    "pubmedqa with contexts": "gsm8k",
+    "demo": "gsm8k",
+}  # unrelated text beside a study's own
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
@@ -39,6 +45,7 @@ class Data:
         measured: rows for blueprints and initialisations, the same for all seeds.
         train: as many rows as one pass has.
         test: rows of the final loss.
+        tested: their indices among all that could be.
         spare: training rows of the curve that nothing else uses.
         unrelated: rows by name, to see what is forgotten.
         questions: prompts that end where a decision is due, with the index of the right option.
@@ -48,6 +55,7 @@ class Data:
     measured: list[Row]
     train: list[Row]
     test: list[Row]
+    tested: tuple[int, ...]
     spare: list[Row]
     unrelated: dict[str, list[Row]]
     questions: list[tuple[list[int], int]] = field(default_factory=list)
@@ -116,25 +124,34 @@ class Ground:
             SystemExit: if there are too few examples of at most the study's length.
         """
         study = self.study
-        part = seed if study.resample else 0
-        spare = study.measured + study.examples  # behind the first seed's rows
-        start = study.measured + part * study.examples + (study.spare if part else 0)
-        used = max(start + study.examples, spare + study.spare)
-        tested = (part + 1) * study.held_out
         train, test = self.rows("train"), self.rows("test")
-        for what, rows, wanted in (("training", train, used), ("test", test, tested)):
-            if len(rows) < wanted:
+        fixed = study.measured + study.spare if study.resample else study.measured + study.examples + study.spare
+        if study.resample:
+            test = test + train[max(fixed, len(train) - study.test_from_train) :]
+            train = train[: max(fixed, len(train) - study.test_from_train)]
+        wanted = {"training": (train, fixed + study.examples * study.resample), "test": (test, study.held_out)}
+        for what, (rows, number) in wanted.items():
+            if len(rows) < number:
                 raise SystemExit(
                     f"{study.data} has {len(rows)} {what} examples of at most {study.length} tokens, and {study.name} "
-                    f"needs {wanted}. Raise its length, or lower its steps, pool, measured, spare, held_out or seeds."
+                    f"needs {number}. Raise its length, or lower its steps, pool, measured, spare or held_out."
                 )
+        measured, spare = train[: study.measured], train[fixed - study.spare : fixed]
+        trained: Sequence[int] = range(study.measured, study.measured + study.examples)
+        tested: Sequence[int] = range(study.held_out)
+        if study.resample:
+            draw = random.Random(seed)
+            trained = draw.sample(range(fixed, len(train)), study.examples)
+            tested = draw.sample(range(len(test)), study.held_out)
+        tests = [test[i] for i in tested]
         return Data(
-            measured=train[: study.measured],
-            spare=train[spare : spare + study.spare],
-            train=train[start : start + study.examples],
-            test=test[tested - study.held_out : tested],
+            measured=measured,
+            spare=spare,
+            train=[train[i] for i in trained],
+            test=tests,
+            tested=tuple(tested),
             unrelated=self._unrelated,
-            **self._decisions(test[tested - study.held_out : tested]),
+            **self._decisions(tests),
         )
 
     @functools.cached_property
@@ -234,6 +251,9 @@ class Ground:
     @functools.cache  # noqa: B019
     def blueprint(self, name: str = TASK) -> Blueprint:
         """Measure a blueprint once and keep it in a file; `name` as `Entry.blueprint` has it."""
+        if name == EQUAL:
+            whole = self.blueprint()
+            return replace(whole, submodules=tuple(replace(entry, adam_gain=1.0) for entry in whole))
         source, rows = self.measured(name)
         path = self._path("blueprint", [source, rows], ".json")
         if not path.exists():
@@ -268,6 +288,8 @@ class Ground:
 
     def charge(self, name: str) -> Charge:
         """Charge for measuring a blueprint, and for training before it where there is some."""
+        if name == EQUAL:
+            return Charge()
         source, rows = self.measured(name)
         spent = self.passes(rows, forward=MEASURING, backward=MEASURING)
         if source.startswith("after"):

@@ -20,12 +20,13 @@ from peft_blueprint.errors import BlueprintError
 
 
 UNTRAINED = "untrained"
+EQUAL = "equal"  # a blueprint in which every submodule weighs the same, so that nothing is measured
 TASK = "task"  # a blueprint of the study's own data, of as many examples as it measures
 FORMAT = 1  # of records; raise it with a change that bears on results
 FURTHEST = 5  # octaves from the guess
 # what bears on every result, under the keys of the archive; the second tuple only where it is not the default
 _FACTS = "data model dtype length batch steps warm_up rank rate measured held_out few every unrelated".split()
-_FACTS_IF_CHANGED = ("spare", "attention", "resample")
+_FACTS_IF_CHANGED = ("spare", "attention", "resample", "test_from_train")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Entry:
 
     Args:
         arm: a name as `arms.rule_of` reads it.
-        blueprint: what it is measured on: `task`, or a source and a number of examples, such as `nf4 x 64`.
+        blueprint: what it is measured on: `task`, `equal`, or a source and a number of examples, such as `nf4 x 64`.
         select: a method of `select_examples`, or None to train on everything.
         share: of the examples kept, and of the steps trained on them.
         stop: archived runs only: stopped early by the reference's curve.
@@ -100,14 +101,15 @@ class Phase:
     Args:
         arms: what is run.
         budgets: at which shares of all-linear's parameters.
-        rates: "guess" for one learning rate; "best" for a ladder of at least three, extended until the best is inside.
+        rates: "guess" for one learning rate; "best" for a ladder of at least three, extended until the best is inside;
+            or octaves to try.
         seeds: run at the best learning rate so far, except the first seed.
         closest: add so many arms of the lowest loss so far, at each budget.
     """
 
     arms: tuple[Entry, ...] = ()
     budgets: tuple[float, ...] = ()
-    rates: Literal["guess", "best"] = "guess"
+    rates: Literal["guess", "best"] | tuple[int, ...] = "guess"
     seeds: tuple[int, ...] = (0,)
     closest: int = 0
 
@@ -136,7 +138,10 @@ class Study:
         every: steps between two points of the curve.
         unrelated: examples of each unrelated text.
         spare: training examples of the curve that nothing else uses; 0 takes the first `few` test examples.
-        resample: whether every seed has training and test examples of its own, the same for all arms.
+        resample: whether every seed has training and test examples of its own, the same for all arms, and weights A of
+            LoRA that follow from the seed and the module's name. The first seed chooses learning rates and is not
+            reported.
+        test_from_train: training examples that a resampled study tests on instead.
         compare: labels of arms that every arm is compared with, the reference first.
         flops_per_second: of the machine, for estimates before anything was measured.
     """
@@ -161,6 +166,7 @@ class Study:
     unrelated: int = 8
     spare: int = 0
     resample: bool = False
+    test_from_train: int = 0
     compare: tuple[str, ...] = ("all-linear",)
     flops_per_second: float = 60e9
 
@@ -344,10 +350,12 @@ class Schedule:
         closest = sorted((e for e in losses if math.isfinite(losses[e])), key=lambda e: losses[e])
         return [entry for entry in (*phase.arms, *closest[: phase.closest]) if not entry.stop]
 
-    def _of(self, entry: Entry, budget: float | None, seed: int, rates: str) -> Sequence[Job]:
+    def _of(self, entry: Entry, budget: float | None, seed: int, rates: str | tuple[int, ...]) -> Sequence[Job]:
         if seed or entry.family != entry:
             octave = self.best(entry, budget)
             octaves = [self.guess(entry.family, budget) if octave is None else octave]
+        elif isinstance(rates, tuple):
+            octaves = list(rates)
         elif rates == "guess":
             octaves = [self.guess(entry, budget)]
         else:

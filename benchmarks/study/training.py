@@ -24,7 +24,7 @@ from peft_blueprint.train import initialize_along_gradient
 from ..setup import in_batches, linear_schedule, on_device, random_batches, resident_bytes, tokens_of
 from .arms import GRADIENT, Choice, charge_of
 from .ground import Charge, Ground
-from .plan import Job
+from .plan import Job, digest
 
 
 SCALING = 2  # alpha over rank, of every adapter
@@ -102,6 +102,7 @@ def run(ground: Ground, job: Job, choice: Choice) -> dict[str, Any]:
         "loss": mean_of(found, counts) if is_sound else None,
         "losses": [round(loss, 5) for loss in found] if is_sound else [],
         "counts": counts,
+        "tested": list(data.tested) if study.resample else None,
         "curve": [[step, loss] for step, loss in curve if math.isfinite(loss)],
         "training": [round(loss, 5) if math.isfinite(loss) else None for loss in losses],
         "unrelated": unrelated,
@@ -154,11 +155,11 @@ def prepare(ground: Ground, choice: Choice, steps: int, seed: int, base: Any = N
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name == w or name.startswith(w + ".") for w in choice.whole))
     elif choice.ranks:
-        model, charge = _adapted(ground, choice, model, steps)
+        model, charge = _adapted(ground, choice, model, steps, seed)
     return Ready(ground, model.train(), choice.ahead, is_mixed, charge)
 
 
-def _adapted(ground: Ground, choice: Choice, model: Any, steps: int) -> tuple[Any, Charge]:
+def _adapted(ground: Ground, choice: Choice, model: Any, steps: int, seed: int) -> tuple[Any, Charge]:
     measured = ground.data_of(0).measured
     if choice.start == "adalora":
         return get_peft_model(model, _adalora(choice, steps)), Charge()
@@ -189,10 +190,21 @@ def _adapted(ground: Ground, choice: Choice, model: Any, steps: int) -> tuple[An
         model.disable_input_require_grads()
         return get_peft_model(model, config), Charge()
     adapted = get_peft_model(model, lora(choice))
+    if ground.study.resample:
+        _draw_by_name(adapted, seed)
     if choice.start.startswith(GRADIENT):
         number = int(choice.start.removeprefix(GRADIENT))
         initialize_along_gradient(adapted, ground.batches(measured), max_examples=number, progress=False)
     return adapted, Charge()
+
+
+def _draw_by_name(model: nn.Module, seed: int) -> None:
+    """Draw every A again as PEFT does, from the seed and the module's name, so that arms share what they have in common."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(int(digest([seed, name]), 16) % 2**63)
+            values = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(values)
 
 
 def lora(choice: Choice, **settings: Any) -> LoraConfig:
@@ -258,13 +270,13 @@ def train(
 def losses_of(ready: Ready, rows: Sequence[Row]) -> tuple[list[float], list[int]]:
     """Return every example's mean loss per target token, and its number of targets."""
     model = ready.model.eval()
-    losses: list[float] = []
-    counts: list[int] = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # so that little is padded
+    losses, counts = [0.0] * len(rows), [0] * len(rows)
     objective = Objective(model)
-    for part in in_batches(rows, ready.ground.study.batch):
-        loss, number = objective.losses(on_device(part, ready.ground.pad))
-        losses += loss.tolist()
-        counts += number.tolist()
+    for part in in_batches(order, ready.ground.study.batch):
+        loss, number = objective.losses(on_device([rows[i] for i in part], ready.ground.pad))
+        for i, one, targets in zip(part, loss.tolist(), number.tolist(), strict=True):
+            losses[i], counts[i] = one, targets
     model.train()
     return losses, counts
 
