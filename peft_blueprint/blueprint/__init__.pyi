@@ -1,5 +1,6 @@
 from .arrays import to_arrays_bytes as to_arrays_bytes
 from .blueprint import Blueprint as Blueprint
+from .blueprint import domain_weights as domain_weights
 from .blueprint import extract as extract
 from .blueprint import from_dict as from_dict
 from .blueprint import require_same_names as require_same_names

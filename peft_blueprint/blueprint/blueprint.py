@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ class Blueprint:
         model_digest: `sha256:…` over the names and shapes of the linear submodules; binds the record to the model.
         concentration: distribution of the norms over submodules: the measured retained-mass curve, `gamma_fit` with
             its residual, α with its standard error.
+        influence: how well gradient norms stand for the Fisher-preconditioned influence (appendix B.3): the damping λ in
+            mean eigenvalues, the scale c, rank correlations of the two rankings, and at several fractions the bound of
+            eq. 26 and the loss itself, as shares of all influence.
         costs: fixed and variable cost behind `k_star`, and their unit.
         provenance: command, data, versions, seed and so on of the measurement.
         extra: keys of a file that this version does not know, kept unchanged.
@@ -47,6 +51,7 @@ class Blueprint:
     model_revision: str | None = None
     model_digest: str | None = None
     concentration: Mapping[str, Any] = field(default_factory=dict)
+    influence: Mapping[str, Any] = field(default_factory=dict)
     costs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -229,45 +234,66 @@ class Blueprint:
             )
         return _derived([self], "coarsen", coarse, level=level)
 
-    def for_domain(self, tag: str) -> Blueprint:
-        """Return the blueprint of another domain: each gradient norm times its `domain_tags[tag]`.
+    def for_domain(self, domain: str | Mapping[str, float]) -> Blueprint:
+        """Return the blueprint of another domain, or of a mixture of domains, by the entries' `domain_tags`.
 
-        Statistics of the first domain are dropped: all but the gradient's and the weight's norm, and the
-        concentration. `provenance["derived"]` names them, and `provenance["domains"]` keeps this domain alone.
+        A domain's gradient norm is the entry's own times its tag, G·t. That of a mixture is Σ w·G·t over its domains,
+        the mean over examples drawn from them with these weights. Statistics of the first domain are dropped: all but
+        the gradient's and the weight's norm, and the concentration. `provenance["derived"]` names them, and
+        `provenance["domains"]` keeps these domains alone. The first domain itself keeps all of its statistics.
+
+        Args:
+            domain: a tag; or weights by tag, above zero, which are divided by their sum.
 
         Raises:
             MismatchError: if an entry has no such tag.
+            BlueprintError: for no weight, or one that is not a positive number.
 
         Example:
-            >>> entry = Submodule("attn.0", 0.5, domain_tags={"law": 2.0})
-            >>> Blueprint("org/model", (entry,), level="group").for_domain("law")["attn.0"].gradient_norm
+            >>> entry = Submodule("attn.0", 0.5, domain_tags={"general": 1.0, "law": 2.0})
+            >>> blueprint = Blueprint("org/model", (entry,), level="group")
+            >>> blueprint.for_domain("law")["attn.0"].gradient_norm
             1.0
+            >>> blueprint.for_domain({"general": 3, "law": 1})["attn.0"].gradient_norm
+            0.625
         """
-        missing = [entry.name for entry in self.submodules if tag not in entry.domain_tags]
-        if missing:
-            known = sorted({t for entry in self.submodules for t in entry.domain_tags})
-            raise MismatchError(
-                f"{format_names(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}."
+        weights = domain_weights(domain)
+        for tag in weights:
+            missing = [entry.name for entry in self.submodules if tag not in entry.domain_tags]
+            if missing:
+                known = sorted({t for entry in self.submodules for t in entry.domain_tags})
+                raise MismatchError(
+                    f"{format_names(missing)} have no domain tag {tag!r}; the blueprint's tags are {known}."
+                )
+        provenance = _of_domains(self.provenance, tuple(weights))
+        [first, *others] = weights
+        is_first = _reference_of(self.provenance) == first and all(e.domain_tags[first] == 1 for e in self.submodules)
+        if is_first and not others:
+            return replace(self, provenance=provenance)
+        if others:
+            provenance["domain_weights"] = weights
+        examples = None if others else provenance.get("domains", {}).get(first, {}).get("examples")
+        weighted = []
+        for entry in self.submodules:
+            share = math.fsum(weight * entry.domain_tags[tag] for tag, weight in weights.items())
+            weighted.append(
+                _without_statistics(
+                    entry,
+                    gradient_norm=norm_of(entry) * share,
+                    domain_tags={tag: entry.domain_tags[tag] / share if share else 1.0 for tag in weights},
+                    examples=examples if type(examples) is int else None,
+                )
             )
-        provenance = _of_domain(self.provenance, tag)
-        examples = provenance.get("domains", {}).get(tag, {}).get("examples")
-        weighted = [
-            _without_statistics(
-                entry,
-                gradient_norm=norm_of(entry) * entry.domain_tags[tag],
-                domain_tags={tag: 1.0},
-                examples=examples if type(examples) is int else None,
-            )
-            for entry in self.submodules
-        ]
         return _derived([self], "for_domain", weighted, provenance=provenance)
 
-    def blend(self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False) -> Blueprint:
+    def blend(
+        self, local: Blueprint, weight: float = 0.5, *, by_uncertainty: bool = False, rescale: bool = True
+    ) -> Blueprint:
         """Blend this blueprint's norms with a local probe's: G' = weight·Ḡ + (1 − weight)·G̃ (Algorithm 1, line 2).
 
-        The probe is first scaled by the ratio of the geometric means. The size of the whole gradient depends on the
-        loss, the sequence length and the data, and carries no information about where to adapt. The geometric mean
-        keeps a few large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way
+        The probe is first scaled by the ratio of the geometric means, unless `rescale=False` asks for the paper's plain
+        sum. The size of the whole gradient depends on the loss, the sequence length and the data, and carries no
+        information about where to adapt. The geometric mean keeps a few large norms from setting the scale. `adam_gain` and `weight_gradient` are blended the same way
         where all entries of both have them. Tags are this blueprint's, over the blended norm. All other statistics and
         the concentration are dropped, at every weight; `provenance["derived"]` names them.
 
@@ -276,6 +302,7 @@ class Blueprint:
             weight: of this blueprint, in [0, 1]: 1 ignores the probe, 0 keeps only its shape.
             by_uncertainty: weight each entry also by the inverse variance of its two norms, so that a norm with a wide
                 interval counts less. Entries without intervals keep `weight`.
+            rescale: bring the probe to this blueprint's size first.
 
         Raises:
             BlueprintError: for a weight outside [0, 1].
@@ -286,14 +313,16 @@ class Blueprint:
             >>> probe = Blueprint("org/model", (Submodule("a", 20.0), Submodule("b", 20.0)))
             >>> [round(entry.gradient_norm, 3) for entry in published.blend(probe, 0.5)]
             [1.5, 3.0]
+            >>> [entry.gradient_norm for entry in published.blend(probe, 0.5, rescale=False)]
+            [10.5, 12.0]
         """
         if not 0 <= weight <= 1:
             raise BlueprintError(f"weight must be in [0, 1], got {weight}.")
         require_same_names(self, local, "blended")
         others = {entry.name: entry for entry in local.submodules}
-        scale = _common_scale(self.submodules, others, norm_of)
+        scale = _common_scale(self.submodules, others, norm_of) if rescale else 1.0
         gain_scales = {
-            by: _common_scale(self.submodules, others, partial(score_of, by=by))
+            by: _common_scale(self.submodules, others, partial(score_of, by=by)) if rescale else 1.0
             for by in ("adam_gain", "weight_gradient")
             if all(getattr(entry, by) is not None for entry in (*self.submodules, *local.submodules))
         }
@@ -442,7 +471,9 @@ def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule]
     known = {name for source in sources for entry in source for name in names if getattr(entry, name)}
     kept = {name for entry in entries for name in names if getattr(entry, name)}
     dropped = [name for name in names if name in known - kept]
-    dropped += [name for name in ("concentration", "extra") if any(getattr(source, name) for source in sources)]
+    dropped += [
+        name for name in ("concentration", "influence", "extra") if any(getattr(source, name) for source in sources)
+    ]
     provenance = {key: value for key, value in changes.pop("provenance", first.provenance).items() if key != "rounded"}
     derived = provenance.get("derived")
     steps = [*(derived if isinstance(derived, list) else ()), {"by": by, "dropped": dropped}]
@@ -450,6 +481,7 @@ def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule]
         first,
         submodules=tuple(entries),
         concentration={},
+        influence={},
         costs=first.costs if "k_star" in kept else {},
         extra={},
         provenance={**provenance, "derived": steps},
@@ -457,17 +489,48 @@ def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule]
     )
 
 
-def _of_domain(provenance: Mapping[str, Any], tag: str) -> dict[str, Any]:
-    """Return a provenance with one of its domains alone, also in the parts of a merged one."""
+def domain_weights(domain: str | Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of a domain, or of a mixture, by tag; they sum to 1.
+
+    Raises:
+        BlueprintError: for no weight, or one that is not a positive number.
+
+    Example:
+        >>> domain_weights({"math": 1, "code": 3})
+        {'math': 0.25, 'code': 0.75}
+    """
+    weights = {domain: 1.0} if isinstance(domain, str) else domain
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(tag, str) for tag in weights):
+        raise BlueprintError(
+            f"domain must be a tag such as 'math', or weights by tag such as {{'math': 0.5, 'code': 0.5}}, got {domain!r}."
+        )
+    for tag, weight in weights.items():
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise BlueprintError(f"The weight of domain {tag!r} must be a positive number, got {weight!r}.")
+    total = math.fsum(weights.values())
+    return {tag: weight / total for tag, weight in weights.items()}
+
+
+def _of_domains(provenance: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
+    """Return a provenance with some of its domains alone, also in the parts of a merged one."""
     found = dict(provenance)
     domains, parts = found.get("domains"), found.get("merged")
     if isinstance(domains, Mapping):
-        found["domains"] = {tag: domains[tag]} if isinstance(domains.get(tag), Mapping) else {}
+        found["domains"] = {tag: domains[tag] for tag in tags if isinstance(domains.get(tag), Mapping)}
     else:
         found.pop("domains", None)
     if isinstance(parts, list):
-        found["merged"] = [_of_domain(part, tag) for part in parts if isinstance(part, Mapping)]
+        found["merged"] = [_of_domains(part, tags) for part in parts if isinstance(part, Mapping)]
     return found
+
+
+def _reference_of(provenance: Mapping[str, Any]) -> str | None:
+    """Return the domain that the statistics are of; None for a blend, a merged blueprint and where it is unknown."""
+    domains = provenance.get("domains")
+    if not isinstance(domains, Mapping) or not domains or provenance.keys() & {"merged", "blend", "domain_weights"}:
+        return None
+    return next((tag for tag in domains if isinstance(tag, str)), None)
 
 
 def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:

@@ -1,4 +1,3 @@
-from .drift import DRIFT_THRESHOLD as DRIFT_THRESHOLD
 from .drift import check_drift as check_drift
 from .drift import reconcile as reconcile
 from .drift import spearman as spearman
@@ -6,6 +5,9 @@ from .merging import merge_all as merge_all
 from .merging import parts_of as parts_of
 from .merging import reference_of as reference_of
 from .movement import checkpoint_movement as checkpoint_movement
+from .options import DRIFT_THRESHOLD as DRIFT_THRESHOLD
+from .options import Policy as Policy
+from .options import ProbeOptions as ProbeOptions
 from .table import aggregate as aggregate
 from .table import describe_skipped as describe_skipped
 from .table import join_unique as join_unique

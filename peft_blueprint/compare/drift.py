@@ -4,8 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,13 +12,8 @@ from scipy import stats
 
 from ..blueprint import Z95, Blueprint, Level, Submodule, norm_of, require_same_names
 from ..errors import BlueprintError, DriftError, MismatchError
+from .options import DRIFT_THRESHOLD, Policy
 
-
-Policy = Literal["warn", "error", "refresh", "coarsen"]
-
-# On SmolLM2-135M two samples of 16 examples of the same data correlate at 0.90 to 0.99 on average, of different data at
-# 0.75 to 0.88; RESULTS.md, "Drift", has the table. The two overlap: near the threshold, probe more examples.
-DRIFT_THRESHOLD = 0.85
 
 _SMALLEST_KIND = 4  # entries
 _MANY = 100  # degrees of freedom from which Fisher's z is normal enough
@@ -123,6 +117,8 @@ def reconcile(
     weight: float = 0.5,
     policy: Policy = "warn",
     threshold: float = DRIFT_THRESHOLD,
+    by_uncertainty: bool = False,
+    rescale: bool = True,
 ) -> Blueprint:
     """Blend two blueprints unless the published one has drifted: lines 1 and 2 of Algorithm 1 with a check between.
 
@@ -134,6 +130,8 @@ def reconcile(
             `coarsen` blends groups, or otherwise whole layers, at the first level where the two agree, gives each
             submodule its share of its group's norm, and returns the probe if they agree at no level.
         threshold: see `Drift`.
+        by_uncertainty: see `Blueprint.blend`.
+        rescale: see `Blueprint.blend`.
 
     Raises:
         DriftError: under the policy `error`.
@@ -143,8 +141,9 @@ def reconcile(
         raise BlueprintError(f"policy must be warn, error, refresh or coarsen, got {policy!r}.")
     drift = check_drift(local, published, threshold=threshold)
     published = published.expand(local.submodules)
+    blend = partial(Blueprint.blend, weight=weight, by_uncertainty=by_uncertainty, rescale=rescale)
     if not drift.drifted:
-        return published.blend(local, weight)
+        return blend(published, local)
     said = (
         f"The blueprint of {published.model_id!r} does not fit this data: the rank correlation with a local probe is "
         f"{drift.correlation:.2f} [{drift.interval[0]:.2f}, {drift.interval[1]:.2f}], below {threshold:.2f}."
@@ -153,7 +152,7 @@ def reconcile(
         raise DriftError(f"{said} Use policy='refresh' for the probe alone, or measure more examples.")
     warnings.warn(f"{said} Policy: {policy}.", stacklevel=2)
     if policy == "warn":
-        return published.blend(local, weight)
+        return blend(published, local)
     if policy == "coarsen":
         level = drift.level
         while level in _COARSER:
@@ -163,7 +162,7 @@ def reconcile(
             except MismatchError:  # too few units at this level to tell
                 break
             if agreed:
-                return published.coarsen(level).blend(local.coarsen(level), weight).expand(local.submodules)
+                return blend(published.coarsen(level), local.coarsen(level)).expand(local.submodules)
     return replace(local, provenance={**local.provenance, "instead_of": dict(published.provenance)})
 
 

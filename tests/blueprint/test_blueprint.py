@@ -284,8 +284,57 @@ def test_a_domains_tag_weighs_its_norms():
         Blueprint("m", (entry,)).for_domain("code")
 
 
+def test_weights_mix_domains():
+    """The mean norm over examples drawn from them; weights need not sum to 1, and twice is as once."""
+    entries = (Submodule("a", 2.0, domain_tags={"law": 1.0, "bio": 0.25}), Submodule("b", 0.0, domain_tags=TAGS))
+    mixed = Blueprint("m", entries).for_domain({"law": 3, "bio": 1})
+    assert [entry.gradient_norm for entry in mixed] == [pytest.approx(0.75 * 2.0 + 0.25 * 0.5), 0.0]
+    assert mixed["a"].gradient_norm * mixed["a"].domain_tags["bio"] == pytest.approx(0.5)
+    assert norms_of(mixed.for_domain({"law": 3, "bio": 1})) == pytest.approx(norms_of(mixed))
+    full = FULL.for_domain({"law": 3, "bio": 1})
+    assert full.provenance["domain_weights"] == {"law": 0.75, "bio": 0.25} and full.submodules[0].adam_gain is None
+    assert {entry.examples for entry in full} == {None}
+
+
+def test_the_first_domain_keeps_its_statistics():
+    """They were measured on it; a blend's and a mixture's were not."""
+    law = FULL.for_domain("law")
+    assert law.submodules == FULL.submodules and law.concentration == FULL.concentration
+    assert law.provenance["domains"] == {"law": {"examples": 8}}
+    assert FULL.blend(PROBE).for_domain("law").submodules[0].adam_gain is None
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ({}, "domain must be a tag"),
+        (3, "domain must be a tag"),
+        ({"law": 0}, "'law' must be a positive number, got 0"),
+        ({"law": 1, "bio": -1}, "'bio' must be a positive number, got -1"),
+        ({"law": float("nan")}, "must be a positive number, got nan"),
+        ({"law": "1"}, "must be a positive number, got '1'"),
+        ({"law": 1, "code": 1}, "no domain tag 'code'"),
+    ],
+)
+def test_domains_that_cannot_be_weighed_are_refused(domain, message):
+    """In one line, with what was given."""
+    with pytest.raises(BlueprintError, match=message):
+        FULL.for_domain(domain)
+
+
+def test_a_plain_sum_keeps_the_probes_size():
+    """Algorithm 1, line 2, as printed; by default the probe is brought to the published size first."""
+    published = Blueprint("m", (Submodule("a", 1.0, adam_gain=1.0), Submodule("b", 4.0, adam_gain=1.0)))
+    probe = Blueprint("m", (Submodule("a", 20.0, adam_gain=3.0), Submodule("b", 20.0, adam_gain=3.0)))
+    plain = published.blend(probe, 0.25, rescale=False)
+    assert norms_of(plain) == pytest.approx([0.25 + 15.0, 1.0 + 15.0])
+    assert plain["a"].adam_gain == pytest.approx(0.25 + 0.75 * 3.0)
+    assert plain.provenance["blend"]["scale"] == 1.0 != published.blend(probe, 0.25).provenance["blend"]["scale"]
+
+
 # ------------------------------------------------------------------------------------------ statistics of another
 
+TAGS = {"law": 1.0, "bio": 2.0}
 FULL = Blueprint(
     "m",
     tuple(
