@@ -70,11 +70,15 @@ def targets(
     examples=[
         "peft-blueprint plan org/model --vram 12GiB",
         "peft-blueprint plan org/model --blueprint org/model --budget 0.7x --for axolotl",
+        "peft-blueprint plan org/model --mode unfreeze --fraction 0.2 --master-weights",
     ],
 )
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
-    options: Annotated[PlacementOptions, Only("budget", "keep", "r", "ranks", "rank_by", "coverage")],
+    options: Annotated[
+        PlacementOptions,
+        Only("mode", "fraction", "num_modules", "budget", "keep", "r", "ranks", "rank_by", "coverage"),
+    ],
     output: Output,
     blueprint: Annotated[
         str | None,
@@ -97,6 +101,10 @@ def plan(
     optimizer: Annotated[
         str, typer.Option(help="adamw, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit or sgd.")
     ] = "adamw",
+    master_weights: Annotated[
+        bool,
+        typer.Option("--master-weights", help="Mixed precision: a float32 copy and states of trained 2-byte weights."),
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu: their time constants differ.")] = "cuda",
     trainer: Trainer = None,
     picture: Picture = None,
@@ -107,7 +115,13 @@ def plan(
     limits = _limits(vram, reserve, options.budget)
     record = None if blueprint is None else records.Blueprint.from_pretrained(blueprint)
     workload = place.Workload(
-        batch_size=batch_size, length=length, dtype=dtype, optimizer=optimizer, device=device, rank=options.r or 16
+        batch_size=batch_size,
+        length=length,
+        dtype=dtype,
+        optimizer=optimizer,
+        master_weights=master_weights,
+        device=device,
+        rank=options.r or 16,
     )
     settings = place.plan_settings(
         record,
@@ -128,7 +142,7 @@ def plan(
     data = {"model": model, "settings": [setting.to_dict() for setting in settings], "placement": placement.to_dict()}
     limit = f" within {place.Budget.of(limits)}" if limits else ""
     title = f"{model}: LoRA against rank {workload.rank} on every linear layer, {batch_size} x {length} tokens a step{limit}"
-    output.answer(data, rows, placement.lora, title)
+    output.answer(data, rows, [*placement.lora, *placement.unfreeze], title)
     if output.format == "table":
         print(placement)
     output.hint(
@@ -176,7 +190,10 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
         {"fits": "nothing"}
         if placement is None
         else {
-            "fits": f"{len(placement.lora)} adapters",
+            "fits": f"{len(placement.lora)} adapters" if placement.lora else f"{len(placement.unfreeze)} blocks",
+            **{
+                f"of {name}": f"{100 * share:.3g} %" for name, share in placement.shares.items() if name != "trainable"
+            },
             "memory": place.format_cost("memory", placement.cost["memory"]),
             "lowest layer": placement.cost.get("lowest"),
             "step time": round(setting.time or 0.0, 3),

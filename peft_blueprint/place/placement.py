@@ -17,7 +17,7 @@ from ..runs import format_quantity
 
 
 _NAME_LISTS = ("lora", "unfreeze", "target_parameters")
-_MAPPINGS = ("selector", "ranks", "details", "cost")
+_MAPPINGS = ("selector", "ranks", "details", "cost", "full_training", "shares")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class Placement:
             entries carry it, otherwise with every entry counted alike, which `is_gain_measured` tells.
         is_gain_measured: whether `gain_retained` rests on a measurement.
         cost: predicted costs, as far as known: `time` as a share of all-linear LoRA's step, `parameters`, `modules`,
-            `lowest` (depth at which the backward pass stops), `memory` in bytes.
+            `lowest` (depth at which the backward pass stops), `optimizer_state` and `memory` in bytes.
+        full_training: the same of full fine-tuning with this optimizer, where the whole model is known: `time`, `parameters`,
+            `optimizer_state`.
+        shares: how much of the model that is: `submodules` with an adapter or trained whole, of all candidates;
+            `parameters` of these, of those of all candidates; and, where the whole model is known, `trainable`
+            parameters, of all that the model has.
         details: for each name in `lora` its `kind`, `depth`, `score` and, if the blueprint has k*, `k_star_rank`: the
             rank at which an adapter has the share k* of the weight's parameters (eq. 15).
         alternatives: the next smaller and larger choices, each with `modules`, `time`, `gain_retained` and so on.
@@ -63,6 +68,8 @@ class Placement:
     gain_retained: float | None = None
     is_gain_measured: bool = True
     cost: Mapping[str, float] = field(default_factory=dict)
+    full_training: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     alternatives: tuple[Mapping[str, float], ...] = ()
 
@@ -104,7 +111,14 @@ class Placement:
         adapted = [f"{len(self.lora)} adapters{rank}"] if self.lora else []
         adapted += [f"{len(self.unfreeze)} unfrozen modules"] if self.unfreeze else []
         spread = "not spread" if self.coverage == "none" else f"spread over {self.coverage}"
-        return f"{' and '.join(adapted)} of {self.candidates} candidates by {self.rank_by}, {spread}"
+        shares = f"; {text}" if (text := self._shares()) else ""
+        return f"{' and '.join(adapted)} of {self.candidates} candidates by {self.rank_by}, {spread}{shares}"
+
+    def _shares(self) -> str:
+        """Return k by submodules and by parameters: 20 % of submodules, 15.5 % of parameters."""
+        return ", ".join(
+            f"{_percent(self.shares[name])} of {name}" for name in ("submodules", "parameters") if name in self.shares
+        )
 
     def __repr__(self) -> str:
         """One line: the model and the summary; `print` shows the tables, and `to_dict` all of it."""
@@ -117,6 +131,8 @@ class Placement:
         console.print(self._kind_table())
         if self.cost:
             console.print(self._cost_table())
+        if "trainable" in self.shares:
+            console.print(f"Trains {_percent(self.shares['trainable'])} of the model's parameters.{self._saving()}")
         if self.learning_rate_scale is not None:
             console.print(f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer.")
         if self.cost:
@@ -124,6 +140,16 @@ class Placement:
         if self.cost and not self.is_gain_measured:
             console.print("No gain was measured: the coverage counts every submodule alike.")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _saving(self) -> str:
+        """Say how much optimizer state is saved, in the decimal GB of the paper's §5."""
+        if not self.full_training.get("optimizer_state") or "optimizer_state" not in self.cost:
+            return ""
+        whole, own = self.full_training["optimizer_state"], self.cost["optimizer_state"]
+        return (
+            f" Optimizer state: {_gigabytes(own)}, {_gigabytes(whole - own)} less than for all "
+            f"{format_quantity(self.full_training['parameters'], 'parameters')}."
+        )
 
     def _kind_table(self) -> Table:
         table = Table()
@@ -146,6 +172,7 @@ class Placement:
         columns = {
             "memory": ("memory", lambda value: format_quantity(value, "B")),
             "time": ("step time", "{:.2f}".format),
+            "optimizer_state": ("optimizer state", lambda value: format_quantity(value, "B")),
             "parameters": ("parameters", "{:,.0f}".format),
             "modules": ("modules", "{:.0f}".format),
             "lowest": ("lowest layer", "{:.0f}".format),
@@ -163,6 +190,15 @@ class Placement:
             cells = ("" if row.get(key) is None else write(row[key]) for key, (_, write) in columns.items())
             table.add_row(label, *cells)
         return table
+
+
+def _percent(share: float) -> str:
+    """Format a share with three digits: 20 %, 15.5 %, 0.712 %."""
+    return f"{100 * share:.3g} %"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
 
 
 def _format_ranges(depths: list[int]) -> str:

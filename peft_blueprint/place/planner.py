@@ -120,9 +120,19 @@ def plan_placement(
         gain_retained=chosen.gain,
         is_gain_measured=blueprint is not None and solver.is_gain_known,
         cost=chosen.costs,
+        full_training=_full_training(costs),
+        shares=solver.shares(lora, unfreeze),
         details={entry.name: solver.details_of(entry) for entry in lora},
         alternatives=tuple({**other.costs, "gain_retained": other.gain} for other in solver.alternatives),
     )
+
+
+def _full_training(costs: CostModel | None) -> dict[str, float]:
+    """Return the costs of full fine-tuning that a placement is compared with, where the whole model is known."""
+    if costs is None or not costs.structure.is_whole:
+        return {}
+    full = costs.full()
+    return {"time": costs.time_ratio(full), "parameters": full.trainable, "optimizer_state": full.states}
 
 
 def _default_rank_by(entries: Sequence[Submodule], options: PlacementOptions, covers: bool) -> RankBy:

@@ -10,7 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .._text import format_names, is_inside
-from ..blueprint import Submodule
+from ..blueprint import Submodule, parameter_share
 from ..errors import PlacementError
 from .budget import Budget
 from .cost import CostModel
@@ -150,7 +150,8 @@ class PlacementSolver:
         Raises:
             PlacementError: if the selector cannot be met.
         """
-        combine: Callable[..., float] = math.hypot if self.rank_by.endswith("norm") else lambda *values: sum(values)
+        is_norm = self.rank_by.endswith("norm") or self.rank_by == "influence"
+        combine: Callable[..., float] = math.hypot if is_norm else lambda *values: sum(values)
         counted = 1 if self.rank_by in CONTROLS else None
         scores = {
             block: combine(*(self.scores[entry.name] for entry in members[:counted]))
@@ -224,9 +225,22 @@ class PlacementSolver:
             "modules": modules,
             "time": self.costs.time_ratio(cost),
             "parameters": cost.trainable,
+            "optimizer_state": cost.states,
             **({} if cost.lowest is None else {"lowest": cost.lowest}),
             **({"memory": cost.bytes} if self.costs.structure.is_whole else {}),
         }
+
+    def shares(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
+        """Return what a placement reaches and trains, as in `Placement.shares`."""
+        names = {entry.name for entry in adapters}
+        reached = [e for e in self.entries if e.name in names or any(is_inside(e.name, u) for u in unfrozen)]
+        found = {"submodules": len(reached) / len(self.entries)}
+        if (parameters := parameter_share(reached, self.entries)) is not None:
+            found["parameters"] = parameters
+        if self.costs is not None and self.costs.structure.is_whole:
+            trainable = self.costs.cost(self.ranks_of(adapters), unfrozen).trainable
+            found["trainable"] = trainable / self.costs.full().trainable
+        return found
 
     def gain_of(self, units: Sequence[Submodule]) -> float:
         """Return the predicted gain of adapters on these, as a share of that of all entries."""

@@ -274,6 +274,36 @@ def test_states_of_optimizers():
     assert states["adamw_8bit"].states == 2 * (large + large // 256 * 4) + 8 * small
 
 
+def test_master_weights_make_twelve_bytes_a_parameter():
+    """A float32 copy and two float32 moments of weights in 2 bytes; none of adapters in float32, nor of a float32 model."""
+    structure = Structure.of(testing.tiny_llama(2))
+    load = replace(WORKLOAD, dtype="bfloat16", master_weights=True)
+    mixed, plain = (CostModel(structure, replace(load, master_weights=on)) for on in (True, False))
+    block = "model.layers.1.mlp"
+    trained = mixed.cost({}, [block])
+    assert trained.states == 12 * trained.trainable == 3 * plain.cost({}, [block]).states
+    assert trained.moved > plain.cost({}, [block]).moved and trained.gradients == 2 * trained.trainable
+    assert mixed.all_linear() == plain.all_linear(), "adapters are in float32 already"
+    in_2_bytes = CostModel(structure, replace(load, adapter_dtype="bfloat16")).all_linear()
+    assert in_2_bytes.states == 12 * in_2_bytes.trainable
+    in_float32 = CostModel(structure, replace(load, dtype="float32"))
+    assert in_float32.cost({}, [block]).states == 8 * trained.trainable
+    for optimizer, bytes_each in (("sgd", 4), ("paged_adamw_32bit", 12)):
+        found = CostModel(structure, replace(load, optimizer=optimizer)).cost({}, [block])
+        assert found.states == bytes_each * found.trainable, optimizer
+    with pytest.raises(PlacementError, match="master_weights must be true or false, got 'yes'"):
+        Workload(master_weights="yes")
+
+
+def test_full_training_holds_every_weight_once():
+    """In place: weights, gradients and states of all parameters, and no copy of PEFT's."""
+    model = testing.tiny_llama(2)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    full = CostModel(Structure.of(model), replace(WORKLOAD, dtype="bfloat16", quantization="nf4")).full()
+    assert full.trainable == numbers and full.weights == full.gradients == 2 * numbers and full.added == 0
+    assert full.states == 4 * numbers and full.lowest is None
+
+
 def test_what_is_cheaper_is_said_to_be():
     """Fewer adapters and a higher lowest one take less time and memory; all-linear is 1."""
     model = testing.tiny_llama(10)

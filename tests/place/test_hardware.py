@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from peft_blueprint import Blueprint, plan_placement
+from peft_blueprint import Blueprint, Placement, plan_placement
 from peft_blueprint.cli.program import app
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure.submodules import find_submodules
@@ -99,6 +99,22 @@ def test_a_plan_for_a_card_takes_no_more_than_pays(folder, vram):
     for fraction in (0.1, 0.3, 0.6, 1.0):
         other = plan_placement(record, config, fraction=fraction, ranks="equal_parameters", workload=load)
         assert found["gain_retained"] / found["cost"]["time"] >= other.gain_retained / other.cost["time"] - 1e-9
+
+
+def test_freezing_four_fifths_of_7_billion_parameters_saves_67_gigabytes(tmp_path):
+    """The paper's section 5: 12 bytes for each frozen parameter, read off the plan."""
+    seven = LlamaConfig(architectures=["LlamaForCausalLM"], intermediate_size=11680)  # 32 layers of width 4096
+    seven.save_pretrained(tmp_path)
+    words = (tmp_path, "--mode", "unfreeze", "--fraction", 0.205, "--master-weights", "--quantization", "none")
+    answer = json.loads(plan(*words, "--no-checkpointing", "--format", "json").stdout)["placement"]
+    full, own = answer["full_training"], answer["cost"]
+    assert full["parameters"] == pytest.approx(7e9, rel=1e-3)
+    frozen = full["parameters"] - own["parameters"]
+    assert full["optimizer_state"] - own["optimizer_state"] == 12 * frozen == pytest.approx(67.2e9, rel=0.02)
+    assert answer["shares"]["trainable"] == own["parameters"] / full["parameters"]
+    assert f"{12e-9 * frozen:.1f} GB less than for all 7 billion parameters" in str(Placement.from_dict(answer))
+    row = plan(*words, "--no-checkpointing").stdout
+    assert "13 blocks" in row and "of parameters" in row
 
 
 def test_plan_reads_a_repository_on_the_hub(folder):

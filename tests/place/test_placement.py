@@ -338,6 +338,25 @@ def test_a_placement_goes_through_json(wish):
             Placement.from_dict(bad)
 
 
+def test_a_placement_counts_submodules_and_parameters():
+    """20 % of submodules are another share of parameters: said in the line, the table and the JSON."""
+    entries = (
+        *(Submodule(f"{i}.k_proj", 1.0, kind="k_proj", depth=i, shape=(4, 16)) for i in range(4)),
+        *(Submodule(f"{i}.up_proj", 2.0, kind="up_proj", depth=i, shape=(60, 16)) for i in range(4)),
+    )
+    placement = plan_placement(Blueprint("org/m", entries), fraction=0.5, coverage="none")
+    assert placement.shares == {"submodules": 0.5, "parameters": pytest.approx(60 / 64)}
+    assert "50 % of submodules, 93.8 % of parameters" in repr(placement)
+    assert "50 % of submodules, 93.8 % of parameters" in str(placement)
+    model = tiny_llama(layers=2)
+    whole = plan_placement(of_model(model), model, mode="unfreeze", num_modules=1)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    inside = sum(parameter.numel() for parameter in model.get_submodule(whole.unfreeze[0]).parameters())
+    assert whole.shares["trainable"] == inside / numbers and whole.shares["submodules"] < 0.5
+    shapeless = plan_placement(SMALL, fraction=0.5)
+    assert shapeless.shares == {"submodules": 0.5} and "50 % of submodules" in repr(shapeless)
+
+
 def test_groups_need_the_model():
     """A group-level blueprint alone has no names to place on; with the model it has."""
     groups = Blueprint("m", (Submodule("attn.0", 1.0), Submodule("ffn.3", 2.0)), level="group")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +23,7 @@ from .workload import FLOAT, Array, Workload
 # and elementwise kernels four fifths.
 FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 120.0}
 
-_ADAM_FLOPS, _ADAM_NUMBERS = 12, 7  # of a fused step for a parameter: p, g, m, v read, and p, m, v written
+_ADAM_FLOPS = 12  # of a fused step for a parameter
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cost:
         weights: bytes of the base model.
         added: bytes of adapters, and of PEFT's copies of modules that are trained whole.
         gradients: bytes of the trainable parameters' gradients.
-        states: bytes of the optimizer's states.
+        states: bytes of the optimizer's states, master weights included.
         activations: bytes kept from the forward to the backward pass, by the model's operations and by adapters.
         recomputed: bytes of the activations of the one block that gradient checkpointing recomputes at a time.
         logits: bytes of the loss over the vocabulary, at its peak.
@@ -194,6 +194,19 @@ class CostModel:
         rank = np.full(len(adapted), float(self.workload.rank))
         return self._cost(adapted, rank, np.zeros(len(self._index), dtype=bool))
 
+    def full(self) -> Cost:
+        """Predict the cost of training all weights in place, as full fine-tuning does; quantised ones unquantised.
+
+        Example:
+            >>> from peft_blueprint.testing import tiny_llama
+            >>> structure = Structure.of(tiny_llama(layers=2))
+            >>> costs = CostModel(structure, Workload(master_weights=True)).full()
+            >>> costs.states / costs.trainable
+            12.0
+        """
+        nothing = np.zeros(0, dtype=np.int64)
+        return replace(self._cost(nothing, np.zeros(0), np.ones(len(self._index), dtype=bool)), added=0)
+
     def floor(self) -> Cost:
         """Predict the cost of a full forward and backward pass with nothing trained.
 
@@ -256,10 +269,14 @@ class CostModel:
         return whole
 
     def _of_optimizer(self, tensors: Array, number: int) -> tuple[float, float]:
-        """Return FLOPs and bytes moved per token by the optimizer's step, for tensors of these sizes."""
+        """Return FLOPs and bytes moved per token by the optimizer's step, for tensors of these sizes.
+
+        Gradients are read, states and master weights read and written; weights are written, and read without a master.
+        """
         numel = float(tensors.sum())
         flops = (2 if self.workload.optimizer == "sgd" else _ADAM_FLOPS) * numel
-        moved = 3 * numel * number + 2 * self.workload.state_bytes(tensors, number)
+        passes = 2 if self.workload.has_master(number) else 3
+        moved = passes * numel * number + 2 * self.workload.state_bytes(tensors, number)
         return flops / self.workload.tokens, moved / self.workload.tokens
 
     def _cost(self, adapted: Indices, rank: Array, whole: Mask, to_the_bottom: bool = False) -> Cost:

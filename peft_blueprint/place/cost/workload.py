@@ -45,6 +45,10 @@ class Workload:
         double_quant: whether 4-bit scales are held in 8 bits.
         checkpointing: whether activations are recomputed in the backward pass, block by block.
         optimizer: "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit" or "sgd" (without momentum).
+        master_weights: whether the optimizer keeps a float32 copy of trained weights that are held in 2 bytes, and its
+            states in float32 beside it (mixed-precision training, Micikevicius et al. 2018, arXiv:1710.03740). With AdamW
+            that is 12 bytes a parameter (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1). Weights in float32
+            need no copy.
         rank: of all-linear LoRA, the reference.
         adapter_dtype: of adapters, float32 by PEFT's default.
         attention: "sdpa" or "eager".
@@ -70,6 +74,7 @@ class Workload:
     double_quant: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
+    master_weights: bool = False
     rank: int = 16
     adapter_dtype: str = "float32"
     attention: str = "sdpa"
@@ -91,6 +96,8 @@ class Workload:
                 raise PlacementError(
                     f"Workload's {name} must be {' or '.join(map(repr, choices))}, got {name}={getattr(self, name)!r}."
                 )
+        if not isinstance(self.master_weights, bool):
+            raise PlacementError(f"Workload's master_weights must be true or false, got {self.master_weights!r}.")
         for name in ("batch_size", "length", "rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -143,25 +150,30 @@ class Workload:
         return stored + scales + np.ceil(scales / _BLOCK_OF_SCALES) * FLOAT + _CODE_OF_8BIT + FLOAT
 
     def state_bytes(self, numel: Array, number: int) -> float:
-        """Return the bytes of the optimizer's states.
+        """Return the bytes of the optimizer's states, master weights included.
 
-        torch's AdamW keeps two states in the parameter's dtype; bitsandbytes' keeps two in float32 or, for parameters of
-        at least 4096 elements, in 8 bits with a float32 for each 256. Paged states count in full, because they leave the
-        accelerator only when it is short of memory.
+        torch's AdamW keeps two states in the parameter's dtype, or in that of its master weight; bitsandbytes' keeps two
+        in float32 or, for parameters of at least 4096 elements, in 8 bits with a float32 for each 256. Paged states
+        count in full, because they leave the accelerator only when it is short of memory.
 
         Args:
             numel: elements of each parameter.
             number: bytes of an element.
         """
+        masters = self.has_master(number) * FLOAT * numel.sum()
         if self.optimizer == "sgd":
-            return 0.0
+            return float(masters)
         if self.optimizer == "adamw":
-            return float(2 * numel.sum() * number)
+            return float(masters + 2 * numel.sum() * (FLOAT if masters else number))
         in_32_bits = 2 * numel * FLOAT
         if self.optimizer == "paged_adamw_32bit":
-            return float(in_32_bits.sum())
+            return float(masters + in_32_bits.sum())
         in_8_bits = 2 * (numel + np.ceil(numel / _BLOCK_OF_8BIT_STATE) * FLOAT)
-        return float(np.where(numel < _SMALLEST_8BIT_STATE, in_32_bits, in_8_bits).sum())
+        return float(masters + np.where(numel < _SMALLEST_8BIT_STATE, in_32_bits, in_8_bits).sum())
+
+    def has_master(self, number: int) -> bool:
+        """Whether the optimizer keeps a float32 copy of parameters whose elements take `number` bytes."""
+        return self.master_weights and number < FLOAT
 
 
 def workload_of(model: Any, **settings: Any) -> Workload:
