@@ -6,10 +6,12 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.study import run as running
-from benchmarks.study.arms import Infeasible, choice_of, filled, rule_of
+from benchmarks.study.arms import Infeasible, charge_of, choice_of, filled, rule_of
+from benchmarks.study.ground import Charge
 from benchmarks.study.plan import UNTRAINED, Entry, Job, Schedule, Study, best_octave, next_octaves
 from benchmarks.study.report import Report
 from benchmarks.study.run import Runner, without_retired
@@ -289,19 +291,50 @@ def test_an_arm_that_no_rule_knows_any_more_is_left_out_where_it_ran_once(tmp_pa
     assert "Not run any more: strata, as shipped." in capsys.readouterr().err
 
 
-def test_resampling_gives_every_seed_rows_of_its_own(tmp_path, cache):
-    """None of them is measured on or in another seed's; without resampling all seeds share theirs."""
-    shared, own = (study_of(tmp_path, [{"arms": ARMS}], spare=3, **more) for more in ({}, {"resample": True}))
-    assert "resample" not in shared.facts() and own.facts()["resample"] is True
-    grounds = [runner_of(study, tmp_path, cache).ground for study in (shared, own)]
+def test_resampling_draws_rows_for_every_seed(tmp_path, cache):
+    """Measured, curve, training and test examples stay apart; without resampling all seeds share theirs."""
+    own = study_of(tmp_path, [{"arms": ARMS}], spare=3, resample=True, test_from_train=100)
+    grounds = [runner_of(study, tmp_path, cache).ground for study in (study_of(tmp_path, [{"arms": ARMS}]), own)]
+    assert "resample" not in grounds[0].study.facts() and own.facts()["resample"] is True
     assert grounds[0].data_of(0).train == grounds[0].data_of(1).train
-    parts = [grounds[1].data_of(seed) for seed in (0, 1)]
-    ids = [[row["input_ids"] for row in rows] for part in parts for rows in (part.train, part.test)]
-    ids += [[row["input_ids"] for row in rows] for rows in (parts[0].measured, parts[0].spare)]
-    flat = [tuple(row) for rows in ids for row in rows]
-    assert len(flat) == 2 * (4 + 4) + 4 + 3 == len(set(flat)) and parts[0].train == grounds[0].data_of(0).train
-    with pytest.raises(SystemExit, match="numbers has 400 training examples .* needs 811"):
-        grounds[1].data_of(200)
+    parts = [grounds[1].data_of(seed) for seed in range(40)]
+    assert parts[0].measured == parts[1].measured and parts[0].spare == parts[1].spare
+    assert parts[0].train != parts[1].train and parts[0].tested != parts[1].tested
+
+    def ids(name):
+        return {tuple(row["input_ids"]) for part in parts for row in getattr(part, name)}
+
+    groups = [ids(name) for name in ("measured", "spare", "train", "test")]
+    assert sum(map(len, groups)) == len(set().union(*groups)), "no example serves two ends, in any seed"
+    assert max(i for part in parts for i in part.tested) >= 400, "test examples come from the training split too"
+    with pytest.raises(SystemExit, match="numbers has 300 training examples .* needs 801"):
+        greedy = replace(own, steps=397)
+        runner_of(greedy, tmp_path, cache).ground.data_of(0)
+
+
+def test_arms_of_a_resampled_study_share_their_first_weights(tmp_path, cache):
+    """A follows from the seed and the module's name, whatever else is adapted."""
+    ground = runner_of(study_of(tmp_path, [{"arms": ARMS}], resample=True), tmp_path, cache).ground
+    whole, few = (choice_of(ground, Entry(arm), None) for arm in ("all-linear", "cover_gain x 3"))
+    few = replace(few, ranks=dict.fromkeys(few.ranks, ground.study.rank))
+    weights = [
+        dict(prepare(ground, choice, 1, seed).model.named_parameters())
+        for choice, seed in ((whole, 1), (few, 1), (few, 2))
+    ]
+    names = [name for name in weights[1] if ".lora_A." in name]
+    assert len(names) == 3 and all(torch.equal(weights[0][name], weights[1][name]) for name in names)
+    assert not any(torch.equal(weights[1][name], weights[2][name]) for name in names)
+    assert len({tuple(weights[1][name].flatten()[:4].tolist()) for name in names}) == 3
+
+
+def test_a_cover_of_equal_weights_measures_nothing(tmp_path, cache):
+    """It is the measured cover's rule, at its learning rate and without its charge."""
+    ground = runner_of(study_of(tmp_path, [{"arms": ARMS}]), tmp_path, cache).ground
+    equal = Entry("cover_gain x 3, as shipped", blueprint="equal")
+    choice = choice_of(ground, equal, None)
+    assert len(choice.ranks) == 3 and equal.family == Entry("cover_gain x 3, as shipped")
+    assert {entry.adam_gain for entry in ground.blueprint("equal")} == {1.0}
+    assert charge_of(ground, choice, "equal") == Charge() != charge_of(ground, choice, "task")
 
 
 def test_the_curve_is_of_spare_examples_where_there_are_some(tmp_path, cache):
