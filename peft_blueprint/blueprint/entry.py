@@ -58,6 +58,9 @@ class Submodule:
         signal_norm: norm of the mean gradient, estimated without bias (0.0 when the estimate of its square is
             negative).
         noise_scale: tr(Σ)/‖E g‖² in examples, McCandlish et al. 2018 (arXiv:1812.06162), appendix A.1.
+        influence: ‖(F + λI)⁻¹ḡ‖, the size of the mean gradient preconditioned by the submodule's empirical Fisher matrix F
+            (appendix B.3, eq. 24); λ in `Blueprint.influence`.
+        influence_mismatch: ε = ‖ḡ − c·(F + λI)⁻¹ḡ‖ (eq. 25), c in `Blueprint.influence`.
         weight_norm: Frobenius norm of the weight.
         adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
         weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
@@ -88,6 +91,8 @@ class Submodule:
     norm_interval: tuple[float, float] | None = None
     signal_norm: float | None = None
     noise_scale: float | None = None
+    influence: float | None = None
+    influence_mismatch: float | None = None
     weight_norm: float | None = None
     adam_gain: float | None = None
     weight_gradient: float | None = None
@@ -107,6 +112,11 @@ class Submodule:
         return self.shape[-1] if self.shape is not None and len(self.shape) > 1 else 1
 
     @property
+    def parameters(self) -> int | None:
+        """Number of the weight's entries, or None without a shape."""
+        return None if self.shape is None else math.prod(self.shape)
+
+    @property
     def norm_error(self) -> float | None:
         """Standard error of `gradient_norm` implied by its interval, or None without one."""
         if self.norm_interval is None:
@@ -119,6 +129,8 @@ NUMBERS = (
     "median_norm",
     "signal_norm",
     "noise_scale",
+    "influence",
+    "influence_mismatch",
     "weight_norm",
     "adam_gain",
     "weight_gradient",

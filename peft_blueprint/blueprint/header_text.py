@@ -22,6 +22,7 @@ _TAGS = "domain_tags"
 _OTHERS = "others"  # keys of single entries that are no statistic
 _MAX_VALUES = 200_000  # of tags, for 20,000 submodules and 10 domains
 _LEFT_OUT = ("alignment", "median_norm")  # long, and of little use for placing
+_ROUNDED = ("concentration", "influence")  # keys of the whole model with many digits
 
 
 def to_header_text(record: Mapping[str, Any], digits: int = 4) -> str:
@@ -155,11 +156,10 @@ def rounded(record: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
         }
         for entry in record["layers"]
     ]
-    if "concentration" in record:
-        short["concentration"] = _rounded(record["concentration"], digits)
+    short |= {key: _rounded(record[key], digits) for key in _ROUNDED if key in record}
     provenance = record.get("provenance", {})
     if "rounded" not in provenance or any(
-        short[key] != record[key] for key in ("layers", "concentration") if key in record
+        short[key] != record[key] for key in ("layers", *_ROUNDED) if key in record
     ):
         note = {"digits": digits, "digest": record.get(DIGEST) or content_digest(record)}
         short["provenance"] = {**provenance, "rounded": note}

@@ -35,6 +35,7 @@ TOP_KEYS = (
     "model_revision",
     "model_digest",
     "concentration",
+    "influence",
     "costs",
     "provenance",
 )
@@ -123,7 +124,10 @@ def fields_of(data: Any) -> dict[str, Any]:
         level=cast(Level, level),
         model_revision=names["model_revision"],
         model_digest=names["model_digest"],
-        **{key: _take(data, key, dict, "the blueprint") or {} for key in ("concentration", "costs", "provenance")},
+        **{
+            key: _take(data, key, dict, "the blueprint") or {}
+            for key in ("concentration", "influence", "costs", "provenance")
+        },
         extra={k: v for k, v in data.items() if k not in (*TOP_KEYS, DIGEST, "layers", "schema_version")},
     )
 

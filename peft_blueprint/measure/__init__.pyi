@@ -17,6 +17,8 @@ from .concentration import entries_report as entries_report
 from .concentration import fit_gamma as fit_gamma
 from .concentration import normalize_within as normalize_within
 from .concentration import tail_report as tail_report
+from .fisher import FisherInfluence as FisherInfluence
+from .fisher import fisher_influence as fisher_influence
 from .generate import generate_blueprint as generate_blueprint
 from .generate import versions as versions
 from .hooks import disable_dropout as disable_dropout
@@ -37,6 +39,7 @@ from .losses import per_example_losses as per_example_losses
 from .losses import split_examples as split_examples
 from .measurement import FP16_LOSS_SCALE as FP16_LOSS_SCALE
 from .measurement import measure_influence as measure_influence
+from .options import DAMPING as DAMPING
 from .options import PROJECTION_SIZE as PROJECTION_SIZE
 from .options import GenerateOptions as GenerateOptions
 from .options import MeasureOptions as MeasureOptions

@@ -20,6 +20,7 @@ from ..errors import MeasurementError
 from ..runs import Ledger, modelled
 from .batches import Batch, Example, as_batches
 from .compatibility import WEIGHTS_DIGEST, weights_digest
+from .fisher import FisherInfluence, fisher_influence
 from .influence import Influence
 from .losses import LossFunction
 from .measurement import measure_influence
@@ -111,9 +112,14 @@ def generate_blueprint(
         }
         ledger.add(sum(part.tokens for part in influences.values()))
     processes = process_count() if reduce else 1
+    agreement: dict[str, Any] = {}
     if privacy is None:
         reference, influence = next(iter(influences.items()))
         entries = _with_weights(summarize(influence, options), model, influence)
+        if influence.examples > 1 and options.projection_size:
+            found = fisher_influence(influence, options.damping)
+            entries = _with_influence(entries, found)
+            agreement = found.to_dict(influence.norms.double().mean(dim=1), [entry.kind for entry in entries])
         if reference:
             entries = _with_tags(entries, {name: _means(part) for name, part in influences.items()})
         spent = {name: figure.to_dict() for name, figure in ledger.quantities().items() if name in SPENT}
@@ -139,6 +145,7 @@ def generate_blueprint(
         training_checkpoint=options.training_checkpoint,
         submodules=entries,
         concentration=concentration(entries),
+        influence=agreement,
         costs=costs,
         provenance={
             "created": of_first_process(created) if processes > 1 else created,
@@ -247,6 +254,14 @@ def _row_norms(weight: Weight) -> np.ndarray | None:
 
 
 def _means(influence: Influence) -> dict[str, float]:
+def _with_influence(entries: Sequence[Submodule], found: FisherInfluence) -> tuple[Submodule, ...]:
+    sizes = zip(found.influences.tolist(), found.mismatches.tolist(), strict=True)
+    return tuple(
+        replace(entry, influence=own, influence_mismatch=mismatch)
+        for entry, (own, mismatch) in zip(entries, sizes, strict=True)
+    )
+
+
     means = influence.norms.double().mean(dim=1).tolist()
     return dict(zip((submodule.name for submodule in influence.submodules), means, strict=True))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..blueprint import Submodule
 from ..errors import MeasurementError, MismatchError
+from .options import SKETCH_SIZE
 
 
 # statistics of an entry that are made of the mean gradient
@@ -114,6 +115,8 @@ class Influence:
             names += ["gradient_norm", "median_norm", "norm_interval"]
         if any(self._is_sketched(row) for row in range(len(self.submodules))):
             names += _OF_THE_MEAN_GRADIENT
+        if self.projections.shape[2] and not all(map(self._is_projected_whole, self.submodules)):
+            names += ["influence", "influence_mismatch"]
         return names
 
     @property
@@ -217,6 +220,10 @@ class Influence:
 
     def _is_sketched(self, index: int) -> bool:
         return self.sketches[index].shape[1] != self.submodules[index].d_in
+
+    def _is_projected_whole(self, submodule: Submodule) -> bool:
+        is_narrow = submodule.d_in <= 2 * (self.sketch_size or SKETCH_SIZE)
+        return is_narrow and (submodule.parameters or 0) <= self.projections.shape[2]
 
     def _check_rank(self, index: int, rank: int) -> None:
         columns = self.sketches[index].shape[1]

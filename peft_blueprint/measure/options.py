@@ -15,6 +15,7 @@ Method = Literal["auto", "sketch", "exact"]
 
 SKETCH_SIZE = 32
 PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
+DAMPING = 0.1  # of each submodule's Fisher matrix, in mean eigenvalues
 
 # Bytes per parameter: a frozen weight takes 2 in bfloat16; training it adds a bfloat16 gradient, a float32 master copy
 # and two Adam moments (the paper's 12 bytes, §5).
@@ -102,6 +103,13 @@ class GenerateOptions(MeasureOptions):
     )
     fixed_cost: float = field(
         default=FIXED_COST, metadata={"help": "Cost of a frozen parameter, for k* (eq. 15); by default in bytes."}
+    damping: float = field(
+        default=DAMPING,
+        metadata={
+            "help": "Damping of the Fisher matrix that influence is computed with (appendix B.3), in mean eigenvalues of "
+            "each submodule's matrix."
+        },
+    )
     )
     variable_cost: float = field(
         default=VARIABLE_COST, metadata={"help": "Cost that training a parameter adds, in the unit of fixed_cost."}
@@ -122,6 +130,11 @@ class GenerateOptions(MeasureOptions):
     )
     data: str | Mapping[str, Any] | None = field(
         default=None, metadata={"help": "Name or description of the data, for the provenance."}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise MeasurementError(f"damping must be positive, got {self.damping}.")
     )
     command: str | None = field(
         default=None, metadata={"help": "Command that reproduces the measurement, for the provenance."}

@@ -22,6 +22,7 @@ RankBy = Literal[
     "relative_gradient_norm",
     "signal_norm",
     "signal_to_noise",
+    "influence",
     "weight_gradient",
     "singular_energy",
     "adam_gain",

@@ -121,6 +121,13 @@ def signal_to_noise(entries: Sequence[Submodule]) -> np.ndarray:
     return ratios
 
 
+def influence(entries: Sequence[Submodule]) -> np.ndarray:
+    """‖(F + λI)⁻¹ḡ‖, the size of the mean gradient preconditioned by the submodule's empirical Fisher matrix (appendix B.3,
+    eq. 24). Large where gradients are small, because F grows with their square.
+    """
+    return _statistic(entries, "influence")
+
+
 def weight_gradient(entries: Sequence[Submodule]) -> np.ndarray:
     """Σ|w·ḡ| over a weight's entries: the first-order change of the loss if each entry were removed by itself (Lee et al.
     2019, SNIP, arXiv:1810.02340, eq. 5, on the mean gradient; Molchanov et al. 2019, arXiv:1906.10771, eq. 8, has its
@@ -181,6 +188,7 @@ SCORES: dict[str, Score] = {
     "relative_gradient_norm": relative_gradient_norm,
     "signal_norm": signal_norm,
     "signal_to_noise": signal_to_noise,
+    "influence": influence,
     "weight_gradient": weight_gradient,
     "singular_energy": singular_energy,
     "adam_gain": adam_gain,
@@ -195,6 +203,7 @@ _WITHIN_KIND_ONLY = (
     "per_root_parameter",
     "relative_gradient_norm",
     "signal_norm",
+    "influence",
     "singular_energy",
 )
 
@@ -218,6 +227,7 @@ def _statistic(entries: Sequence[Submodule], name: str) -> np.ndarray:
 _NEEDS = {
     "signal_norm": "generate_blueprint on at least two examples",
     "noise_scale": "generate_blueprint on at least two examples",
+    "influence": "generate_blueprint on at least two examples and a projection_size above 0",
     "singular_energy": "generate_blueprint and a sketch_size above 16",
 }
 

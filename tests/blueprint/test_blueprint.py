@@ -349,6 +349,8 @@ FULL = Blueprint(
             norm_interval=(1.0, 4.0),
             signal_norm=1.0,
             noise_scale=3.0,
+            influence=1.0,
+            influence_mismatch=1.0,
             weight_norm=9.0,
             adam_gain=2.0,
             weight_gradient=2.0,
@@ -366,6 +368,7 @@ FULL = Blueprint(
         for kind in ("q_proj", "k_proj")
     ),
     concentration={"gamma_fit": 0.5},
+    influence={"scale": 1.0},
     costs={"fixed_cost": 2.0},
     provenance={"domains": {"law": {"examples": 8}, "bio": {"examples": 4}}, "rounded": {"digits": 4}},
     extra={"later": 1},
@@ -390,10 +393,10 @@ def test_a_derived_blueprint_has_no_statistic_of_its_sources(derive, recomputed)
     derived = derive()
     known = {f.name for entry in derived for f in fields(Submodule) if getattr(entry, f.name)}
     assert known - OF_THE_PLACE == recomputed
-    assert not derived.concentration and not derived.extra and not derived.costs
+    assert not (derived.concentration or derived.influence or derived.extra) and not derived.costs
     [step] = derived.provenance["derived"]
     every = {f.name for f in fields(Submodule) if getattr(FULL.submodules[0], f.name)}
-    assert set(step["dropped"]) == every - known | {"concentration", "extra"}
+    assert set(step["dropped"]) == every - known | {"concentration", "influence", "extra"}
     assert "rounded" not in derived.provenance
     again = derived.blend(derived)
     assert [step["by"] for step in again.provenance["derived"]][1:] == ["blend"]

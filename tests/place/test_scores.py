@@ -27,6 +27,7 @@ def test_scores_are_their_formulas():
     numbers = {
         "signal_norm": 0.5,
         "noise_scale": 4.0,
+        "influence": 6.0,
         "singular_energy": 0.25,
         "adam_gain": 3.0,
         "weight_gradient": 7.0,
@@ -43,6 +44,7 @@ def test_scores_are_their_formulas():
         "relative_gradient_norm": [0.5, 0, 2],
         "signal_norm": [0.5] * 3,
         "signal_to_noise": [0.25] * 3,
+        "influence": [6] * 3,
         "weight_gradient": [7] * 3,
         "singular_energy": [0.25] * 3,
         "adam_gain": [3] * 3,
@@ -89,6 +91,7 @@ def test_gradient_norms_compare_within_a_kind_only():
         "per_root_parameter",
         "relative_gradient_norm",
         "signal_norm",
+        "influence",
         "singular_energy",
     }
 
@@ -103,6 +106,7 @@ bare = Submodule("bare", 1.0)
         (lambda: comparable_across_kinds("beauty"), "got 'beauty'"),
         (lambda: score([bare], "adam_gain"), "1 of 1 entries have no adam_gain .'bare'.*generate_blueprint"),
         (lambda: score([bare], "signal_to_noise"), "no noise_scale .'bare'.*two examples"),
+        (lambda: score([bare], "influence"), "no influence .'bare'.*two examples and a projection_size"),
         (lambda: score([bare], "per_root_parameter"), "'bare' have no shape"),
         (lambda: score([bare], "even", costs=[1, 2]), "got 2 for 1 entries"),
         (lambda: score([bare], "even", costs=[0]), "costs must be positive and finite, and those of 'bare' are not"),
