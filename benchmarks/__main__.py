@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 NAMES = (
     *("study", "selection", "noise", "stopping"),  # does it pay?
     *("measure", "cost", "callbacks", "files"),  # what does it cost?
-    *("drift", "sketch", "privacy", "cross", "objectives"),  # how good is a measurement?
+    *("drift", "influence", "sketch", "privacy", "cross", "objectives"),  # how good is a measurement?
 )
 
 
