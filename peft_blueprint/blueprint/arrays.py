@@ -16,7 +16,7 @@ from .header_text import JSON_KEY, VERSION, VERSION_KEY, from_columns, has_array
 from .strict_json import loads
 
 
-_VECTORS = (*NUMBERS, "alpha_error", "gamma")
+_VECTORS = NUMBERS
 _ROWS = ("norm_interval", "alignment")
 _TAG = "domain_tags."
 _NAN = float("nan")

@@ -137,6 +137,8 @@ NUMBERS = (
     "singular_energy",
     "alpha",
     "k_star",
+    "alpha_error",
+    "gamma",
 )
 _SHARES = ("gamma", "k_star", "singular_energy")  # at most 1
 _POSITIVE = ("alpha", "gamma", "k_star")
@@ -186,7 +188,7 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
-    numbers: dict[str, float | None] = {name: getattr(entry, name) for name in (*NUMBERS, "alpha_error", "gamma")}
+    numbers: dict[str, float | None] = {name: getattr(entry, name) for name in NUMBERS}
     numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
     numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
     for name, value in numbers.items():

@@ -151,7 +151,7 @@ def _entry_from_dict(data: Any, index: int) -> Submodule:
             raise FormatError(
                 f"{key} of {where} has {len(value):,} items; at most {most} are read. Leave the others out."
             )
-    numbers = {key: _take(data, key, float, where) for key in (*NUMBERS, "alpha_error", "gamma")}
+    numbers = {key: _take(data, key, float, where) for key in NUMBERS}
     tags = _take(data, "domain_tags", dict, where) or {}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in tags.values()):
         raise FormatError(f"domain_tags of {where} must be numbers, not {_shown(tags)}.")

@@ -17,7 +17,7 @@ from .. import measure, publish
 from .._files import require_writable
 from ..errors import BlueprintError
 from ..measure import GenerateOptions
-from .output import Output
+from .output import Output, ranked
 from .verbs import NF4, Columns, Dtype, In4Bit, Model, Picture, Source, Without, parse_pairs, verb
 
 
@@ -98,7 +98,7 @@ def show(
     source: Source,
     output: Output,
     by: Annotated[
-        str, typer.Option(help="Statistic to sort by: gradient_norm, adam_gain, k_star, …")
+        str, typer.Option(help="Statistic to sort by: gradient_norm, gamma, k_star, domain_tags.bio, …")
     ] = "gradient_norm",
     top: Annotated[int, typer.Option(min=0, help="Number of entries; 0 for all.")] = 20,
     picture: Picture = None,
@@ -107,8 +107,7 @@ def show(
     blueprint = records.Blueprint.from_pretrained(source)
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, by=by), picture)
-    names = [entry.name for entry in sorted(blueprint, key=lambda e: -records.score_of(e, by))]
-    output.blueprint(blueprint, by, top, bare=names[: top or None])
+    output.blueprint(blueprint, by, top, bare=[entry.name for entry in ranked(blueprint, by)[: top or None]])
 
 
 def _privacy(noise: float, epsilon: float | None, delta: float | None, clip: float | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from rich.table import Table
 
 from .. import blueprint as records
 from .._text import masked, printable
+from ..errors import BlueprintError
 
 
 if TYPE_CHECKING:
-    from ..blueprint import Blueprint
+    from ..blueprint import Blueprint, Submodule
 
 
 Format = Literal["table", "json", "quiet"]
@@ -26,6 +28,7 @@ Format = Literal["table", "json", "quiet"]
 _SHOWN = ("gradient_norm", "norm_interval", "signal_norm", "adam_gain", "alpha", "gamma", "k_star", "domain_tags")
 _MOST_TAGS = 4  # of an entry
 _UNLIMITED = 10_000  # characters of a line
+_TAG = "domain_tags."  # before a domain's name
 _HEADINGS = {"norm_interval": "95 %"}
 _OPTIONAL = ("signal_norm", "95 %", "kind", "adam_gain")  # left out, in this order, of a terminal that is too narrow
 
@@ -77,20 +80,20 @@ class Output:
 
     def blueprint(self, blueprint: Blueprint, by: str, top: int, bare: Sequence[str]) -> None:
         """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON."""
-        ranked = sorted(blueprint, key=lambda entry: -records.score_of(entry, by))[: top or None]
-        names = dict.fromkeys((*_SHOWN, by))
-        shown = [name for name in names if any(getattr(entry, name) not in (None, {}) for entry in ranked)]
+        entries = ranked(blueprint, by)[: top or None]
+        shown = [name for name in _SHOWN if any(getattr(entry, name) not in (None, {}) for entry in entries)]
         rows = [
             {"id": entry.name, "kind": entry.kind}
             | {_HEADINGS.get(name, name): _statistic(getattr(entry, name)) for name in shown}
-            for entry in ranked
+            | {by: statistic_of(entry, by)}
+            for entry in entries
         ]
         title = (
             f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
             f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}"
         )
-        if len(ranked) < len(blueprint):
-            title += f"; the {len(ranked)} largest by {by}"
+        if len(entries) < len(blueprint):
+            title += f"; the {len(entries)} largest by {by}"
         optional = [column for column in _OPTIONAL if column != by]
         self.answer(records.to_dict(blueprint) if self.format == "json" else None, rows, bare, title, optional)
 
@@ -98,6 +101,36 @@ class Output:
         """Tell a person what to do next; programs and pipelines are not told."""
         if self.format == "table":
             say(text)
+
+
+def ranked(blueprint: Blueprint, by: str) -> list[Submodule]:
+    """Return a blueprint's entries with the largest statistic first, and those without it last.
+
+    Args:
+        blueprint: of any level.
+        by: a number that entries have: a statistic, `norm_error`, a ratio as `domain_tags.NAME`, or a key that this
+            version does not know.
+
+    Raises:
+        BlueprintError: if no entry has it.
+    """
+    values = {entry.name: statistic_of(entry, by) for entry in blueprint}
+    if all(value is None for value in values.values()):
+        names = [*records.NUMBERS, "norm_error", *(f"{_TAG}{tag}" for tag in blueprint.submodules[0].domain_tags)]
+        known = [name for name in names if any(statistic_of(entry, name) is not None for entry in blueprint)]
+        raise BlueprintError(f"by must be one of {', '.join(known)}, which {blueprint.model_id!r} has, got {by!r}.")
+    return sorted(blueprint, key=lambda entry: -math.inf if (v := values[entry.name]) is None else v, reverse=True)
+
+
+def statistic_of(entry: Submodule, by: str) -> float | None:
+    """Return one number of an entry, see `ranked`, or None if it has none."""
+    if by in (*records.NUMBERS, "norm_error"):
+        value = getattr(entry, by)
+    elif by.startswith(_TAG):
+        value = entry.domain_tags.get(by.removeprefix(_TAG))
+    else:
+        value = entry.extra.get(by)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], optional: Sequence[str]) -> None:

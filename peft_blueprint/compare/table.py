@@ -28,7 +28,7 @@ Sources = Mapping[str, Blueprint | str | Path] | Iterable[str | Path]
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 TAG = "domain_tags."  # before the domain's name, a column
 
-_STATISTICS = (*(name for name in NUMBERS if name != "gradient_norm"), "alpha_error", "gamma")
+_STATISTICS = tuple(name for name in NUMBERS if name != "gradient_norm")
 _OF_BLUEPRINT: dict[str, type] = {
     "level": str,
     "model_revision": str,

@@ -18,7 +18,10 @@ from peft_blueprint.place import PlacementOptions
 def tagged(two_layers, tmp_path):
     """A blueprint with everything that the paper's format has, as a file."""
     tags = {"law": 1.0, "bio": 0.5, "math": 2.0, "code": 1.5, "[b]x": 1.0}
-    entries = tuple(replace(entry, domain_tags=tags) for entry in two_layers)
+    entries = tuple(
+        replace(entry, domain_tags={**tags, "[b]x": 1 / (1 + i)}, extra={"ours": 3 * i})
+        for i, entry in enumerate(two_layers)
+    )
     return replace(two_layers, submodules=entries, training_checkpoint=0.8).save(tmp_path / "tagged.json")
 
 
@@ -42,7 +45,7 @@ def test_show_has_all_of_the_papers_format(run, tagged, two_layers):
     assert found["domain_tags"] == "law 1, bio 0.5, math 2, code 1.5 and 1 more"
 
 
-@pytest.mark.parametrize("by", [name for name in NUMBERS if name != "noise_scale"])  # which not all entries have
+@pytest.mark.parametrize("by", [*(n for n in NUMBERS if n != "noise_scale"), "norm_error", "domain_tags.[b]x", "ours"])
 def test_show_has_the_column_that_it_sorts_by(by, run, tagged):
     """Whatever that is; it falls from row to row."""
     status, out, _ = run("show", tagged, "--by", by, "--top", 0)
@@ -51,6 +54,15 @@ def test_show_has_the_column_that_it_sorts_by(by, run, tagged):
     place = [cell.strip() for cell in heading.strip("┃").split("┃")].index(by)
     values = [float(line.strip("│").split("│")[place]) for line in out.splitlines() if line.startswith("│")]
     assert len(values) == 14 and values == sorted(values, reverse=True)
+
+
+def test_entries_without_the_statistic_come_last(run, two_layers, tmp_path):
+    """As those whose noise is larger than their signal; the others are sorted by it."""
+    entries = [replace(e, noise_scale=None if i % 3 else 1.0 + i) for i, e in enumerate(two_layers)]
+    file = replace(two_layers, submodules=tuple(entries)).save(tmp_path / "b.json")
+    names = run("show", file, "--by", "noise_scale", "--top", 0, "--format", "quiet")[1].split()
+    have = [e.name for e in entries if e.noise_scale is not None]
+    assert names == have[::-1] + [e.name for e in entries if e.noise_scale is None]
 
 
 def test_a_statistic_that_no_entry_has_is_no_column(run, two_layers, tmp_path):
@@ -131,10 +143,12 @@ def test_the_help_names_the_defaults_that_are_the_defaults(run, two_layers, monk
 
 
 def test_the_answer_of_generate_and_fetch_is_the_same_table(two_layers, capsys):
-    """One function prints all of them; a statistic that is none is refused."""
+    """One function prints all of them; a statistic that no entry has is refused."""
     Output().blueprint(two_layers, "k_star", 3, bare=[])
     assert "the 3 largest by k_star" in capsys.readouterr().out
-    with pytest.raises(BlueprintError, match="by must be one of .*, got 'gamma'"):
-        Output().blueprint(two_layers, "gamma", 3, bare=[])
+    with pytest.raises(
+        BlueprintError, match="by must be one of .*gamma, norm_error, which .* has, got 'domain_tags.law'"
+    ):
+        Output().blueprint(two_layers, "domain_tags.law", 3, bare=[])
     Output("json").blueprint(two_layers, "alpha", 3, bare=[])
     assert json.loads(capsys.readouterr().out)["layers"][0]["k_star"] == two_layers.submodules[0].k_star
