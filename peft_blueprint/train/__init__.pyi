@@ -1,4 +1,8 @@
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
+from .frozen_prefix import CacheFrozenPrefix as CacheFrozenPrefix
+from .frozen_prefix import CacheStatistics as CacheStatistics
+from .frozen_prefix import PrefixCache as PrefixCache
+from .frozen_prefix import cache_frozen_prefix as cache_frozen_prefix
 from .initialization import initialize_along_gradient as initialize_along_gradient
 from .ledger_callback import LedgerCallback as LedgerCallback
 from .memory import CheckpointAbove as CheckpointAbove
