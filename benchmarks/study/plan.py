@@ -316,8 +316,7 @@ class Schedule:
     def jobs(self) -> Iterator[Job]:
         """Yield the jobs that ran and those that are next in each ladder, in order and each once."""
         seen: set[Job] = set()
-        untrained = (Job(Entry(UNTRAINED), None, 0, seed, 0) for seed in (self.seeds if self.study.resample else [0]))
-        for job in chain(untrained, self._in_order()):
+        for job in chain([Job(Entry(UNTRAINED), None, 0, 0, 0)], self._in_order()):
             if job not in seen:
                 seen.add(job)
                 yield job
