@@ -16,13 +16,14 @@ from peft_blueprint.place import PlacementOptions
 
 @pytest.fixture
 def tagged(two_layers, tmp_path):
-    """A blueprint with everything that the paper's format has, as a file."""
+    """A blueprint with every statistic, and everything else that the paper's format has, as a file."""
     tags = {"law": 1.0, "bio": 0.5, "math": 2.0, "code": 1.5, "[b]x": 1.0}
-    entries = tuple(
-        replace(entry, domain_tags={**tags, "[b]x": 1 / (1 + i)}, extra={"ours": 3 * i})
-        for i, entry in enumerate(two_layers)
-    )
-    return replace(two_layers, submodules=entries, training_checkpoint=0.8).save(tmp_path / "tagged.json")
+    entries = []
+    for i, entry in enumerate(two_layers):
+        missing = {name: 0.5 / (1 + i) for name in NUMBERS if getattr(entry, name) is None}
+        tags["[b]x"] = 1 / (1 + i)
+        entries.append(replace(entry, domain_tags=dict(tags), extra={"ours": 3 * i}, **missing))
+    return replace(two_layers, submodules=tuple(entries), training_checkpoint=0.8).save(tmp_path / "tagged.json")
 
 
 def columns(out):
@@ -45,7 +46,7 @@ def test_show_has_all_of_the_papers_format(run, tagged, two_layers):
     assert found["domain_tags"] == "law 1, bio 0.5, math 2, code 1.5 and 1 more"
 
 
-@pytest.mark.parametrize("by", [*(n for n in NUMBERS if n != "noise_scale"), "norm_error", "domain_tags.[b]x", "ours"])
+@pytest.mark.parametrize("by", [*NUMBERS, "norm_error", "domain_tags.[b]x", "ours"])
 def test_show_has_the_column_that_it_sorts_by(by, run, tagged):
     """Whatever that is; it falls from row to row."""
     status, out, _ = run("show", tagged, "--by", by, "--top", 0)
