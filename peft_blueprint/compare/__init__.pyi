@@ -1,3 +1,4 @@
+from .drift import Drift as Drift
 from .drift import check_drift as check_drift
 from .drift import reconcile as reconcile
 from .drift import spearman as spearman
@@ -8,6 +9,7 @@ from .movement import checkpoint_movement as checkpoint_movement
 from .options import DRIFT_THRESHOLD as DRIFT_THRESHOLD
 from .options import Policy as Policy
 from .options import ProbeOptions as ProbeOptions
+from .options import read_for_domain as read_for_domain
 from .table import aggregate as aggregate
 from .table import describe_skipped as describe_skipped
 from .table import join_unique as join_unique

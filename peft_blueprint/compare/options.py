@@ -78,27 +78,37 @@ class ProbeOptions:
         if not -1 <= self.drift_threshold <= 1:
             raise BlueprintError(f"drift_threshold must be in [-1, 1], got {self.drift_threshold}.")
 
-    def read(self, source: str | Path) -> Blueprint:
-        """Read a blueprint from a file, a folder or the Hub, for the domain of these options.
 
-        A domain with a file of its own, as `publish(domain=…)` writes it beside others, is read from there. Otherwise,
-        and for weights, the main blueprint's `domain_tags` give the norms.
+def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None) -> Blueprint:
+    """Read a blueprint from a file, a folder or the Hub, for one domain or a mixture of several.
 
-        Raises:
-            BlueprintError: as `Blueprint.from_pretrained`, and `MismatchError` for a domain without a file or tag.
-        """
-        if isinstance(self.domain, str) and not Path(source).is_file():
-            try:
-                return Blueprint.from_pretrained(source, domain=self.domain)
-            except FormatError:
-                raise
-            except BlueprintError:  # no such file, or the name cannot be one: it may be a tag
-                pass
-        return self.for_domain(Blueprint.from_pretrained(source))
+    A domain with a file of its own, as `publish(domain=…)` writes it beside others, is read from there. Otherwise, and for
+    weights, the norms are those of the main blueprint's `domain_tags`.
 
-    def for_domain(self, blueprint: Blueprint) -> Blueprint:
-        """Return a blueprint for the domain of these options, see `Blueprint.for_domain`; itself without one."""
-        return blueprint if self.domain is None else blueprint.for_domain(self.domain)
+    Args:
+        source: see `Blueprint.from_pretrained`.
+        domain: see `ProbeOptions`; None for the main blueprint as it is.
+
+    Raises:
+        BlueprintError: as `Blueprint.from_pretrained`, and `MismatchError` for a domain without a file or tag.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint import Submodule
+        >>> blueprint = Blueprint("org/model", (Submodule("attn.0", 2.0, domain_tags={"bio": 0.5}),), level="group")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     read_for_domain(blueprint.save(folder), "bio")["attn.0"].gradient_norm
+        1.0
+    """
+    if isinstance(domain, str) and not Path(source).is_file():
+        try:
+            return Blueprint.from_pretrained(source, domain=domain)
+        except FormatError:
+            raise
+        except BlueprintError:  # no such file, or the name cannot be one: it may be a tag
+            pass
+    blueprint = Blueprint.from_pretrained(source)
+    return blueprint if domain is None else blueprint.for_domain(domain)
 
 
 def _parsed(text: str) -> dict[str, float]:

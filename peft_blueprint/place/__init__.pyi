@@ -19,6 +19,8 @@ from .options import RankBy as RankBy
 from .options import Ranks as Ranks
 from .placement import Placement as Placement
 from .planner import plan_placement as plan_placement
+from .probe import Probed as Probed
+from .probe import probe_blueprint as probe_blueprint
 from .scores import CONTROLS as CONTROLS
 from .scores import SCORES as SCORES
 from .trainer_configs import Trainer as Trainer

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +24,14 @@ from torch import nn
 from .._files import write_atomically
 from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, from_dict, to_dict
+from ..compare import ProbeOptions, read_for_domain
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
 from .cost import Workload, workload_of
 from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
 from .planner import plan_placement
+from .probe import probe_blueprint
 from .trainer_configs import lora_settings, whole_if_exact
 
 
@@ -70,15 +72,20 @@ BLUEPRINT = extend_peft_type("BLUEPRINT")
 
 
 @dataclass
-class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r may be None until it is settled
+class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: ignore[misc]  # r may be None until settled
     """LoRA adapters and unfrozen blocks where a blueprint says that they pay.
 
-    Has the fields of `PlacementOptions` and of `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`, …). The targets
-    are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they are checked
-    against the model. A budget, and a blueprint of groups or layers, are settled on the model. Fused experts become
-    `target_parameters`, linear layers `target_modules`. The planner is not offered what `exclude_modules`,
-    `layers_to_transform` or `modules_to_save` leave out. Once the config is settled, `blueprint` is the digest of an
-    object that was given, so that a log of the config stays short; `record` is the blueprint.
+    Has the fields of `PlacementOptions`, `ProbeOptions` and `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`,
+    …). The targets are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they
+    are checked against the model. A probe, a budget, and a blueprint of groups or layers are settled on the model.
+    Fused experts become `target_parameters`, linear layers `target_modules`. The planner is not offered what
+    `exclude_modules`, `layers_to_transform` or `modules_to_save` leave out. Once the config is settled, `blueprint` is
+    the digest of an object that was given, so that a log of the config stays short; `record` is the blueprint.
+
+    **Probe.** With a `probe` the config runs Algorithm 1 of the paper: it measures the probe when PEFT puts the adapter
+    on, checks the blueprint for drift, blends the two and places by the blend. The probe is neither saved nor logged; the
+    blend is saved in `blueprint_config.json`. To resume a run, load the saved adapter (`PeftModel.from_pretrained`), or
+    give the same examples in the same order.
 
     **Rank and scaling.** `lora_alpha / r` is the scaling as for LoRA on every linear layer, and each adapter keeps it
     whatever its rank becomes. Once settled, `r` is the rank of the adapters (the largest, where they differ) and
@@ -94,6 +101,9 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
         workload (`Workload | dict`, *optional*):
             Training step for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; a dict is
             completed from the model.
+        probe (*optional*):
+            Local data: batches or examples, see `measure_influence`, of which `probe_examples` are measured; or a
+            blueprint that was measured on them. None again once the config is settled.
 
     Raises:
         BlueprintError: if the blueprint cannot be read or the options cannot be met, as with dropout on fused experts;
@@ -119,9 +129,12 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
     workload: Workload | dict | None = field(
         default=None, metadata={"help": "Training step that costs are predicted for."}
     )
+    probe: InitVar[Any] = None  # no field, so that nothing that walks the fields logs or copies it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, probe: Any) -> None:
         PlacementOptions.__post_init__(self)
+        ProbeOptions.__post_init__(self)
+        vars(self)["probe"] = probe if self.probe_examples else None  # from where `dataclasses.replace` takes it
         is_copy = self.peft_type == PeftType.LORA  # of a settled config, by `dataclasses.replace`
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
@@ -130,13 +143,20 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
                 f"layer_replication={self.layer_replication} renumbers the layers that a placement names. Replicate the "
                 "model's layers first and measure that model, or use LoraConfig."
             )
+        if self._probe is not None and self.placement is not None:
+            raise PlacementError("probe and placement both say where adapters go: give one of them.")
+        if self.domain is not None and self.blueprint is None:
+            raise PlacementError(
+                f"domain={self.domain!r} chooses among the domains of a blueprint: give one, or leave domain out."
+            )
         record = self._read() if self.placement is None else None
         if self.placement is None:
             for name in ("target_modules", "target_parameters"):
                 if getattr(self, name) is not None:
                     self._refuse_targets(name, "a blueprint")
-            if record is not None and record.level == "submodule" and self.budget is None:
-                self._apply(self._plan(record))  # a budget is settled on the model, which tells the workload
+            is_of_model = self._probe is not None or self.budget is not None  # which tells the workload
+            if record is not None and record.level == "submodule" and not is_of_model:
+                self._apply(self._plan(record))
         elif self.target_modules is None and self.target_parameters is None:
             self._apply(self.placement, is_given=True)
         elif not self._is_as_placed(self.placement):
@@ -156,6 +176,10 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
             if value is not None and value != default and not (self.placement is not None and f.name in _SETTLED):
                 shown[f.name] = value
         return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
+
+    @property
+    def _probe(self) -> Any:
+        return vars(self)["probe"]
 
     @property
     def record(self) -> Blueprint | None:
@@ -178,9 +202,12 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
             PlacementError: if a quantised block would be unfrozen.
         """
         if self.placement is None and self.target_modules is None:
-            record = self._read()
+            record = self._read() if self._probe is None else self._probed(model)
             assert record is not None
-            self._apply(self._plan(record, model))
+            placement = self._plan(record, model)
+            if self._probe is not None:
+                self.blueprint, self._record, self.domain, vars(self)["probe"] = record, record, None, None
+            self._apply(placement)
         if isinstance(self.placement, Placement):
             if (record := self._read()) is not None:
                 check_fits(record.expand(find_submodules(model)), model)
@@ -237,22 +264,34 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
         write_atomically(folder / SIDECAR, json.dumps(recipe, indent=2, sort_keys=True))
 
     def _read(self) -> Blueprint | None:
-        """Return the blueprint, which is read once; None where the targets are known without it."""
-        if isinstance(self.blueprint, Blueprint):
-            return self.blueprint
+        """Return the blueprint of the domain, which is read once; None where the targets are known without it."""
+        given = self.blueprint
+        if isinstance(given, Blueprint) and self.domain is None:
+            return given
         if "_record" in vars(self):
             return cast(Blueprint, vars(self)["_record"])
-        is_digest = isinstance(self.blueprint, str) and self.blueprint.startswith(_DIGEST)
-        if self.blueprint is None or is_digest:
-            if self.placement is None and self.target_modules is None:
-                given = f", got {self.blueprint!r}, which is the digest of one" if is_digest else ""
+        is_digest = isinstance(given, str) and given.startswith(_DIGEST)
+        if given is None or is_digest:
+            if self.placement is None and self.target_modules is None and (is_digest or self._probe is None):
+                got = f", got {given!r}, which is the digest of one" if is_digest else ""
                 raise PlacementError(
-                    f"BlueprintConfig needs a blueprint (an object, file, folder or Hub id) or a placement{given}."
+                    f"BlueprintConfig needs a blueprint (an object, file, folder or Hub id), a probe or a placement{got}."
                 )
             return None
-        given_as = self.blueprint
-        self._record = from_dict(given_as) if isinstance(given_as, dict) else Blueprint.from_pretrained(given_as)
+        if isinstance(given, str | Path):
+            self._record = read_for_domain(given, self.domain)
+        else:
+            record = given if isinstance(given, Blueprint) else from_dict(given)
+            self._record = record if self.domain is None else record.for_domain(self.domain)
         return self._record
+
+    def _probed(self, model: nn.Module) -> Blueprint:
+        """Measure the probe on a model, and return the blueprint to place by."""
+        published = self._read()
+        if published is not None:
+            check_fits(published.expand(find_submodules(model)), model)
+        options = ProbeOptions(**{f.name: getattr(self, f.name) for f in fields(ProbeOptions)} | {"domain": None})
+        return probe_blueprint(model, self._probe, published, options, seed=self.seed).blueprint
 
     def _refuse_targets(self, name: str, other: str) -> None:
         raise PlacementError(
@@ -339,7 +378,7 @@ class BlueprintConfig(PlacementOptions, LoraConfig):  # type: ignore[misc]  # r 
         if isinstance(self.blueprint, Blueprint | dict):
             record = self._read()
             assert record is not None
-            self._record, self.blueprint = record, record.digest
+            self._record, self.blueprint, self.domain = record, record.digest, None
         if placement.unfreeze:
             already = self.modules_to_save or []
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from peft_blueprint import Blueprint, BlueprintError, Submodule
-from peft_blueprint.compare import ProbeOptions
+from peft_blueprint.compare import ProbeOptions, read_for_domain
 from peft_blueprint.errors import FormatError, MismatchError
 
 
@@ -40,7 +40,7 @@ def test_a_domain_is_read_from_its_own_file_or_from_the_tags(tmp_path):
     replace(PUBLISHED, submodules=(Submodule("attn.0", 7.0),)).save(tmp_path / "blueprint-law.json")
 
     def norm(domain, source=tmp_path):
-        return ProbeOptions(domain=domain).read(source).submodules[0].gradient_norm
+        return read_for_domain(source, ProbeOptions(domain=domain).domain).submodules[0].gradient_norm
 
     assert norm(None) == 2.0 and norm("law") == 7.0 and norm("bio") == 0.5
     assert norm("law", tmp_path / "blueprint.json") == 2.0, "a file stands for itself"
