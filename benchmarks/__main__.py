@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    *("study", "selection", "noise", "stopping"),  # does it pay?
+    *("study", "selection", "mixture", "noise", "stopping"),  # does it pay?
     *("measure", "cost", "callbacks", "files"),  # what does it cost?
     *("drift", "influence", "sketch", "privacy", "cross", "objectives"),  # how good is a measurement?
 )

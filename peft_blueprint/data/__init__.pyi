@@ -16,6 +16,7 @@ from .predictor import fit_predictor as fit_predictor
 from .scoring import ExampleScorer as ExampleScorer
 from .select import Selection as Selection
 from .select import select_examples as select_examples
+from .shallow import first_layers as first_layers
 from .tables import read_table as read_table
 from .tables import require_columns as require_columns
 from .tables import require_format as require_format

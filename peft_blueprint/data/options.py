@@ -114,6 +114,9 @@ class SelectionOptions:
         "Features that scores are predicted from: one forward pass of the model, which costs about half of measuring "
         "and ranks better, or the tokens alone.",
     )
+    scorer_layers: int | None = _option(
+        None, "Score with the model's first layers, final norm and head alone: cheaper, and less like the whole model."
+    )
     similarity: Similarity = _option("cosine", "Similarity of an example's gradient with the target's.")
     precondition: Precondition = _option("none", "Preconditioning of the alignment, by submodule.")
     iterations: int = _option(2, "Rounds of the method iterative, with training in between.")
@@ -130,8 +133,9 @@ class SelectionOptions:
     def __post_init__(self) -> None:
         for name, least in _MINIMA.items():
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
-        if self.count is not None:
-            object.__setattr__(self, "count", _integer("count", self.count, 1))
+        for name in ("count", "scorer_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
         if self.fraction is not None:
             is_number = isinstance(self.fraction, Real) and not isinstance(self.fraction, bool)
             if not is_number or not 0 < self.fraction <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, collate
 from .alignment import find_rows, gradient_points
 from .examples import Candidate
 from .features import DEPTHS, MODEL_SCALARS, model_features
+from .shallow import first_layers
 
 
 ScoreFunction = Callable[[Sequence[Candidate]], np.ndarray]
@@ -74,6 +76,7 @@ class ExampleScorer:
         seed: of projections and random scores.
         loss_fn: `loss_fn(model, batch)` → losses (B,).
         cost: spent so far.
+        layers: score with the model's first layers alone, see `first_layers`; None for the whole model.
     """
 
     model: nn.Module
@@ -83,26 +86,33 @@ class ExampleScorer:
     seed: int
     loss_fn: LossFunction | None
     cost: Cost = field(default_factory=Cost)
+    layers: int | None = None
+
+    def cut_model(self) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the model has the layers alone that score."""
+        return nullcontext(self.model) if self.layers is None else first_layers(self.model, self.layers)
 
     def influence(self, candidates: Sequence[Candidate], projections: bool) -> Influence:
         """Measure candidates in this process."""
-        found = measure_influence(
-            self.model,
-            self._batches(candidates),
-            projection_size=PROJECTION_SIZE if projections else 0,
-            submodules=self.submodules,
-            loss_fn=self.loss_fn,
-            seed=self.seed,
-            progress=False,
-            reduce=False,
-        )
+        with self.cut_model() as model:
+            found = measure_influence(
+                model,
+                self._batches(candidates),
+                projection_size=PROJECTION_SIZE if projections else 0,
+                submodules=self.submodules,
+                loss_fn=self.loss_fn,
+                seed=self.seed,
+                progress=False,
+                reduce=False,
+            )
         self.cost.measured_tokens += found.tokens
         return found
 
     def features(self, candidates: Sequence[Candidate], depths: Sequence[float] = DEPTHS) -> np.ndarray:
         """Compute features by one forward pass in this process, see `model_features`."""
         batches = self._batches(candidates)
-        found, tokens = model_features(self.model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
+        with self.cut_model() as model:
+            found, tokens = model_features(model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
         self.cost.forward_tokens += tokens
         return found
 

@@ -29,6 +29,7 @@ from .options import ITERATIVE, MAX_FACILITY_POINTS, MIN_MEASURED, SCORE_COLUMNS
 from .resume import Progress, extend_digest
 from .scan import Choice, Scan, Scores
 from .scoring import ExampleScorer, ScoreFunction, count_targets, random_scores
+from .shallow import first_layers
 from .text_similarity import bm25
 
 
@@ -196,29 +197,10 @@ def select_examples(
     pool = Pool(dataset, tokenizer, options.columns, options.max_length, requires_columns=True)
     _check_request(options, method, model, target, placement, pool.length)
     count = options.resolve_count(pool.length)
-    names = _trained_submodules(model, placement, options.submodules)
-    targets = []
-    if method.uses_target and target is not None:
-        targets = _encode_target(Pool(target, tokenizer, options.columns, options.max_length))
-    settings = _settings(options, method, names, targets)
-    rank = process_rank()
-    state = _open_state(options, settings, pool, names, targets, model, writes=rank == 0)
-    scorer = ExampleScorer(
-        model=nn.Module() if model is None else model,
-        submodules=names,
-        batch_size=options.batch_size,
-        pad_token_id=_pad_token_id(model, tokenizer),
-        seed=options.seed,
-        loss_fn=loss_fn,
+    scan, targets, settings = open_scan(
+        model, pool, options, method, tokenizer, target, placement, loss_fn, progress=progress, started=start
     )
-    scan = Scan(pool, scorer, state, options, progress, start)
-    scan.fallbacks += state.notes.get("fallbacks", [])
-    if "cost" in state.notes:
-        *tokens, scorer.cost.seconds = state.notes["cost"]
-        if rank == 0:  # the tokens of all processes, counted once
-            scorer.cost.forward_tokens, scorer.cost.measured_tokens = tokens
-    if model is not None:
-        scorer.cost.parameters, scorer.cost.backward_parameters = parameters_per_token(model, names)
+    scorer = scan.scorer
     before = scorer.cost.seconds
     scores, rows = None, None
     if pool.is_stream:
@@ -250,6 +232,60 @@ def select_examples(
         all_scores=all_scores,
         rows=rows,
     )
+
+
+def open_scan(
+    model: nn.Module | None,
+    pool: Pool,
+    options: SelectionOptions,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target: Iterable[Example] | None,
+    placement: Placement | None,
+    loss_fn: LossFunction | None = None,
+    *,
+    progress: bool,
+    started: float,
+    **settings: Any,
+) -> tuple[Scan, list[Candidate], dict[str, Any]]:
+    """Open a pass over a pool, continued from the kept state.
+
+    Args:
+        model, pool, options, method, tokenizer, target, placement, loss_fn, progress: see `select_examples`.
+        started: time of `time.perf_counter` that the cost counts from.
+        **settings: further settings that a continued run must share.
+
+    Returns:
+        The pass, the encoded target, and the settings that mattered.
+    """
+    names, above = _trained_submodules(model, placement, options)
+    targets = []
+    if method.uses_target and target is not None:
+        targets = _encode_target(Pool(target, tokenizer, options.columns, options.max_length))
+    settings = _settings(options, method, names, targets) | settings
+    rank = process_rank()
+    state = _open_state(options, settings, pool, names, targets, model, writes=rank == 0)
+    scorer = ExampleScorer(
+        model=nn.Module() if model is None else model,
+        submodules=names,
+        batch_size=options.batch_size,
+        pad_token_id=_pad_token_id(model, tokenizer),
+        seed=options.seed,
+        loss_fn=loss_fn,
+        layers=None if model is None else options.scorer_layers,
+    )
+    scan = Scan(pool, scorer, state, options, progress, started)
+    scan.fallbacks += state.notes.get("fallbacks", [])
+    if above:
+        scan.note(f"{above} submodules above the first {options.scorer_layers} layers do not count")
+    if "cost" in state.notes:
+        *tokens, scorer.cost.seconds = state.notes["cost"]
+        if rank == 0:  # the tokens of all processes, counted once
+            scorer.cost.forward_tokens, scorer.cost.measured_tokens = tokens
+    if model is not None:
+        with scorer.cut_model() as using:
+            scorer.cost.parameters, scorer.cost.backward_parameters = parameters_per_token(using, names)
+    return scan, targets, settings
 
 
 def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> ScoreFunction:
@@ -380,20 +416,23 @@ def _check_request(
         )
     if options.keep_state is not None and options.method in (ITERATIVE, "bm25"):
         raise BlueprintError(f"{name} cannot be resumed. Leave out keep_state.")
+    if options.scorer_layers is not None and (not method.uses_model or options.method == ITERATIVE):
+        raise BlueprintError(f"{name} does not score with a part of the model. Leave out scorer_layers.")
     if method.is_predicted and options.small < MIN_MEASURED:
         raise BlueprintError(f"small must be at least {MIN_MEASURED} for a prediction, got {options.small}.")
 
 
 def _trained_submodules(
-    model: nn.Module | None, placement: Placement | None, submodules: Sequence[str] | None
-) -> tuple[str, ...] | None:
-    """Return the submodules whose gradients count, in the model's order; None for all.
+    model: nn.Module | None, placement: Placement | None, options: SelectionOptions
+) -> tuple[tuple[str, ...] | None, int]:
+    """Return the submodules whose gradients count, in the model's order, None for all; and how many the scorer lacks.
 
     Raises:
-        MismatchError: for a name that the model lacks, or no name at all.
+        MismatchError: for a name that the model lacks, no name at all, or names above the scorer's layers alone.
     """
+    submodules, layers = options.submodules, options.scorer_layers
     if model is None or (placement is None and submodules is None):
-        return None
+        return None, 0
     every = [submodule.name for submodule in find_submodules(model)]
     wanted = set(submodules or ()) if placement is None else set(placement.lora)
     blocks = () if placement is None else placement.unfreeze
@@ -405,7 +444,17 @@ def _trained_submodules(
             f"{len(missing)} of {len(wanted) + len(blocks)} submodules are not in this model "
             f"({format_names(missing) or 'no names given'}). Its submodules are {format_names(every)}."
         )
-    return names
+    if layers is None:
+        return names, 0
+    with first_layers(model, layers):
+        left = {submodule.name for submodule in find_submodules(model)}
+    kept = tuple(name for name in names if name in left)
+    if not kept:
+        raise MismatchError(
+            f"All {len(names)} submodules that count are above the first {layers} layers that score ({format_names(names)}). "
+            "Increase scorer_layers, or leave out the placement and submodules."
+        )
+    return kept, len(names) - len(kept)
 
 
 def _encode_target(pool: Pool) -> list[Candidate]:
@@ -433,6 +482,7 @@ def _settings(
     used += ["small", "features"] if method.is_predicted else []
     used += ["similarity", "precondition"] if method.measure == "alignment" else []
     used += ["iterations"] if options.method == ITERATIVE else []
+    used += ["scorer_layers"] if method.uses_model else []
     settings = {name: getattr(options, name) for name in used if getattr(options, name) is not None}
     if names is not None:
         settings["submodules"] = len(names)
