@@ -143,6 +143,7 @@ class Study:
             reported.
         test_from_train: training examples that a resampled study tests on instead.
         compare: labels of arms that every arm is compared with, the reference first.
+        looks: numbers of seeds after which a resampled study decides; the last is what is planned.
         flops_per_second: of the machine, for estimates before anything was measured.
     """
 
@@ -168,6 +169,7 @@ class Study:
     resample: bool = False
     test_from_train: int = 0
     compare: tuple[str, ...] = ("all-linear",)
+    looks: tuple[int, ...] = (8, 16, 28)
     flops_per_second: float = 60e9
 
     @property

@@ -2,6 +2,7 @@
 
     python -m benchmarks study benchmarks/studies/contest_bf16.yaml --data FOLDER [--processes 2] [--minutes 180]
     python -m benchmarks study benchmarks/studies/contest_bf16.yaml --report
+    python -m benchmarks study benchmarks/studies/measuring.yaml --page docs/results/placement.md
 
 A study names its data, sizes, arms and their order; FOLDER holds the data sets. A job is one arm at one learning rate
 with one seed. Its record is appended to a log, and `--keep` moves the log into benchmarks/results/runs.jsonl.gz. A
@@ -33,6 +34,7 @@ from peft_blueprint.errors import BlueprintError
 from ..setup import CACHE, own_command, own_environment, say
 from .arms import Choice, Infeasible, choice_of, guess_of, rule_of
 from .ground import Ground
+from .page import insert, markdown
 from .plan import TASK, UNTRAINED, Entry, Job, Schedule, Study
 from .report import Report
 from .store import LOG, STEP_TIME, Store, outcome
@@ -55,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--times", type=int, metavar="ROUNDS", help="measure step times")
     parser.add_argument("--report", action="store_true", help="print the tables")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="with --report: draw loss against cost")
+    parser.add_argument("--page", type=Path, metavar="MD", help="write a resampled study's numbers into a page")
     parser.add_argument("--keep", action="store_true", help="move the log into the archive")
 
 
@@ -69,6 +72,9 @@ def main(options: argparse.Namespace) -> None:
     store = Store(study, options.log)
     if options.keep:
         say(f"{store.keep()} records are in {store.archive}.")
+    elif options.page:
+        command = f"python -m benchmarks study {options.study} --page {options.page}"
+        insert(options.page, study.name, markdown(Report(study, store.jobs(), store.step_times()), command))
     elif options.report:
         report = Report(study, store.jobs(), store.step_times())
         print(report.markdown())
