@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from ..errors import BlueprintError
 from .entry import ADAPTABLE, Submodule, norm_of
 
@@ -19,7 +22,6 @@ FIXED_COST = 2.0
 VARIABLE_COST = 14.0
 
 KEY = "k_star"  # of a blueprint's costs
-_ENDINGS = {"k": "", "submodules": "_submodules", "gain": "_gain", "ratio": "_ratio"}
 
 
 def parameter_share(part: Sequence[Submodule], whole: Sequence[Submodule]) -> float | None:
@@ -37,39 +39,86 @@ def parameter_share(part: Sequence[Submodule], whole: Sequence[Submodule]) -> fl
 
 @dataclass(frozen=True)
 class BestShare:
-    """The share of a model whose update gives the most per resource: k* of the whole model.
+    """The share that gives the most gain per cost: k* of a model's parameters, or q* of the data.
 
     Args:
-        k: share of the parameters, (0, 1]; of the submodules where shapes are unknown.
-        submodules: share of the submodules, those with the largest gradient norms.
-        gain: share of the summed gradient norm that they hold, Δ_k/Δ_full.
-        ratio: their gain per cost over that of a full update, G(k)/G(1), at least 1.
+        share: k* or q*, by size: of the parameters, of the examples.
+        items: share of the number of submodules or examples, those with the largest values.
+        gain: share of the summed values that they hold, Δ_k/Δ_full.
+        ratio: their gain per cost over that of all, G(k)/G(1), at least 1.
     """
 
-    k: float
-    submodules: float
+    share: float
+    items: float
     gain: float
     ratio: float
 
     @property
     def is_interior(self) -> bool:
-        """Whether a part of the model gives strictly more per resource than all of it (Proposition B.1)."""
-        return self.submodules < 1
+        """Whether a part gives strictly more per cost than all of it (Proposition B.1)."""
+        return self.items < 1
 
     def to_costs(self) -> dict[str, float]:
         """Return the keys under which a blueprint's `costs` hold it."""
-        return {f"{KEY}{end}": getattr(self, name) for name, end in _ENDINGS.items()}
+        return {
+            KEY: self.share,
+            f"{KEY}_submodules": self.items,
+            f"{KEY}_gain": self.gain,
+            f"{KEY}_ratio": self.ratio,
+        }
+
+
+def best_prefix(
+    values: ArrayLike, fixed_cost: float, variable_cost: float, sizes: ArrayLike | None = None
+) -> BestShare:
+    """Find how many of the largest values give the most of their sum per cost (eq. 8), on the measured curve.
+
+    Maximises G(k) = (share of the sum) / (fixed + variable·k). Eq. 15 needs a power law k^γ for the share; the measured
+    curve does without, as B.1 allows for any concave one. If G rises up to all values, the share is 1.
+
+    Args:
+        values: (n,) not negative, such as gradient norms.
+        fixed_cost: cost of each unit of size, whether it is chosen or not.
+        variable_cost: further cost of each that is chosen.
+        sizes: (n,) positive; 1 each by default.
+
+    Raises:
+        BlueprintError: for no value, values that are negative, not finite or all zero, or costs that are not positive.
+
+    Example:
+        >>> best = best_prefix([8, 4, 2, 1, 1], fixed_cost=1, variable_cost=4)
+        >>> best.share, best.gain, round(best.ratio, 2)
+        (0.4, 0.75, 1.44)
+    """
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not (np.isfinite(array).all() and (array >= 0).all() and array.any()):
+        raise BlueprintError(
+            f"values must be finite, not negative and not all zero, got {array.size} from "
+            f"{array.min(initial=0):g} to {array.max(initial=0):g}."
+        )
+    for cost in (fixed_cost, variable_cost):
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < math.inf:
+            raise BlueprintError(
+                f"fixed_cost and variable_cost must be positive numbers, got {fixed_cost!r} and {variable_cost!r}."
+            )
+    order = np.argsort(-array, kind="stable")
+    weights = np.ones(array.size) if sizes is None else np.asarray(sizes, dtype=float)
+    k, gain = (np.cumsum(part[order]) for part in (weights, array / array.max()))
+    k, gain = k / k[-1], gain / gain[-1]
+    ratio = gain * (fixed_cost + variable_cost) / (fixed_cost + variable_cost * k)
+    at = int(np.argmax(ratio >= ratio.max() * (1 - 1e-12)))
+    if ratio[at] <= 1 + 1e-12:
+        at = array.size - 1
+    return BestShare(float(k[at]), (at + 1) / array.size, float(gain[at]), float(ratio[at]))
 
 
 def best_share(blueprint: Blueprint) -> BestShare:
-    """Find the share k* that maximises gain per cost R(k) = Δ_k / C(k) (eq. 8) on the measured curve.
+    """Find k* of the whole model: the share of its parameters whose update gives the most per resource (eq. 8).
 
-    Δ_k is the gradient norm that the largest submodules hold, in the order of Algorithm 1, line 3; C(k) = fixed +
-    variable·k (eq. 10) by the blueprint's `costs`, with k their share of the parameters. Without costs, a parameter
-    takes 2 bytes frozen and 14 more trained. Eq. 15 needs a power law k^γ for Δ_k; the measured curve does without, as B.1
-    allows for any concave one. If gain per cost rises up to the full update, k* is 1.
-
-    Only linear layers and fused experts count, unless the blueprint has none.
+    The gain is the gradient norm that the largest submodules hold, in the order of Algorithm 1, line 3, and the cost
+    fixed + variable·k (eq. 10) for a share k of the parameters, by the blueprint's `costs`: without these 2 bytes for a
+    frozen parameter and 14 more for a trained one. Where shapes are unknown, submodules are counted instead. Only linear
+    layers and fused experts count, unless the blueprint has none.
 
     Raises:
         BlueprintError: if every gradient norm is zero, or the costs are not positive numbers.
@@ -78,34 +127,22 @@ def best_share(blueprint: Blueprint) -> BestShare:
         >>> from peft_blueprint import Blueprint
         >>> entries = tuple(Submodule(f"{i}", 2.0 ** -i, shape=(4, 4)) for i in range(8))
         >>> best = best_share(Blueprint("org/model", entries))
-        >>> best.k, round(best.gain, 2), round(best.ratio, 2)
+        >>> best.share, round(best.gain, 2), round(best.ratio, 2)
         (0.25, 0.75, 2.19)
     """
-    costs = [blueprint.costs.get("fixed_cost", FIXED_COST), blueprint.costs.get("variable_cost", VARIABLE_COST)]
-    for value in costs:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise BlueprintError(
-                f"fixed_cost and variable_cost of {blueprint.model_id!r} must be positive numbers, got {costs}. Measure "
-                "the blueprint again."
-            )
-    fixed, variable = costs
     entries = [entry for entry in blueprint if entry.form in ADAPTABLE] or list(blueprint)
-    total = math.fsum(map(norm_of, entries))
-    if not total:
-        raise BlueprintError(
-            f"Every gradient norm of {blueprint.model_id!r} is zero, so no share pays best. Measure the blueprint again."
-        )
-    ranked = sorted(entries, key=norm_of, reverse=True)
     has_sizes = all(entry.shape is not None for entry in entries)
-    sizes = [float(_size(entry)) if has_sizes else 1.0 for entry in ranked]
-    parameters = math.fsum(sizes)
-    best, k, gain = BestShare(1.0, 1.0, 1.0, 1.0), 0.0, 0.0
-    for count, (entry, size) in enumerate(zip(ranked[:-1], sizes, strict=False), start=1):
-        k, gain = k + size / parameters, gain + norm_of(entry) / total
-        ratio = gain * (fixed + variable) / (fixed + variable * k)
-        if ratio > best.ratio * (1 + 1e-12):
-            best = BestShare(min(k, 1.0), count / len(ranked), min(gain, 1.0), ratio)
-    return best
+    try:
+        return best_prefix(
+            [norm_of(entry) for entry in entries],
+            blueprint.costs.get("fixed_cost", FIXED_COST),
+            blueprint.costs.get("variable_cost", VARIABLE_COST),
+            [_size(entry) for entry in entries] if has_sizes else None,
+        )
+    except BlueprintError as error:
+        raise BlueprintError(
+            f"k* of {blueprint.model_id!r} cannot be found from its gradient norms and costs: {error}"
+        ) from error
 
 
 def k_star_of(blueprint: Blueprint) -> float:
@@ -121,7 +158,7 @@ def k_star_of(blueprint: Blueprint) -> float:
     """
     value = blueprint.costs.get(KEY)
     if value is None:
-        return best_share(blueprint).k
+        return best_share(blueprint).share
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise BlueprintError(
             f"k_star among the costs of {blueprint.model_id!r} must be in (0, 1], got {value!r}. Measure the blueprint "

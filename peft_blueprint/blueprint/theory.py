@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from ..errors import BlueprintError
 
 
+_MOST_STEPS, _CONVERGED = 100_000, 1e-13  # of an alternation
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise BlueprintError(message)
@@ -186,6 +189,103 @@ def combined_gain(k: float, gamma: float, q: float, delta: float) -> CombinedGai
     _require_share("k", k)
     _require_share("q", q)
     return CombinedGain(gain=k**gamma * q**delta, cost=k * q)
+
+
+def q_star(delta: float, fixed_cost: float, variable_cost: float) -> float:
+    """Return the fraction q* of the data that maximises q^δ / (fixed + variable·q) (eq. 30 and 31), at most 1.
+
+    The same optimum as `k_star`, for the data: `fixed_cost` of choosing, per example of all the data, and
+    `variable_cost` of training on one. Above δ = variable/(fixed + variable), all the data give the most per cost.
+
+    Raises:
+        BlueprintError: for delta outside (0, 1) or costs that are not positive.
+
+    Example:
+        >>> round(q_star(0.4, fixed_cost=1, variable_cost=3), 3)
+        0.222
+    """
+    _require(0 < delta < 1, f"delta must be in (0, 1), got {delta}.")
+    return k_star(delta, fixed_cost, variable_cost)
+
+
+@dataclass(frozen=True)
+class JointCost:
+    """Cost of training a share k of the parameters on a share q of the data (eq. 36); without `pairs`, eq. 37.
+
+    Args:
+        fixed: α'', whatever is trained on whatever data.
+        parameters: β''·N, of training all parameters, whatever the data: memory of optimizer states.
+        examples: γ''·M, of processing all data, whatever is trained: passes of the frozen model.
+        pairs: η''·N·M, of training all parameters on all data, beside these.
+
+    Raises:
+        BlueprintError: if a cost is negative or not finite, or `fixed` is 0.
+
+    Example:
+        >>> JointCost(fixed=1, parameters=4, examples=3).of(0.5, 1.0)
+        6.0
+    """
+
+    fixed: float
+    parameters: float = 0.0
+    examples: float = 0.0
+    pairs: float = 0.0
+
+    def __post_init__(self) -> None:
+        costs = (self.fixed, self.parameters, self.examples, self.pairs)
+        _require(
+            all(0 <= cost < math.inf for cost in costs) and self.fixed > 0,
+            f"Costs must be finite and not negative, and fixed above 0, got {self}.",
+        )
+
+    def of(self, k: float, q: float) -> float:
+        """Return the cost of a share k of the parameters on a share q of the data."""
+        return self.fixed + self.parameters * k + self.examples * q + self.pairs * k * q
+
+
+@dataclass(frozen=True)
+class JointUpdate:
+    """The best pair of fractions, its gain per cost, and that of all parameters on all data."""
+
+    k: float
+    q: float
+    gain_per_cost: float
+    full_gain_per_cost: float
+
+    @property
+    def ratio(self) -> float:
+        """Gain per cost over that of all parameters on all data, at least 1."""
+        return self.gain_per_cost / self.full_gain_per_cost
+
+
+def joint_update(gamma: float, delta: float, cost: JointCost) -> JointUpdate:
+    """Find the fractions k and q that maximise k^γ·q^δ (eq. 35) over the joint cost (eq. 36).
+
+    In log k and log q the logarithm of the cost is a log-sum-exp, which is convex, so the ratio has one maximum.
+    Alternation finds it: for a given q the best k is that of eq. 15, with what depends on q alone as the fixed cost.
+
+    Raises:
+        BlueprintError: for gamma or delta outside (0, 1).
+
+    Example:
+        >>> best = joint_update(0.3, 0.4, JointCost(fixed=1, parameters=4, examples=3))
+        >>> round(best.k, 3), round(best.q, 3), round(best.ratio, 3)
+        (0.25, 0.444, 1.145)
+    """
+    for name, value in (("gamma", gamma), ("delta", delta)):
+        _require(0 < value < 1, f"{name} must be in (0, 1), got {value}.")
+
+    def best(exponent: float, fixed: float, variable: float) -> float:
+        return k_star(exponent, fixed, variable) if variable > 0 else 1.0
+
+    k, q = 1.0, 1.0
+    for _ in range(_MOST_STEPS):
+        before = k, q
+        k = best(gamma, cost.fixed + cost.examples * q, cost.parameters + cost.pairs * q)
+        q = best(delta, cost.fixed + cost.parameters * k, cost.examples + cost.pairs * k)
+        if max(abs(k / before[0] - 1), abs(q / before[1] - 1)) < _CONVERGED:
+            break
+    return JointUpdate(k, q, k**gamma * q**delta / cost.of(k, q), 1 / cost.of(1, 1))
 
 
 def optimizer_bytes_saved(parameters: float, frozen_fraction: float, bytes_per_parameter: float = 12) -> float:

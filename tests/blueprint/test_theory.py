@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from peft_blueprint import BlueprintError
 from peft_blueprint.blueprint.theory import (
+    JointCost,
     combined_gain,
     gain_per_cost,
     gamma_from_alpha,
+    joint_update,
     k_star,
     optimizer_bytes_saved,
     partial_update,
+    q_star,
     retained_mass,
     retained_mass_exact,
 )
@@ -103,6 +106,10 @@ def test_freezing_four_fifths_of_7b_saves_67_gb():
         (lambda: k_star(0.5, 0, 4), "fixed_cost and variable_cost must be positive, got 0"),
         (lambda: gain_per_cost(2, 0.5, 1, 4), "k must be .* got 2"),
         (lambda: combined_gain(0.5, 0.6, 0, 0.7), "q must be .* got 0"),
+        (lambda: q_star(1.0, 1, 4), r"delta must be in \(0, 1\), got 1.0"),
+        (lambda: joint_update(0.5, 1, JointCost(1)), r"delta must be in \(0, 1\), got 1"),
+        (lambda: JointCost(0, 1, 1), "fixed above 0, got JointCost.fixed=0"),
+        (lambda: JointCost(1, -1), "finite and not negative.*parameters=-1"),
         (lambda: optimizer_bytes_saved(7e9, 1.5), "frozen_fraction must be .* got 1.5"),
         (lambda: retained_mass_curve([0.0, 0.0]), "All gradient norms are zero"),
         (lambda: fit_gamma([1.0], [1.0]), "fraction below 1"),
@@ -127,6 +134,45 @@ def test_fit_gamma_recovers_a_known_exponent():
         assert fitted == pytest.approx(gamma) and residual == pytest.approx(0, abs=1e-12)
     _, residual = fit_gamma([0.1, 0.5, 1], [0.5 * 1.1, 0.8, 1])
     assert residual > 0.01
+
+
+def test_q_star_is_k_star_of_the_data():
+    """Eq. 30 and 31: interior below δ = β'/(α' + β'), otherwise all of the data."""
+    assert q_star(0.6, 1, 4) == pytest.approx(0.375) and q_star(0.8, 1, 4) == 1 == q_star(0.7, 1, 1)
+
+
+def test_the_joint_optimum_without_pairs_has_a_closed_form():
+    """Eq. 37: β''k = γC and γ''q = δC at C = α''/(1 − γ − δ), where both fractions are below 1; else one is 1."""
+    best = joint_update(0.3, 0.4, JointCost(1, 4, 3))
+    assert (best.k, best.q) == pytest.approx((0.3 / 0.3 / 4, 0.4 / 0.3 / 3))
+    bound = joint_update(0.6, 0.2, JointCost(1, 1, 4))
+    assert bound.k == 1 and bound.q == pytest.approx(q_star(0.2, 2, 4))
+    free = joint_update(0.6, 0.7, JointCost(1))
+    assert (free.k, free.q, free.ratio) == (1, 1, 1), "what costs nothing is taken whole"
+
+
+def test_the_pair_of_b_5_has_its_own_formulas_gain():
+    """B.5's k = 0.2 and q = 0.3: 16.4 % of the gain; at 6 % of the cost, 2.73 times the gain per cost (not 3.17)."""
+    pairs = JointCost(fixed=1e-9, pairs=1.0)
+    gain = 0.2**0.6 * 0.3**0.7
+    assert gain == pytest.approx(0.1639, abs=5e-5) and pairs.of(0.2, 0.3) == pytest.approx(0.06)
+    assert gain / pairs.of(0.2, 0.3) == pytest.approx(2.732, abs=5e-4)
+
+
+@given(
+    exponents=st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)),
+    costs=st.tuples(st.floats(0.01, 10), *[st.one_of(st.just(0.0), st.floats(0.01, 10))] * 3),
+)
+def test_no_pair_of_a_grid_beats_the_joint_optimum(exponents, costs):
+    """Eq. 36 with any of its terms: alternation ends at the one maximum."""
+    gamma, delta = exponents
+    cost = JointCost(*costs)
+    best = joint_update(gamma, delta, cost)
+    assert 0 < best.k <= 1 and 0 < best.q <= 1 and best.ratio >= 1 - 1e-9
+    grid = np.geomspace(1e-4, 1, 60)
+    k, q = np.meshgrid(np.append(grid, best.k * 1.01), np.append(grid, best.q * 1.01))
+    inside = (k <= 1) & (q <= 1)
+    assert best.gain_per_cost >= (k**gamma * q**delta / cost.of(k, q))[inside].max() * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
