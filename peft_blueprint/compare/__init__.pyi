@@ -9,6 +9,7 @@ from .movement import checkpoint_movement as checkpoint_movement
 from .options import DRIFT_THRESHOLD as DRIFT_THRESHOLD
 from .options import Policy as Policy
 from .options import ProbeOptions as ProbeOptions
+from .options import probe_options as probe_options
 from .options import read_for_domain as read_for_domain
 from .table import aggregate as aggregate
 from .table import describe_skipped as describe_skipped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,6 +77,16 @@ class ProbeOptions:
             raise BlueprintError(f"drift_policy must be {', '.join(others)} or {last}, got {self.drift_policy!r}.")
         if not -1 <= self.drift_threshold <= 1:
             raise BlueprintError(f"drift_threshold must be in [-1, 1], got {self.drift_threshold}.")
+
+
+def probe_options(record: ProbeOptions, **changes: Any) -> ProbeOptions:
+    """Return the options of a record that inherits them, such as a recipe, with changes.
+
+    Example:
+        >>> probe_options(ProbeOptions(domain="bio"), domain=None) == ProbeOptions()
+        True
+    """
+    return ProbeOptions(**{f.name: getattr(record, f.name) for f in fields(ProbeOptions)} | changes)
 
 
 def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None) -> Blueprint:

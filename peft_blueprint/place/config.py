@@ -24,7 +24,7 @@ from torch import nn
 from .._files import write_atomically
 from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, from_dict, to_dict
-from ..compare import ProbeOptions, read_for_domain
+from ..compare import ProbeOptions, probe_options, read_for_domain
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
 from .cost import Workload, workload_of
@@ -290,7 +290,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         published = self._read()
         if published is not None:
             check_fits(published.expand(find_submodules(model)), model)
-        options = ProbeOptions(**{f.name: getattr(self, f.name) for f in fields(ProbeOptions)} | {"domain": None})
+        options = probe_options(self, domain=None)
         return probe_blueprint(model, self._probe, published, options, seed=self.seed).blueprint
 
     def _refuse_targets(self, name: str, other: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from peft import LoraConfig
@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from .._options import check_fields, from_mapping
 from ..blueprint import read_text
+from ..compare import ProbeOptions
 from ..errors import BlueprintError
 from ..measure import dtype_of
 from ..place import DEFAULT_RANK, Budget, PlacementOptions, Workload
@@ -29,8 +30,6 @@ from ..runs import MarginalReturn, carbon_factor
 ALL_LINEAR = "all-linear"
 MAX_BYTES = 2**18
 MAX_VALUES = 20_000
-
-DriftPolicy = Literal["warn", "error", "refresh", "coarsen"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,12 +86,14 @@ def _key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass
+class Recipe(ProbeOptions):
     """A run of `run_recipe`: model, data, placement and training. Every field explains itself in its metadata.
 
+    Has the fields of `ProbeOptions`: the domain of the blueprint, the size of the local probe, and what becomes of both.
+
     Raises:
-        BlueprintError: for a `placement` that `RecipePlacement` refuses.
+        BlueprintError: for a value that `ProbeOptions` refuses, or a `placement` that `RecipePlacement` refuses.
 
     Example:
         >>> recipe = Recipe("org/model", "train.jsonl", "adapter", placement={"fraction": 0.2})
@@ -110,13 +111,8 @@ class Recipe:
     blueprint: str | None = _key(
         None, "File, folder or Hub id of a published blueprint; by default the probe is the blueprint."
     )
-    probe_examples: int = _key(32, "Training examples of the local probe; 0 for none, given a blueprint.")
     start_examples: int = _key(
         0, "Training examples whose gradient initializes the adapters; 0 for LoRA's random initialization."
-    )
-    blend_weight: float = _key(0.5, "Weight of the published blueprint in the blend, in [0, 1].")
-    drift_policy: DriftPolicy = _key(
-        "warn", "What to do if the probe disagrees with the blueprint: warn, error, refresh or coarsen."
     )
     placement: RecipePlacement | str = field(
         default_factory=RecipePlacement,
@@ -144,8 +140,9 @@ class Recipe:
     seed: int = _key(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.placement, Mapping):
-            object.__setattr__(self, "placement", from_mapping(RecipePlacement, self.placement, "placement"))
+            self.placement = from_mapping(RecipePlacement, self.placement, "placement")
 
     @classmethod
     def from_yaml(cls, path: str | Path, arguments: type[TrainingArguments] = TrainingArguments) -> Recipe:
@@ -164,7 +161,7 @@ class Recipe:
         nested = isinstance(placement, Mapping)
         recipe = from_mapping(cls, data if nested else {**data, "placement": placement}, str(path))
         if nested:
-            object.__setattr__(recipe, "placement", from_mapping(RecipePlacement, placement, f"{path}: placement"))
+            recipe.placement = from_mapping(RecipePlacement, placement, f"{path}: placement")
         try:
             recipe.check(arguments)
         except BlueprintError as error:
@@ -254,11 +251,13 @@ class Recipe:
                 dtype_of(str(self.quantization.get(name) or "auto"), False)
 
     def _check_ranges(self) -> None:
-        for name, least in (("max_length", 1), ("held_out_examples", 1), ("probe_examples", 0), ("start_examples", 0)):
+        for name, least in (("max_length", 1), ("held_out_examples", 1), ("start_examples", 0)):
             if getattr(self, name) < least:
                 raise BlueprintError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.blend_weight <= 1:
-            raise BlueprintError(f"blend_weight must be in [0, 1], got {self.blend_weight}.")
+        if self.domain is not None and self.blueprint is None:
+            raise BlueprintError(
+                f"domain: {self.domain} chooses among the domains of a blueprint: give blueprint, or leave domain out."
+            )
         if isinstance(self.placement, str) and self.placement != ALL_LINEAR:
             raise BlueprintError(f"placement must be {ALL_LINEAR} or a mapping of options, got {self.placement!r}.")
 

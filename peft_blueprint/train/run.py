@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .._files import require_writable, write_atomically
 from .._progress import progress_bar
 from ..blueprint import Blueprint
-from ..compare import check_drift, reconcile
+from ..compare import probe_options, read_for_domain
 from ..data import read_examples
 from ..errors import BlueprintError
 from ..measure import (
@@ -41,8 +41,6 @@ from ..measure import (
     dtype_of,
     empty_model,
     encode,
-    find_submodules,
-    generate_blueprint,
     get_pad_token_id,
     load_model,
     load_tokenizer,
@@ -60,6 +58,7 @@ from ..place import (
     Structure,
     Workload,
     plan_placement,
+    probe_blueprint,
 )
 from ..runs import RESOURCES, Ledger, Point, Quantity, RunRecord, carbon_factor, largest, modelled, total
 from .initialization import initialize_along_gradient
@@ -233,9 +232,8 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model)
     rows = encode(examples, tokenizer, recipe.max_length)
-    published = (
-        Blueprint.from_pretrained(recipe.blueprint) if recipe.blueprint and recipe.placement != ALL_LINEAR else None
-    )
+    is_read = recipe.blueprint is not None and recipe.placement != ALL_LINEAR
+    published = read_for_domain(str(recipe.blueprint), recipe.domain) if is_read else None
     workload_of_step = partial(_workload, recipe, arguments, max(len(row["input_ids"]) for row in rows))
 
     plan, quantization = None, recipe.quantization
@@ -387,28 +385,24 @@ def _measure(
     """
     if isinstance(recipe.placement, str):
         return None, None, {}
-    published = published.expand(find_submodules(model)) if published is not None else None
-    probe, spent = None, {}
-    if recipe.probe_examples:
-        with Ledger(carbon=carbon_factor(recipe.carbon)) as ledger:
-            probe = generate_blueprint(
-                model,
-                batches,
-                max_examples=recipe.probe_examples,
-                seed=recipe.seed,
-                data=recipe.train,
-                reduce=False,  # every process of a distributed run measures the same few examples
-                progress=progress,
-            )
-        measured = {name: Quantity.from_dict(content) for name, content in probe.provenance["spent"].items()}
+    if not recipe.probe_examples:
+        if published is None and recipe.placement.rank_by != "even":
+            raise BlueprintError("probe_examples: 0 needs a blueprint, or placement: rank_by: even.")
+        return published, None, {}
+    with Ledger(carbon=carbon_factor(recipe.carbon)) as ledger:
+        probed = probe_blueprint(
+            model,
+            batches,
+            published,
+            probe_options(recipe, domain=None),  # the published one is of that domain
+            seed=recipe.seed,
+            data=recipe.train,
+            reduce=False,  # every process of a distributed run measures the same few examples
+            progress=progress,
+        )
+        measured = {name: Quantity.from_dict(content) for name, content in probed.probe.provenance["spent"].items()}
         ledger.add(int(measured["tokens"].value or 0), measured["flops"])
-        spent = ledger.quantities()
-    if published is None and probe is None and recipe.placement.rank_by != "even":
-        raise BlueprintError("probe_examples: 0 needs a blueprint, or placement: rank_by: even.")
-    if published is None or probe is None:
-        return published or probe, None, spent
-    blueprint = reconcile(published, probe, weight=recipe.blend_weight, policy=recipe.drift_policy)
-    return blueprint, check_drift(probe, published).correlation, spent
+    return probed.blueprint, None if probed.drift is None else probed.drift.correlation, ledger.quantities()
 
 
 def _plan(

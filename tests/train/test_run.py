@@ -93,6 +93,29 @@ def test_a_published_blueprint_is_checked_and_blended(folder, tmp_path):
     assert everything.placed == 42 and everything.drift is None
 
 
+def test_a_recipe_blends_the_domain_as_it_says(folder, tmp_path):
+    """The saved blueprint is that of the domain, blended with its weight, by uncertainty and without a scale."""
+    model, tokenizer = load_model(str(folder / "model"))
+    rows = encode(read_examples(str(folder / "data.jsonl")), tokenizer, 32)
+    batches = {"law": make_batches(rows[:8], 8, 0), "bio": make_batches(rows[8:16], 8, 0)}
+    published = generate_blueprint(model, batches, progress=False)
+    published.save(tmp_path / "published.json")
+    options = {"domain": {"law": 1, "bio": 3}, "blend_weight": 0.25, "by_uncertainty": True, "rescale": False}
+    more = {"drift_threshold": -1, "training": {"max_steps": 1}, "held_out": None}
+    run_recipe(
+        Recipe.from_yaml(recipe(folder, tmp_path, blueprint=str(tmp_path / "published.json"), **options, **more)),
+        progress=False,
+    )
+    saved = json.loads((tmp_path / "out" / "blueprint_config.json").read_text())["blueprint"]
+    blend = saved["provenance"]["blend"]
+    assert (blend["weight"], blend["by_uncertainty"], blend["scale"]) == (0.25, True, 1.0)
+    assert saved["provenance"]["domain_weights"] == {"law": 0.25, "bio": 0.75}
+    probe = generate_blueprint(model, make_batches(rows[:8], 8, 0), progress=False)
+    expected = published.for_domain({"law": 1, "bio": 3}).blend(probe, 0.25, by_uncertainty=True, rescale=False)
+    norms = [entry["gradient_norm"] for entry in saved["layers"]]
+    assert norms == pytest.approx([entry.gradient_norm for entry in expected], rel=1e-3)
+
+
 def test_a_recipe_may_quantise_the_base(folder, tmp_path):
     """QLoRA: 4-bit weights, adapters where the blueprint says, also on a CPU."""
     pytest.importorskip("bitsandbytes")
