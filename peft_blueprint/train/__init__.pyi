@@ -1,13 +1,19 @@
+from .answer_only import answer_only as answer_only
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
+from .freezing import FreezeFromBelow as FreezeFromBelow
+from .freezing import freeze_below as freeze_below
+from .freezing import read_schedule as read_schedule
 from .frozen_prefix import CacheFrozenPrefix as CacheFrozenPrefix
 from .frozen_prefix import CacheStatistics as CacheStatistics
 from .frozen_prefix import PrefixCache as PrefixCache
 from .frozen_prefix import cache_frozen_prefix as cache_frozen_prefix
 from .initialization import initialize_along_gradient as initialize_along_gradient
+from .invocation import find_invocation_tokens as find_invocation_tokens
 from .ledger_callback import LedgerCallback as LedgerCallback
 from .memory import CheckpointAbove as CheckpointAbove
 from .memory import checkpoint_above as checkpoint_above
 from .memory import share_base as share_base
+from .prompt_cache import PromptCache as PromptCache
 from .recipe import Recipe as Recipe
 from .recipe import training_settings as training_settings
 from .run import Report as Report
@@ -16,4 +22,5 @@ from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
+from .target_head import head_on_targets as head_on_targets
 from .verification import check_adapters as check_adapters
