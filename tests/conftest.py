@@ -46,8 +46,8 @@ def run_folder(tmp_path_factory):
     examples = [{key: batch[key][i] for key in ("input_ids", "labels")} for batch in batches for i in (0, 1)]
     quiet = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
     arguments = TrainingArguments(folder, max_steps=10, per_device_train_batch_size=2, learning_rate=0.05, **quiet)
-    trainer = Trainer(tiny_llama(layers=4), arguments, train_dataset=examples)
-    trainer.add_callback(BlueprintCallback(trainer, every=2))
+    trainer = Trainer(tiny_llama(layers=4), arguments, train_dataset=examples, eval_dataset=examples)
+    trainer.add_callback(BlueprintCallback(trainer))
     trainer.train()
     return folder
 

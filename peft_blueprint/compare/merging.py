@@ -111,8 +111,6 @@ def _group_of(blueprint: Blueprint) -> _Group:
 def _why_apart(blueprint: Blueprint) -> str | None:
     """Return why a blueprint merges with no other, or None."""
     parts = parts_of(blueprint.provenance)
-    if any(part.get("method") == "training" for part in parts):
-        return "its norms are those of training batches, not means over examples"
     if has_privacy(blueprint):
         return (
             "its norms carry privacy noise and are not the means over its examples, and it keeps no data digest that "

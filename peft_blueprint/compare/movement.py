@@ -120,8 +120,7 @@ def checkpoint_movement(blueprints: Mapping[str, Blueprint] | Iterable[Blueprint
 
     Raises:
         BlueprintError: for fewer than two, or the same checkpoint twice.
-        MismatchError: if they are of different models or submodules, or some are of training batches and others of
-            examples.
+        MismatchError: if they are of different models or submodules.
 
     Example:
         >>> entries = (Submodule("attn.0", 2.0, kind="attn"), Submodule("ffn.0", 1.0, kind="ffn"))
@@ -182,11 +181,6 @@ def _ordered(named: Mapping[str, Blueprint]) -> list[Blueprint]:
                     f"{first_name} and {name} do not compare: their {what} is {mine!r} and {theirs!r}. Give checkpoints "
                     "of one model, measured under one --model-id, at one level."
                 )
-        if _is_of_training(first) != _is_of_training(other):
-            raise MismatchError(
-                f"Of {first_name} and {name}, one has norms of training batches and the other means over examples. "
-                "Give blueprints of one kind."
-            )
         require_same_names(first, other, "compared")
     return sorted(named.values(), key=lambda one: one.training_checkpoint)
 
@@ -235,24 +229,17 @@ def _shares(
 
 def _notes(ordered: Sequence[Blueprint]) -> tuple[str, ...]:
     notes = []
-    if _is_of_training(ordered[0]):
-        notes.append("These are norms of training batches, as the optimizer was given them, not means over examples.")
-    else:
-        data = [{reference_of(part)[1] for part in parts_of(one.provenance)} for one in ordered]
-        if any(None in of_one for of_one in data):
-            notes.append("Not every blueprint says what data it is of: part of the movement may be the data's.")
-        elif any(of_one != data[0] for of_one in data):
-            notes.append("The blueprints are of different data: part of the movement is the data's.")
+    data = [{reference_of(part)[1] for part in parts_of(one.provenance)} for one in ordered]
+    if any(None in of_one for of_one in data):
+        notes.append("Not every blueprint says what data it is of: part of the movement may be the data's.")
+    elif any(of_one != data[0] for of_one in data):
+        notes.append("The blueprints are of different data: part of the movement is the data's.")
     if any(map(has_privacy, ordered)):
         notes.append("Some of the norms carry privacy noise: part of the movement is noise.")
     quantized = [[entry.name for entry in one if entry.quantized] for one in ordered]
     if any(set(of_one) != set(quantized[0]) for of_one in quantized):
         notes.append("Not all blueprints are equally quantised: part of the movement may be that.")
     return tuple(notes)
-
-
-def _is_of_training(blueprint: Blueprint) -> bool:
-    return any(part.get("method") == "training" for part in parts_of(blueprint.provenance))
 
 
 def _distance(moved: Moved) -> tuple[float, int]:

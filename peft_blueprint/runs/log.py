@@ -14,9 +14,10 @@ from .._files import require_writable
 from .._options import from_mapping
 from .._processes import of_every_process, of_first_process, process_count, process_rank
 from ..errors import BlueprintError, FormatError
-from .ledger import Ledger
-from .quantity import RESOURCES, UNITS, Direction, Quantity, absent, across_processes, format_quantity
+from .ledger import GB, Ledger
+from .quantity import RESOURCES, UNITS, Direction, Quantity, absent, across_processes, format_number, format_quantity
 from .record import RUN_FILE, Point, RunRecord, direction_of
+from .report import WINDOW
 from .stopping import Decision, MarginalReturn
 
 
@@ -55,8 +56,14 @@ class RunLog:
             for step, batch in enumerate(batches, 1):
                 ...  # forward, backward, optimizer.step()
                 log.step(tokens=batch["input_ids"].numel())
+                if step == 1:
+                    log.note_optimizer(optimizer)
                 if step % 100 == 0:
-                    decision = log.evaluate(evaluate(model), step=step, progress=step / steps)
+                    with log.evaluating():
+                        loss = evaluate(model)
+                    decision = log.evaluate(loss, step=step, progress=step / steps)
+                    with log.saving():
+                        torch.save(model.state_dict(), "model.pt")
                     if decision is not None and decision.stop:
                         break
 
@@ -145,6 +152,38 @@ class RunLog:
         with self.guarded("the optimizer's bytes"):
             self.ledger.note_optimizer(optimizer)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count the time inside the `with` as evaluating, which is a part of the run's seconds and energy."""
+        with self._timed("evaluating"):
+            yield
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the time inside the `with` as saving checkpoints, which is a part of the run's seconds and energy.
+
+        Saving thus raises ΔΓ between two checks, unless the resource is counted in tokens or FLOPs (paper, §3).
+
+        Example:
+            >>> log = RunLog("pretraining", ledger=Ledger(meters=[]))
+            >>> with log, log.saving():
+            ...     pass  # torch.save(model.state_dict(), "model.pt")
+            >>> 0 < log.seconds["saving"] <= log.ledger.seconds
+            True
+        """
+        with self._timed("saving"):
+            yield
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+            with self.guarded("the meters"):
+                self.ledger.look_if_due()
+
     def note_loss(self, loss: float, *, step: int, learning_rate: float | None = None) -> None:
         """Add an entry of the training log, with the totals of the last `settle`."""
         self.losses.append(Point(step, self.spent(), {"loss": float(loss)}, learning_rate))
@@ -205,7 +244,7 @@ class RunLog:
         self.settle()
         if self.points and self.points[-1].step == step:
             found = {**self.points.pop().metrics, **found}
-        self.points.append(Point(step, self.spent(), found, learning_rate))
+        self.points.append(Point(step, self.spent(), found, learning_rate, dict(self.seconds)))
         value = given.get(self.metric)
         decision = None
         if self.stop is not None and value is not None and step > 0:
@@ -276,7 +315,7 @@ class RunLog:
             points=tuple(self.points),
             losses=tuple(self.losses),
             stopping=stopping,
-            about={**self.about, "seconds_of_which": dict(self.seconds)},
+            about={**self.about, "seconds_of_which": dict(self.seconds), **self._optimizer_share()},
         )
 
     def save(self, folder: str | Path | None = None) -> None:
@@ -306,13 +345,34 @@ class RunLog:
             total = self._totals.get(name) or absent("not counted yet")
             source = f": {total.source}" if total.source else ""
             lines.append(f"  {name}: {format_quantity(total.value, name, digits=4)} ({total.how}{source})")
+        last = self._shares_of_last_window()
         for part, seconds in self.seconds.items():
-            lines.append(f"  of these {part}: {format_quantity(seconds, 's', digits=4)} (measured)")
+            share = f", {last[part]:.1%} of the last window" if last else ""
+            lines.append(f"  of these {part}: {format_quantity(seconds, 's', digits=4)}{share} (measured)")
+        for gb_hours in self._optimizer_share().values():
+            lines.append(
+                f"  optimizer states: {format_number(gb_hours)} GB·h (modelled: their bytes times the seconds)"
+            )
         if self.decision is not None:
             lines.append(f"  {'stopped' if self.stopped_at is not None else 'not stopped'}: {self.decision.reason}")
             if self.decision.proposal:
                 lines.append(f"  proposal: {self.decision.proposal}")
         return "\n".join(lines)
+
+    def _shares_of_last_window(self) -> dict[str, float]:
+        """Return the shares of evaluating and saving in the seconds between the last evaluations; empty for too few."""
+        points = [point for point in self.points if "seconds" in point.spent and point.of_which][-WINDOW:]
+        elapsed = points[-1].spent["seconds"] - points[0].spent["seconds"] if points else 0.0
+        if not elapsed > 0:
+            return {}
+        return {part: (points[-1].of_which[part] - points[0].of_which[part]) / elapsed for part in self.seconds}
+
+    def _optimizer_share(self) -> dict[str, float]:
+        """Return the optimizer states' part of the memory that is held over time, in GB·h; empty if it is not known."""
+        spent = self.spent()
+        if not {"optimizer_bytes", "seconds"} <= spent.keys():
+            return {}
+        return {"optimizer_gb_hours": spent["optimizer_bytes"] / GB * spent["seconds"] / 3600}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs as a JSON object, with the totals of the last `settle`."""

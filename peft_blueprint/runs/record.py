@@ -46,16 +46,18 @@ class Point:
         spent: amounts spent since the run began, by name and in the unit of `UNITS`.
         metrics: by name; a number that is not finite becomes NaN.
         learning_rate: at this step.
+        of_which: seconds of evaluating and saving since the run began, a part of `spent["seconds"]`.
     """
 
     step: int
     spent: Numbers = field(default_factory=dict)
     metrics: Numbers = field(default_factory=dict)
     learning_rate: float | None = None
+    of_which: Numbers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_step(self.step)
-        for name in ("spent", "metrics"):
+        for name in ("spent", "metrics", "of_which"):
             values = getattr(self, name)
             if not all(map(_is_finite, values.values())):
                 finite = {key: value if _is_finite(value) else math.nan for key, value in values.items()}

@@ -1,14 +1,15 @@
-"""Log the gradient norms of what is trained, and write a blueprint at milestones of the training."""
+"""Measure blueprints of a model on validation data while it trains, and log the gradient norms of what is trained."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import math
+import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,16 +23,18 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import require_writable
-from .._text import format_names
-from ..blueprint import Blueprint
-from ..errors import BlueprintError
-from ..measure import find_submodules, structure_digest, unwrap, versions
+from .._options import from_keywords
+from ..blueprint import Blueprint, file_name
+from ..errors import BlueprintError, MeasurementError
+from ..measure import Batch, GenerateOptions, LossFunction, find_submodules, generate_blueprint, unwrap
+from ..runs import RunLog
 
 
 Detail = Literal["submodule", "kind"]
 Part = Literal["adapter", "weight"]
 
-PREFIX = "gradient_norm/"  # of the keys in the Trainer's log
+PREFIX = "gradient_norm/"  # of the training norms in the Trainer's log
+BLUEPRINT_PREFIX = "blueprint/"  # of a measured blueprint's figures there
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,99 +48,140 @@ class TrainedParameter(NamedTuple):
 
 
 class BlueprintCallback(TrainerCallback):
-    """Log the gradient norm of every trained submodule, and write a blueprint at milestones of the training.
+    """Measure blueprints on validation data during training, and log the gradient norms of what is trained.
 
-    Add it to an existing Trainer: `trainer.add_callback(BlueprintCallback(trainer, every=50))`. Norms go through the
-    Trainer's own `log`, so they reach the log history and every integration in `report_to`.
+    Add it to an existing Trainer: `trainer.add_callback(BlueprintCallback(trainer))`. It measures the model as
+    `generate_blueprint` does at 50, 80 and 100 % of the planned steps (paper, §5) and after each evaluation, with
+    intervals, alpha, gamma, k* and concentration. `blueprint-50.json` is the blueprint at half of `max_steps`. The same
+    examples are measured every time: a random sample of `max_examples` of the Trainer's `eval_dataset`, collated once
+    and kept in memory. The model, its gradients and the random state are left as they were. The Gini coefficient, the
+    top share, gamma and k* go to the Trainer's own `log`, and so to every integration in `report_to`. An error in a
+    measurement is a warning and never ends the run.
 
-    A norm is that of the gradient the optimizer receives: accumulated over the batch, averaged over processes and, with
-    `max_grad_norm`, clipped. Clipping scales all submodules alike, so their shares of `gradient_norm/total` remain. The
-    Trainer's `grad_norm` is that total before clipping. All parameters trained for one submodule give one norm, under
-    its name in the unwrapped model: LoRA's A and B with DoRA's magnitude, or the weight and its bias. With LoRA it is a
-    norm over adapter weights, and A has no gradient while B is zero.
+    Measuring an example costs 2 to 2.7 forward passes of it. Because the number of measured examples is fixed, the
+    share of a validation's cost falls as the validation data grow.
 
-    A blueprint holds mean norms over the steps measured since the last milestone, or since training began or resumed.
-    Its entries are adaptable submodules. Norms of other modules stand in its provenance, under `outside_submodules`.
-    `examples` counts every measured batch as a full one. Steps with infinite or NaN norms are logged but not averaged.
+    With `every`, it also logs the gradient norm of every trained submodule. That norm is of the gradient the optimizer
+    receives: accumulated over the batch, averaged over processes and, with `max_grad_norm`, clipped. Clipping scales all
+    submodules alike, so their shares of `gradient_norm/total` remain. The Trainer's `grad_norm` is that total before
+    clipping. All parameters trained for one submodule give one norm, under its name in the unwrapped model: LoRA's A and
+    B with DoRA's magnitude, or the weight and its bias. With LoRA it is a norm over adapter weights, and A has no
+    gradient while B is zero. A logged step costs about one pass over the gradients and one device synchronization.
 
-    A measured step costs about one pass over the gradients and one device synchronization; other steps cost nothing.
     DDP and FSDP2 are supported: every process needs the callback, and the first writes the files.
 
     Args:
         trainer: the Trainer it is added to.
-        every: steps between measurements. Milestones are measured besides.
+        options: how to measure and summarize, see `GenerateOptions`; `max_examples` is 64 by default.
+        eval_dataset: validation data in the form of the Trainer's, by default the Trainer's own. A mapping holds several
+            domains: entries then get `domain_tags`, and the first one is the reference.
+        milestones: shares of the planned steps in (0, 1] at which to measure; `()` for none. When the training is
+            halted before 1, a blueprint of the last weights is written under the share that was done.
+        at_evaluations: measure after each evaluation of the Trainer as well.
+        every: steps between logged training norms; None for none.
         detail: "submodule", or "kind" for one logged norm for all `q_proj`, and so on, because hundreds of values fill
-            a progress bar and `trainer_state.json`. Blueprints hold submodules in both cases.
-        milestones: shares of the training in (0, 1] at which to write `blueprint-50.json`, and so on; `()` for none.
-            That of 1 is written only if training reaches its last step.
+            a progress bar and `trainer_state.json`.
         output_dir: folder for the blueprints; by default `output_dir` of the training arguments.
+        loss_fn: as for `generate_blueprint`, for an objective other than the model's own.
+        **keywords: fields of `GenerateOptions`, such as `max_examples` and `model_id`.
 
     Raises:
-        BlueprintError: for invalid arguments, or if nothing that is trained can be measured. When training begins: if
-            the folder cannot be written, or gradients cannot be read.
+        BlueprintError: for invalid arguments, without validation data, or if `every` is given and nothing that is
+            trained can be measured. When training begins: if the folder cannot be written, there are too few validation
+            examples for the processes, or gradients cannot be read.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
         >>> from peft_blueprint.testing import tiny_llama
-        >>> trainer = Trainer(tiny_llama(), TrainingArguments("output"))
-        >>> trainer.add_callback(BlueprintCallback(trainer, every=50, milestones=[0.5, 1.0]))
+        >>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+        >>> trainer = Trainer(tiny_llama(), TrainingArguments("output"), train_dataset=rows, eval_dataset=rows)
+        >>> trainer.add_callback(BlueprintCallback(trainer, milestones=[0.5, 1.0], max_examples=4))
     """
 
-    _due: dict[int, list[float]]  # step → shares of the training to write
-    _pending: tuple[list[str], list[Tensor]] | None
-    _window: _Window
+    _due: dict[int, list[float]]  # step → shares of the training to measure at
+    _pending: tuple[list[str], list[Tensor]] | None  # names and norms of the step that is to be logged
+    _domains: dict[str, list[Batch]]
+    _files: dict[int, Path]  # step → blueprint of this run
+    _measured_at: int | None
+    _has_begun: bool
 
     def __init__(
         self,
         trainer: Trainer,
+        options: GenerateOptions | None = None,
         *,
-        every: int = 50,
-        detail: Detail = "submodule",
+        eval_dataset: Any = None,
         milestones: Iterable[float] = (0.5, 0.8, 1.0),
+        at_evaluations: bool = True,
+        every: int | None = None,
+        detail: Detail = "submodule",
         output_dir: str | Path | None = None,
+        loss_fn: LossFunction | None = None,
+        **keywords: Any,
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise BlueprintError(
                 f"trainer must be a Trainer, got {type(trainer).__name__}. Make the Trainer first, then call "
                 "trainer.add_callback(BlueprintCallback(trainer))."
             )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise BlueprintError(f"every must be a positive integer, got {every!r}.")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise BlueprintError(f"every must be a positive integer or None, got {every!r}.")
         if detail not in get_args(Detail):
             raise BlueprintError(f"detail must be one of {', '.join(get_args(Detail))}, got {detail!r}.")
+        if "training_checkpoint" in keywords:
+            raise BlueprintError("training_checkpoint is the share of the steps done: leave it out.")
         self.trainer = trainer
+        self.options = from_keywords(GenerateOptions, options, keywords, MeasurementError)
+        self.eval_dataset = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        self.at_evaluations = at_evaluations
         self.every = every
         self.detail = detail
+        self.loss_fn = loss_fn
         self.milestones = tuple(sorted(set(milestones)))
         if outside := [share for share in self.milestones if not 0 < share <= 1]:
             raise BlueprintError(f"milestones must be in (0, 1], got {outside[0]}.")
+        if self.milestones and self.eval_dataset is None:
+            raise BlueprintError(
+                "A blueprint is measured on validation data, and the Trainer has none. Give eval_dataset=, or "
+                "milestones=() to log training norms only."
+            )
         self.output_dir = Path(output_dir or trainer.args.output_dir or ".")
-        self._find_trained()
+        self.log: RunLog | None = (
+            None  # a LedgerCallback of the same Trainer sets it, to count measuring as evaluating
+        )
+        if every is not None:
+            self._find_trained()
         self._start()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Find what is trained, and the steps of the milestones to come."""
-        accelerator = self.trainer.accelerator
-        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-            raise BlueprintError(
-                "FSDP version 1 flattens gradients, so they cannot be assigned to submodules. Use version 2: "
-                "fsdp_config={'fsdp_version': 2}."
-            )
-        self._find_trained()
+        """Read the validation examples; find what is trained, and the steps of the milestones to come."""
         self._start()
+        if self.every is not None:
+            accelerator = self.trainer.accelerator
+            if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+                raise BlueprintError(
+                    "FSDP version 1 flattens gradients, so they cannot be assigned to submodules. Use version 2: "
+                    "fsdp_config={'fsdp_version': 2}."
+                )
+            self._find_trained()
         for share in self.milestones:
             step = milestone_step(share, state.max_steps)
             if step > state.global_step:
                 self._due.setdefault(step, []).append(share)
-        if self._due and state.is_world_process_zero:
-            require_writable(self.output_dir)
+        is_evaluated = self.at_evaluations and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+        if self.eval_dataset is not None and (self._due or is_evaluated):
+            if state.is_world_process_zero:
+                require_writable(self.output_dir)
+            self._domains = self._read(state.train_batch_size or args.train_batch_size)
+        if state.global_step and state.is_world_process_zero:
+            self._files = self._of_this_run(state)
+        self._has_begun = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start computing the norms, if this step is to be measured."""
-        step = state.global_step + 1
-        if step % self.every and step not in self._due:
+        """Start computing the training norms, if this step is to be logged."""
+        if self.every is None or (state.global_step + 1) % self.every:
             return
         if self._fingerprint() != self._found_as:
             self._find_trained()
@@ -150,56 +194,141 @@ class BlueprintCallback(TrainerCallback):
         if not read:
             raise BlueprintError(
                 f"None of the {len(self._trained)} trained parameters has a gradient before the optimizer step. "
-                "DeepSpeed and layer-wise optimizers hide gradients: train without them, or without BlueprintCallback."
+                "DeepSpeed and layer-wise optimizers hide gradients: train without them, or leave every out."
             )
         order, norms = start_norms([gradient for _, gradient in read])
         self._pending = [read[i][0] for i in order], norms
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log the norms of a measured step, and write the blueprints that are due."""
-        if self._pending is None:
-            return
-        names, norms = self._pending
-        self._pending = None
-        parts: dict[str, list[float]] = {entry.submodule: [] for entry in self._trained}
-        for name, norm in zip(names, (norm for tensor in norms for norm in tensor.tolist()), strict=True):
-            parts[name].append(norm)
-        by_name = {name: math.hypot(*norms_of_one) for name, norms_of_one in parts.items()}
-        self._window.add(state.global_step, by_name)
-
-        should_log = control.should_log
-        # not `self.trainer.log`: TRL's SFTTrainer adds its own averages to it and resets them
-        Trainer.log(self.trainer, {PREFIX + name: value for name, value in self._to_log(by_name).items()})
-        control.should_log = should_log  # `log` clears it, and the Trainer has not logged this step yet
+        """Log the norms of a logged step, and measure the blueprints that are due."""
+        if self._pending is not None:
+            names, norms = self._pending
+            self._pending = None
+            parts: dict[str, list[float]] = {entry.submodule: [] for entry in self._trained}
+            for name, norm in zip(names, (norm for tensor in norms for norm in tensor.tolist()), strict=True):
+                parts[name].append(norm)
+            by_name = {name: math.hypot(*norms_of_one) for name, norms_of_one in parts.items()}
+            self._send({PREFIX + name: value for name, value in self._to_log(by_name).items()}, control)
         if state.global_step in self._due:
-            for share in self._due.pop(state.global_step):
-                if state.is_world_process_zero:
-                    self._write(args, state, share)
-            self._window = _Window()
+            self._measure(self._due.pop(state.global_step), state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure after an evaluation, once a step."""
+        is_new = 0 < state.global_step != self._measured_at
+        if self.at_evaluations and self._has_begun and self._domains and is_new:
+            self._measure([state.global_step / state.max_steps], state, control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure the last weights of a training that was halted, if the end was to be measured."""
+        is_halted = 0 < state.global_step < state.max_steps and state.global_step != self._measured_at
+        if is_halted and 1.0 in self.milestones and not args.load_best_model_at_end:
+            self._measure([state.global_step / state.max_steps], state, control)
+        self._has_begun = False
+        self._domains = {}
+
+    def checkpoints(self) -> tuple[Blueprint, ...]:
+        """Return the blueprints that were measured nearest to the milestones, for a training that has ended.
+
+        Milestones here are shares of the steps that were done, and `training_checkpoint` is set to the blueprint's
+        share of these. Both differ from the planned shares in the files if the training was halted. Call it in the
+        first process, which wrote the files.
+
+        Raises:
+            BlueprintError: if nothing was measured.
+        """
+        if not self._files:
+            raise BlueprintError("No blueprint was measured. Call checkpoints() in the first process, after training.")
+        last = max(self._files)
+        steps = {min(self._files, key=lambda step: abs(step - share * last)) for share in self.milestones}
+        return tuple(
+            replace(Blueprint.from_pretrained(self._files[step]), training_checkpoint=round(step / last, 4))
+            for step in sorted(steps)
+        )
 
     def _start(self) -> None:
-        self._due, self._pending, self._window = {}, None, _Window()
+        self._due, self._pending, self._domains, self._files = {}, None, {}, {}
+        self._measured_at, self._has_begun = None, False
+
+    def _read(self, train_batch_size: int) -> dict[str, list[Batch]]:
+        """Return this process's batches of every domain's validation examples."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
+        return {name: self._batches(dataset, train_batch_size, name) for name, dataset in sets.items()}
+
+    def _batches(self, dataset: Any, train_batch_size: int, name: str) -> list[Batch]:
+        args, count = self.trainer.args, self.options.max_examples
+        try:
+            known = range(len(dataset))
+        except TypeError:  # a stream
+            rows = list(islice(dataset, count))
+        else:
+            chosen = random.Random(self.options.seed).sample(known, min(len(known), count or len(known)))
+            rows = [dataset[i] for i in sorted(chosen)]
+        # a batch that fits a training step fits a measurement, which an evaluation's need not
+        size = min(train_batch_size, args.per_device_eval_batch_size, len(rows) // args.world_size)
+        if not size:
+            raise BlueprintError(
+                f"eval_dataset{f' {name!r}' * bool(name)} has {len(rows)} examples for {args.world_size} processes. Give "
+                "at least one to each."
+            )
+        if args.world_size > 1:  # full batches alone, because accelerate fills others up with examples it has had
+            rows = rows[: len(rows) // (size * args.world_size) * size * args.world_size]
+        before, args.per_device_eval_batch_size = args.per_device_eval_batch_size, size
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return list(self.trainer.get_test_dataloader(rows))  # type: ignore[arg-type]
+        finally:
+            args.per_device_eval_batch_size = before
+
+    def _of_this_run(self, state: TrainerState) -> dict[int, Path]:
+        """Return the files of the training that is resumed, by step."""
+        found = {}
+        for path in self.output_dir.glob("blueprint-*.json"):
+            with contextlib.suppress(BlueprintError):
+                said = Blueprint.from_pretrained(path).provenance
+                if said.get("max_steps") == state.max_steps and said.get("step", math.inf) <= state.global_step:
+                    found[said["step"]] = path
+        return found
+
+    def _measure(self, shares: Sequence[float], state: TrainerState, control: TrainerControl) -> None:
+        """Measure the model, write a file for each share of the planned steps, and log the concentration."""
+        self._measured_at = state.global_step
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        try:
+            with contextlib.nullcontext() if self.log is None else self.log.evaluating():
+                measured = generate_blueprint(model, self._domains, self.options, loss_fn=self.loss_fn, progress=False)
+            if state.is_world_process_zero:
+                for share in (round(share, 6) for share in shares):
+                    about = {
+                        "checkpoint_of": "this training run",
+                        "step": state.global_step,
+                        "max_steps": state.max_steps,
+                    }
+                    blueprint = replace(
+                        measured, training_checkpoint=share, provenance={**measured.provenance, **about}
+                    )
+                    self._files[state.global_step] = blueprint.save(self.output_dir / file_name(checkpoint=share))
+        except BlueprintError as error:  # training is worth more than this file
+            _LOG.warning("No blueprint at step %d: %s", state.global_step, error)
+            return
+        self._send(_figures(measured), control)
+
+    def _send(self, figures: dict[str, float], control: TrainerControl) -> None:
+        should_log = control.should_log
+        # not `self.trainer.log`: TRL's SFTTrainer adds its own averages to it and resets them
+        Trainer.log(self.trainer, figures)
+        control.should_log = should_log  # `log` clears it, and the Trainer may not have logged this step yet
 
     def _find_trained(self) -> None:
         accelerator = self.trainer.accelerator
-        self._model = accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        self._trained = trained_parameters(self._model)
-        self._parameters = tuple(self._model.parameters())
+        model = accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        self._trained = trained_parameters(model)
+        self._parameters = tuple(model.parameters())
         self._found_as = self._fingerprint()
-        self._submodules = {entry.name: entry for entry in find_submodules(self._model)}
-        parts: dict[str, set[Part]] = defaultdict(set)
-        for name, part, _ in self._trained:
-            parts[name].add(part)
-        self._gradient_of = {name: " and ".join(sorted(of_one)) for name, of_one in parts.items()}
+        self._kinds = {entry.name: entry.kind for entry in find_submodules(model)}
         if not self._trained:
             raise BlueprintError(
-                f"This {type(unwrap(self._model)).__name__} has no trainable parameters. Put an adapter on it with "
+                f"This {type(unwrap(model)).__name__} has no trainable parameters. Put an adapter on it with "
                 "get_peft_model, or unfreeze it."
-            )
-        if self.milestones and not parts.keys() & self._submodules.keys():
-            raise BlueprintError(
-                f"A blueprint holds linear submodules, and only {format_names(sorted(parts))} is trained. Give "
-                "milestones=() to log only."
             )
 
     def _fingerprint(self) -> tuple[list[bool], int]:
@@ -213,90 +342,18 @@ class BlueprintCallback(TrainerCallback):
         if self.detail == "kind":
             by_kind: dict[str, list[float]] = defaultdict(list)
             for name, norm in norms.items():
-                submodule = self._submodules.get(name)
-                kind = submodule.kind if submodule is not None else None
-                by_kind[kind or name.rpartition(".")[2]].append(norm)
+                by_kind[self._kinds.get(name) or name.rpartition(".")[2]].append(norm)
             norms = {kind: math.hypot(*of_kind) for kind, of_kind in by_kind.items()}
         return {**norms, "total": total}
 
-    def _write(self, args: TrainingArguments, state: TrainerState, share: float) -> None:
-        path = self.output_dir / f"blueprint-{100 * share:g}.json"
-        try:
-            self._blueprint(args, state, share).save(path)
-        except BlueprintError as error:  # training is worth more than this file
-            _LOG.warning("No blueprint at %g %% of the training: %s", 100 * share, error)
 
-    def _blueprint(self, args: TrainingArguments, state: TrainerState, share: float) -> Blueprint:
-        window, inner, means = self._window, unwrap(self._model), self._window.means()
-        batch = state.train_batch_size if args.auto_find_batch_size else None
-        examples = (batch or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
-        entries = tuple(
-            replace(
-                submodule,
-                gradient_norm=means[name],
-                examples=window.counts[name] * examples,
-                extra={"gradient_of": self._gradient_of[name]},
-            )
-            for name, submodule in self._submodules.items()
-            if name in means
-        )
-        if not entries:
-            raise BlueprintError(f"no step since step {window.first} had finite norms. Lower the learning rate.")
-        config = getattr(inner, "config", None)
-        clipping = f"clipped to {args.max_grad_norm:g}" if args.max_grad_norm else "not clipped"
-        parameter = self._trained[0].parameter
-        return Blueprint(
-            model_id=getattr(config, "_name_or_path", None) or type(inner).__name__,
-            model_revision=getattr(config, "_commit_hash", None),
-            model_digest=structure_digest(tuple(self._submodules.values())),
-            training_checkpoint=share,
-            submodules=entries,
-            provenance={
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "method": "training",
-                "statistic": "norm of the batch's gradient as the optimizer receives it, averaged over measured steps, "
-                f"{clipping}; not a mean over examples",
-                "gradients_of": sorted({self._gradient_of[entry.name] for entry in entries}),
-                "checkpoint_of": "this training run",
-                "steps_measured": window.steps,
-                "steps_not_finite": window.not_finite,
-                "first_step": window.first,
-                "last_step": window.last,
-                "max_steps": state.max_steps,
-                "every": self.every,
-                "examples_per_step": examples,
-                "outside_submodules": {n: value for n, value in means.items() if n not in self._submodules},
-                "seed": args.seed,
-                "dtype": str(parameter.dtype).removeprefix("torch."),
-                "device": parameter.device.type,
-                "versions": versions(),
-            },
-        )
-
-
-@dataclass
-class _Window:
-    """Sums over the steps measured since the last milestone."""
-
-    steps: int = 0
-    not_finite: int = 0
-    first: int | None = None
-    last: int | None = None
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, step: int, norms: dict[str, float]) -> None:
-        self.first, self.last = self.first or step, step
-        if not all(math.isfinite(value) for value in norms.values()):
-            self.not_finite += 1
-            return
-        self.steps += 1
-        for name, value in norms.items():
-            self.sums[name] += value
-            self.counts[name] += 1
-
-    def means(self) -> dict[str, float]:
-        return {name: self.sums[name] / count for name, count in self.counts.items()}
+def _figures(blueprint: Blueprint) -> dict[str, float]:
+    """Return the figures of a blueprint for the Trainer's log."""
+    found, tail = blueprint.concentration, blueprint.concentration.get("tail", {})
+    figures = {name: found.get(name) for name in ("alpha", "gamma", "gamma_fit")}
+    figures |= {name: tail.get(name, {}).get("value") for name in ("gini", "top_share", "effective_number")}
+    figures["k_star"] = blueprint.costs.get("k_star")
+    return {BLUEPRINT_PREFIX + name: float(value) for name, value in figures.items() if value is not None}
 
 
 def trained_parameters(model: nn.Module) -> tuple[TrainedParameter, ...]:

@@ -42,7 +42,7 @@ from ..runs import (
     measured,
     modelled,
 )
-from .blueprint_callback import trained_parameters
+from .blueprint_callback import BlueprintCallback, trained_parameters
 
 
 PREFIX = "ledger/"  # of the entries in the Trainer's log
@@ -183,7 +183,7 @@ class LedgerCallback(TrainerCallback):
         self._has_begun = False
         self._is_noted = False
         self._lacks_metric = False
-        self._mark = time.perf_counter()
+        self._set_mark()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start a log, or continue that of the checkpoint."""
@@ -202,6 +202,9 @@ class LedgerCallback(TrainerCallback):
                 log.about["held_out"] = held_out
         with log.guarded("tokens"):
             self._counter.attach(self.trainer.model_wrapped)
+        for other in self.trainer.callback_handler.callbacks:
+            if isinstance(other, BlueprintCallback):
+                other.log = log
         log.ledger.start()
         log.settle()
         if self.stop is not None and log.resource not in ("tokens", "flops"):  # counted from the first step
@@ -210,7 +213,7 @@ class LedgerCallback(TrainerCallback):
             with log.guarded("a forecast of the stopping rule"):
                 _LOG.warning("%s: %s", log.name, self.stop.forecast(self._planned_rates(args, state)))
         self._has_begun = True
-        self._mark = time.perf_counter()
+        self._set_mark()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log what is pending from the last step; start counting FLOPs in `COUNTED_STEP`."""
@@ -275,7 +278,7 @@ class LedgerCallback(TrainerCallback):
         self._log.note_loss(float(logs["loss"]), step=state.global_step, learning_rate=rate)
         if self.metric == "loss":
             self._check({"loss": float(logs["loss"])}, state, control)
-        self._mark = time.perf_counter()
+        self._set_mark()
 
     def on_evaluate(
         self,
@@ -288,7 +291,7 @@ class LedgerCallback(TrainerCallback):
         """Record the evaluation and check the rule."""
         if not self._has_begun:
             return
-        self._log.seconds["evaluating"] += time.perf_counter() - self._mark
+        self._log.seconds["evaluating"] += self._since_mark()
         found = {
             key: float(value)
             for key, value in (metrics or {}).items()
@@ -299,7 +302,7 @@ class LedgerCallback(TrainerCallback):
         # the evaluation of another data set at this step may still have it
         self._lacks_metric = needs_metric and not any(self.metric in point.metrics for point in self._log.points)
         self._send(control)
-        self._mark = time.perf_counter()
+        self._set_mark()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -311,9 +314,10 @@ class LedgerCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the record."""
-        self._log.seconds["saving"] += time.perf_counter() - self._mark
-        self._log.save()
-        self._mark = time.perf_counter()
+        self._log.seconds["saving"] += self._since_mark()
+        with self._log.saving():
+            self._log.save()
+        self._set_mark()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add up for the last time, write the record and log its summary."""
@@ -331,7 +335,7 @@ class LedgerCallback(TrainerCallback):
                 self._pending = self._spent()
         if is_scheduled or control.should_save:
             self._store(state)
-        self._mark = time.perf_counter()
+        self._set_mark()
 
     def _check(self, metrics: Mapping[str, float], state: TrainerState, control: TrainerControl) -> None:
         progress = min(1.0, state.global_step / state.max_steps) if state.max_steps > 0 else None
@@ -345,6 +349,14 @@ class LedgerCallback(TrainerCallback):
             if decision.stop:
                 control.should_training_stop = True
         self._store(state)
+
+    def _set_mark(self) -> None:
+        """Remember that the time until now is accounted for."""
+        self._mark = time.perf_counter() - sum(self._log.seconds.values())
+
+    def _since_mark(self) -> float:
+        """Return the seconds since the mark without those that were counted as evaluating or saving meanwhile."""
+        return time.perf_counter() - sum(self._log.seconds.values()) - self._mark
 
     def _store(self, state: TrainerState) -> None:
         """Put the state where the Trainer's next checkpoint takes it from."""

@@ -55,7 +55,6 @@ def test_one_name_of_the_data_twice_is_said():
         ({"submodules": tuple(replace(e, quantized=True) for e in measured(UP))}, "quantised submodules"),
         ({"submodules": tuple(replace(e, examples=None) for e in measured(UP))}, "'0.q', .* no number of examples"),
         ({"provenance": {}}, "no data digest"),
-        ({"provenance": {"method": "training"}}, "training batches"),
         ({"provenance": {**measured(UP, data="b").provenance, "blend": {"weight": 0.5}}}, "a blend"),
         ({"provenance": {**measured(UP, data="b").provenance, "privacy": {"sigma": 1.0}}}, "privacy noise"),
     ],
