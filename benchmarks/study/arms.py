@@ -4,7 +4,7 @@
 
 NAME: `all-linear`, `attention only`, `MLP only`, `planner` or `cover` (the library's default), a score of
 `plan_placement(rank_by=…)` such as `gradient_norm`, `random`, `even`, `KappaTune`, `Spectrum`, `AdaLoRA`,
-`full fine-tuning`, `unfreeze top` or `unfreeze by gain`. COUNT: adapters. Modifiers:
+`full fine-tuning`, or whole blocks: `unfreeze top`, `unfreeze by gain`, `by norm`, `by Spectrum`, `cover` or `random`. COUNT: adapters. Modifiers:
 
 - `as shipped`: with all-linear LoRA's parameters instead of a budget's; `as many`: as many adapters as the planner's
 - `within kind`, `pooled`: coverage
@@ -40,11 +40,19 @@ AHEAD = 8.0  # LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.
 GROUPS = {"all-linear": "", "attention only": "attn", "MLP only": "ffn"}
 PLANNERS = ("planner", "cover")
 WEIGHTS = ("KappaTune", "Spectrum")
-UNFREEZE = {"unfreeze top": "last", "unfreeze by gain": "adam_gain"}
+# score and coverage of whole blocks
+UNFREEZE = {
+    "unfreeze top": ("last", "none"),
+    "unfreeze by gain": ("adam_gain", "none"),
+    "unfreeze by norm": ("gradient_norm", "none"),
+    "unfreeze by Spectrum": ("Spectrum", "kind"),
+    "unfreeze cover": ("adam_gain", "kind+depth"),
+    "unfreeze random": ("random", "none"),
+}
 STARTS = {"EVA": "eva", "LoRA-GA": "lora_ga"}
 WHOLE = (UNTRAINED, "full fine-tuning")
 # octaves added to where a ladder of learning rates begins
-OCTAVES = {"MLP only": 1, "full fine-tuning": -4, "unfreeze top": -2, "unfreeze by gain": -2}
+OCTAVES = {"MLP only": 1, "full fine-tuning": -4, **dict.fromkeys(UNFREEZE, -2)}
 
 
 class Infeasible(Exception):
@@ -160,7 +168,7 @@ def choice_of(ground: Ground, entry: Entry, budget: float | None) -> Choice:
         Infeasible: if nothing fits, with the reason.
     """
     rule = rule_of(entry.arm)
-    limit = ground.whole if budget is None else math.floor(budget * ground.whole)
+    limit = ground.whole if budget is None else math.floor(budget * ground.budgeted)
     choice = _chosen(ground, rule, limit, entry.blueprint)
     if rule.start in ONE_RANK:
         choice = replace(choice, ranks=dict.fromkeys(choice.ranks, min(choice.ranks.values())))
@@ -242,19 +250,42 @@ def _adapted(ground: Ground, placement: Placement) -> list[Submodule]:
 
 def _unfrozen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
     """Take attention and feed-forward blocks in the order of their score, except those that do not fit."""
-    options: dict[str, Any] = {"mode": "unfreeze", "rank_by": UNFREEZE[rule.base], "coverage": "none"}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in ground.shell.named_modules()}
+    score, coverage = UNFREEZE[rule.base]
+    if score in WEIGHTS:
+        ordered = _blocks_by_weights(ground, score)
+    else:
+        ordered, count = [], 0
+        options: dict[str, Any] = {"mode": "unfreeze", "rank_by": score, "coverage": coverage, "seed": rule.draw}
+        blocks = {block for entry in ground.entries if (block := _block_of(entry))}
+        while len(ordered) < len(blocks):
+            count += 1
+            names = ground.plan(blueprint, num_modules=count, **options).unfreeze
+            ordered += [name for name in names if name not in ordered]
     units: list[str] = []
-    before: tuple[str, ...] = ()
-    for count in range(1, 2 * (1 + max(e.depth or 0 for e in ground.entries)) + 1):
-        names = ground.plan(blueprint, num_modules=count, **options).unfreeze
-        new = [name for name in names if name not in before]
-        if sum(sizes[name] for name in [*units, *new]) <= limit:
-            units += new
-        before = names
+    for name in ordered:
+        if sum(sizes[unit] for unit in [*units, name]) <= limit:
+            units.append(name)
     if not units:
         raise Infeasible(f"the smallest block has more than the {limit:,} parameters that are allowed")
-    return Choice(whole=tuple(units), charges=() if UNFREEZE[rule.base] in CONTROLS else ("blueprint",))
+    charge = () if score in CONTROLS else ("weights",) if score in WEIGHTS else ("blueprint",)
+    return Choice(whole=tuple(units), charges=charge)
+
+
+def _block_of(entry: Submodule) -> str:
+    return entry.name.rpartition(".")[0]
+
+
+def _blocks_by_weights(ground: Ground, score: str) -> list[str]:
+    """Order blocks by the mean score of their weights, attention and feed-forward in turn."""
+    scores = ground.weight_scores(score)
+    blocks: dict[tuple[str, str], list[float]] = {}
+    for entry in ground.entries:
+        blocks.setdefault(((entry.group or "").partition(".")[0], _block_of(entry)), []).append(scores[entry.name])
+    order = sorted(blocks, key=lambda block: -sum(blocks[block]) / len(blocks[block]))
+    groups = [group for group, _ in order]
+    places = {block: groups[:i].count(block[0]) for i, block in enumerate(order)}
+    return [name for _, name in sorted(order, key=places.__getitem__)]
 
 
 # ---- sizes

@@ -221,6 +221,12 @@ class Ground:
         return self.costs.all_linear().trainable
 
     @functools.cached_property
+    def budgeted(self) -> int:
+        """Parameters that budgets are shares of."""
+        of_model = sum(parameter.numel() for parameter in self.shell.parameters())
+        return of_model if self.study.budgets_of == "model" else self.whole
+
+    @functools.cached_property
     def positions(self) -> float:
         """Positions of a training step on average, padding included."""
         study = self.study

@@ -26,7 +26,7 @@ FORMAT = 1  # of records; raise it with a change that bears on results
 FURTHEST = 5  # octaves from the guess
 # what bears on every result, under the keys of the archive; the second tuple only where it is not the default
 _FACTS = "data model dtype length batch steps warm_up rank rate measured held_out few every unrelated".split()
-_FACTS_IF_CHANGED = ("spare", "attention", "resample", "test_from_train")
+_FACTS_IF_CHANGED = ("spare", "attention", "resample", "test_from_train", "budgets_of")
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class Study:
             reported.
         test_from_train: training examples that a resampled study tests on instead.
         compare: labels of arms that every arm is compared with, the reference first.
+        budgets_of: what budgets are shares of: the parameters of LoRA on all linear layers, or the model's.
         looks: numbers of seeds after which a resampled study decides; the last is what is planned.
         flops_per_second: of the machine, for estimates before anything was measured.
     """
@@ -169,6 +170,7 @@ class Study:
     resample: bool = False
     test_from_train: int = 0
     compare: tuple[str, ...] = ("all-linear",)
+    budgets_of: Literal["all-linear", "model"] = "all-linear"
     looks: tuple[int, ...] = (8, 16, 28)
     flops_per_second: float = 60e9
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from benchmarks.study import run as running
-from benchmarks.study.arms import Infeasible, charge_of, choice_of, filled, rule_of
+from benchmarks.study.arms import UNFREEZE, Infeasible, charge_of, choice_of, filled, rule_of
 from benchmarks.study.ground import Charge
 from benchmarks.study.plan import UNTRAINED, Entry, Job, Schedule, Study, best_octave, next_octaves
 from benchmarks.study.report import Report
@@ -325,6 +325,25 @@ def test_arms_of_a_resampled_study_share_their_first_weights(tmp_path, cache):
     assert len(names) == 3 and all(torch.equal(weights[0][name], weights[1][name]) for name in names)
     assert not any(torch.equal(weights[1][name], weights[2][name]) for name in names)
     assert len({tuple(weights[1][name].flatten()[:4].tolist()) for name in names}) == 3
+
+
+def test_whole_blocks_fill_a_share_of_the_model(tmp_path, cache):
+    """Each rule takes other blocks, the dearest that fit; weights take attention and feed-forward in turn."""
+    wanted = study_of(tmp_path, [{"arms": ARMS}], budgets_of="model")
+    ground = runner_of(wanted, tmp_path, cache).ground
+    of_model = sum(p.numel() for p in ground.shell.parameters())
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in ground.shell.named_modules()}
+    found = {arm: choice_of(ground, Entry(arm), 0.5).whole for arm in UNFREEZE}
+    for arm, blocks in found.items():
+        assert blocks and 0.3 * of_model < sum(map(sizes.__getitem__, blocks)) <= 0.5 * of_model, arm
+    assert len(set(found.values())) > 3
+    assert [name.rpartition(".")[2] for name in found["unfreeze by Spectrum"]][:2] in (
+        ["self_attn", "mlp"],
+        ["mlp", "self_attn"],
+    )
+    assert charge_of(ground, choice_of(ground, Entry("unfreeze random"), 0.5), "task") == Charge()
+    with pytest.raises(Infeasible, match="smallest block"):
+        choice_of(ground, Entry("unfreeze random"), 0.001)
 
 
 def test_a_cover_of_equal_weights_measures_nothing(tmp_path, cache):
