@@ -1,15 +1,15 @@
-"""Where can choosing data win? A pool 15 times the budget, of five domains, a fifth of the answers wrong.
+"""Where can choosing data win? A pool ten times the budget, of five domains, a fifth of the answers wrong.
 
     python -m benchmarks mixture --data FOLDER [--seeds 0 1 2 3 4 5] [--arms ARM ...] [--print]
 
-The models are small and trained from scratch here, once, on other examples of the same domains, so that they know each
-domain in part: a large one of 1.3 M parameters, and a small one of 0.1 M. The domains are sums, sorted letters, look-ups
-(synthetic), and continued text of PubMedQA's abstracts and of GSM8K's questions (real). For each seed a pool, a target of
-32 examples for each of two domains (sums and PubMedQA) and held-out examples are drawn anew, all correct but the pool's.
-Each arm keeps 200 of 3000 examples, and the large model is trained on these for three passes. Scorers are the large model
-itself, its first layer ("cut") and the small model. References: "random"; "random, once", which sees 600 random examples
-once; "clean", random among the correct ones; "domain", random among the target's domain; "clean domain", both. The last
-three read labels that a user does not have. All arms of a seed share data, order and rate, so differences are paired.
+The models are small and trained from scratch here, once, on other examples of the same domains: a large one of 1.3 M
+parameters and a small one of 0.1 M. The domains are sums, sorted letters and look-ups (synthetic), and continued text of
+PubMedQA's abstracts and of GSM8K's questions (real). Sorted letters and PubMedQA are the targets, and rare before: 3 % each
+of what the models were trained on. For each seed a pool, 32 examples of each target and held-out examples are drawn anew,
+all right but the pool's. Each arm keeps 150 of 1500 examples, and the large model is trained on these for three passes.
+Scorers are the large model itself, its first layer ("cut") and the small model. References: "random"; "clean", random
+among the right ones; "domain", random among the target's domain; "clean domain", both. The last three read labels that a
+user does not have. All arms of a seed share data, order and rate, so differences are paired.
 Results are appended to --out and not computed again.
 """
 
@@ -47,26 +47,27 @@ LARGE: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 DOMAINS = ("sums", "sorting", "look-up", "pubmedqa", "gsm8k")
-TARGETS = ("sums", "pubmedqa")  # domains to choose for
+TARGETS = ("sorting", "pubmedqa")  # domains to choose for
+BASE_SHARES = (0.31, 0.03, 0.31, 0.03, 0.32)  # of the domains before
 SPLITS = ("base", "pool", "held_out")  # disjoint
-POOL, CHOSEN, TARGET, HELD_OUT = 3000, 200, 32, 128  # the last for each domain
+POOL, CHOSEN, TARGET = 1500, 150, 32
+HELD_OUT, OTHERS = 160, 48  # of each target domain, and of each other one
 WRONG = 0.2
 PASSES, BATCH, RATE, WARM_UP = 3, 16, 1e-3, 6
-BASE_STEPS, BASE_BATCH, BASE_RATE = 1200, 32, 2e-3
+BASE_STEPS, BASE_BATCH, BASE_RATE = 500, 32, 2e-3
 KEPT_LAYERS = 1
-PROMPT, COMPLETION = 40, 24  # characters of real text
-BY_SCORE = ("norm", "norm, small", "norm, cut", "predicted_norm", "norm_low")
-BY_LOSS = ("loss", "loss, small", "loss_low", "loss_low, small")
+PROMPT, COMPLETION = 24, 40  # characters of real text
+BY_SCORE = ("predicted_norm", "norm", "norm, small", "norm, cut", "loss", "loss_low")
 FOR_TARGET = ("alignment", "alignment, small", "alignment, cut", "bm25", "domain", "clean domain")
-FOR_ALL = ("random", "random, once", "clean", *BY_SCORE, *BY_LOSS)
+FOR_ALL = ("random", "clean", *BY_SCORE)
 QUICK = {"seeds": [0], "arms": ["random", "norm, cut", "bm25"], "pool": 60, "steps": 2}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(6)))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--arms", nargs="+", choices=[*FOR_ALL, *FOR_TARGET], default=[*FOR_ALL, *FOR_TARGET])
-    parser.add_argument("--pool", type=int, default=POOL, help="examples to choose from; a fifteenth is kept")
+    parser.add_argument("--pool", type=int, default=POOL, help="examples to choose from; a tenth is kept")
     parser.add_argument("--steps", type=int, default=BASE_STEPS, help="that the models are trained before")
     parser.add_argument("--rate", type=float, default=RATE, help="of training on the chosen examples")
     parser.add_argument("--out", type=Path, default=setup.RESULTS / "mixture.jsonl")
@@ -160,7 +161,10 @@ class Contest:
                 is_right = pool[i].completion == answer
                 pool[i] = Example(domain, is_right, pool[i].prompt, answer)
         targets = {name: [self.texts.draw(name, "held_out", generator) for _ in range(TARGET)] for name in TARGETS}
-        held_out = {name: [self.texts.draw(name, "held_out", generator) for _ in range(HELD_OUT)] for name in DOMAINS}
+        sizes = {name: HELD_OUT if name in TARGETS else OTHERS for name in DOMAINS}
+        held_out = {
+            name: [self.texts.draw(name, "held_out", generator) for _ in range(n)] for name, n in sizes.items()
+        }
         return Draw(seed, pool, targets, held_out)
 
     def run(self, draw: Draw, name: str, target: str) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class Contest:
             examples = [draw.pool[i] for i in chosen]
             known["right"] = statistics.mean(one.is_right for one in examples)
             known["domains"] = {d: statistics.mean(one.domain == d for one in examples) for d in DOMAINS}
-            self.train([one.row for one in examples], 1 if name == "random, once" else PASSES, draw.seed)
+            self.train([one.row for one in examples], draw.seed)
         after = time.process_time()
         known |= {"score_seconds": score_seconds or between - before, "train_seconds": after - between}
         for domain, held_out in draw.held_out.items():
@@ -201,7 +205,7 @@ class Contest:
                 if (draw.pool[i].is_right or not base.startswith("clean"))
                 and (draw.pool[i].domain == target or not base.endswith("domain"))
             ]
-            return generator.sample(allowed, min(len(allowed), count * PASSES if scorer == "once" else count)), 0.0
+            return generator.sample(allowed, min(len(allowed), count)), 0.0
         if base in ("predicted_norm", "bm25"):
             rows = [one.row for one in draw.pool]
             found = select_examples(
@@ -220,7 +224,6 @@ class Contest:
         influence, aligned, seconds = self.measure(draw, scorer or "large")
         scores = {
             "norm": lambda: influence.example_norms.numpy(),
-            "norm_low": lambda: -influence.example_norms.numpy(),
             "loss": lambda: influence.losses.numpy(),
             "loss_low": lambda: -influence.losses.numpy(),
             "alignment": lambda: aligned[target],
@@ -243,9 +246,9 @@ class Contest:
             self._measured[key] = pool, aligned, time.process_time() - before
         return self._measured[key]
 
-    def train(self, rows: Sequence[Row], passes: int, seed: int) -> None:
+    def train(self, rows: Sequence[Row], seed: int) -> None:
         """Train all weights of the large model."""
-        steps = max(1, len(rows) * passes // BATCH)
+        steps = max(1, len(rows) * PASSES // BATCH)
         batches = setup.random_batches(rows, BATCH, seed, steps)
         optimizer = torch.optim.AdamW(self.large.parameters(), weight_decay=0.0)
         for step, part in enumerate(batches, start=1):
@@ -267,7 +270,10 @@ class Contest:
         for step in range(1, self.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = BASE_RATE * setup.linear_schedule(step, self.steps, 50)
-            rows = [self.texts.draw(generator.choice(DOMAINS), "base", generator).row for _ in range(BASE_BATCH)]
+            rows = [
+                self.texts.draw(domain, "base", generator).row
+                for domain in generator.choices(DOMAINS, BASE_SHARES, k=BASE_BATCH)
+            ]
             loss = setup.train_step(model, optimizer, setup.on_device(rows, 0))
             if step % 100 == 0:
                 setup.say(f"{name}: step {step} of {self.steps}, loss {loss:.3f}")

@@ -47,7 +47,7 @@ QUICK = {"sets": ["numbers"], "arms": ["everything", "random@0.5", "length@0.5"]
 
 # what an arm asks of select_examples, beyond its defaults
 WISHES: dict[str, dict[str, Any]] = {
-    **{name: {} for name in METHODS if name != "iterative"},
+    **{name: {} for name in METHODS if name not in ("iterative", "head_norm")},
     "predicted_norm, tokens": {"method": "predicted_norm", "features": "tokens", "small": 24},
     "predicted_alignment, tokens": {"method": "predicted_alignment", "features": "tokens", "small": 24},
     "alignment, adam": {"method": "alignment", "precondition": "adam"},

@@ -1,6 +1,9 @@
 from .alignment import alignment_scores as alignment_scores
 from .alignment import find_rows as find_rows
 from .alignment import make_target as make_target
+from .blocks import Blocks as Blocks
+from .blocks import BlockStream as BlockStream
+from .blocks import cut_blocks as cut_blocks
 from .brief_training import temporary_adapters as temporary_adapters
 from .brief_training import train_briefly as train_briefly
 from .cross_influence import CrossInfluence as CrossInfluence
@@ -9,6 +12,8 @@ from .examples import Candidate as Candidate
 from .examples import Pool as Pool
 from .examples import read_examples as read_examples
 from .features import token_features as token_features
+from .filtering import FilteredStream as FilteredStream
+from .filtering import filter_stream as filter_stream
 from .options import METHODS as METHODS
 from .options import SCORE_COLUMNS as SCORE_COLUMNS
 from .options import SelectionOptions as SelectionOptions
@@ -17,6 +22,7 @@ from .scoring import ExampleScorer as ExampleScorer
 from .select import Selection as Selection
 from .select import select_examples as select_examples
 from .shallow import first_layers as first_layers
+from .tables import continue_table as continue_table
 from .tables import read_table as read_table
 from .tables import require_columns as require_columns
 from .tables import require_format as require_format

@@ -38,7 +38,8 @@ class Method:
     """A way to score examples.
 
     Args:
-        measure: quantity behind the score: "random", "length", "loss", "norm", "alignment", "points" or "bm25".
+        measure: quantity behind the score: "random", "length", "loss", "norm", "alignment", "points", "bm25" or
+            "head_norm", which is of single tokens.
         sign: 1 to keep the highest scores, -1 to keep the lowest.
         is_predicted: measure a few examples and predict the others.
         coreset: algorithm that chooses among points, "k_centre" or "facility".
@@ -64,6 +65,11 @@ class Method:
         """Whether all examples must be read before one is scored or chosen."""
         return self.coreset is not None or self.measure == "bm25"
 
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether it can score single target tokens."""
+        return not self.needs_all and self.measure != "length"
+
 
 METHODS: Mapping[str, Method] = {
     "random": Method("random"),
@@ -77,6 +83,7 @@ METHODS: Mapping[str, Method] = {
     "length": Method("length"),
     "length_short": Method("length", sign=-1),
     "bm25": Method("bm25"),
+    "head_norm": Method("head_norm"),
     "coreset_k_centre": Method("points", coreset="k_centre"),
     "coreset_facility": Method("points", coreset="facility"),
 }
@@ -132,10 +139,10 @@ class SelectionOptions:
 
     def __post_init__(self) -> None:
         for name, least in _MINIMA.items():
-            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+            object.__setattr__(self, name, require_integer(name, getattr(self, name), least))
         for name in ("count", "scorer_layers"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
+                object.__setattr__(self, name, require_integer(name, getattr(self, name), 1))
         if self.fraction is not None:
             is_number = isinstance(self.fraction, Real) and not isinstance(self.fraction, bool)
             if not is_number or not 0 < self.fraction <= 1:
@@ -179,7 +186,8 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise BlueprintError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _integer(name: str, value: object, least: int) -> int:
+def require_integer(name: str, value: object, least: int) -> int:
+    """Return an option as an integer; raise BlueprintError if it is not one, or less than `least`."""
     try:
         if isinstance(value, bool):
             raise TypeError

@@ -97,7 +97,7 @@ class ExampleScorer:
         with self.cut_model() as model:
             found = measure_influence(
                 model,
-                self._batches(candidates),
+                self.batches(candidates),
                 projection_size=PROJECTION_SIZE if projections else 0,
                 submodules=self.submodules,
                 loss_fn=self.loss_fn,
@@ -110,7 +110,7 @@ class ExampleScorer:
 
     def features(self, candidates: Sequence[Candidate], depths: Sequence[float] = DEPTHS) -> np.ndarray:
         """Compute features by one forward pass in this process, see `model_features`."""
-        batches = self._batches(candidates)
+        batches = self.batches(candidates)
         with self.cut_model() as model:
             found, tokens = model_features(model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
         self.cost.forward_tokens += tokens
@@ -168,7 +168,8 @@ class ExampleScorer:
         counts = ("forward_tokens", "measured_tokens", "trained_tokens")
         return replace(self.cost, **{name: sum(getattr(cost, name) for cost in costs) for name in counts})
 
-    def _batches(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    def batches(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+        """Collate candidates in their order."""
         parts = (candidates[i : i + self.batch_size] for i in range(0, len(candidates), self.batch_size))
         return [collate([one.row for one in part], self.pad_token_id) for part in parts]
 

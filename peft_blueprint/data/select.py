@@ -195,7 +195,7 @@ def select_examples(
     options = from_keywords(SelectionOptions, options, keywords)
     method = options.resolve_method(target is not None)
     pool = Pool(dataset, tokenizer, options.columns, options.max_length, requires_columns=True)
-    _check_request(options, method, model, target, placement, pool.length)
+    check_request(options, method, model, target, placement, pool.length)
     count = options.resolve_count(pool.length)
     scan, targets, settings = open_scan(
         model, pool, options, method, tokenizer, target, placement, loss_fn, progress=progress, started=start
@@ -204,13 +204,13 @@ def select_examples(
     before = scorer.cost.seconds
     scores, rows = None, None
     if pool.is_stream:
-        choice, examples = scan.choose_from_stream(_build_score(scan, method, targets), method.sign, count)
+        choice, examples = scan.choose_from_stream(build_score(scan, method, targets), method.sign, count)
         rows = tuple(examples)
     elif options.method == ITERATIVE:
         scores, choice = _choose_iteratively(scan, method, targets, count, train)
     else:
         by_words = method.measure == "bm25"
-        scores = _score_by_words(scan, targets) if by_words else scan.score_all(_build_score(scan, method, targets))
+        scores = _score_by_words(scan, targets) if by_words else scan.score_all(build_score(scan, method, targets))
         choice = scan.choose(scores, method, count)
     all_scores = None
     if scores is not None and scores.values.ndim == 1:  # not a coreset's points
@@ -227,7 +227,7 @@ def select_examples(
         scores=tuple(by_index.values()),
         method=options.method,
         settings=settings,
-        report=_report(scan, choice),
+        report=report_of(scan) | {"duplicates": choice.duplicates, "chosen": len(choice.indices)},
         fallbacks=tuple(scan.fallbacks),
         all_scores=all_scores,
         rows=rows,
@@ -288,7 +288,7 @@ def open_scan(
     return scan, targets, settings
 
 
-def _build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> ScoreFunction:
+def build_score(scan: Scan, method: Method, targets: Sequence[Candidate]) -> ScoreFunction:
     """Build the function that scores candidates by a method, with the scorer's model as it is now."""
     scorer, options = scan.scorer, scan.options
     if method.measure == "alignment":
@@ -353,7 +353,7 @@ def _choose_iteratively(
         try:
             for step in range(options.iterations):
                 scan.progress, scan.known = Progress(), {}
-                scores = scan.score_all(_build_score(scan, method, targets))
+                scores = scan.score_all(build_score(scan, method, targets))
                 choice = scan.choose(scores, method, count)
                 if step == options.iterations - 1:
                     break
@@ -387,16 +387,19 @@ def _score_by_words(scan: Scan, targets: Sequence[Candidate]) -> Scores:
     return Scores(np.array([one.index for one in found]), scores)
 
 
-def _check_request(
+def check_request(
     options: SelectionOptions,
     method: Method,
     model: nn.Module | None,
     target: Iterable[Example] | None,
     placement: Placement | None,
     length: int | None,
+    unit: str = "example",
 ) -> None:
     """Raise BlueprintError if a method lacks something it needs, or is given something it cannot use."""
     name = f"method={options.method!r}"
+    if method.measure == "head_norm" and unit != "token":
+        raise BlueprintError(f"{name} is of single tokens. Give filter_stream(…, unit='token'), or method='norm'.")
     if method.uses_target and target is None:
         raise BlueprintError(f"{name} needs a target. Give target=…, a few dozen examples of the kind wanted.")
     if method.uses_target and isinstance(target, Sized) and not len(target):
@@ -533,17 +536,17 @@ def _pad_token_id(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | 
     return getattr(config, "pad_token_id", None) or 0
 
 
-def _report(scan: Scan, choice: Choice) -> dict[str, Any]:
+def report_of(scan: Scan) -> dict[str, Any]:
+    """Return the counts and the cost of a pass, see `Selection.report`."""
     notes, examples = scan.progress.notes, scan.progress.position
     cost = scan.scorer.total_cost()
-    whole = cost.backward_flops(notes["tokens"])
+    without, tokens = notes.get("without_targets", 0), notes.get("tokens", 0)
+    whole = cost.backward_flops(tokens)
     return {
         "examples": examples,
-        "usable": examples - notes["without_targets"],
-        "without_targets": notes["without_targets"],
-        "duplicates": choice.duplicates,
-        "chosen": len(choice.indices),
-        "tokens": notes["tokens"],
+        "usable": examples - without,
+        "without_targets": without,
+        "tokens": tokens,
         "cost": cost.to_dict() | {"share_of_measuring_all": cost.flops / whole if whole else 0.0},
         **({"predictor": scan.predictor.to_dict()} if scan.predictor is not None else {}),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from io import BytesIO
@@ -145,6 +147,52 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     require_format(path)
     with replacing(path) as file:
         _write(file, path, rows)
+
+
+def continue_table(path: Path, rows: Iterable[Mapping[str, Any]], done: int = 0) -> None:
+    """Write rows as JSON lines as they come, so that a killed process can go on after the rows of an earlier one.
+
+    They are written to `path` with `.part` at its end, which takes the place of `path` when all are there.
+
+    Args:
+        path: file to write, ending in .jsonl.
+        rows: that follow the first `done`.
+        done: rows that an earlier process wrote; later ones that it wrote are dropped.
+
+    Raises:
+        BlueprintError: for another ending, a path that cannot be written, values that JSON cannot hold, or if fewer than
+            `done` rows are there.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+        >>> continue_table(path, [{"text": "one"}])
+        >>> continue_table(path, [{"text": "two"}], done=1)
+        >>> path.read_text().splitlines()
+        ['{"text": "one"}', '{"text": "two"}']
+    """
+    if path.suffix != ".jsonl":
+        raise BlueprintError(f"{path} must end in .jsonl, to which rows can be added.")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if done and not part.exists() and path.exists():
+            shutil.copyfile(path, part)
+        with part.open("r+b" if part.exists() and done else "w+b") as file:
+            found = sum(file.readline().endswith(b"\n") for _ in range(done))
+            if found < done:
+                raise BlueprintError(
+                    f"The kept state counts {done} rows written, but {part} has {found}. Start anew with another "
+                    "keep_state."
+                )
+            file.truncate(file.tell())
+            for row in rows:
+                _write(file, path, [row])
+                file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise BlueprintError(f"{path} cannot be written: {error.strerror or error}. Choose another folder.") from error
 
 
 def require_format(path: Path) -> None:
