@@ -13,8 +13,10 @@ from .entry import Level as Level
 from .entry import Submodule as Submodule
 from .entry import norm_of as norm_of
 from .entry import score_of as score_of
+from .entry import unit_of as unit_of
 from .formats import FILE_NAME as FILE_NAME
 from .formats import SUFFIXES as SUFFIXES
+from .formats import blueprint_files as blueprint_files
 from .formats import file_name as file_name
 from .formats import to_cell as to_cell
 from .formats import to_json as to_json
@@ -29,6 +31,8 @@ from .header_text import VERSION_KEY as VERSION_KEY
 from .header_text import from_header_text as from_header_text
 from .header_text import rounded as rounded
 from .header_text import to_header_text as to_header_text
+from .hub import fetch as fetch
+from .hub import find_blueprints as find_blueprints
 from .hub_errors import CARD as CARD
 from .hub_errors import require_token as require_token
 from .hub_errors import status_of as status_of

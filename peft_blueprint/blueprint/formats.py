@@ -9,7 +9,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,53 @@ def file_name(domain: str | None = None, checkpoint: float | None = None, suffix
             raise BlueprintError(f"checkpoint must be in (0, 1], got {checkpoint}.")
         name += f"-{checkpoint * 100:.6g}"
     return name + suffix
+
+
+def blueprint_files(names: Iterable[str]) -> list[str]:
+    """Return the blueprints among the names of files, 50 before 100; of several suffixes of one name, JSON first.
+
+    Example:
+        >>> blueprint_files(["blueprint-100.json", "blueprint-50.csv", "blueprint-50.json", "config.json"])
+        ['blueprint-50.json', 'blueprint-100.json']
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: [name.endswith(suffix) for suffix in SUFFIXES], reverse=True):
+        stem, suffix = Path(name).stem, Path(name).suffix
+        if suffix in SUFFIXES and re.match(r"blueprint(-|$)", stem):
+            found.setdefault(stem, name)
+    return [found[stem] for stem in sorted(found, key=_by_number)]
+
+
+def _by_number(stem: str) -> list[tuple[int, float, str]]:
+    """Return a sorting key in which numbers follow words and are compared as numbers."""
+    parts = stem.split("-")
+    return [(1, float(part), "") if _NUMBER.fullmatch(part) else (0, 0.0, part) for part in parts]
+
+
+def latest_checkpoint(name: str, names: Iterable[str], where: str) -> str | None:
+    """Return the file of the latest checkpoint, where a blueprint has no final file; warn unless it is of the last step.
+
+    Args:
+        name: file of the finished model's blueprint, such as `blueprint.json`.
+        names: files that are there.
+        where: repository or folder named in the warning.
+
+    Example:
+        >>> latest_checkpoint("blueprint.json", ["blueprint-50.json", "blueprint-100.json"], "org/model")
+        'blueprint-100.json'
+    """
+    percents = {}
+    for file in blueprint_files(names):
+        stem, _, number = Path(file).stem.rpartition("-")
+        if stem == Path(name).stem and _NUMBER.fullmatch(number):
+            percents[file] = float(number)
+    latest = max(percents, key=lambda file: percents[file], default=None)
+    if latest is not None and percents[latest] < 100:
+        warnings.warn(
+            f"{where} has no {name}. {latest} was read instead, measured at {percents[latest]:g} % of the training.",
+            stacklevel=2,
+        )
+    return latest
 
 
 def to_json(record: Mapping[str, Any]) -> str:
@@ -170,7 +218,7 @@ def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:
 
     Args:
         path: of the file; or of a folder, where `name` is looked for, then the same with `.safetensors`, then, for the
-            main blueprint, the header or index of the model there.
+            main blueprint, the header or index of the model there; then the latest checkpoint's.
         name: of the file in a folder.
 
     Returns:
@@ -185,9 +233,12 @@ def read_record(path: str | Path, name: str = FILE_NAME) -> tuple[Any, str]:
         beside = (path / name, path / f"{name.removesuffix('.json')}.safetensors")
         in_model = (MODEL_FILE, INDEX_FILE, ADAPTER_FILE) if name == FILE_NAME else ()
         holders = [path / file for file in in_model if (path / file).exists()]
-        path = next((file for file in beside if file.exists()), None) or next(
-            (file for file in holders if _carries_record(file)), holders[0] if holders else path / name
-        )
+        found = next((file for file in beside if file.exists()), None)
+        found = found or next((file for file in holders if _carries_record(file)), None)
+        if found is None:
+            latest = latest_checkpoint(name, (file.name for file in path.iterdir()), str(path))
+            found = None if latest is None else path / latest
+        path = found or (holders[0] if holders else path / name)
     if path.name.endswith((".safetensors", INDEX_FILE)) and not _has_arrays(path):
         return read_embedded(path)
     if path.suffix == ".safetensors":

@@ -11,18 +11,27 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import cached_assets_path, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    HfApi,
+    cached_assets_path,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .._files import write_atomically
 from ..errors import BlueprintError, FormatError
-from .formats import FILE_NAME, MAX_ARRAYS, read_record
+from .formats import FILE_NAME, MAX_ARRAYS, blueprint_files, latest_checkpoint, read_record
 from .header import FIRST_READ, metadata_of_prefix
 from .header_text import JSON_KEY, from_header_text, require_version
 from .hub_errors import NETWORK_ERRORS, NO_JSON, translated_hub_errors
@@ -41,9 +50,10 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
 
     The main blueprint is looked for in the header of `model.safetensors` with one range request of 100 kB; then in the
     index of a sharded model; then in the header of `adapter_model.safetensors`; then in `blueprint.json` and
-    `blueprint.safetensors` beside. A header holds numbers to four digits, the files beside hold all. No tensor is
-    downloaded, and what was read once is available offline. Files beyond the limits of `strict_json` are not downloaded,
-    and reading ends after `MAX_SECONDS` at the latest.
+    `blueprint.safetensors` beside. Without any of these it is the latest checkpoint's, such as `blueprint-80.json`, with
+    a warning if that is not of the last step. A header holds numbers to four digits, the files beside hold all. No
+    tensor is downloaded, and what was read once is available offline. Files beyond the limits of `strict_json` are not
+    downloaded, and reading ends after `MAX_SECONDS` at the latest.
 
     Args:
         repo_id: of the repository.
@@ -64,18 +74,59 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
         return _within(MAX_SECONDS, partial(_fetch, repository, name), repo_id)
 
 
+def find_blueprints(repo_id: str, *, revision: str | None = None, **kwargs: Any) -> list[str]:
+    """Return the names of a repository's blueprints, 50 before 100, with `blueprint.json` for one in the model's header.
+
+    Args:
+        repo_id: of the repository.
+        revision: branch, tag or commit.
+        **kwargs: as for `fetch`.
+
+    Raises:
+        BlueprintError: if the repository cannot be read. Offline, files that were read before are there.
+    """
+    repository = _Repository(repo_id, revision, kwargs)
+    with translated_hub_errors(repo_id, revision=revision, file=FILE_NAME, token=kwargs.get("token")):
+        return _within(MAX_SECONDS, partial(_find, repository), repo_id)
+
+
+def _find(repository: _Repository) -> list[str]:
+    found, is_reached = _in_the_model(repository)
+    names = _names(repository, repository.is_offline or not is_reached)
+    return blueprint_files([*names, FILE_NAME] if found is not None else names)
+
+
+def _names(repository: _Repository, is_out_of_reach: bool) -> list[str]:
+    """Return the names of the files in the repository's folder; out of reach, of those in the client's cache."""
+    known = repository.settings
+    if is_out_of_reach:
+        kept = {key: known[key] for key in ("repo_type", "cache_dir") if key in known}
+        root = snapshot_download(repository.id, revision=repository.revision, local_files_only=True, **kept)
+        return [path.name for path in Path(root, repository.subfolder or "").glob("*")]
+    api = HfApi(endpoint=known.get("endpoint"), token=known.get("token"))
+    info = api.repo_info(repository.id, revision=repository.revision, repo_type=known.get("repo_type"))
+    paths = [PurePosixPath(sibling.rfilename) for sibling in getattr(info, "siblings", None) or ()]
+    return [path.name for path in paths if path.parent == PurePosixPath(repository.subfolder or ".")]
+
+
 def _fetch(repository: _Repository, name: str) -> tuple[Any, str]:
     found, is_reached = _in_the_model(repository) if name == FILE_NAME else (None, True)
     if found is not None:
         where = f"{found.file} of {repository.id}"
         return from_header_text(found.text, where), where
     is_out_of_reach = repository.is_offline or not is_reached
-    try:
-        return read_record(_download(repository, name, is_out_of_reach))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        return read_record(_download(repository, Path(name).with_suffix(".safetensors").name, is_out_of_reach))
+    missing: EntryNotFoundError | None = None
+    for file in (name, Path(name).with_suffix(".safetensors").name):
+        try:
+            return read_record(_download(repository, file, is_out_of_reach))
+        except EntryNotFoundError as error:
+            missing = missing or error
+    assert missing is not None
+    with suppress(LocalEntryNotFoundError):  # nothing of the repository is in the cache
+        latest = latest_checkpoint(name, _names(repository, is_out_of_reach), repository.id)
+        if latest is not None:
+            return read_record(_download(repository, latest, is_out_of_reach))
+    raise missing
 
 
 def _download(repository: _Repository, name: str, is_out_of_reach: bool) -> str:

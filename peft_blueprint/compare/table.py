@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from .. import blueprint as records
 from .._files import replacing
 from .._progress import progress_bar
 from .._text import shape_str
-from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule, to_cell
+from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule, from_dict, to_cell
 from ..errors import BlueprintError
 from .merging import has_privacy, parts_of, reference_of
 
@@ -117,10 +117,11 @@ def read_sources(
     """Read the blueprints of many sources.
 
     Args:
-        sources: files, folders and repository ids, as for `Blueprint.from_pretrained`, but a folder stands for every
-            blueprint in it: `blueprint.json`, `blueprint-50.json`, `blueprint-math-80.safetensors` and so on, and for
-            the JSON among several suffixes of one name. Or a mapping from names to sources or to blueprints. A source
-            is named as given, a file in a folder by its path. A source that is given twice counts once.
+        sources: files, folders and repository ids, as for `Blueprint.from_pretrained`, but a folder or repository stands
+            for every blueprint in it: `blueprint.json`, `blueprint-50.json`, `blueprint-math-80.safetensors` and so on,
+            and for the JSON among several suffixes of one name. Or a mapping from names to sources or to blueprints. A
+            source is named as given, a file in a folder by its path, and one in a repository by `org/name/file` unless
+            it is `blueprint.json`. A source that is given twice counts once.
         on_error: "raise", or "skip" to go on with the others.
         progress: show a progress bar.
 
@@ -212,8 +213,10 @@ def _each(
         raise BlueprintError(f"None of the sources is a blueprint. {describe_skipped(skipped)}")
 
 
-def _read(name: str, source: str | Path) -> Blueprint:
+def _read(name: str, source: str | Path | _Published) -> Blueprint:
     try:
+        if isinstance(source, _Published):
+            return from_dict(*records.fetch(source.repo_id, source.file))
         return Blueprint.from_pretrained(source)
     except BlueprintError as error:
         if name in str(error):
@@ -221,38 +224,45 @@ def _read(name: str, source: str | Path) -> Blueprint:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _named(sources: Sources) -> dict[str, Blueprint | str | Path]:
-    named: dict[str, Blueprint | str | Path] = {}
+class _Published(NamedTuple):
+    """A file of a repository."""
+
+    repo_id: str
+    file: str
+
+
+def _named(sources: Sources) -> dict[str, Blueprint | str | Path | _Published]:
+    named: dict[str, Blueprint | str | Path | _Published] = {}
     for name, source in sources.items() if isinstance(sources, Mapping) else ((None, s) for s in sources):
         if not isinstance(source, str | Path | Blueprint) or (name is None and isinstance(source, Blueprint)):
             raise BlueprintError(
                 f"{'A source' if name is None else name} must be a path or repository id, or a blueprint in a mapping from "
                 f"names, got {type(source).__name__}."
             )
+        own = str(source) if name is None else name
         files = [] if isinstance(source, Blueprint) else _files_of(source)
-        named |= {str(file) if name is None else f"{name}/{file.name}": file for file in files}
+        for file in files:
+            is_main = isinstance(file, _Published) and file.file == records.FILE_NAME
+            within = file.file if isinstance(file, _Published) else file.name
+            named[own if is_main else str(Path(own, within)) if name is None else f"{name}/{within}"] = file
         if not files:
-            named[str(source) if name is None else name] = source
+            named[own] = source
     return named
 
 
-def _files_of(source: str | Path) -> list[Path]:
-    """Return the blueprint files in a folder, 50 before 100; nothing for any other source."""
-    folder = Path(source)
-    if not folder.is_dir():
+def _files_of(source: str | Path) -> Sequence[Path | _Published]:
+    """Return the blueprint files in a folder or repository, 50 before 100; nothing for any other source."""
+    path = Path(source)
+    if path.is_dir():
+        return [
+            path / name for name in records.blueprint_files(file.name for file in path.iterdir() if file.is_file())
+        ]
+    if path.exists() or path.suffix in SUFFIXES:
         return []
-    files: dict[str, Path] = {}
-    for suffix in SUFFIXES:
-        for path in folder.glob(f"blueprint*{suffix}"):
-            if path.is_file() and re.match(r"blueprint(-|$)", path.stem):
-                files.setdefault(path.stem, path)
-    return [files[stem] for stem in sorted(files, key=_by_number)]
-
-
-def _by_number(stem: str) -> list[tuple[int, float, str]]:
-    """Return a sorting key in which numbers follow words and are compared as numbers."""
-    parts = stem.split("-")
-    return [(1, float(part), "") if re.fullmatch(r"\d+(\.\d+)?", part) else (0, 0.0, part) for part in parts]
+    try:
+        return [_Published(str(source), file) for file in records.find_blueprints(str(source))]
+    except BlueprintError:  # reading it says why
+        return []
 
 
 def _rows(source: str, blueprint: Blueprint) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from peft_blueprint import Blueprint, BlueprintError
-from peft_blueprint.blueprint import replace_metadata, translated_hub_errors
+from peft_blueprint.blueprint import find_blueprints, replace_metadata, translated_hub_errors
 from peft_blueprint.errors import FormatError
 from tests.hub.loopback import loopback_hub
 from tests.hub.state import COMMIT
@@ -118,6 +118,63 @@ def test_a_config_takes_a_repository_id(folder, tmp_path):
     """BlueprintConfig(blueprint="org/name") in a process whose Hub is HF_ENDPOINT, through get_peft_model."""
     with loopback_hub({"org/name": folder}) as endpoint:
         assert len(adapters_placed("org/name", endpoint, tmp_path / "home")) == 5
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoints(blueprint, folder, *names):
+    """Write blueprints of checkpoints, `blueprint-50.json` and so on."""
+    for name in names:
+        share = float(name.rpartition(".")[0].rpartition("-")[2]) / 100
+        replace(blueprint, training_checkpoint=share).save(folder / name)
+
+
+def test_without_a_final_one_the_latest_checkpoint_is_read(blueprint, tmp_path, recwarn):
+    """From the Hub, its cache and a folder, beside a model without a blueprint; a warning unless it is of 100 %."""
+    folder = tmp_path / "repository"
+    model_file(folder / "model.safetensors", None)
+    save_checkpoints(blueprint, folder, "blueprint-50.json", "blueprint-80.json", "blueprint-math-90.json")
+    with loopback_hub({"org/name": folder}) as endpoint:
+        wish = {"endpoint": endpoint, "cache_dir": tmp_path / "cache"}
+        for source, known in (("org/name", wish), ("org/name", wish | {"local_files_only": True}), (folder, {})):
+            with pytest.warns(
+                UserWarning, match="has no blueprint.json. blueprint-80.json was .* at 80 % of the training"
+            ):
+                assert Blueprint.from_pretrained(source, **known).training_checkpoint == 0.8
+            if known is wish:
+                assert Blueprint.from_pretrained(source, checkpoint=0.5, **known).training_checkpoint == 0.5
+        with pytest.warns(UserWarning, match="has no blueprint-math.json. blueprint-math-90.json"):
+            assert Blueprint.from_pretrained("org/name", domain="math", **wish).training_checkpoint == 0.9
+        with pytest.raises(BlueprintError, match="publishes no blueprint-law.json"):
+            Blueprint.from_pretrained("org/name", domain="law", **wish)
+        with pytest.raises(BlueprintError, match="publishes no blueprint-60.json"):
+            Blueprint.from_pretrained("org/name", checkpoint=0.6, **wish)
+        recwarn.clear()
+        save_checkpoints(blueprint, folder, "blueprint-100.safetensors")
+        assert Blueprint.from_pretrained("org/name", **wish).training_checkpoint == 1.0
+        assert Blueprint.from_pretrained(folder).training_checkpoint == 1.0
+        blueprint.save(folder / "blueprint.json")
+        assert Blueprint.from_pretrained("org/name", **wish) == blueprint == Blueprint.from_pretrained(folder)
+        assert not recwarn.list
+
+
+def test_all_blueprints_of_a_repository_are_found(blueprint, tmp_path):
+    """With that of the model's header; offline those that were read before."""
+    folder = tmp_path / "repository"
+    model_file(folder / "model.safetensors", blueprint)
+    model_file(folder / "sub" / "model.safetensors", None)
+    save_checkpoints(blueprint, folder, "blueprint-100.json", "blueprint-50.json", "blueprint-50.csv")
+    save_checkpoints(blueprint, folder / "sub", "blueprint-20.json")
+    with loopback_hub({"org/name": folder}) as endpoint:
+        wish = {"endpoint": endpoint, "cache_dir": tmp_path / "cache"}
+        assert find_blueprints("org/name", **wish) == ["blueprint.json", "blueprint-50.json", "blueprint-100.json"]
+        assert find_blueprints("org/name", subfolder="sub", **wish) == ["blueprint-20.json"]
+        Blueprint.from_pretrained("org/name", checkpoint=0.5, **wish)
+        offline = find_blueprints("org/name", local_files_only=True, **wish)
+        assert offline == ["blueprint.json", "blueprint-50.json"]
+        with pytest.raises(BlueprintError, match="no repository 'org/none'"):
+            find_blueprints("org/none", **wish)
 
 
 # ------------------------------------------------------------------------------------------ subfolders and adapters

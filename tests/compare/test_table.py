@@ -1,6 +1,7 @@
 """Many blueprints in one table, and its files."""
 
 import csv
+import functools
 import json
 import math
 import warnings
@@ -10,11 +11,13 @@ import datasets
 import pytest
 
 from peft_blueprint import Blueprint, BlueprintError, Submodule, generate_blueprint
+from peft_blueprint import blueprint as records
 from peft_blueprint.compare.merging import merge_all
 from peft_blueprint.compare.table import COLUMNS, aggregate, read_sources, write_table
 from peft_blueprint.errors import FormatError
 from peft_blueprint.measure.privacy import Privacy
 from peft_blueprint.testing import tiny_llama, toy_batches
+from tests.hub.loopback import loopback_hub
 from tests.made_up import UP, measured
 
 
@@ -106,6 +109,32 @@ def test_one_bad_file_is_named_or_skipped(tmp_path):
     assert list(blueprints) == [str(good)] and list(skipped) == [str(bad)] and "not valid JSON" in skipped[str(bad)]
     with pytest.raises(BlueprintError, match="None of the sources"):
         aggregate([bad, gone], on_error="skip")
+
+
+def test_a_repository_stands_for_all_its_checkpoints(tmp_path, monkeypatch, no_token_of_mine):
+    """Over HTTP: rows of each, the final one under the repository's id; no final one is needed."""
+    folders = {"org/done": tmp_path / "done", "org/going": tmp_path / "going", "org/none": tmp_path / "none"}
+    for folder in folders.values():
+        folder.mkdir()
+    for share in (0.5, 0.8):
+        for name in ("done", "going"):
+            measured(UP, checkpoint=share).save(tmp_path / name / f"blueprint-{100 * share:g}.json")
+    measured(UP, checkpoint=1.0).save(tmp_path / "done")
+    with loopback_hub(folders) as endpoint:
+        for name in ("fetch", "find_blueprints"):
+            asked = functools.partial(getattr(records, name), endpoint=endpoint, cache_dir=tmp_path / "cache")
+            monkeypatch.setattr(records, name, asked)
+        rows = aggregate(["org/done", "org/going"])
+        found = {row["source"]: row["training_checkpoint"] for row in rows}
+        assert found == {
+            "org/done": 1.0,
+            "org/done/blueprint-50.json": 0.5,
+            "org/done/blueprint-80.json": 0.8,
+            "org/going/blueprint-50.json": 0.5,
+            "org/going/blueprint-80.json": 0.8,
+        }
+        assert len(rows) == 5 * len(UP)
+        assert list(read_sources({"lab": "org/going"})[0]) == ["lab/blueprint-50.json", "lab/blueprint-80.json"]
 
 
 def test_bad_use_is_refused():
