@@ -13,6 +13,7 @@ from typing import Any
 
 from .._text import format_names
 from ..errors import BlueprintError, FormatError, MismatchError
+from .coarsening import coarse_entry
 from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, unit_of
 from .formats import SUFFIXES, file_name, read_record, write_record
 from .model_files import read_embedded
@@ -194,8 +195,14 @@ class Blueprint:
 
         The gradient norm of a group or layer is the root of its members' summed squares, the norm of their
         concatenated gradients: exact for one example, a lower bound for the mean over examples, because the norm of a
-        mean is at most the mean of the norms. L1 norms (`adam_gain`, `weight_gradient`) and alignments, which are inner
-        products, add. All other statistics and the concentration are dropped; `provenance["derived"]` names them.
+        mean is at most the mean of the norms (`generate_blueprint(level="group")` measures that mean itself). Signal,
+        weight and influence norms add alike, and noise scales and tags follow from them. L1 norms (`adam_gain`,
+        `weight_gradient`) and alignments, which are inner products, add.
+
+        The ends of the interval are the roots of the members' summed squared ends. It is the 95 % interval if all
+        members' norms rise and fall together from example to example, and too wide otherwise. α is fitted to the rows
+        of all members, each by its own law (`pooled_alpha`); γ and k* follow from it and the costs. All other
+        statistics and the concentration are dropped; `provenance["derived"]` names them.
 
         Raises:
             MismatchError: if the entries do not say which group or layer they belong to, as for a finer level.
@@ -215,23 +222,10 @@ class Blueprint:
                 f"The entries of the blueprint of {self.model_id!r} ({format_names(self.names)}) do not say which {level} "
                 "they belong to. Expand it onto the model first, or measure it again with generate_blueprint."
             )
-        coarse = []
-        for name, members in units.items():
-            alignments = [m.alignment or () for m in members]
-            is_aligned = 0 < min(map(len, alignments)) == max(map(len, alignments))
-            coarse.append(
-                Submodule(
-                    name=name,
-                    gradient_norm=math.hypot(*(norm_of(m) for m in members)),
-                    kind=name.rpartition(".")[0],
-                    depth=members[0].depth,
-                    group=members[0].group if level == "group" else None,
-                    adam_gain=_total_of([m.adam_gain for m in members]),
-                    weight_gradient=_total_of([m.weight_gradient for m in members]),
-                    alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
-                    examples=members[0].examples if len({m.examples for m in members}) == 1 else None,
-                )
-            )
+        coarse = [
+            members[0] if members[0].name == name else coarse_entry(name, members, level, self.costs)  # in no group
+            for name, members in units.items()
+        ]
         return _derived([self], "coarsen", coarse, level=level)
 
     def for_domain(self, domain: str | Mapping[str, float]) -> Blueprint:
@@ -243,7 +237,7 @@ class Blueprint:
         `provenance["domains"]` keeps these domains alone. The first domain itself keeps all of its statistics.
 
         Args:
-            domain: a tag; or weights by tag, above zero, which are divided by their sum.
+            domain: a tag; or weights by tag, above zero, which are divided by their sum, also as text: "math=1,code=3".
 
         Raises:
             MismatchError: if an entry has no such tag.
@@ -482,7 +476,9 @@ def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule]
         submodules=tuple(entries),
         concentration={},
         influence={},
-        costs=first.costs if "k_star" in kept else {},
+        costs={key: value for key, value in first.costs.items() if not key.startswith("k_star")}  # of the old whole
+        if "k_star" in kept
+        else {},
         extra={},
         provenance={**provenance, "derived": steps},
         **changes,
@@ -492,14 +488,19 @@ def _derived(sources: Sequence[Blueprint], by: str, entries: Sequence[Submodule]
 def domain_weights(domain: str | Mapping[str, float]) -> dict[str, float]:
     """Return the weights of a domain, or of a mixture, by tag; they sum to 1.
 
+    Args:
+        domain: a tag; weights by tag; or such weights as text, "math=1,code=3".
+
     Raises:
         BlueprintError: for no weight, or one that is not a positive number.
 
     Example:
-        >>> domain_weights({"math": 1, "code": 3})
-        {'math': 0.25, 'code': 0.75}
+        >>> domain_weights({"math": 1, "code": 3}), domain_weights("math=1,code=3"), domain_weights("math")
+        ({'math': 0.25, 'code': 0.75}, {'math': 0.25, 'code': 0.75}, {'math': 1.0})
     """
-    weights = {domain: 1.0} if isinstance(domain, str) else domain
+    weights: Any = domain
+    if isinstance(domain, str):
+        weights = _parsed_weights(domain) if "=" in domain else {domain: 1.0}
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(tag, str) for tag in weights):
         raise BlueprintError(
             f"domain must be a tag such as 'math', or weights by tag such as {{'math': 0.5, 'code': 0.5}}, got {domain!r}."
@@ -510,6 +511,21 @@ def domain_weights(domain: str | Mapping[str, float]) -> dict[str, float]:
             raise BlueprintError(f"The weight of domain {tag!r} must be a positive number, got {weight!r}.")
     total = math.fsum(weights.values())
     return {tag: weight / total for tag, weight in weights.items()}
+
+
+def _parsed_weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        tag, _, weight = (part.strip() for part in item.partition("="))
+        try:
+            if not tag or tag in weights:
+                raise ValueError
+            weights[tag] = float(weight)
+        except ValueError:
+            raise BlueprintError(
+                f"domain must be a tag, or weights of different tags such as math=0.5,code=0.5, got {text!r}."
+            ) from None
+    return weights
 
 
 def _of_domains(provenance: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
@@ -547,6 +563,8 @@ def _even_share(unit: Submodule, member: Submodule, count: int) -> Submodule:
         norm_interval=None if interval is None else (interval[0] / root, interval[1] / root),
         median_norm=share(unit.median_norm, root),
         signal_norm=share(unit.signal_norm, root),
+        influence=share(unit.influence, root),
+        influence_mismatch=share(unit.influence_mismatch, root),
         adam_gain=share(unit.adam_gain, count),
         weight_gradient=share(unit.weight_gradient, count),
         alignment=None if unit.alignment is None else tuple(value / count for value in unit.alignment),
@@ -560,11 +578,6 @@ _SAME_FOR_EQUAL_SHARES = ("noise_scale", "alpha", "alpha_error", "gamma", "k_sta
 def _common(values: Sequence[Any]) -> Any:
     """Return the value that all have, otherwise None."""
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _total_of(values: Sequence[float | None]) -> float | None:
-    """Return the sum, or None if a value is None."""
-    return None if None in values else math.fsum(value or 0.0 for value in values)
 
 
 def _common_scale(

@@ -30,9 +30,9 @@ MAX_ALIGNMENT = 64  # columns; 16 are measured
 MAX_TAGS = 256
 MAX_NUMBER = 1e150  # sums of squares stay finite
 
-_GROUP_ID = re.compile(r"(\w+\.)?(?:attn|ffn|other)\.(\d+)")
+_GROUP_ID = re.compile(r"(\w+\.)?(?:attn|cross_attn|ffn|other)\.(\d+)")
 _LAYER_ID = re.compile(r"(?:\w+\.)?layer\.\d+")
-_BLOCK_ID = re.compile(r"(?:\w+\.)?(?:attn|ffn|other|layer)\.(\d+)")
+_BLOCK_ID = re.compile(r"(?:\w+\.)?(?:attn|cross_attn|ffn|other|layer)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Submodule:
 
     Args:
         name: full module name in the unwrapped model, `model.layers.3.self_attn.q_proj`; in a file the key is `id`.
-            In a blueprint at group or layer level, `attn.3`, `ffn.3` or `layer.3`.
+            In a blueprint at group or layer level, `attn.3`, `cross_attn.3`, `ffn.3` or `layer.3`.
         gradient_norm: mean over examples of the L2 norm of the gradient of that example's mean token loss.
         kind: the role, `q_proj`; norms of different kinds are not comparable as they stand.
         depth: index of the transformer block, from 0 at the embeddings.
-        group: the paper's coarser unit, `attn.3`.
+        group: the paper's coarser unit: `attn.3`, `cross_attn.3` or `ffn.3`, after the stack's name if a model has
+            several, `decoder.cross_attn.3`.
         shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of
             fused experts (experts, d_out, d_in); of any other form the parameter's own.
         form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter; or

@@ -11,6 +11,7 @@ import typer
 
 from .. import blueprint as records
 from .. import compare as comparing
+from .. import measure
 from .._files import require_writable
 from ..errors import BlueprintError
 from .output import Output, say
@@ -26,7 +27,11 @@ _TOP = 20  # submodules of a movement that are shown
 
 @verb(
     "Compare",
-    examples=["peft-blueprint compare one.json other.json", "peft-blueprint compare one.json org/model --top 5"],
+    examples=[
+        "peft-blueprint compare one.json other.json",
+        "peft-blueprint compare one.json org/model --top 5",
+        "peft-blueprint compare groups.json other.json --model org/model",
+    ],
 )
 def compare(
     first: Source,
@@ -34,9 +39,18 @@ def compare(
     output: Output,
     top: Annotated[int, typer.Option(min=0, help="Entries to show, largest change of rank first; 0 for all.")] = 20,
 ) -> None:
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Expand groups or layers to the submodules of this model, a folder or Hub id; reads its config."
+        ),
+    ] = None,
     """Compare two blueprints of one model: norms, and ranks within each kind."""
     a, b = records.Blueprint.from_pretrained(first), records.Blueprint.from_pretrained(second)
     records.require_same_names(a, b, "compared")
+    if model is not None:
+        submodules = measure.find_submodules(measure.empty_model(model))
+        a, b = a.expand(submodules), b.expand(submodules)
     ranks_a, ranks_b = a.ranks(), b.ranks()
     rows = [
         {

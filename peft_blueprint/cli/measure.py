@@ -1,4 +1,4 @@
-"""Verbs that measure: `generate` a blueprint of a model on data, `show` one."""
+"""Verbs that measure: `generate` a blueprint of a model on data, `show` one, `coarsen` it to groups or layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -108,6 +108,32 @@ def show(
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, by=by), picture)
     output.blueprint(blueprint, by, top, bare=[entry.name for entry in ranked(blueprint, by)[: top or None]])
+
+
+@verb(
+    "Measure",
+    examples=[
+        "peft-blueprint coarsen blueprint.json",
+        "peft-blueprint coarsen org/model --level layer --out layers.json",
+    ],
+)
+def coarsen(
+    source: Source,
+    output: Output,
+    level: Annotated[
+        Literal["group", "layer"],
+        typer.Option(help="group for attention, cross-attention and feed-forward blocks; layer for whole layers."),
+    ] = "group",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write it there: .json, .csv, .safetensors or a folder.")
+    ] = None,
+) -> None:
+    """Sum a blueprint up to attention and feed-forward blocks, the form of the paper's example, or to layers."""
+    blueprint = records.Blueprint.from_pretrained(source).coarsen(level)
+    bare = [str(blueprint.save(out))] if out is not None else list(blueprint.names)
+    output.blueprint(blueprint, "gradient_norm", 20, bare=bare)
+    if out is not None:
+        output.hint(f"Written to {bare[0]}. Next: peft-blueprint targets {bare[0]} --model {blueprint.model_id}")
 
 
 def _privacy(noise: float, epsilon: float | None, delta: float | None, clip: float | None) -> Any:

@@ -77,6 +77,18 @@ class FisherInfluence:
         most = float(self.mismatches[by_norm ^ by_influence].sum()) / total
         return most, float(scaled[by_influence].sum() - scaled[by_norm].sum()) / total
 
+    def of_units(self, units: Sequence[Sequence[int]]) -> FisherInfluence:
+        """Return the influence of groups of submodules, each the root of its members' summed squares.
+
+        Args:
+            units: indices of submodules, for every group.
+        """
+        influences, norms, mismatches = (
+            torch.stack([torch.linalg.vector_norm(values[list(rows)]) for rows in units])
+            for values in (self.influences, self.mean_gradient_norms, self.mismatches)
+        )
+        return FisherInfluence(influences, norms, mismatches, self.scale, self.damping)
+
     def to_dict(self, norms: Tensor, kinds: Sequence[str | None]) -> dict[str, Any]:
         """Return the statistics of the whole model for a file.
 

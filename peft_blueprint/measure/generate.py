@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from .._options import from_keywords
 from .._processes import of_first_process, process_count
-from ..blueprint import ADAPTABLE, Blueprint, Submodule, norm_of
+from ..blueprint import ADAPTABLE, FIXED_COST, VARIABLE_COST, Blueprint, Level, Submodule, best_share, norm_of
 from ..errors import MeasurementError
 from ..runs import Ledger, modelled
 from .batches import Batch, Example, as_batches
@@ -24,7 +25,7 @@ from .fisher import FisherInfluence, fisher_influence
 from .influence import Influence
 from .losses import LossFunction
 from .measurement import measure_influence
-from .options import FIXED_COST, VARIABLE_COST, GenerateOptions, Include, MeasureOptions
+from .options import GenerateOptions, Include, MeasureOptions
 from .privacy import Privacy, one_by_one, release_domains
 from .submodules import (
     Weight,
@@ -37,7 +38,7 @@ from .submodules import (
     structure_digest,
     unwrap,
 )
-from .summary import concentration, summarize, weight_gradient
+from .summary import concentration, rows_by_unit, summarize, summarize_units, unit_norms, weight_gradient
 
 
 if TYPE_CHECKING:
@@ -116,12 +117,18 @@ def generate_blueprint(
     if privacy is None:
         reference, influence = next(iter(influences.items()))
         entries = _with_weights(summarize(influence, options), model, influence)
+        found = None
         if influence.examples > 1 and options.projection_size:
             found = fisher_influence(influence, options.damping)
             entries = _with_influence(entries, found)
-            agreement = found.to_dict(influence.norms.double().mean(dim=1), [entry.kind for entry in entries])
+        if options.level != "submodule":
+            entries = summarize_units(entries, influence, options.level, options)
+        if found is not None:
+            units = rows_by_unit(influence.submodules, options.level)
+            norms = torch.tensor([norm_of(entry) for entry in entries], dtype=torch.double)
+            agreement = found.of_units(list(units.values())).to_dict(norms, [entry.kind for entry in entries])
         if reference:
-            entries = _with_tags(entries, {name: _means(part) for name, part in influences.items()})
+            entries = _with_tags(entries, {name: _means(part, options.level) for name, part in influences.items()})
         spent = {name: figure.to_dict() for name, figure in ledger.quantities().items() if name in SPENT}
         measured = {
             **_measured(influences),
@@ -132,18 +139,21 @@ def generate_blueprint(
         }
     else:
         entries, measured = _released(influences, model, options.include, privacy, processes)
+        if options.level != "submodule":
+            entries = Blueprint("model", entries).coarsen(options.level).submodules
     config = getattr(unwrap(model), "config", None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parameter = next(model.parameters())
     costs: dict[str, Any] = {"fixed_cost": options.fixed_cost, "variable_cost": options.variable_cost}
     if (options.fixed_cost, options.variable_cost) == (FIXED_COST, VARIABLE_COST):
         costs["unit"] = "bytes per parameter"
-    return Blueprint(
+    blueprint = Blueprint(
         model_id=options.model_id or getattr(config, "_name_or_path", None) or class_of(unwrap(model)).__name__,
         model_revision=options.model_revision or getattr(config, "_commit_hash", None),
         model_digest=structure_digest(find_submodules(model)),
         training_checkpoint=options.training_checkpoint,
         submodules=entries,
+        level=options.level,
         concentration=concentration(entries),
         influence=agreement,
         costs=costs,
@@ -165,13 +175,16 @@ def generate_blueprint(
             **({WEIGHTS_DIGEST: weights_digest(model)} if options.digest_weights else {}),
         },
     )
+    return replace(blueprint, costs=costs | best_share(blueprint).to_costs())
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a measurement depends on, for a provenance."""
-    packages = ("peft-blueprint", "peft", "torch", "transformers")
-    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
-    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+    found = {"python": platform.python_version()}
+    for package in ("peft", "peft-blueprint", "torch", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _measured(influences: Mapping[str, Influence]) -> dict[str, Any]:
@@ -253,7 +266,6 @@ def _row_norms(weight: Weight) -> np.ndarray | None:
     return torch.linalg.vector_norm(rows, dim=1).double().cpu().numpy()
 
 
-def _means(influence: Influence) -> dict[str, float]:
 def _with_influence(entries: Sequence[Submodule], found: FisherInfluence) -> tuple[Submodule, ...]:
     sizes = zip(found.influences.tolist(), found.mismatches.tolist(), strict=True)
     return tuple(
@@ -262,8 +274,9 @@ def _with_influence(entries: Sequence[Submodule], found: FisherInfluence) -> tup
     )
 
 
-    means = influence.norms.double().mean(dim=1).tolist()
-    return dict(zip((submodule.name for submodule in influence.submodules), means, strict=True))
+def _means(influence: Influence, level: Level) -> dict[str, float]:
+    units = rows_by_unit(influence.submodules, level)
+    return dict(zip(units, unit_norms(influence, units).mean(dim=1).tolist(), strict=True))
 
 
 def _with_tags(entries: Sequence[Submodule], means: Mapping[str, Mapping[str, float]]) -> tuple[Submodule, ...]:

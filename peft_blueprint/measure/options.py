@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .._options import require_types
+from ..blueprint import FIXED_COST, VARIABLE_COST, Level
 from ..errors import MeasurementError
 
 
@@ -14,13 +15,8 @@ Include = Literal["adaptable", "all"]
 Method = Literal["auto", "sketch", "exact"]
 
 SKETCH_SIZE = 32
-PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
 DAMPING = 0.1  # of each submodule's Fisher matrix, in mean eigenvalues
-
-# Bytes per parameter: a frozen weight takes 2 in bfloat16; training it adds a bfloat16 gradient, a float32 master copy
-# and two Adam moments (the paper's 12 bytes, §5).
-FIXED_COST = 2.0
-VARIABLE_COST = 14.0
+PROJECTION_SIZE = 251  # a prime, see `gradients.fold`
 
 
 @dataclass(frozen=True)
@@ -103,16 +99,23 @@ class GenerateOptions(MeasureOptions):
     )
     fixed_cost: float = field(
         default=FIXED_COST, metadata={"help": "Cost of a frozen parameter, for k* (eq. 15); by default in bytes."}
+    )
+    variable_cost: float = field(
+        default=VARIABLE_COST, metadata={"help": "Cost that training a parameter adds, in the unit of fixed_cost."}
+    )
+    level: Level = field(
+        default="submodule",
+        metadata={
+            "help": "submodule; group for attention and feed-forward blocks as in the paper's example, with norms, intervals "
+            "and exponents of all their members together; or layer."
+        },
+    )
     damping: float = field(
         default=DAMPING,
         metadata={
             "help": "Damping of the Fisher matrix that influence is computed with (appendix B.3), in mean eigenvalues of "
             "each submodule's matrix."
         },
-    )
-    )
-    variable_cost: float = field(
-        default=VARIABLE_COST, metadata={"help": "Cost that training a parameter adds, in the unit of fixed_cost."}
     )
     digest_weights: bool = field(
         default=False,
@@ -130,12 +133,14 @@ class GenerateOptions(MeasureOptions):
     )
     data: str | Mapping[str, Any] | None = field(
         default=None, metadata={"help": "Name or description of the data, for the provenance."}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.damping > 0:
-            raise MeasurementError(f"damping must be positive, got {self.damping}.")
     )
     command: str | None = field(
         default=None, metadata={"help": "Command that reproduces the measurement, for the provenance."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.level not in get_args(Level):
+            raise MeasurementError(f"level must be submodule, group or layer, got {self.level!r}.")
+        if not self.damping > 0:
+            raise MeasurementError(f"damping must be positive, got {self.damping}.")

@@ -42,6 +42,8 @@ _NOT_COMPUTED_WITH = re.compile(r"isinstance\(|getattr\(|hasattr\(|\binit\.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 # children in which PEFT's modules hold the module that they replaced; their other children are adapters
 _REPLACED = ("base_layer", "original_module", "token_adapter", "model")
+# crossattention of BERT and GPT-2, cross_attn of Mllama, encoder_attn of BART and Whisper, EncDecAttention of T5
+_CROSS_ATTENTION = re.compile(r"(cross|encoder|enc_?dec)_?att", re.IGNORECASE)
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # children of activation checkpointing and torch.compile
 
 
@@ -469,7 +471,8 @@ def _places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str | None
 
     A name is split at its first number: `model.layers` is the stack, 3 the depth, `self_attn.q_proj` the path in the
     block. The kind is the shortest suffix of that path that is unique in the stack (`q_proj`; GPT-2 has `attn.c_proj`
-    and `mlp.c_proj`). If a model has several stacks, their names precede it (T5: `encoder.…`).
+    and `mlp.c_proj`). If a model has several stacks, their names precede it (T5: `encoder.…`). The group tells
+    self-attention, cross-attention and the rest apart.
     """
     split = {name: _split(name) for name in names}
     stacks = {stack for stack, depth, _ in split.values() if depth is not None}
@@ -481,6 +484,7 @@ def _places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str | None
         prefix = f"{_short_stack(stack, stacks)}." if len(stacks) > 1 and depth is not None else ""
         kind = prefix + _shortest_unique_suffix(path, paths[stack])
         role = "attn" if re.search(r"attn|attention", path, re.IGNORECASE) else "ffn"
+        role = "cross_attn" if _CROSS_ATTENTION.search(path) else role
         places[name] = (kind, depth, None if depth is None else f"{prefix}{role}.{depth}")
     return places
 

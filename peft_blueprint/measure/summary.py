@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
-from ..blueprint import ADAPTABLE, Submodule, gamma_from_alpha, k_star, norm_of
+from ..blueprint import ADAPTABLE, Blueprint, Level, Submodule, gamma_from_alpha, k_star, norm_of, unit_of
 from ..errors import BlueprintError, MeasurementError
 from .concentration import FRACTIONS, fit_gamma, fit_rank_exponent, normalize_within, retained_mass_curve, tail_report
 from .influence import Influence
@@ -43,35 +45,93 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
     shown = [i for i in adaptable if influence.shows_rank(i, ENERGY_RANK)]
     energies = dict(zip(shown, influence.singular_energy(ENERGY_RANK, shown).tolist(), strict=True)) if shown else {}
     alignments = _rounded_factor(influence)
+    row_norms = influence.row_norms
     entries = []
     for i, submodule in enumerate(influence.submodules):
-        mean = float(norms[i].mean())
-        rows = influence.row_norms[i].double().numpy()
-        fit = fit_rank_exponent(rows)
-        gamma = gamma_from_alpha(fit.exponent) if fit else None
+        rows = row_norms[i].double().numpy()
         is_adaptable = submodule.form in ADAPTABLE
         entries.append(
             replace(
                 submodule,
-                gradient_norm=mean,
-                median_norm=float(np.median(norms[i])),
-                # few resamples may miss the mean itself
-                norm_interval=(min(float(intervals[i, 0]), mean), max(float(intervals[i, 1]), mean))
-                if influence.examples > 1
-                else None,
                 signal_norm=signals[i] if math.isfinite(signals[i]) else None,
                 noise_scale=scales[i] if math.isfinite(scales[i]) else None,
                 adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,
                 singular_energy=min(energies[i], 1.0) if i in energies else None,
                 alignment=alignments[i] if alignments else None,
-                alpha=fit.exponent if fit else None,
-                alpha_error=fit.error if fit else None,
-                gamma=gamma,
-                k_star=k_star(gamma, options.fixed_cost, options.variable_cost) if gamma else None,
                 examples=influence.examples,
+                **_of_norms(norms[i], intervals[i]),
+                **_of_rows(rows, options),
             )
         )
     return tuple(entries)
+
+
+def rows_by_unit(submodules: Sequence[Submodule], level: Level) -> dict[str, list[int]]:
+    """Return the indices of every group's or layer's members by its name."""
+    units: dict[str, list[int]] = {}
+    for i, submodule in enumerate(submodules):
+        units.setdefault(unit_of(submodule, level), []).append(i)
+    return units
+
+
+def unit_norms(influence: Influence, units: Mapping[str, Sequence[int]]) -> Tensor:
+    """Return each example's gradient norm over all members of a group or layer, (units, examples) float64."""
+    return torch.stack(
+        [torch.linalg.vector_norm(influence.norms[list(rows)].double(), dim=0) for rows in units.values()]
+    )
+
+
+def summarize_units(
+    entries: Sequence[Submodule], influence: Influence, level: Level, options: GenerateOptions
+) -> tuple[Submodule, ...]:
+    """Summarize groups or layers: entries as `Blueprint.coarsen` makes them, with what the measurement itself tells.
+
+    Norms, medians and intervals are those of the examples' gradients over all members, and exponents are fitted to the
+    members' rows together.
+
+    Args:
+        entries: of the submodules, in the order of the measurement.
+        influence: norms (submodules, examples) and sketches.
+        level: "group" or "layer".
+        options: as for `summarize`.
+    """
+    units = rows_by_unit(influence.submodules, level)
+    costs = {"fixed_cost": options.fixed_cost, "variable_cost": options.variable_cost}
+    coarse = Blueprint("model", tuple(entries), costs=costs).coarsen(level)
+    norms = unit_norms(influence, units).numpy()
+    intervals = bootstrap_intervals(norms, options.bootstrap, influence.seed)
+    row_norms = influence.row_norms
+    completed = []
+    for i, (entry, members) in enumerate(zip(coarse, units.values(), strict=True)):
+        statistics = _of_norms(norms[i], intervals[i]) | _of_rows(
+            np.concatenate([row_norms[row].double().numpy() for row in members]), options
+        )
+        completed.append(replace(entry, **statistics))
+    return tuple(completed)
+
+
+def _of_norms(norms: np.ndarray, interval: np.ndarray) -> dict[str, Any]:
+    """Return mean, median and interval of one entry's norms, (examples,)."""
+    mean = float(norms.mean())
+    low, high = map(float, interval)
+    return {
+        "gradient_norm": mean,
+        "median_norm": float(np.median(norms)),
+        # few resamples may miss the mean itself
+        "norm_interval": (min(low, mean), max(high, mean)) if len(norms) > 1 else None,
+    }
+
+
+def _of_rows(row_norms: np.ndarray, options: GenerateOptions) -> dict[str, Any]:
+    """Return the exponents that the norms of the mean gradient's rows follow, and k*."""
+    fit = fit_rank_exponent(row_norms)
+    gamma = gamma_from_alpha(fit.exponent) if fit else None
+    return {
+        "alpha": fit.exponent if fit else None,
+        "alpha_error": fit.error if fit else None,
+        "gamma": gamma,
+        "k_star": k_star(gamma, options.fixed_cost, options.variable_cost) if gamma else None,
+    }
 
 
 def adam_gain(row_norms: np.ndarray, d_in: int) -> float:

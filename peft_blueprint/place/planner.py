@@ -160,7 +160,8 @@ def _prepare(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Struct
     if blueprint.level != "submodule":
         raise PlacementError(
             f"The blueprint of {blueprint.model_id!r} lists {blueprint.level}s ({format_names(blueprint.names)}), not "
-            "submodules. Expand it with blueprint.expand(find_submodules(model)), or give plan_placement the model."
+            "submodules. Expand it with blueprint.expand(find_submodules(model)), or give the model, on the command line "
+            "as --model."
         )
     adaptable = [entry for entry in blueprint if entry.form in ADAPTABLE]
     if not adaptable:

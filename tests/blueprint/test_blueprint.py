@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_blueprint import Blueprint, BlueprintError, Submodule, plan_placement
+from peft_blueprint.blueprint import from_dict
+from peft_blueprint.blueprint.coarsening import pooled_alpha
 from peft_blueprint.errors import FormatError, MismatchError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama
@@ -189,6 +191,54 @@ def test_coarse_levels_expand_to_the_submodules_again(blueprint, level):
     assert blueprint.expand(find_submodules(tiny_llama())) is blueprint and coarse.coarsen(level) is coarse
 
 
+def test_a_group_has_what_follows_from_its_members():
+    """Squares of norms add, weighted by tags too; noise adds; α is of all members' rows, γ and k* are of that α."""
+    costs = {"fixed_cost": 1.0, "variable_cost": 4.0, "unit": "bytes", "k_star": 0.3, "k_star_gain": 0.5}
+    coarse = replace(FULL, costs=costs).coarsen("group")
+    assert coarse.costs == {"fixed_cost": 1.0, "variable_cost": 4.0, "unit": "bytes"}  # k* was of the submodules
+    entry, root = coarse["attn.1"], 2**0.5
+    assert entry.norm_interval == pytest.approx((1.0 * root, 4.0 * root))
+    assert (entry.signal_norm, entry.influence, entry.influence_mismatch) == pytest.approx((root, root, root))
+    assert (entry.weight_norm, entry.noise_scale) == pytest.approx((9 * root, 3.0))
+    assert entry.domain_tags == pytest.approx({"law": 1.0, "bio": 0.5})
+    assert entry.alpha > 0 and entry.alpha_error == pytest.approx(entry.alpha * (2 / 8) ** 0.5)
+    assert entry.gamma == pytest.approx(1 / (1 + entry.alpha))
+    assert entry.k_star == pytest.approx(min(1.0, entry.gamma / (4 * (1 - entry.gamma))))
+    unequal = replace(FULL.submodules[0], signal_norm=2.0, noise_scale=6.0), FULL.submodules[1]
+    mixed = Blueprint("m", unequal).coarsen("group")["attn.0"]
+    assert (mixed.noise_scale, mixed.k_star) == (pytest.approx((6 * 4 + 3 * 1) / 5), None)
+    assert mixed.alpha != pytest.approx(entry.alpha, rel=1e-3)  # one member's rows are larger
+
+
+@pytest.mark.parametrize("missing", ["norm_interval", "signal_norm", "noise_scale", "influence", "alpha", "shape"])
+def test_a_group_has_no_statistic_that_a_member_lacks(missing):
+    """Nothing is made up for it, nor for what is made of it."""
+    members = replace(FULL.submodules[0], **{missing: None}), *FULL.submodules[1:]
+    entry = replace(FULL, submodules=members).coarsen("group")["attn.0"]
+    assert missing == "shape" or getattr(entry, missing) is None
+    if missing in ("alpha", "shape"):
+        assert (entry.alpha, entry.alpha_error, entry.gamma, entry.k_star) == (None,) * 4
+
+
+@pytest.mark.parametrize("rows", [64, 20_000])
+def test_a_pooled_exponent_is_that_of_the_laws(rows):
+    """Members of one law and size have its exponent, in many rows too, of which only some are computed."""
+    member = Submodule("q", 1.0, shape=(rows, 4), alpha=0.7, signal_norm=1.0, noise_scale=2.0, examples=8)
+    alpha, error = pooled_alpha([member, member])
+    assert alpha == pytest.approx(0.7, rel=0.02) and error == pytest.approx(alpha * (2 / rows) ** 0.5, rel=1e-6)
+    even = replace(member, alpha=0.2)
+    noisy = replace(even, noise_scale=800.0)  # whose mean gradient over 8 examples is ten times as large
+    assert pooled_alpha([member, noisy])[0] < 0.9 * pooled_alpha([member, even])[0] < alpha
+    assert pooled_alpha([replace(member, shape=(2, 4))]) is None
+
+
+def test_an_entry_of_no_group_stays_as_it_is():
+    """An embedding is a unit of its own, with all of its statistics."""
+    embedding = replace(FULL.submodules[0], name="model.embed_tokens", depth=None, group=None, form="embedding")
+    coarse = replace(FULL, submodules=(embedding, *FULL.submodules)).coarsen("group")
+    assert coarse.submodules[0] == embedding and coarse.names[1:] == ("attn.0", "attn.1")
+
+
 def test_groups_coarsen_to_layers(blueprint):
     """Layers from groups are the layers from submodules."""
     direct, stepwise = blueprint.coarsen("layer"), blueprint.coarsen("group").coarsen("layer")
@@ -210,6 +260,8 @@ def test_the_papers_ids_say_their_layer():
     assert [(e.name, e.gradient_norm) for e in paper.coarsen("layer")] == [("layer.0", 5.0)]
     stack = Blueprint("m", (Submodule("encoder.attn.2", 1.0),), level="group")
     assert stack.coarsen("layer").names == ("encoder.layer.2",)
+    cross = from_dict({"model_id": "m", "layers": [{"id": "decoder.cross_attn.2", "gradient_norm": 1.0}]})
+    assert cross.level == "group" and cross.coarsen("layer").names == ("decoder.layer.2",)
 
 
 def test_entries_that_say_no_group_do_not_coarsen():
@@ -246,7 +298,8 @@ GROUPS_OF_LAYER_1 = {
         {
             "encoder.attn.1": {"encoder.q", "encoder.k", "encoder.v", "encoder.o"},
             "encoder.ffn.1": {"encoder.wi", "encoder.wo"},
-            "decoder.attn.1": {f"decoder.{part}Attention.{p}" for part in ("Self", "EncDec") for p in "qkvo"},
+            "decoder.attn.1": {f"decoder.SelfAttention.{p}" for p in "qkvo"},
+            "decoder.cross_attn.1": {f"decoder.EncDecAttention.{p}" for p in "qkvo"},
             "decoder.ffn.1": {"decoder.wi", "decoder.wo"},
         },
     ),
@@ -381,7 +434,11 @@ DERIVED = {
         {"norm_interval", "adam_gain", "weight_gradient", "domain_tags"},
     ),
     "for_domain": (lambda: FULL.for_domain("bio"), {"domain_tags", "examples"}),
-    "coarsen": (lambda: FULL.coarsen("group"), {"adam_gain", "weight_gradient", "alignment", "examples"}),
+    "coarsen": (
+        lambda: FULL.coarsen("group"),
+        {"norm_interval", "signal_norm", "noise_scale", "influence", "influence_mismatch", "adam_gain"}
+        | {"weight_gradient", "alignment", "alpha", "alpha_error", "gamma", "examples", "domain_tags"},
+    ),
     "merge": (lambda: Blueprint.merge([FULL, PROBE]), {"norm_interval", "domain_tags", "examples"}),
 }
 OF_THE_PLACE = {"name", "kind", "depth", "group", "shape", "form", "quantized", "weight_norm", "gradient_norm"}

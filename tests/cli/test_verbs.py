@@ -80,6 +80,7 @@ def workshop(tmp_path, monkeypatch, blueprint):
         named.save(tmp_path / f"{name}.json")
     named.save(tmp_path / "org" / "model")
     named.save(tmp_path / "org" / "model" / file_name("math"))
+    named.coarsen("group").save(tmp_path / "groups.json")
     for share in (0.5, 0.8, 1.0):
         dataclasses.replace(named, training_checkpoint=share).save(tmp_path / "run" / file_name(None, share))
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 5})

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
 
-from peft_blueprint import Blueprint, Submodule, generate_blueprint
+from peft_blueprint import Blueprint, Submodule, generate_blueprint, measure_influence
+from peft_blueprint.blueprint import to_dict
 from peft_blueprint.errors import MeasurementError
+from peft_blueprint.measure import Privacy
+from peft_blueprint.measure.concentration import fit_rank_exponent
 from peft_blueprint.measure.submodules import find_submodules, linear_modules, structure_digest
 from peft_blueprint.measure.summary import bootstrap_intervals
-from peft_blueprint.testing import tiny_gpt2, tiny_llama, toy_batches
+from peft_blueprint.testing import tiny_gpt2, tiny_llama, tiny_t5, toy_batches
 from tests.made_up import norms_of
 from tests.records import from_json, to_json
 
@@ -201,3 +205,57 @@ def test_a_norm_is_in_its_interval_with_few_resamples():
     """A single resample misses the mean; a record whose norm is outside of its interval is refused."""
     blueprint = generate_blueprint(tiny_llama(), toy_batches(examples=4), bootstrap=1, progress=False)
     assert all(entry.norm_interval[0] <= entry.gradient_norm <= entry.norm_interval[1] for entry in blueprint)
+
+
+@pytest.mark.parametrize("level", ["group", "layer"])
+def test_a_coarse_blueprint_measures_its_units_whole(level):
+    """Norms, medians and intervals are of each example's gradient over all members; α is of their rows together."""
+    options = {"bootstrap": 50, "progress": False, "method": "exact", "sketch_size": None}
+    blueprint = generate_blueprint(tiny_llama(), toy_batches(), level=level, **options)
+    influence = measure_influence(tiny_llama(), toy_batches(), progress=False, method="exact", sketch_size=None)
+    fine = generate_blueprint(tiny_llama(), toy_batches(), **options)
+    coarse = fine.coarsen(level)
+    assert blueprint.level == level and blueprint.names == coarse.names
+    for entry in blueprint:
+        rows = [i for i, s in enumerate(influence.submodules) if entry.name in (s.group, f"layer.{s.depth}")]
+        norms = influence.norms[rows].double().square().sum(dim=0).sqrt()
+        assert entry.gradient_norm == pytest.approx(float(norms.mean()))
+        assert entry.median_norm == pytest.approx(float(norms.quantile(0.5)))
+        low, high = entry.norm_interval
+        assert norms.min() < low < entry.gradient_norm < high < norms.max()
+        assert coarse[entry.name].gradient_norm <= entry.gradient_norm * (1 + 1e-6)
+        fit = fit_rank_exponent(np.concatenate([influence.row_norms[i].numpy() for i in rows]))
+        assert (entry.alpha, entry.alpha_error) == pytest.approx((fit.exponent, fit.error))
+        assert entry.gamma == pytest.approx(1 / (1 + fit.exponent)) and 0 < entry.k_star <= 1
+        for name in ("signal_norm", "noise_scale", "influence", "influence_mismatch", "adam_gain", "weight_norm"):
+            assert getattr(entry, name) == pytest.approx(getattr(coarse[entry.name], name)), name
+    assert blueprint.influence["scale"] == pytest.approx(fine.influence["scale"])
+    norms, influences = ([getattr(e, key) for e in blueprint] for key in ("gradient_norm", "influence"))
+    assert blueprint.influence["rank_correlation"] == pytest.approx(spearmanr(norms, influences).statistic)
+    assert blueprint.concentration["fractions"] != fine.concentration["fractions"] and blueprint.costs["k_star"] > 0
+
+
+def test_a_coarse_blueprint_of_domains_and_with_noise():
+    """Tags are of whole units; what is released with noise is coarsened afterwards."""
+    domains = {"law": toy_batches(), "code": toy_batches(seed=1)}
+    options = {"progress": False, "bootstrap": 20, "method": "exact"}
+    both = generate_blueprint(tiny_llama(), domains, level="group", **options)
+    code = generate_blueprint(tiny_llama(), domains["code"], level="group", **options)
+    for entry in both:
+        assert entry.gradient_norm * entry.domain_tags["code"] == pytest.approx(code[entry.name].gradient_norm)
+    noisy = generate_blueprint(tiny_llama(), toy_batches(), privacy=Privacy(noise=0.01), level="layer", **options)
+    assert noisy.level == "layer" and noisy.submodules[0].alpha is None
+    with pytest.raises(MeasurementError, match="level must be submodule, group or layer, got 'block'"):
+        generate_blueprint(tiny_llama(), domains, level="block")
+
+
+def test_a_translation_model_keeps_self_and_cross_attention_apart():
+    """The entries of a T5, whose decoder attends to the encoder too."""
+    ids = torch.arange(1, 25).view(4, 6)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+    blueprint = generate_blueprint(tiny_t5(), batches, level="group", bootstrap=20, progress=False)
+    assert {entry.kind for entry in blueprint} == {
+        *("encoder.attn", "encoder.ffn", "decoder.attn", "decoder.cross_attn", "decoder.ffn")
+    }
+    assert all(entry.alpha and entry.k_star and entry.norm_interval for entry in blueprint)
+    assert to_dict(blueprint)["layers"][5]["id"] == "decoder.cross_attn.0"
