@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -24,21 +24,39 @@ from .._options import from_mapping
 from .._text import format_names
 from ..blueprint import loads
 from ..errors import BlueprintError, FormatError, MeasurementError, MismatchError
-from ..measure import FRACTIONS, fit_gamma, joined_digest, normalize_within
-from .options import require_choice
+from ..measure import (
+    FRACTIONS,
+    Batch,
+    Influence,
+    as_batches,
+    fit_gamma,
+    joined_digest,
+    measure_influence,
+    normalize_within,
+)
+from .examples import Example
+from .options import require_choice, require_integer
 
 
 if TYPE_CHECKING:
-    from ..measure import Influence
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
-Statistic = Literal["norms", "alignments"]
+Statistic = Literal["norms", "alignments", "block_norms"]
 Axis = Literal["kind", "example"]
 
 _VERSION = "1"
 _VERSION_KEY = "cross_influence.version"
 _JSON_KEY = "cross_influence.json"
-_DTYPES = {"values": "F32", "examples": "I64", "losses": "F32", "target_tokens": "I64", "parameters": "I64"}
+_DTYPES = {
+    "values": "F32",
+    "examples": "I64",
+    "losses": "F32",
+    "target_tokens": "I64",
+    "parameters": "I64",
+    "sizes": "I64",
+}
 _LEADING = 4  # singular vectors that a search starts from, with either sign
 _ROUNDING = 1 + 1e-12  # tolerance of comparisons
 
@@ -171,7 +189,7 @@ class _Header:
 
 @dataclass(frozen=True, eq=False)
 class CrossInfluence:
-    """The cross-influence matrix T (eq. 32) by submodule and example.
+    """The cross-influence matrix T (eq. 32) by submodule and example, or by submodule and block of data (§4.4).
 
     Its entries are gradient norms as in the paper, or alignments with the mean gradient. Sums of norms say how much is
     moved, not where to: two examples that pull apart count twice, and a wrong label counts much. To first order the loss
@@ -185,10 +203,12 @@ class CrossInfluence:
         kinds: of the submodules, where known.
         depths: of the submodules, where known.
         examples: (examples,) int64 ids, such as positions in the dataset.
-        statistic: "norms", or "alignments" for `Influence.alignments`.
+        statistic: "norms"; "alignments" for `Influence.alignments`; or "block_norms", the norm of the sum of a block's
+            gradients, see `from_blocks`.
         losses: (examples,) float32 in nats, where known.
         target_tokens: (examples,) int64, where known; a cost of examples.
         parameters: (submodules,) int64, where known; a cost of submodules.
+        sizes: (examples,) int64, the number of examples of each block where columns are blocks; a cost of blocks.
         normalized: axes the values were normalized along, in order.
         data_digest: of the data, from the measurement.
 
@@ -214,6 +234,7 @@ class CrossInfluence:
     losses: np.ndarray | None = None
     target_tokens: np.ndarray | None = None
     parameters: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     normalized: tuple[Axis, ...] = ()
     data_digest: str = ""
 
@@ -228,7 +249,7 @@ class CrossInfluence:
         if self.values.ndim != 2 or not self.values.size:
             raise MeasurementError(f"values must be a matrix (submodules, examples), got shape {self.values.shape}.")
         rows, columns = self.values.shape
-        wrong = ~np.isfinite(self.values) | (self.values < 0 if self.statistic == "norms" else False)
+        wrong = ~np.isfinite(self.values) | (self.values < 0 if self.statistic != "alignments" else False)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             raise MeasurementError(
@@ -236,7 +257,7 @@ class CrossInfluence:
                 f"{self.values[row, column]} in row {row}, column {column}. Measure again without examples that overflow."
             )
         expected = dict.fromkeys(("names", "kinds", "depths", "parameters"), rows)
-        expected |= dict.fromkeys(("examples", "losses", "target_tokens"), columns)
+        expected |= dict.fromkeys(("examples", "losses", "target_tokens", "sizes"), columns)
         for name, length in expected.items():
             given = getattr(self, name)
             if given is not None and len(given) != length:
@@ -264,7 +285,7 @@ class CrossInfluence:
             MeasurementError: if values are not finite, or for alignments of one example or without projections.
             MismatchError: if the ids do not match the examples.
         """
-        require_choice("statistic", statistic, get_args(Statistic))
+        require_choice("statistic", statistic, ["norms", "alignments"])
         if statistic == "alignments" and influence.examples < 2:
             raise MeasurementError("Alignments need at least two examples, got one.")
         shapes = [submodule.shape for submodule in influence.submodules]
@@ -281,9 +302,105 @@ class CrossInfluence:
             data_digest=influence.data_digest,
         )
 
+    @classmethod
+    def from_blocks(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Batch | Example],
+        batches_per_block: int,
+        statistic: Statistic = "norms",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **keywords: Any,
+    ) -> CrossInfluence:
+        """Measure a stream of data block by block, in memory of one column a block.
+
+        Consecutive batches make a block; the last may hold fewer. An entry is the sum over the block's examples of their
+        gradient norms ("norms"), as if `coarsen` had been called, or the norm of the sum of their gradients
+        ("block_norms"), in which gradients that pull apart cancel; it is at most the former. The latter is estimated from
+        sketches where `measure_influence` keeps no whole mean gradient.
+
+        Args:
+            model: as for `measure_influence`.
+            batches: as for `measure_influence`; a stream is read once.
+            batches_per_block: number of batches of a block; examples are put in batches of 8.
+            statistic: "norms" or "block_norms".
+            tokenizer: the model's, for examples with text.
+            **keywords: of `measure_influence`, such as `submodules` or `sketch_size`.
+
+        Returns:
+            The matrix by submodule and block, with ids from 0.
+
+        Raises:
+            MeasurementError: as `measure_influence`, or without data.
+            BlueprintError: for a number of batches below 1.
+
+        Example:
+            >>> from peft_blueprint.testing import tiny_llama, toy_batches
+            >>> matrix = CrossInfluence.from_blocks(tiny_llama(), toy_batches(examples=12), batches_per_block=2)
+            >>> matrix.values.shape, matrix.sizes.tolist()
+            ((28, 2), [8, 4])
+        """
+        require_choice("statistic", statistic, ["norms", "block_norms"])
+        count = require_integer("batches_per_block", batches_per_block, 1)
+        stream = iter(as_batches(model, batches, tokenizer=tokenizer))
+        parts: list[CrossInfluence] = []
+        options = {"projection_size": 0, "progress": False} | keywords
+        while part := list(itertools.islice(stream, count)):
+            found = measure_influence(model, part, **options)
+            block = cls.from_influence(found).coarsen([len(parts)] * found.examples)
+            if statistic == "block_norms":
+                norms = found.mean_gradient_norms.numpy()[:, None] * found.examples
+                block = replace(block, values=norms, statistic=statistic)
+            parts.append(block)
+        if not parts:
+            raise MeasurementError("There is no data to measure. Give at least one batch.")
+        return cls.merge(parts)
+
+    def coarsen(self, blocks: Sequence[int]) -> CrossInfluence:
+        """Sum the columns of each block of data: a gradient summary map (§4.4).
+
+        Sums over blocks are those over their examples, so that shares of whole blocks stay what they were. A choice among
+        blocks is a choice of examples in which some come only together; it captures at most as much. Give `sizes` as
+        `example_costs`, so that a share of the data is one of its examples.
+
+        Args:
+            blocks: (examples,) number of the block of every example, such as its shard, document or domain.
+
+        Returns:
+            The matrix by submodule and block, blocks in the order of their numbers, which are its ids.
+
+        Raises:
+            MismatchError: if the numbers are not integers, or not as many as the examples.
+
+        Example:
+            >>> matrix = CrossInfluence([[1.0, 2.0, 4.0]], ("q_proj",), (None,), (None,), [7, 8, 9])
+            >>> matrix.coarsen([0, 1, 0]).values.tolist()
+            [[5.0, 2.0]]
+        """
+        numbers = np.asarray(blocks)
+        if numbers.shape != self.examples.shape or not np.issubdtype(numbers.dtype, np.integer):
+            raise MismatchError(
+                f"blocks must be {len(self.examples)} integers, one for each example, got shape {numbers.shape} of "
+                f"{numbers.dtype}."
+            )
+        ids, places = np.unique(numbers, return_inverse=True)
+        sizes = np.ones(len(numbers), dtype=np.int64) if self.sizes is None else self.sizes
+        membership = np.zeros((len(numbers), len(ids)))
+        membership[np.arange(len(numbers)), places] = 1.0
+        counts = sizes @ membership
+        return replace(
+            self,
+            values=self.values.astype(float) @ membership,
+            examples=ids,
+            losses=None if self.losses is None else (self.losses * sizes) @ membership / counts,
+            target_tokens=None if self.target_tokens is None else self.target_tokens @ membership,
+            sizes=counts,
+        )
+
     @staticmethod
     def merge(parts: Sequence[CrossInfluence]) -> CrossInfluence:
-        """Join norms of different examples on the same submodules, in this order. Normalize afterwards.
+        """Join norms of different examples or blocks on the same submodules, in this order. Normalize afterwards.
 
         Raises:
             MismatchError: if the submodules differ, ids repeat, or the parts are alignments, which depend on the mean of
@@ -293,9 +410,9 @@ class CrossInfluence:
             raise MeasurementError("merge needs at least one part.")
         first = parts[0]
         for part in parts if len(parts) > 1 else ():
-            if part.statistic != "norms" or part.normalized:
+            if part.statistic == "alignments" or part.statistic != first.statistic or part.normalized:
                 raise MismatchError(
-                    f"Only norms that are not normalized merge, got {part.statistic} normalized by "
+                    f"Only norms of one kind that are not normalized merge, got {part.statistic} normalized by "
                     f"{', '.join(part.normalized) or 'nothing'}. Use Influence.merge, or normalize after merging."
                 )
             if part.names != first.names:
@@ -309,6 +426,7 @@ class CrossInfluence:
             examples=np.concatenate([part.examples for part in parts]),
             losses=_concatenate([part.losses for part in parts]),
             target_tokens=_concatenate([part.target_tokens for part in parts]),
+            sizes=_concatenate([part.sizes for part in parts]),
             data_digest=joined_digest([part.data_digest for part in parts]),
         )
 
@@ -478,7 +596,8 @@ class CrossInfluence:
         """Return a few lines of text: the matrix and its low-rank structure."""
         by = f", normalized by {' and '.join(self.normalized)}" if self.normalized else ""
         rows, columns = self.values.shape
-        return f"{self.statistic} of {rows} submodules × {columns} examples{by}\n{self.low_rank().summary()}"
+        unit = "examples" if self.sizes is None else f"blocks of {self.sizes.min()} to {self.sizes.max()} examples"
+        return f"{self.statistic} of {rows} submodules × {columns} {unit}{by}\n{self.low_rank().summary()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary and the shares of submodules as JSON-compatible data, without single examples."""

@@ -19,6 +19,7 @@ from peft_blueprint.data.cross_influence import (
     upper_bound,
 )
 from peft_blueprint.errors import BlueprintError, FormatError, MeasurementError, MismatchError
+from peft_blueprint.measure import per_example_losses
 from peft_blueprint.measure.concentration import FRACTIONS, fit_gamma, retained_mass_curve
 from peft_blueprint.measure.influence import Influence
 from peft_blueprint.measure.measurement import measure_influence
@@ -399,3 +400,63 @@ def test_bad_arguments_are_refused_by_name(influence):
         CrossInfluence.from_influence(replace(influence, projections=torch.zeros(28, 8, 0)), "alignments")
     with pytest.raises(MeasurementError, match="at least two"):
         CrossInfluence.from_influence(replace(influence, norms=influence.norms[:, :1]), "alignments")
+
+
+def test_blocks_keep_the_sums_of_their_examples():
+    """A whole block's share is that of its examples; costs, losses and tokens add; choosing blocks captures no more."""
+    influence = measure_influence(tiny_llama(), toy_batches(examples=12), projection_size=251, progress=False)
+    labels = [0, 2, 0, 1, 2, 2, 0, 1, 1, 0, 2, 0]
+    for statistic in ("norms", "alignments"):
+        matrix = CrossInfluence.from_influence(influence, statistic)
+        blocks = matrix.coarsen(labels)
+        assert blocks.examples.tolist() == [0, 1, 2] and blocks.sizes.tolist() == [5, 3, 4]
+        assert blocks.submodule_totals == pytest.approx(matrix.submodule_totals, rel=1e-5)
+        for block in (0, 1, 2):
+            members = [i for i, label in enumerate(labels) if label == block]
+            assert blocks.values[:, block] == pytest.approx(matrix.values[:, members].sum(axis=1), rel=1e-4, abs=1e-5)
+            if statistic == "norms":
+                some, both = matrix.names[::3], [(matrix, members), (blocks, [block])]
+                shares = [of.captured_share(some, chosen) for of, chosen in both]
+                assert shares[0] == pytest.approx(shares[1], rel=1e-5)
+            counts = influence.target_tokens.numpy()[members]
+            assert blocks.target_tokens[block] == counts.sum()
+            assert blocks.losses[block] == pytest.approx(influence.losses.numpy()[members].mean(), rel=1e-5)
+    blocks = CrossInfluence.from_influence(influence).coarsen(labels)
+    coarse = blocks.select_jointly(0.3, 0.45, example_costs=blocks.sizes)
+    fine = CrossInfluence.from_influence(influence).select_jointly(0.3, 5 / 12)
+    assert coarse.examples == (0,) and coarse.share <= fine.share + 1e-9
+    assert "3 blocks of 3 to 5 examples" in blocks.summary()
+    twice = blocks.coarsen([0, 1, 1])
+    assert twice.sizes.tolist() == [5, 7] and twice.losses[1] == pytest.approx(
+        (blocks.losses[1] * 3 + blocks.losses[2] * 4) / 7
+    )
+    with pytest.raises(MismatchError, match=r"blocks must be 12 integers, one for each example, got shape \(2,\)"):
+        CrossInfluence.from_influence(influence).coarsen([0, 1])
+
+
+def test_a_stream_is_measured_block_by_block(tmp_path):
+    """As the whole is, coarsened; and the norm of a block's own gradient is autograd's."""
+    model, batches = tiny_llama(layers=1), toy_batches(examples=20)
+    found = CrossInfluence.from_blocks(model, iter(batches), batches_per_block=2)
+    whole = CrossInfluence.from_influence(measure_influence(model, batches, progress=False))
+    expected = whole.coarsen([i // 8 for i in range(20)])
+    assert found.values == pytest.approx(expected.values, rel=1e-3) and found.sizes.tolist() == [8, 8, 4]
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert (found.target_tokens == expected.target_tokens).all()
+
+    own = CrossInfluence.from_blocks(model, batches, 2, "block_norms", sketch_size=None)
+    for block in range(3):
+        model.zero_grad()
+        for batch in batches[2 * block : 2 * block + 2]:
+            per_example_losses(model, batch)[0].sum().backward()
+        norms = [float(model.get_submodule(name).weight.grad.norm()) for name in own.names]
+        assert own.values[:, block] == pytest.approx(norms, rel=1e-3)
+    assert (own.values <= found.values * 1.001).all()
+    again = CrossInfluence.load(own.save(tmp_path / "blocks.safetensors"))
+    assert again.statistic == "block_norms" and again.sizes.tolist() == [8, 8, 4]
+    with pytest.raises(MismatchError, match="Only norms of one kind"):
+        CrossInfluence.merge([own, replace(found, examples=found.examples + 3)])
+    with pytest.raises(BlueprintError, match="batches_per_block must be at least 1, got 0"):
+        CrossInfluence.from_blocks(model, batches, 0)
+    with pytest.raises(BlueprintError, match="statistic must be one of norms, block_norms"):
+        CrossInfluence.from_blocks(model, batches, 2, "alignments")
