@@ -31,6 +31,7 @@ Trainer = Annotated[
     examples=[
         "peft-blueprint targets blueprint.json",
         "peft-blueprint targets blueprint.json --fraction 0.2 --format quiet",
+        "peft-blueprint targets blueprint.json --fraction k_star",
         "peft-blueprint targets blueprint.json --for llamafactory --rank 8",
     ],
 )
@@ -63,6 +64,8 @@ def targets(
     chosen += [{"id": name, "as": "unfrozen"} for name in placement.unfreeze]
     bare = [*placement.lora, *placement.unfreeze]
     output.answer(placement.to_dict(), chosen, bare, f"{placement.model_id}: {placement.summary()}")
+    for note in placement.notes:
+        output.hint(note)
 
 
 @verb(
@@ -77,7 +80,10 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
     options: Annotated[
         PlacementOptions,
-        Only("mode", "fraction", "num_modules", "budget", "keep", "r", "ranks", "rank_by", "coverage"),
+        Only(
+            *("mode", "fraction", "num_modules", "budget", "keep", "best", "overhead"),
+            *("r", "ranks", "rank_by", "coverage"),
+        ),
     ],
     output: Output,
     blueprint: Annotated[
@@ -106,6 +112,9 @@ def plan(
         typer.Option("--master-weights", help="Mixed precision: a float32 copy and states of trained 2-byte weights."),
     ] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu: their time constants differ.")] = "cuda",
+    flops_per_byte: Annotated[
+        float | None, typer.Option(help="Time constant that `python -m benchmarks cost` measured on that device.")
+    ] = None,
     trainer: Trainer = None,
     picture: Picture = None,
 ) -> None:
@@ -121,6 +130,7 @@ def plan(
         optimizer=optimizer,
         master_weights=master_weights,
         device=device,
+        flops_per_byte=flops_per_byte,
         rank=options.r or 16,
     )
     settings = place.plan_settings(
@@ -146,7 +156,8 @@ def plan(
     if output.format == "table":
         print(placement)
     output.hint(
-        "All figures are predicted; step times are relative to LoRA on every linear layer in the first setting. With "
+        "All figures are predicted; step times, and gain over step time, are relative to LoRA on every linear layer in "
+        "the first setting. With "
         "checkpointing, use peft_blueprint.train.CheckpointAbove: otherwise the backward pass runs to the bottom."
     )
 
@@ -198,6 +209,9 @@ def _row(setting: Any, is_recommended: bool, dtype: str) -> dict[str, Any]:
             "lowest layer": placement.cost.get("lowest"),
             "step time": round(setting.time or 0.0, 3),
             "gain retained": f"{placement.gain_retained:.0%}" if placement.is_gain_measured else "not measured",
+            "gain per cost": (
+                round(placement.gain_retained / setting.time, 3) if placement.is_gain_measured else "not measured"
+            ),
         }
     )
     return {

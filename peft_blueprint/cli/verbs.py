@@ -140,7 +140,9 @@ def _flags(cls: type, chosen: Only) -> Sequence[inspect.Parameter]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None if field.default is dataclasses.MISSING else field.default,
-                annotation=Annotated[kind, typer.Option(*names, help=field.metadata["help"])],
+                annotation=Annotated[
+                    kind, typer.Option(*names, help=field.metadata["help"], **_parsing(hints[field.name]))
+                ],
             )
         )
     return found
@@ -153,6 +155,22 @@ def _flag_type(hint: Any) -> Any:
         if choice in (str, int, float, bool) or get_origin(choice) is Literal:
             return choice | None if type(None) in choices else choice
     return None
+
+
+def _parsing(hint: Any) -> dict[str, Any]:
+    """Return Typer's settings of a flag that is a number or one of some words, such as `float | Literal["k_star"]`."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    if float not in choices or not words:
+        return {}
+
+    def parse(text: str) -> float | str:
+        try:
+            return text if text in words else float(text)
+        except ValueError:
+            raise typer.BadParameter(f"must be a number or {' or '.join(words)}, got {text!r}") from None
+
+    return {"parser": parse, "metavar": f"FLOAT|{'|'.join(words)}"}
 
 
 def parse_pairs(text: str, flag: str = "--columns") -> Mapping[str, str]:

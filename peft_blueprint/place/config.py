@@ -77,7 +77,8 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
 
     Has the fields of `PlacementOptions`, `ProbeOptions` and `LoraConfig` (`lora_alpha`, `lora_dropout`, `task_type`,
     …). The targets are settled when the config is made, from the blueprint alone; when PEFT puts the adapter on, they
-    are checked against the model. A probe, a budget, and a blueprint of groups or layers are settled on the model.
+    are checked against the model. A probe, a budget, `best`, and a blueprint of groups or layers are settled on the
+    model.
     Fused experts become `target_parameters`, linear layers `target_modules`. The planner is not offered what
     `exclude_modules`, `layers_to_transform` or `modules_to_save` leave out. Once the config is settled, `blueprint` is
     the digest of an object that was given, so that a log of the config stays short; `record` is the blueprint.
@@ -154,7 +155,8 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
             for name in ("target_modules", "target_parameters"):
                 if getattr(self, name) is not None:
                     self._refuse_targets(name, "a blueprint")
-            is_of_model = self._probe is not None or self.budget is not None  # which tells the workload
+            on_model = (self._probe, self.budget, self.best)  # which tells the workload
+            is_of_model = any(wish is not None for wish in on_model)
             if record is not None and record.level == "submodule" and not is_of_model:
                 self._apply(self._plan(record))
         elif self.target_modules is None and self.target_parameters is None:

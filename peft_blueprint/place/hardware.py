@@ -65,8 +65,8 @@ def plan_settings(
 ) -> tuple[Setting, ...]:
     """Plan a placement for every setting in which one fits.
 
-    Without `keep` or a size, a placement has the most gain per step time that the budget allows. Without a blueprint no
-    gain is known, and the placement is the default's size, spread evenly, if that fits the budget.
+    Without `keep`, `best` or a size, a budget gets `best="gain_per_cost"`: the most gain per step time that it allows.
+    Without a blueprint no gain is known, and the placement is the default's size, spread evenly, if that fits the budget.
 
     With checkpointing the backward pass is assumed to stop below the lowest adapter, as `CheckpointAbove` makes it do.
 
@@ -132,12 +132,13 @@ def recommend_setting(settings: Sequence[Setting]) -> Setting:
 
 def _plan(blueprint: Blueprint | None, model: Any, options: PlacementOptions, load: Workload) -> Placement:
     """Plan for one setting, by the rule in `plan_settings`."""
-    if options.keep is None and not options.selector and options.mode == "lora":
+    if options.keep is None and options.best is None and not options.selector and options.mode == "lora":
         if blueprint is None:
             raised = options.ranks or ("uniform" if options.r else "equal_parameters")
             sparse = replace(options, budget=None, fraction=DEFAULT_SPARSE_FRACTION, ranks=raised)
             placement = plan_placement(None, model, sparse, workload=load)
             if options.budget is None or not Budget.of(options.budget).exceeded(placement.cost):
                 return placement
-        options = replace(options, per_cost=options.per_cost or blueprint is not None and options.budget is not None)
+        if blueprint is not None and options.budget is not None:
+            options = replace(options, best="gain_per_cost")
     return plan_placement(blueprint, model, options, workload=load)

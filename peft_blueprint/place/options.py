@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from .._options import require_types
@@ -34,7 +35,10 @@ RankBy = Literal[
     "last",
 ]
 
+Best = Literal["gain_per_cost", "gain_per_gb_hour"]
+
 DEFAULT_RANK = 16
+K_STAR = "k_star"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -45,8 +49,8 @@ def _option(default: Any, help: str) -> Any:
 class PlacementOptions:
     """How many submodules to choose, by which score, and with which ranks.
 
-    Give at most one of the selectors `fraction`, `num_modules`, `top_p` and `threshold`; or `budget`, `keep` or both.
-    Without any, adapters go on a seventh of the submodules, about one to a block, with as many parameters as LoRA on
+    Give at most one of the selectors `fraction`, `num_modules`, `top_p` and `threshold`; or `budget` with `keep` or
+    `best`, or one of these. Without any, adapters go on a seventh of the submodules, about one to a block, with as many parameters as LoRA on
     every linear layer. That default needs Adam's gain in the blueprint, shapes, `coverage="kind+depth"`, and neither
     `r` nor `ranks`; otherwise it is `keep=0.95`, and `fraction=0.2` for blocks, for another coverage and for blueprints
     without shapes.
@@ -65,10 +69,10 @@ class PlacementOptions:
     """
 
     mode: Mode = _option("lora", "Place LoRA adapters, unfreeze whole attention and feed-forward blocks, or both.")
-    fraction: float | None = _option(
+    fraction: float | Literal["k_star"] | None = _option(
         None,
-        "Share of the submodules (of the blocks in mode unfreeze), in (0, 1]. Default without another size, budget or "
-        "keep: 1/7 with the defaults of rank_by and ranks, otherwise keep=0.95; 0.2 for blocks, for another coverage and "
+        "Share of the submodules (of the blocks in mode unfreeze), in (0, 1]; or k_star, as many as have the blueprint's k* "
+        "of the parameters. Default without another size, budget, keep or best: 1/7 with the defaults of rank_by and ranks, otherwise keep=0.95; 0.2 for blocks, for another coverage and "
         "without shapes.",
     )
     num_modules: int | None = _option(None, "Number of submodules (of blocks in mode unfreeze).")
@@ -86,15 +90,22 @@ class PlacementOptions:
     keep: float | None = _option(
         None, "Share of all-linear LoRA's predicted gain to retain at the lowest step time, in (0, 1]."
     )
+    best: Best | None = _option(
+        None,
+        "As many as give the most predicted gain per cost (eq. 8), within the budget if one is given: gain_per_cost, by the "
+        "step time; gain_per_gb_hour, by the step time times the memory at its peak.",
+    )
+    overhead: float = _option(
+        0.0,
+        "With best: cost beside the training steps, such as of measuring and choosing, as a share of training all "
+        "submodules.",
+    )
     rank_by: RankBy | None = _option(
         None,
         "Score to rank by. Default: cover_gain for adapters, adam_gain for other choices, and gradient_norm (the paper's) "
         "if the blueprint lacks Adam's gain.",
     )
-    per_cost: bool = _option(
-        False,
-        "Divide the score by the step time that an adapter takes; within a budget, take the most gain per step time.",
-    )
+    per_cost: bool = _option(False, "Divide the score by the step time that an adapter takes; best does so too.")
     coverage: Coverage = _option("kind+depth", "What to spread the choice over; none is the paper's rule.")
     unfreeze_blocks: int | None = _option(None, "Number of blocks to unfreeze in mode lora+unfreeze. Default: 1.")
     r: int | None = _option(
@@ -111,20 +122,28 @@ class PlacementOptions:
     seed: int = _option(0, "Seed of rank_by=random.")
 
     def __post_init__(self) -> None:
+        self._check_fraction()
         require_types(self, PlacementOptions, PlacementError)
-        choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy}
+        choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy, "best": Best}
         for name, literal in choices.items():
             value = getattr(self, name)
-            if value not in get_args(literal) and not (value is None and name in ("ranks", "rank_by")):
+            if value not in get_args(literal) and not (value is None and name in ("ranks", "rank_by", "best")):
                 *others, last = get_args(literal)
                 raise PlacementError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
         sizes = [f"{name}={value}" for name, value in self.selector.items()]
         if len(sizes) > 1:
             raise PlacementError(f"{' and '.join(sizes)} both say how many submodules: give one.")
-        limits = [f"{name}={getattr(self, name)!r}" for name in ("budget", "keep") if getattr(self, name) is not None]
+        wishes = ("budget", "keep", "best")
+        limits = [f"{name}={getattr(self, name)!r}" for name in wishes if getattr(self, name) is not None]
         if limits and sizes:
             raise PlacementError(f"{limits[0]} and {sizes[0]} both say how much to place: give one.")
-        for name in ("fraction", "top_p", "keep"):
+        if self.keep is not None and self.best is not None:
+            raise PlacementError(f"keep={self.keep} and best={self.best!r} both say how much to place: give one.")
+        if not 0 <= self.overhead < math.inf:
+            raise PlacementError(f"overhead must be a finite number of at least 0, got {self.overhead}.")
+        if self.overhead and self.best is None:
+            raise PlacementError(f"overhead={self.overhead} counts only with best: give best='gain_per_cost'.")
+        for name in ("top_p", "keep"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise PlacementError(f"{name} must be in (0, 1], got {value}.")
@@ -145,8 +164,21 @@ class PlacementOptions:
         if self.budget is not None:
             Budget.of(self.budget)
 
+    def _check_fraction(self) -> None:
+        value = self.fraction
+        if value is None or isinstance(value, str) and value == K_STAR:
+            return
+        if isinstance(value, bool) or not isinstance(value, Real):
+            kind = "text" if isinstance(value, str) else type(value).__name__
+            raise PlacementError(
+                f"fraction must be a number, got {value!r} ({kind}). Give a share in (0, 1], or 'k_star' for the "
+                "blueprint's own."
+            )
+        if not 0 < value <= 1:
+            raise PlacementError(f"fraction must be in (0, 1], got {value}.")
+
     @property
-    def selector(self) -> dict[str, float]:
+    def selector(self) -> dict[str, Any]:
         """The selector that is given, by name; empty if there is none."""
         values = {name: getattr(self, name) for name in ("fraction", "num_modules", "top_p", "threshold")}
         return {name: value for name, value in values.items() if value is not None}

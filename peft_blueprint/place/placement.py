@@ -16,7 +16,7 @@ from ..errors import PlacementError
 from ..runs import format_quantity
 
 
-_NAME_LISTS = ("lora", "unfreeze", "target_parameters")
+_NAME_LISTS = ("lora", "unfreeze", "target_parameters", "notes")
 _MAPPINGS = ("selector", "ranks", "details", "cost", "full_training", "shares")
 
 
@@ -41,6 +41,9 @@ class Placement:
         gain_retained: predicted gain as a share of all-linear LoRA's, see `CoverGain`: of Adam's first-order gain if all
             entries carry it, otherwise with every entry counted alike, which `is_gain_measured` tells.
         is_gain_measured: whether `gain_retained` rests on a measurement.
+        gain_per_cost: predicted gain over predicted cost (eq. 8), relative to all candidates: 1.2 is a fifth more of the
+            gain for each unit of cost. The cost is that of `best`, by default the step time.
+        notes: what was noticed in choosing, such as an optimum that is not in the interior.
         cost: predicted costs, as far as known: `time` as a share of all-linear LoRA's step, `parameters`, `modules`,
             `lowest` (depth at which the backward pass stops), `optimizer_state` and `memory` in bytes.
         full_training: the same of full fine-tuning with this optimizer, where the whole model is known: `time`, `parameters`,
@@ -58,7 +61,7 @@ class Placement:
     unfreeze: tuple[str, ...]
     rank_by: str
     coverage: str
-    selector: Mapping[str, float] = field(default_factory=dict)
+    selector: Mapping[str, float | str] = field(default_factory=dict)
     candidates: int = 0
     target_parameters: tuple[str, ...] = ()
     left_out: int = 0
@@ -67,6 +70,8 @@ class Placement:
     learning_rate_scale: float | None = None
     gain_retained: float | None = None
     is_gain_measured: bool = True
+    gain_per_cost: float | None = None
+    notes: tuple[str, ...] = ()
     cost: Mapping[str, float] = field(default_factory=dict)
     full_training: Mapping[str, float] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +103,7 @@ class Placement:
             PlacementError: if it is not a placement.
         """
         try:
-            values = {"target_parameters": (), "alternatives": (), **data}
+            values = {"target_parameters": (), "notes": (), "alternatives": (), **data}
             return cls(**values | {name: tuple(values[name]) for name in (*_NAME_LISTS, "alternatives")})
         except (TypeError, KeyError) as error:
             raise PlacementError(
@@ -137,8 +142,12 @@ class Placement:
             console.print(f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer.")
         if self.cost:
             console.print("Costs are predicted. The step time is a share of all-linear LoRA's.")
+        if self.gain_per_cost is not None and "best" in self.selector:
+            console.print(f"Gain per cost: {self.gain_per_cost:.2f} times that of all {self.candidates} candidates.")
         if self.cost and not self.is_gain_measured:
             console.print("No gain was measured: the coverage counts every submodule alike.")
+        for note in self.notes:
+            console.print(note)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _saving(self) -> str:

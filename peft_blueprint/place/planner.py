@@ -72,7 +72,7 @@ def plan_placement(
     if options.r is not None:
         workload = replace(workload, rank=options.r)
     costs = None if structure is None else CostModel(structure, workload)
-    selector = Selector.of(options)
+    selector = Selector.of(options, None if blueprint is None else whole)
     _check_costs_are_known(selector, options.per_cost, costs, model is not None, whole.model_id)
 
     places_adapters_only = options.mode == "lora"
@@ -108,7 +108,7 @@ def plan_placement(
         model_id=whole.model_id,
         lora=tuple(entry.name for entry in lora),
         unfreeze=unfreeze,
-        rank_by=f"{resolved.rank_by} per cost" if options.per_cost else str(resolved.rank_by),
+        rank_by=f"{resolved.rank_by} per cost" if options.per_cost or options.best else str(resolved.rank_by),
         coverage=options.coverage,
         selector=selector.to_dict(),
         candidates=len(solver.members) if options.mode == "unfreeze" else len(entries),
@@ -119,11 +119,24 @@ def plan_placement(
         learning_rate_scale=None if unfreeze else solver.learning_rate_scale(lora),
         gain_retained=chosen.gain,
         is_gain_measured=blueprint is not None and solver.is_gain_known,
+        gain_per_cost=solver.ratio,
+        notes=(*solver.notes, *_unmeasured_time(selector, costs)),
         cost=chosen.costs,
         full_training=_full_training(costs),
         shares=solver.shares(lora, unfreeze),
         details={entry.name: solver.details_of(entry) for entry in lora},
         alternatives=tuple({**other.costs, "gain_retained": other.gain} for other in solver.alternatives),
+    )
+
+
+def _unmeasured_time(selector: Selector, costs: CostModel | None) -> tuple[str, ...]:
+    """Say so where a choice by step time rests on a constant that was not measured on the device."""
+    limits = {} if selector.budget is None else selector.budget.limits
+    if costs is None or costs.is_time_measured or not (selector.best or selector.keep or "time" in limits):
+        return ()
+    return (
+        f"The time constant of {costs.workload.device} is an estimate; `python -m benchmarks cost` measures it, for "
+        "Workload(flops_per_byte=…).",
     )
 
 
@@ -193,8 +206,9 @@ def _check_costs_are_known(
         raise PlacementError(
             f"Costs on {model_id!r} are unknown: its blueprint has no shapes. Give plan_placement the model, or its config."
         )
-    if selector.budget is not None and selector.budget.memory is not None and not has_model:
+    if selector.needs_memory and not has_model:
+        wish = f"best={selector.best!r}" if selector.best == "gain_per_gb_hour" else f"The budget {selector.budget}"
         raise PlacementError(
-            f"The budget {selector.budget} needs the model, or its config: a blueprint does not tell the rest of the "
+            f"{wish} needs the model, or its config: a blueprint does not tell the rest of the "
             "memory. Call plan_placement(blueprint, model, budget=…)."
         )

@@ -1,4 +1,6 @@
-"""Search for the placement with the largest gain within a budget, or the fastest one that retains a share of the gain."""
+"""Search for the placement with the largest gain within a budget, with the most gain per cost, or the fastest that retains a
+share of the gain.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from .coverage import Picker
 _MAX_DEPTHS = 16  # tried as the lowest depth
 _MAX_SINGLES = 400  # single units priced to find the smallest placement
 _MAX_EVERYTHING = 4000  # choices priced where the quick searches find none
-_GRID = 2**0.25  # between the numbers of units that are tried for the most gain per time
+_GRID = 2**0.25  # between the numbers of units that are tried for the most gain per cost
+_MOST_AROUND = 32  # numbers tried around the best of the grid
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,55 @@ class Search:
         ordered = tuple(unit for unit in self.units if unit.name in names)
         return Choice(ordered, self.price(ordered), self.gain(ordered) / self.whole_gain)
 
-    def within(self, budget: Budget, *, per_time: bool = False) -> Choice:
+    def within(self, budget: Budget) -> Choice:
         """Return the choice with the largest gain within a budget, among equal gains the fastest.
 
+        Raises:
+            PlacementError: if nothing fits, with the smallest budget that works.
+        """
+        found = self._fitting(lambda choice: not budget.exceeded(choice.costs)) or self._all_within(budget)
+        return max(found, key=lambda choice: (choice.gain, -choice.costs["time"]))
+
+    def most_per_cost(self, cost: Callable[[Choice], float], budget: Budget | None = None) -> tuple[Choice, Choice]:
+        """Return the choice with the most gain per cost (eq. 8) within a budget, and the one without it.
+
+        Numbers of units are tried on a grid from every depth upwards, then one by one around the best.
+
         Args:
+            cost: of a choice, positive.
             budget: upper limits.
-            per_time: whether to return the largest gain over step time instead.
 
         Raises:
             PlacementError: if nothing fits, with the smallest budget that works.
         """
 
-        def fits(choice: Choice) -> bool:
-            return not budget.exceeded(choice.costs)
+        def value(choice: Choice) -> float:
+            return choice.gain / cost(choice)
 
-        if per_time:
-            found = [choice for pool in self._pools() for choice in self._grid(pool) if fits(choice)]
-        else:
-            found = self._fitting(fits)
-        if not found:
-            found = [choice for choice in self._everything() if fits(choice)]
+        tried = [(pool, choice) for pool in self._pools() for choice in self._grid(pool)]
+
+        def best(fits: Callable[[Choice], bool]) -> Choice | None:
+            found = [(pool, choice) for pool, choice in tried if fits(choice)]
+            if not found:
+                return None
+            pool, choice = max(found, key=lambda pair: value(pair[1]))
+            near = [near for near in self._around(pool, len(choice.units)) if fits(near)]
+            return max((choice, *near), key=value)
+
+        free = best(lambda choice: True)
+        assert free is not None
+        if budget is None:
+            return free, free
+        within = best(lambda choice: not budget.exceeded(choice.costs))
+        return within or max(self._all_within(budget), key=value), free
+
+    def _all_within(self, budget: Budget) -> list[Choice]:
+        """Return every choice that fits.
+
+        Raises:
+            PlacementError: if there is none, with the smallest budget that works.
+        """
+        found = [choice for choice in self._everything() if not budget.exceeded(choice.costs)]
         if not found:
             nearest = _nearest(self._everything(), budget)
             exceeded = budget.exceeded(nearest.costs)
@@ -97,9 +129,7 @@ class Search:
             raise PlacementError(
                 f"The budget is too small for any placement: {compared}. Give at least {_written(nearest, exceeded)}."
             )
-        if per_time:
-            return max(found, key=lambda choice: choice.gain / choice.costs["time"])
-        return max(found, key=lambda choice: (choice.gain, -choice.costs["time"]))
+        return found
 
     def retaining(self, share: float, budget: Budget | None = None) -> Choice:
         """Return the fastest choice that retains a share of the gain, within a budget if one is given.
@@ -179,6 +209,14 @@ class Search:
         steps = math.ceil(math.log(len(pool), _GRID)) + 1
         for count in sorted({min(len(pool), round(_GRID**step)) for step in range(steps)}):
             yield self.choice(pick(count))
+
+    def _around(self, pool: Sequence[Submodule], count: int) -> Iterator[Choice]:
+        """Price numbers of units of a pool between the grid's neighbours of one."""
+        pick = self.make_picker(pool)
+        low, high = max(1, math.floor(count / _GRID)), min(len(pool), math.ceil(count * _GRID))
+        for other in range(low, high + 1, math.ceil((high - low + 1) / _MOST_AROUND)):
+            if other != count:
+                yield self.choice(pick(other))
 
     def _everything(self) -> list[Choice]:
         """Price every number of units of every pool, and single units.

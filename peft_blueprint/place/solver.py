@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os.path import commonprefix
 from typing import Any
 
 from .._text import format_names, is_inside
-from ..blueprint import Submodule, parameter_share
+from ..blueprint import Blueprint, Submodule, k_star_of, parameter_share
 from ..errors import PlacementError
 from .budget import Budget
 from .cost import CostModel
 from .coverage import Picker, by_kind, count_of, make_picker, nucleus
 from .gains import REACH, CoverGain, SetGain
-from .options import DEFAULT_RANK, PlacementOptions
+from .options import DEFAULT_RANK, K_STAR, Best, PlacementOptions
 from .ranks import k_star_rank, ranks_by_score, ranks_of_equal_parameters
 from .scores import CONTROLS, comparable_across_kinds, score
 from .search import Choice, Search
@@ -33,24 +35,50 @@ class Selector:
     """How much to place: a size, or limits on cost and gain.
 
     Args:
-        size: one of `fraction`, `num_modules`, `top_p` and `threshold` with its value; empty if limits decide.
+        size: one of `fraction`, `k_star`, `num_modules`, `top_p` and `threshold` with its value; empty if limits decide.
         budget: upper limits on costs.
         keep: share of the predicted gain to retain.
+        best: ratio to maximise within the budget.
+        overhead: cost beside the training steps, as a share of training all.
     """
 
     size: Mapping[str, float] = field(default_factory=dict)
     budget: Budget | None = None
     keep: float | None = None
+    best: Best | None = None
+    overhead: float = 0.0
 
     @classmethod
-    def of(cls, options: PlacementOptions) -> Selector:
-        """Return the selector that options ask for; empty if they leave it to the default."""
-        return cls(options.selector, None if options.budget is None else Budget.of(options.budget), options.keep)
+    def of(cls, options: PlacementOptions, blueprint: Blueprint | None) -> Selector:
+        """Return the selector that options ask for; empty if they leave it to the default.
+
+        Raises:
+            PlacementError: if they ask for the k* of a blueprint that is not given.
+        """
+        size = options.selector
+        if size.get("fraction") == K_STAR:
+            if blueprint is None:
+                raise PlacementError(
+                    "fraction='k_star' needs a blueprint, which has k*. Give one, or a number in (0, 1]."
+                )
+            size = {K_STAR: k_star_of(blueprint)}
+        budget = None if options.budget is None else Budget.of(options.budget)
+        return cls(size, budget, options.keep, options.best, options.overhead)
 
     @property
     def needs_costs(self) -> bool:
         """Whether costs decide."""
-        return self.budget is not None or self.keep is not None
+        return self.budget is not None or self.keep is not None or self.best is not None
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether the memory at the peak of a step decides."""
+        return self.best == "gain_per_gb_hour" or self.budget is not None and self.budget.memory is not None
+
+    def cost(self, choice: Choice, whole: Choice) -> float:
+        """Return the cost of training a choice, with the overhead, in the unit of its step time or of that times memory."""
+        time = choice.costs["time"] + self.overhead * whole.costs["time"]
+        return time * choice.costs["memory"] if self.best == "gain_per_gb_hour" else time
 
     def or_default(self, *, has_costs: bool, is_sparse: bool = False) -> Selector:
         """Fill in the default size where nothing was asked for.
@@ -65,10 +93,11 @@ class Selector:
             return Selector({"fraction": DEFAULT_SPARSE_FRACTION})
         return Selector(keep=DEFAULT_KEEP) if has_costs else Selector({"fraction": DEFAULT_FRACTION})
 
-    def to_dict(self) -> dict[str, float]:
-        """Return size, `keep` and limits by name."""
-        keep = {} if self.keep is None else {"keep": self.keep}
-        return {**self.size, **keep, **({} if self.budget is None else self.budget.limits)}
+    def to_dict(self) -> dict[str, float | str]:
+        """Return size, `keep`, `best` and limits by name."""
+        given = {"keep": self.keep, "best": self.best, "overhead": self.overhead or None}
+        wishes = {name: value for name, value in given.items() if value is not None}
+        return {**self.size, **wishes, **({} if self.budget is None else self.budget.limits)}
 
 
 class PlacementSolver:
@@ -109,12 +138,13 @@ class PlacementSolver:
         self.reach = reach
         self.cover = CoverGain(entries, self.gains if any(self.gains) else [1.0] * len(entries), reach)
         self.alternatives: list[Choice] = []  # to the adapters that were chosen last
+        self.notes: list[str] = []  # on how they were chosen, in words
+        self.ratio: float | None = None  # their gain per cost over that of all units
         self.members: dict[str, list[Submodule]] = _members_by_block(entries)
         self.is_greedy = self.rank_by in ("cover_gain", "set_gain")
         self.is_comparable = self.is_greedy or comparable_across_kinds(self.rank_by)
-        self.is_per_cost = options.per_cost
         self._times: list[float] | None = None  # step time of an adapter on each entry, to divide scores by
-        if options.per_cost and costs is not None:
+        if (options.per_cost or options.best is not None) and costs is not None:
             self._times = [costs.adapter_cost(entry.name, self.reference_rank) for entry in entries]
         if self.is_greedy:
             gain = self._gain_over(entries)
@@ -139,6 +169,7 @@ class PlacementSolver:
         choice = self._choose(search, selector, self.scores)
         if self.costs is not None:
             self.alternatives = search.neighbours(choice)
+            self._compare(search, selector, choice)
         return choice
 
     def blocks(self, selector: Selector) -> Choice:
@@ -165,9 +196,12 @@ class PlacementSolver:
             units,
             self._covering_picker(scores),
             lambda units: self.price((), self.modules_of(units)),
-            lambda units: self.gain_of([entry for unit in units for entry in self.members[unit.name]]),
+            lambda units: self.gain_of(self._entries_of(units)),
         )
-        return self._choose(search, selector, scores)
+        choice = self._choose(search, selector, scores)
+        if self.costs is not None:
+            self._compare(search, selector, choice)
+        return choice
 
     def modules_of(self, blocks: Sequence[Submodule]) -> tuple[str, ...]:
         """Return the full names of the modules to unfreeze for blocks."""
@@ -272,8 +306,12 @@ class PlacementSolver:
     def _choose(self, search: Search, selector: Selector, scores: Mapping[str, float]) -> Choice:
         if selector.keep is not None:
             return search.retaining(selector.keep, selector.budget)
+        if selector.best is not None:
+            return self._most_per_cost(search, selector)
         if selector.budget is not None:
-            return search.within(selector.budget, per_time=self.is_per_cost)
+            return search.within(selector.budget)
+        if K_STAR in selector.size:
+            return search.choice(self._nearest_share(search, selector.size[K_STAR]))
         count = count_of(selector.size, len(search.units))
         if count is not None:
             return search.choice(search.make_picker(search.units)(count))
@@ -285,6 +323,52 @@ class PlacementSolver:
             largest = max(scores.values())
             raise PlacementError(f"No {self.rank_by} reaches threshold={value}; the largest is {largest:.4g}.")
         return search.choice(units)
+
+    def _most_per_cost(self, search: Search, selector: Selector) -> Choice:
+        """Maximise eq. 8, and say where its maximum is not in the interior, or the budget keeps from it."""
+        whole = search.choice(search.units)
+        cost = partial(selector.cost, whole=whole)
+        choice, free = search.most_per_cost(cost, selector.budget)
+        if len(free.units) == len(search.units):
+            self.notes.append(
+                f"Gain per cost rises up to all {len(search.units)}: it has no interior optimum (eq. 16)"
+                + (", so all are chosen." if choice is free else ", so the most per cost within the budget is chosen.")
+            )
+        elif len(free.units) == 1:
+            self.notes.append("Gain per cost falls from the first on: it has no interior optimum, so one is chosen.")
+        elif choice is not free:
+            lost = 1 - choice.gain / cost(choice) / (free.gain / cost(free))
+            self.notes.append(
+                f"Without the budget, {len(free.units)} would give the most gain per cost; this choice gives "
+                f"{100 * lost:.2g} % less."
+            )
+        return choice
+
+    def _compare(self, search: Search, selector: Selector, choice: Choice) -> None:
+        """Compare a choice's gain per cost with that of all units."""
+        whole = search.choice(search.units)
+        self.ratio = choice.gain / selector.cost(choice, whole) * selector.cost(whole, whole) / whole.gain
+
+    def _nearest_share(self, search: Search, share: float) -> Sequence[Submodule]:
+        """Return as many units as come nearest to a share of the parameters; of the units where shapes are unknown."""
+        pick, most = search.make_picker(search.units), len(search.units)
+        has_sizes = parameter_share((), self.entries) is not None
+
+        def held(count: int) -> float:
+            part = self._entries_of(pick(count)) if has_sizes else ()
+            return parameter_share(part, self._entries_of(search.units)) or 0.0 if has_sizes else count / most
+
+        enough = (
+            bisect_left(range(1, most), share, key=held) + 1
+        )  # picks need not be nested, so this is one of several
+        count = min((max(1, enough - 1), enough), key=lambda count: abs(held(count) - share))
+        if count == most:
+            self.notes.append(f"k* is {100 * share:.3g} % of the parameters, so all {most} are chosen.")
+        return pick(count)
+
+    def _entries_of(self, units: Sequence[Submodule]) -> list[Submodule]:
+        """Return the entries of units: themselves, or the members of blocks."""
+        return [entry for unit in units for entry in self.members.get(unit.name, (unit,))]
 
     def _covering_picker(self, scores: Mapping[str, float]) -> Callable[[Sequence[Submodule]], Picker]:
         score_of = None if self.rank_by == "even" else lambda unit: scores[unit.name]

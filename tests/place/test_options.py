@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from peft_blueprint import BlueprintConfig, plan_placement
 from peft_blueprint.cli import app
+from peft_blueprint.compare import ProbeOptions
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.place import PlacementOptions, Workload
 from peft_blueprint.train import run
@@ -18,7 +19,7 @@ from tests.planning import BLUEPRINT, LLAMA
 
 def test_every_option_explains_itself_and_is_a_field_of_the_config():
     """With the same default and help; all others are LoraConfig's or of the config itself."""
-    own = {f.name: f for f in fields(PlacementOptions)}
+    own = {f.name: f for cls in (PlacementOptions, ProbeOptions) for f in fields(cls)}
     of_config = {f.name: f for f in fields(BlueprintConfig)}
     for name, option in own.items():
         assert option.metadata["help"].endswith(".")
@@ -31,6 +32,9 @@ def test_every_option_explains_itself_and_is_a_field_of_the_config():
     [
         {},
         {"fraction": 0.3},
+        {"fraction": "k_star"},
+        {"best": "gain_per_cost"},
+        {"best": "gain_per_cost", "overhead": 0.5},
         {"keep": 0.8},
         {"r": 8},
         {"ranks": "score", "num_modules": 9},
@@ -45,7 +49,7 @@ def test_planner_config_command_line_and_recipe_choose_the_same_placement(option
     """For the same input, with nothing else said."""
     planned = plan_placement(BLUEPRINT, **options)
     assert plan_placement(BLUEPRINT, options=PlacementOptions(**options)) == planned
-    if "budget" not in options:  # which a config leaves until the model is known
+    if not {"budget", "best"} & options.keys():  # which a config leaves until the model is known
         assert BlueprintConfig(blueprint=BLUEPRINT, **options).placement == planned
     BLUEPRINT.save(tmp_path / "blueprint.json")
     flags = {"--rank" if name == "r" else f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
@@ -60,7 +64,8 @@ def test_planner_config_command_line_and_recipe_choose_the_same_placement(option
     placement = {name: value for name, value in options.items() if name != "r"}
     recipe = Recipe("org/m", "train.jsonl", "out", placement=placement, lora=lora)
     from_recipe, _ = run._plan(recipe, BLUEPRINT, LLAMA, replace(load, rank=recipe.rank))
-    for other in (config.placement, from_recipe, *([planned] if "x" not in str(options.get("budget")) else [])):
+    rests_on_memory_or_time = "x" in str(options.get("budget")) or "best" in options
+    for other in (config.placement, from_recipe, *([] if rests_on_memory_or_time else [planned])):
         assert (other.lora, other.unfreeze, other.rank) == (on_model.lora, on_model.unfreeze, on_model.rank)
         assert other.ranks == on_model.ranks
     ranks = [on_model.ranks.get(name, on_model.rank or 16) for name in on_model.lora]
@@ -91,7 +96,14 @@ def test_every_adapter_keeps_the_scaling_of_all_linear_lora(settings, scaling):
         ({"rank_by": "even", "top_p": 0.5}, "top_p=0.5 needs scores, and rank_by='even' has none"),
         ({"num_modules": 3, "fraction": 0.5}, "both say how many"),
         ({"keep": 0.5, "threshold": 1.0}, "keep=0.5 and threshold=1.0 both say how much"),
-        ({"ranks": "some"}, "ranks must be uniform, equal_parameters or influence, got 'some'"),
+        ({"best": "gain_per_cost", "fraction": 0.5}, "best='gain_per_cost' and fraction=0.5 both say how much"),
+        ({"best": "gain_per_cost", "keep": 0.5}, "keep=0.5 and best='gain_per_cost' both say how much"),
+        ({"best": "gain"}, "best must be gain_per_cost or gain_per_gb_hour, got 'gain'"),
+        ({"best": "gain_per_cost", "overhead": -1}, "overhead must be a finite number of at least 0, got -1"),
+        ({"overhead": 1.0}, "overhead=1.0 counts only with best"),
+        ({"fraction": "kstar"}, r"fraction must be a number, got 'kstar' \(text\). Give a share .* or 'k_star'"),
+        ({"fraction": "k_star", "top_p": 0.5}, "fraction=k_star and top_p=0.5 both say how many"),
+        ({"ranks": "some"}, "ranks must be uniform, equal_parameters or score, got 'some'"),
         ({"unfreeze_blocks": 1}, "needs mode='lora.unfreeze', got mode='lora'"),
         ({"fractoin": 0.5}, "no option 'fractoin'. Did you mean 'fraction'"),
     ],

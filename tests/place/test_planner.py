@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, Submodule, plan_placement
+from peft_blueprint.blueprint import best_share
 from peft_blueprint.errors import BlueprintError, MismatchError, PlacementError
 from peft_blueprint.measure import empty_model
 from peft_blueprint.measure.submodules import find_submodules
@@ -100,6 +101,87 @@ def test_keep_is_the_cheapest_that_keeps_so_much():
         plan_placement(BLUEPRINT, LLAMA, keep=0.8, budget="3 modules", workload=LOAD)
 
 
+@pytest.mark.parametrize("mode", ["lora", "unfreeze"])
+@pytest.mark.parametrize("objective", ["gain_per_cost", "gain_per_gb_hour"])
+def test_the_best_has_the_most_gain_per_cost_of_its_family(objective, mode):
+    """Eq. 8: no size from the bottom gives more for its step time, or for that times its memory."""
+    gains = [1.0 + 5 * (i % 7 == 3) + (i > 20) for i in range(42)]
+    wish = {"mode": mode, "workload": LOAD}
+    found = plan_placement(measured(LLAMA, gains), LLAMA, best=objective, **wish)
+
+    def value(placement):
+        memory = placement.cost["memory"] if objective == "gain_per_gb_hour" else 1
+        return placement.gain_retained / (placement.cost["time"] * memory)
+
+    sizes = (1, 2, 4, 7, found.candidates // 2, found.candidates)
+    others = [plan_placement(measured(LLAMA, gains), LLAMA, num_modules=n, per_cost=True, **wish) for n in sizes]
+    assert value(found) >= max(map(value, others)) * (1 - 1e-9)
+    assert found.gain_per_cost == pytest.approx(value(found) / value(others[-1])) and found.gain_per_cost > 1
+    assert found.selector == {"best": objective}
+    assert f"Gain per cost: {found.gain_per_cost:.2f} times that of all {found.candidates} candidates" in str(found)
+
+
+def test_an_optimum_that_is_not_in_the_interior_is_said():
+    """All where a fixed cost outweighs every step (eq. 16); one where the gain is in one; what a budget keeps from."""
+    wish = {"best": "gain_per_cost", "workload": LOAD}
+    few = plan_placement(BLUEPRINT, LLAMA, **wish)
+    more = plan_placement(BLUEPRINT, LLAMA, overhead=5.0, **wish)
+    assert len(few.lora) < len(more.lora) < 42 and not more.notes
+    everything = plan_placement(BLUEPRINT, LLAMA, overhead=1e6, **wish)
+    assert len(everything.lora) == 42 and everything.gain_per_cost == pytest.approx(1)
+    assert everything.notes == (
+        "Gain per cost rises up to all 42: it has no interior optimum (eq. 16), so all are chosen.",
+    )
+    within = plan_placement(BLUEPRINT, LLAMA, overhead=1e6, budget="9 modules", **wish)
+    assert len(within.lora) == 9 and within.notes[0].endswith("so the most per cost within the budget is chosen.")
+    one = plan_placement(measured(LLAMA, [1e-9] * 41 + [1.0]), LLAMA, **wish)
+    assert one.lora == ("model.layers.5.mlp.down_proj",) and "falls from the first on" in one.notes[0]
+    bound = plan_placement(BLUEPRINT, LLAMA, budget="3 modules", **wish)
+    assert f"Without the budget, {len(few.lora)} would give the most gain per cost" in bound.notes[0]
+    less = 1 - bound.gain_per_cost / few.gain_per_cost
+    assert f"this choice gives {100 * less:.2g} % less" in str(bound)
+    assert Placement.from_dict(json.loads(json.dumps(bound.to_dict()))) == bound
+
+
+def test_the_time_constant_is_said_to_be_an_estimate_until_it_is_measured():
+    """On cuda, where time decides; not with one's own constant, on a CPU, or for a number of modules."""
+    cuda = replace(LOAD, device="cuda")
+    decided = {"best": "gain_per_cost"}, {"keep": 0.5}, {"budget": "0.9x"}
+    for wish in decided:
+        assert "time constant of cuda is an estimate" in str(plan_placement(BLUEPRINT, LLAMA, workload=cuda, **wish))
+        own = plan_placement(BLUEPRINT, LLAMA, workload=replace(cuda, flops_per_byte=12.0), **wish)
+        assert not own.notes and own.cost == plan_placement(BLUEPRINT, LLAMA, workload=LOAD, **wish).cost
+    assert not plan_placement(BLUEPRINT, LLAMA, workload=cuda, num_modules=3).notes
+    with pytest.raises(PlacementError, match="flops_per_byte must be a positive number, got 0"):
+        Workload(flops_per_byte=0)
+
+
+@pytest.mark.parametrize("mode", ["lora", "unfreeze"])
+def test_k_star_is_a_share_of_the_parameters(mode):
+    """The number of submodules or blocks that comes nearest to it, by any ranking; the file's number, or its own."""
+    for k in (0.05, 0.3, 0.62, 1.0):
+        blueprint = replace(BLUEPRINT, costs={"k_star": k})
+        found = plan_placement(blueprint, LLAMA, mode=mode, fraction="k_star", workload=LOAD)
+        taken = len(found.lora) + len(found.unfreeze)
+        sizes = [n for n in (taken - 1, taken + 1) if 0 < n <= found.candidates]
+        for other in (plan_placement(blueprint, LLAMA, mode=mode, num_modules=n, workload=LOAD) for n in sizes):
+            assert abs(found.shares["parameters"] - k) <= abs(other.shares["parameters"] - k) + 1e-9
+        assert found.selector == {"k_star": k}
+        assert found.notes == (
+            (f"k* is 100 % of the parameters, so all {found.candidates} are chosen.",) if k == 1 else ()
+        )
+    measured_k = plan_placement(BLUEPRINT, mode=mode, fraction="k_star").selector["k_star"]
+    assert measured_k == best_share(BLUEPRINT).share < 1
+    shapeless = Blueprint(
+        "m", tuple(replace(entry, shape=None) for entry in replace(BLUEPRINT, costs={"k_star": 0.5}))
+    )
+    assert (
+        len(plan_placement(replace(shapeless, costs={"k_star": 0.5}), fraction="k_star", coverage="none").lora) == 21
+    )
+    with pytest.raises(PlacementError, match="fraction='k_star' needs a blueprint"):
+        plan_placement(None, LLAMA, fraction="k_star")
+
+
 def test_what_half_and_twice_as_much_would_be_is_said():
     """The neighbours stand in the placement and in its table."""
     placement = plan_placement(BLUEPRINT, LLAMA, num_modules=12, workload=LOAD)
@@ -159,7 +241,8 @@ def test_scores_per_cost_prefer_the_cheaper_of_equals():
 
 
 @pytest.mark.parametrize(
-    "rank_by", [by for by in SCORES if by not in ("weight_gradient", "singular_energy", "signal_to_noise")]
+    "rank_by",
+    [by for by in SCORES if by not in ("weight_gradient", "singular_energy", "signal_to_noise", "influence")],
 )
 def test_every_score_places(rank_by):
     """As many as asked for; scores that differ place differently in the end."""

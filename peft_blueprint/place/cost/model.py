@@ -22,6 +22,7 @@ from .workload import FLOAT, Array, Workload
 # A100 does 312 TFLOP/s in bfloat16 and moves 2.0 TB/s, an H100 989 and 3.35, of which large products reach about a half
 # and elementwise kernels four fifths.
 FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 120.0}
+MEASURED_DEVICES = ("cpu",)
 
 _ADAM_FLOPS = 12  # of a fused step for a parameter
 
@@ -110,6 +111,8 @@ class CostModel:
     def __init__(self, structure: Structure, workload: Workload) -> None:
         self.structure = structure
         self.workload = workload
+        constant = workload.flops_per_byte
+        self.time_constant = FLOPS_PER_BYTE[workload.device] if constant is None else constant
         self._index = {part.name: i for i, part in enumerate(structure.parts)}
         self._under: dict[str, list[int]] = {}  # indices of the parts in each module, by its name
         for i, part in enumerate(structure.parts):
@@ -215,6 +218,11 @@ class CostModel:
         nothing = np.zeros(len(self._index), dtype=bool)
         return self._cost(np.zeros(0, dtype=np.int64), np.zeros(0), nothing, to_the_bottom=True)
 
+    @property
+    def is_time_measured(self) -> bool:
+        """Whether the time constant was measured on such a device."""
+        return self.workload.flops_per_byte is not None or self.workload.device in MEASURED_DEVICES
+
     def time_ratio(self, cost: Cost) -> float:
         """Return the predicted step time over that of all-linear LoRA."""
         return self.step_time(cost) / self._reference_time
@@ -232,11 +240,11 @@ class CostModel:
         )
         flops += float(price.forward[0] + price.backward[0])
         moved += float(price.moved_forward[0] + price.moved_backward[0])
-        return (flops + FLOPS_PER_BYTE[self.workload.device] * moved) / self._reference_time
+        return (flops + self.time_constant * moved) / self._reference_time
 
     def step_time(self, cost: Cost) -> float:
         """Return a step's time per token in FLOPs of a large matrix product, comparable between workloads of a device."""
-        return cost.flops + FLOPS_PER_BYTE[self.workload.device] * cost.moved
+        return cost.flops + self.time_constant * cost.moved
 
     def _adapted(self, ranks: Mapping[str, int]) -> tuple[Indices, Array]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Workload:
         adapter_dtype: of adapters, float32 by PEFT's default.
         attention: "sdpa" or "eager".
         device: "cuda" or "cpu", which have different time constants.
+        flops_per_byte: FLOPs that take as long as moving one byte, as `python -m benchmarks cost` measures them on a
+            machine; None for `FLOPS_PER_BYTE[device]`.
         padded: whether a batch has padding: attention then gets a mask, and keys and values are repeated for all heads
             of their group.
         input_gradients: whether the embeddings' output requires a gradient, so that the backward pass runs to the bottom
@@ -79,6 +82,7 @@ class Workload:
     adapter_dtype: str = "float32"
     attention: str = "sdpa"
     device: str = "cuda"
+    flops_per_byte: float | None = None
     padded: bool = True
     input_gradients: bool | None = None
 
@@ -96,6 +100,10 @@ class Workload:
                 raise PlacementError(
                     f"Workload's {name} must be {' or '.join(map(repr, choices))}, got {name}={getattr(self, name)!r}."
                 )
+        constant: object = self.flops_per_byte
+        is_number = isinstance(constant, int | float) and not isinstance(constant, bool)
+        if constant is not None and not (is_number and 0 < constant < math.inf):  # type: ignore[operator]
+            raise PlacementError(f"Workload's flops_per_byte must be a positive number, got {constant!r}.")
         if not isinstance(self.master_weights, bool):
             raise PlacementError(f"Workload's master_weights must be true or false, got {self.master_weights!r}.")
         for name in ("batch_size", "length", "rank"):
