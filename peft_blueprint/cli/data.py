@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .. import blueprint as records
+from .. import compare as comparing
 from .. import data as selecting
 from .. import measure, place
 from .._files import require_writable
 from .._text import format_names
+from ..compare import ProbeOptions
 from ..data import SelectionOptions
 from ..errors import BlueprintError
 from .output import Output, say
-from .verbs import NF4, Columns, Dtype, In4Bit, Model, parse_pairs, verb
+from .verbs import NF4, Columns, Dtype, In4Bit, Model, Only, parse_pairs, verb
 
 
+_Unit = Literal["example", "block", "token"]
 _TRIED = 100  # examples written for a trial before any is scored; one of a stream
 
 
@@ -30,6 +32,8 @@ _TRIED = 100  # examples written for a trial before any is scored; one of a stre
         "peft-blueprint select-data org/model --data train.jsonl --fraction 0.3 --out chosen.jsonl",
         "peft-blueprint select-data org/model --data train.jsonl --count 4 --method bm25 --target few.jsonl "
         "--out chosen.jsonl",
+        "peft-blueprint select-data org/model --data corpus.jsonl --unit token --fraction 0.5 --method head_norm "
+        "--out masked.jsonl",
     ],
 )
 def select_data(
@@ -39,6 +43,7 @@ def select_data(
     ],
     out: Annotated[Path, typer.Option(help="File for the chosen examples: .jsonl, .csv or .parquet.")],
     options: SelectionOptions,
+    probing: Annotated[ProbeOptions, Only("domain")],
     output: Output,
     columns: Columns = "",
     target: Annotated[
@@ -47,8 +52,21 @@ def select_data(
     target_examples: Annotated[int, typer.Option(min=1, help="Number of them to use.")] = 64,
     split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
     stream: Annotated[
-        bool, typer.Option("--stream", help="Stream the data in constant memory; with --count.")
+        bool,
+        typer.Option("--stream", help="Stream the data in constant memory; a --fraction is then of what came so far."),
     ] = False,
+    unit: Annotated[
+        _Unit,
+        typer.Option(
+            help="Choose examples; blocks of --max-length tokens; or target tokens, with other labels masked."
+        ),
+    ] = "example",
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Join documents and cut them into full blocks, for --unit block or token.")
+    ] = False,
+    scorer: Annotated[
+        str | None, typer.Option(help="Score with this model, a smaller one, instead of the one to train.")
+    ] = None,
     blueprint: Annotated[
         str | None, typer.Option(help="Use the gradients of those submodules alone that this blueprint places.")
     ] = None,
@@ -64,49 +82,105 @@ def select_data(
     """Choose examples to train on. Under torchrun or accelerate launch, the processes share the work."""
     if placement_fraction is not None and blueprint is None:
         raise BlueprintError("--placement-fraction needs the blueprint to place by: give --blueprint.")
+    if probing.domain is not None and blueprint is None:
+        raise BlueprintError("--domain chooses among the domains of a blueprint: give --blueprint.")
     selecting.require_format(out)
     _require_distinct(
         {"--out": out, "--keep-state": options.keep_state},
         {"--data": data, "--target": target, "--blueprint": blueprint},
     )
     require_writable(out.parent)
-    options.resolve_count(None if stream else 1)
+    is_filtered = unit == "token" or (stream and options.fraction is not None)
+    if is_filtered and out.suffix != ".jsonl":
+        raise BlueprintError(f"--out must end in .jsonl, which is written as the data is read, got {out}.")
+    if pack and unit == "example":
+        raise BlueprintError("--pack joins documents before they are cut into blocks: give --unit block or token.")
+    if with_scores and unit == "token":
+        raise BlueprintError(
+            "--with-scores needs one score a row, and the rows of --unit token have none. Leave it out."
+        )
+    if not is_filtered:
+        options.resolve_count(None if stream else 1)
     names = parse_pairs(columns)
-    options = replace(options, columns=names)
     selecting.require_columns(names)
     rank, _ = measure.join_processes()
     table = selecting.read_table(data, split=split, stream=stream)
     present = table.column_names
     selecting.require_columns(names, present)
+    options = replace(options, columns=names)
+    tokenizer = measure.load_tokenizer(model)
+    pool: Any = table
+    if unit == "block" or pack:
+        pool = selecting.cut_blocks(table, tokenizer, size=options.max_length, pack=pack, columns=names)
+        present = pool.column_names
     taken = set(selecting.SCORE_COLUMNS) & set(present) if with_scores else set()
     if taken:
         raise BlueprintError(
             f"--with-scores adds {format_names(selecting.SCORE_COLUMNS)}, but {data!r} already has "
             f"{format_names(sorted(taken))}. Leave out --with-scores, or rename them in the data."
         )
-    selecting.require_storable(out, islice(table, 1) if stream else table.select(range(min(len(table), _TRIED))))
+    if unit != "token":
+        first = range(0) if stream else range(min(len(pool), _TRIED))
+        trial = islice(pool, 1) if stream else table.select(first) if pool is table else [pool[i] for i in first]
+        selecting.require_storable(out, trial)
     wanted = None if target is None else list(islice(selecting.read_table(target, split=split), target_examples))
+    loaded = None
     if options.resolve_method(wanted is not None).uses_model:
-        loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None)
-    else:
-        loaded, tokenizer = None, measure.load_tokenizer(model)
-    selection = selecting.select_examples(
-        loaded,
-        table,
-        options,
-        tokenizer=tokenizer,
-        target=wanted,
-        placement=None if blueprint is None else _placement(blueprint, placement_fraction),
-        progress=output.progress,
-    )
+        loaded, own = measure.load_model(scorer or model, dtype, NF4 if load_in_4bit else None)
+        if scorer is not None and unit == "example":
+            tokenizer = own
+        elif scorer is not None:
+            _require_one_vocabulary(own, tokenizer, scorer, model)
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "target": wanted,
+        "placement": None if blueprint is None else _placement(blueprint, placement_fraction, probing),
+        "progress": output.progress,
+    }
+    if is_filtered:
+        kind: Literal["example", "token"] = "token" if unit == "token" else "example"
+        found = selecting.filter_stream(loaded, pool, options, unit=kind, with_scores=with_scores, **settings)
+        if rank:
+            for _ in found:
+                pass
+        else:
+            selecting.continue_table(out, found, found.resumed)
+        report = found.report
+        if rank:
+            return
+        title = f"{report['kept']} of {report['units']} {unit}s by {options.method}"
+        _answer(output, out, found.fallbacks, {"method": options.method, "report": report}, _rows(report), title)
+        return
+    selection = selecting.select_examples(loaded, pool, options, **settings)
     if rank:
         return
-    selecting.write_table(out, selection.apply(None if stream else table, with_scores))
-    for said in selection.fallbacks:
+    selecting.write_table(out, selection.apply(None if stream else pool, with_scores))
+    title = f"{len(selection)} of {selection.report['examples']} {unit}s by {options.method}"
+    rows = _rows(selection.report, selection.scores)
+    _answer(output, out, selection.fallbacks, selection.to_dict(), rows, title)
+
+
+def _answer(
+    output: Output,
+    out: Path,
+    notes: Sequence[str],
+    content: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    title: str,
+) -> None:
+    for said in notes:
         say(f"note: {said}")
-    title = f"{len(selection)} of {selection.report['examples']} examples by {options.method}"
-    output.answer(selection.to_dict() | {"written": str(out)}, _rows(selection), [str(out)], title)
+    output.answer({**content, "written": str(out)}, rows, [str(out)], title)
     output.hint(f"Written to {out}.")
+
+
+def _require_one_vocabulary(scoring: Any, training: Any, scorer: str, model: str) -> None:
+    """Raise BlueprintError if the rows of token ids that a scorer chooses would be others to the model to train."""
+    if scoring.get_vocab() != training.get_vocab():
+        raise BlueprintError(
+            f"Blocks and tokens are written as token ids, and the tokenizers of {scorer!r} and {model!r} differ. Score with "
+            "a model of the same tokenizer, or with --scorer-layers of this one, or choose examples."
+        )
 
 
 def _require_distinct(written: Mapping[str, Any], read: Mapping[str, str | None]) -> None:
@@ -123,15 +197,15 @@ def _require_distinct(written: Mapping[str, Any], read: Mapping[str, str | None]
         seen[path.resolve()] = f"{flag} {path}"
 
 
-def _placement(blueprint: str, fraction: float | None) -> Any:
-    return place.plan_placement(records.Blueprint.from_pretrained(blueprint), fraction=fraction)
+def _placement(blueprint: str, fraction: float | None, probing: ProbeOptions) -> Any:
+    return place.plan_placement(comparing.read_for_domain(blueprint, probing.domain), fraction=fraction)
 
 
-def _rows(selection: Any) -> list[dict[str, Any]]:
-    report = selection.report
-    rows = [{"what": key.replace("_", " "), "value": report[key]} for key in ("without_targets", "duplicates")]
-    if selection.scores:
-        rows.append({"what": "scores", "value": f"{min(selection.scores):.4g} to {max(selection.scores):.4g}"})
+def _rows(report: Mapping[str, Any], scores: Sequence[float] = ()) -> list[dict[str, Any]]:
+    shown = [key for key in ("without_targets", "duplicates", "share", "rows") if key in report]
+    rows = [{"what": key.replace("_", " "), "value": report[key]} for key in shown]
+    if scores:
+        rows.append({"what": "scores", "value": f"{min(scores):.4g} to {max(scores):.4g}"})
     if "predictor" in report:
         found = report["predictor"]
         low, high = found["interval"]

@@ -188,10 +188,11 @@ def filter_stream(
     options = from_keywords(SelectionOptions, options, keywords)
     require_choice("unit", unit, get_args(FilterUnit))
     method = options.resolve_method(target is not None)
-    if options.fraction is None or options.count is not None:
+    share = options.fraction
+    if not isinstance(share, float) or options.count is not None:
         raise BlueprintError(
-            f"A stream is filtered by a fraction, got fraction={options.fraction}, count={options.count}. Give "
-            "fraction=…, or choose a count with select_examples."
+            f"A stream is filtered by a fraction in (0, 1], got fraction={share}, count={options.count}. Give fraction=…, "
+            "or choose a count with select_examples."
         )
     _check_method(options, method, unit, with_scores)
     pool = Pool(dataset, tokenizer, options.columns, options.max_length, requires_columns=True)
@@ -202,7 +203,7 @@ def filter_stream(
     build = _build_token_score if unit == "token" else build_score
     score = build(scan, method, targets)
     signed: ScoreFunction = score if method.sign > 0 else lambda candidates: -score(candidates)
-    return FilteredStream(scan, signed, options.fraction, unit, with_scores)
+    return FilteredStream(scan, signed, share, unit, with_scores)
 
 
 def _check_method(options: SelectionOptions, method: Method, unit: FilterUnit, with_scores: bool) -> None:

@@ -149,3 +149,83 @@ def test_tables_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(BlueprintError, match="cannot hold these examples"):
         write_table(out, [{"a": 1}, {"a": {1}}])
     assert out.read_text(encoding="utf-8") == "before" and len(list(tmp_path.iterdir())) == 2
+
+
+CORPUS = [{"text": " ".join(str((11 * i + j * j) % 90) for j in range(30 + 17 * (i % 3)))} for i in range(12)]
+
+
+@pytest.fixture
+def corpus(folder, tmp_path):
+    """Documents longer than a block, and the arguments of every call."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CORPUS), encoding="utf-8")
+    return [folder, "--data", path, "--max-length", 16, "--batch-size", 4]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_blocks_of_a_corpus_are_written_as_rows_to_train_on(corpus, tmp_path):
+    """The half of highest gradient norm, of a list and of a stream, with packing and with a count."""
+    out, options = tmp_path / "blocks.jsonl", ["--unit", "block", "--method", "norm", "--format", "json"]
+    said = json.loads(run(*corpus, *options, "--fraction", 0.5, "--out", out, "--with-scores"))
+    rows = rows_of(out)
+    assert len(rows) == said["report"]["chosen"] == said["report"]["examples"] // 2
+    assert all(2 <= len(row["input_ids"]) == len(row["labels"]) <= 16 and row["start"] % 16 == 0 for row in rows)
+    assert [row["selection_index"] for row in rows] == said["indices"]
+    streamed = json.loads(run(*corpus, *options, "--fraction", 0.5, "--out", out, "--stream"))
+    assert streamed["report"]["unit"] == "example" and 0.4 < streamed["report"]["share"] < 0.6
+    assert len(rows_of(out)) == streamed["report"]["kept"] and "selection_score" not in rows_of(out)[0]
+    run(*corpus, *options, "--count", 5, "--out", out, "--stream", "--pack")
+    assert [len(row["input_ids"]) for row in rows_of(out)] == [16] * 5
+
+
+def test_tokens_are_masked_and_a_run_is_resumed(corpus, tmp_path):
+    """Rows come with the labels of half of the targets; a second run with the kept state writes the same file."""
+    out, state = tmp_path / "masked.jsonl", tmp_path / "state"
+    options = ["--unit", "token", "--method", "head_norm", "--fraction", 0.5, "--pack", "--keep-state", state]
+    said = json.loads(run(*corpus, *options, "--out", out, "--format", "json"))
+    rows, first = rows_of(out), out.read_bytes()
+    kept = sum(label != -100 for row in rows for label in row["labels"])
+    assert said["report"]["kept"] == kept and said["report"]["share"] == pytest.approx(0.5, abs=0.03)
+    assert all(set(row) == {"input_ids", "labels"} and set(row["labels"]) > {-100} for row in rows)
+    again = run(*corpus, *options, "--out", out)
+    assert out.read_bytes() == first and f"{kept} of {said['report']['units']} tokens by head_norm" in again
+
+
+def test_a_smaller_model_or_the_first_layers_score(corpus, folder, tmp_path):
+    """Its scores, with the other's token ids; a model of another vocabulary can choose examples alone."""
+    out, small = tmp_path / "out.jsonl", save_tiny_model(tmp_path / "small", layers=1)
+    options = ["--unit", "block", "--method", "loss", "--count", 4, "--format", "json"]
+    whole, by_small, alone, cut = (
+        json.loads(run(model, *corpus[1:], *options, "--out", out, *more))["scores"]
+        for model, more in (
+            *[(folder, []), (folder, ["--scorer", small]), (small, [])],
+            (folder, ["--scorer-layers", 1]),
+        )
+    )
+    assert by_small == alone and len({tuple(scores) for scores in (whole, by_small, cut)}) == 3
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (small / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BlueprintError, match=r"tokenizers of .*small' and .* differ. Score with a model of the same"):
+        run(*corpus, *options, "--out", out, "--scorer", small)
+    run(*corpus, "--method", "loss", "--count", 4, "--scorer", small, "--out", out)
+    assert [row in CORPUS for row in rows_of(out)] == [True] * 4
+
+
+def test_units_that_do_not_fit_are_refused(corpus, tmp_path):
+    """Before the model is loaded."""
+    out = tmp_path / "out.jsonl"
+    for arguments, message in [
+        (["--unit", "token", "--fraction", 0.5, "--out", tmp_path / "out.csv"], "--out must end in .jsonl"),
+        (["--fraction", 0.5, "--out", out, "--pack"], "--pack joins documents .* give --unit block or token"),
+        (["--unit", "token", "--fraction", 0.5, "--out", out, "--with-scores"], "--with-scores needs one score a row"),
+        (["--unit", "token", "--count", 5, "--out", out], "filtered by a fraction"),
+    ]:
+        with pytest.raises(BlueprintError, match=message):
+            run(*corpus, *arguments)
+    assert not out.exists()

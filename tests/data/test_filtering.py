@@ -1,5 +1,6 @@
 """Streams are filtered in constant memory, by example, block or token. Run: pytest tests/data/test_filtering.py"""
 
+import re
 import tracemalloc
 from itertools import islice
 
@@ -287,7 +288,7 @@ def target_positions_of(block):
 def test_bad_requests_are_refused():
     """With what to do."""
     for message, options in [
-        ("A stream is filtered by a fraction, got fraction=None, count=3", {"count": 3}),
+        ("A stream is filtered by a fraction in (0, 1], got fraction=None, count=3", {"count": 3}),
         ("Tokens cannot be scored by method='length'. Choose from random", {"unit": "token", "method": "length"}),
         ("Tokens cannot be scored by method='iterative'", {"unit": "token", "method": "iterative"}),
         ("method='head_norm' is of single tokens", {"method": "head_norm"}),
@@ -296,7 +297,7 @@ def test_bad_requests_are_refused():
         ("predicted from the model's features", {"unit": "token", "method": "predicted_norm", "features": "tokens"}),
         ("cannot take a stream", {"method": "coreset_k_centre"}),
     ]:
-        with pytest.raises(BlueprintError, match=message.replace("(", r"\(")):
+        with pytest.raises(BlueprintError, match=re.escape(message)):
             filtered(ROWS, **{"fraction": 0.5} | options if "count" not in options else options)
     with pytest.raises(BlueprintError, match="causal language models, got T5"):
         list(filtered(ROWS, tiny_t5(), unit="token", fraction=0.5, method="loss"))
