@@ -90,7 +90,7 @@ class Output:
         ]
         title = (
             f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
-            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}"
+            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{_best_share(blueprint)}"
         )
         if len(entries) < len(blueprint):
             title += f"; the {len(entries)} largest by {by}"
@@ -173,6 +173,18 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
+def _best_share(blueprint: Blueprint) -> str:
+    """Describe k* of the whole model, where the file has it."""
+    found = {name: blueprint.costs.get(f"k_star{name}") for name in ("", "_submodules", "_ratio")}
+    k, submodules, ratio = found.values()
+    if not isinstance(k, int | float):
+        return ""
+    text = f", k* {100 * k:.3g} % of parameters"
+    if isinstance(submodules, int | float) and isinstance(ratio, int | float):
+        text += f" ({100 * submodules:.3g} % of submodules, {ratio:.2f} times the gain per cost of all)"
+    return text
 
 
 def _concentration(blueprint: Blueprint) -> str:

@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 
 from peft_blueprint import plan_placement
-from peft_blueprint.blueprint import NUMBERS
+from peft_blueprint.blueprint import NUMBERS, best_share
 from peft_blueprint.cli.output import Output
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.place import PlacementOptions
@@ -44,6 +44,18 @@ def test_show_has_all_of_the_papers_format(run, tagged, two_layers):
         **{name: f"{getattr(best, name):.4g}" for name in ("alpha", "gamma", "k_star")},
     }
     assert found["domain_tags"] == "law 1, bio 0.5, math 2, code 1.5 and 1 more"
+
+
+def test_show_has_k_star_of_the_whole_model(run, two_layers, tmp_path):
+    """By parameters and by submodules, as the file has it; a file without it says nothing."""
+    costs = best_share(two_layers).to_costs()
+    assert costs.keys() <= two_layers.costs.keys(), "which the measurement writes"
+    _, out, _ = run("show", replace(two_layers, costs=costs).save(tmp_path / "b.json"))
+    said = f"k* {100 * costs['k_star']:.3g} % of parameters ({100 * costs['k_star_submodules']:.3g} % of submodules, "
+    assert f"{said}{costs['k_star_ratio']:.2f} times the gain per cost of all)" in out
+    for other, expected in (({}, False), ({"k_star": 0.15}, True), ({"k_star": "a"}, False)):
+        _, out, _ = run("show", replace(two_layers, costs=other).save(tmp_path / "b.json"))
+        assert ("k* 15 % of parameters" in out) == expected and ("k* " in out) == expected
 
 
 @pytest.mark.parametrize("by", [*NUMBERS, "norm_error", "domain_tags.[b]x", "ours"])
