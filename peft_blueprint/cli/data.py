@@ -1,4 +1,4 @@
-"""The verb `select-data`: choose the examples of a data set to train on, and write them to a file."""
+"""The verbs `select-data`, which chooses what to train on, and `cross-influence`, which chooses submodules with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TRIED = 100  # examples written for a trial before any is scored; one of a stre
         "peft-blueprint select-data org/model --data train.jsonl --fraction 0.3 --out chosen.jsonl",
         "peft-blueprint select-data org/model --data train.jsonl --count 4 --method bm25 --target few.jsonl "
         "--out chosen.jsonl",
-        "peft-blueprint select-data org/model --data corpus.jsonl --unit token --fraction 0.5 --method head_norm "
+        "peft-blueprint select-data org/model --data train.jsonl --unit token --fraction 0.5 --method head_norm "
         "--out masked.jsonl",
     ],
 )
@@ -158,6 +158,65 @@ def select_data(
     title = f"{len(selection)} of {selection.report['examples']} {unit}s by {options.method}"
     rows = _rows(selection.report, selection.scores)
     _answer(output, out, selection.fallbacks, selection.to_dict(), rows, title)
+
+
+@verb(
+    "Data",
+    examples=[
+        "peft-blueprint cross-influence org/model --data train.jsonl --block 8 --k 0.2 --q 0.5 --out blocks.safetensors"
+    ],
+)
+def cross_influence(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Examples: a file such as train.jsonl, or a Hub data set: ID or ID:CONFIG.")
+    ],
+    output: Output,
+    k: Annotated[float, typer.Option(help="Share of the submodules to choose, of their parameters.")] = 0.2,
+    q: Annotated[float, typer.Option(help="Share of the data to choose, of its examples.")] = 0.3,
+    block: Annotated[int, typer.Option(min=1, help="Examples of a block of data; 1 to choose single examples.")] = 8,
+    statistic: Annotated[
+        Literal["norms", "block_norms"],
+        typer.Option(help="Sum of the examples' gradient norms, or norm of the sum of a block's gradients."),
+    ] = "norms",
+    normalize: Annotated[
+        bool,
+        typer.Option("--normalize", help="Divide by the mean of each kind of submodule, as kinds do not compare."),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the matrix, which holds values of single blocks.")] = None,
+    columns: Columns = "",
+    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=2, help="Number of examples to read; all by default.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 512,
+    dtype: Dtype = "auto",
+    load_in_4bit: In4Bit = False,
+) -> None:
+    """Choose submodules and blocks of data for each other: the paper's cross-influence (eq. 32 to 35)."""
+    if out is not None:
+        require_writable(out.parent)
+        _require_distinct({"--out": out}, {"--data": data})
+    examples = selecting.read_examples(data, parse_pairs(columns), split=split, limit=limit)
+    loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None)
+    rows = measure.encode(examples, tokenizer, max_length)
+    batches = measure.make_batches(rows, block, measure.get_pad_token_id(tokenizer))
+    matrix = selecting.CrossInfluence.from_blocks(loaded, batches, 1, statistic)
+    if normalize:
+        matrix = matrix.normalize("kind")
+    chosen = matrix.select_jointly(k, q, submodule_costs=matrix.parameters, example_costs=matrix.sizes)
+    if out is not None:
+        matrix.save(out)
+    shares = {"submodules": chosen.submodules, "blocks": chosen.examples}
+    table = [
+        {"what": "captured share", "value": f"{chosen.share:.1%} of at most {chosen.bound:.1%}"},
+        {"what": "chosen separately", "value": f"{chosen.separate:.1%}"},
+        {"what": "k^γ · q^δ", "value": f"{chosen.independent:.1%} (γ = {chosen.gamma:.3f}, δ = {chosen.delta:.3f})"},
+        *({"what": name, "value": format_names(list(map(str, found)), 6)} for name, found in shares.items()),
+    ]
+    title = f"{len(chosen.submodules)} of {len(matrix.names)} submodules, {len(chosen.examples)} of {len(matrix.examples)} blocks"
+    content = chosen.to_dict() | {"written": None if out is None else str(out)}
+    output.answer(content, table, list(chosen.submodules), title)
+    if out is not None:
+        output.hint(f"Written to {out}. Read it with data.CrossInfluence.load.")
 
 
 def _answer(

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from peft_blueprint import Blueprint, generate_blueprint
 from peft_blueprint.cli.program import app
+from peft_blueprint.data import CrossInfluence
 from peft_blueprint.data.options import DEFAULT_METHOD, METHODS
 from peft_blueprint.data.tables import read_table, write_table
 from peft_blueprint.errors import BlueprintError
@@ -229,3 +230,27 @@ def test_units_that_do_not_fit_are_refused(corpus, tmp_path):
         with pytest.raises(BlueprintError, match=message):
             run(*corpus, *arguments)
     assert not out.exists()
+
+
+def test_submodules_and_blocks_of_data_are_chosen_for_each_other(folder, tmp_path):
+    """Within the shares of parameters and of examples; the matrix is kept, and captures that share."""
+    out = tmp_path / "blocks.safetensors"
+    asked = [
+        "cross-influence",
+        folder,
+        "--data",
+        folder / "data.jsonl",
+        "--columns",
+        "prompt=question,completion=answer",
+    ]
+    asked += ["--block", 5, "--k", 0.3, "--q", 0.5, "--out", out, "--normalize"]
+    done = CliRunner().invoke(app, [*map(str, asked), "--format", "json"])
+    assert done.exit_code == 0, done.output
+    said, matrix = json.loads(done.stdout), CrossInfluence.load(out)
+    assert matrix.sizes.tolist() == [5, 5, 5, 5, 4] and matrix.normalized == ("kind",)
+    costs = dict(zip(matrix.names, matrix.parameters.tolist(), strict=True))
+    assert 0 < sum(costs[name] for name in said["submodules"]) <= 0.3 * sum(costs.values())
+    assert 0 < sum(matrix.sizes[block] for block in said["examples"]) <= 12
+    assert said["share"] == pytest.approx(matrix.captured_share(said["submodules"], said["examples"]), rel=1e-5)
+    shown = CliRunner().invoke(app, [*map(str, asked), "--statistic", "block_norms"]).stdout
+    assert "of 5 blocks" in shown and "captured share" in shown
