@@ -66,6 +66,9 @@ class Submodule:
         adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
         weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
             (SNIP's saliency, arXiv:1810.02340); estimated from norms of rows.
+        prompt_share: share of the mean gradient that arrives through prompt positions, which answer-only adapters
+            (activated LoRA, arXiv:2504.12397) leave out, in [0, 1].
+        prompt_adam_share: share of `adam_gain` that answer-only adapters lose, in [0, 1].
         singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
         alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is
             how much example b's gradient in entry i agrees with the other examples' mean there. The first number is
@@ -97,6 +100,8 @@ class Submodule:
     weight_norm: float | None = None
     adam_gain: float | None = None
     weight_gradient: float | None = None
+    prompt_share: float | None = None
+    prompt_adam_share: float | None = None
     singular_energy: float | None = None
     alignment: tuple[float, ...] | None = None
     alpha: float | None = None
@@ -135,13 +140,15 @@ NUMBERS = (
     "weight_norm",
     "adam_gain",
     "weight_gradient",
+    "prompt_share",
+    "prompt_adam_share",
     "singular_energy",
     "alpha",
     "k_star",
     "alpha_error",
     "gamma",
 )
-_SHARES = ("gamma", "k_star", "singular_energy")  # at most 1
+_SHARES = ("gamma", "k_star", "prompt_share", "prompt_adam_share", "singular_energy")  # at most 1
 _POSITIVE = ("alpha", "gamma", "k_star")
 _ROUNDING = 1e-6  # relative, of the bootstrap's sums
 
@@ -248,7 +255,7 @@ def check_bounds(entry: Submodule, model_id: str) -> None:
             )
     if entry.shape and (min(entry.shape) < 1 or math.prod(entry.shape) > MAX_ELEMENTS):
         raise FormatError(
-            f"{where} has shape={entry.shape}; dimensions are at least 1, and their product at most 2**53. Measure it "
+            f"{where} has shape={str(entry.shape)[:60]}; dimensions are at least 1, and their product at most 2**53. Measure it "
             "again."
         )
 

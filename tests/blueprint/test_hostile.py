@@ -5,6 +5,9 @@ import os
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
+from contextlib import suppress
 
 import pytest
 
@@ -86,6 +89,7 @@ SMALL = {
     "a shape below zero": entry(shape=[-4, -4]),
     "a shape beyond all": entry(shape=[2**31, 2**31]),
     "a shape of a thousand dimensions": entry(shape=[1] * 1000),
+    "a shape of long numbers": entry(shape=[int("9" * 300)] * 12),
     "an alignment of 100,000": entry(alignment=[0.5] * 10**5),
     "an alignment of nothing": entry(alignment=[]),
     "a norm that no double holds": entry(gradient_norm=10**308 * 9).replace("9", "99", 1),
@@ -145,6 +149,50 @@ def test_a_hostile_record_is_refused_in_every_form(tmp_path, text):
             read(source)
         assert len(str(error.value).replace(str(tmp_path), "")) < 1000
         str(error.value).encode()
+
+
+# Short texts that name much: each id, tag and column becomes an object of its own.
+EXPANDING = {
+    "ids": json.dumps({"model_id": "m", "layers": {"id": [f"{i:x}" for i in range(400)], "gradient_norm": [1] * 400}}),
+    "ids of blocks": record([{"id": f"layer.{i}", "gradient_norm": 1} for i in (*range(90), 4095)]),
+    "tags": json.dumps(
+        {
+            "model_id": "m",
+            "layers": {
+                "id": list("abcd"),
+                "gradient_norm": [1] * 4,
+                "domain_tags": {str(i): [1] * 4 for i in range(250)},
+            },
+        }
+    ),
+    "others": json.dumps(
+        {
+            "model_id": "m",
+            "layers": {"id": ["a"], "gradient_norm": [1], "others": {"0" * i: {"x": 1} for i in range(1, 9)}},
+        }
+    ),
+    "provenance in provenance": entry().replace(
+        "}]}", '}],"provenance":' + '{"merged":[' * 14 + "{}" + "]}" * 14 + "}"
+    ),
+    "digits": entry().replace("1.0", f"0.{'9' * 3600}"),
+    "columns by rows": "model_id,id,gradient_norm" + "".join(f",c{i}" for i in range(190)) + "\nm,a,1" * 400,
+    "tags by rows": "model_id,id,gradient_norm"
+    + "".join(f",domain_tags.{i}" for i in range(99))
+    + "".join(f"\nm,{i:x},1" for i in range(300)),
+}
+
+
+@pytest.mark.parametrize("text", [t for t in {**SMALL, **EXPANDING}.values() if len(t) <= 4096])
+def test_a_short_text_costs_little(text):
+    """Read as JSON, as a header and as a table: under half a CPU second and 8 MB for at most 4 kB."""
+    for read in (from_json, from_header_text, from_csv):
+        tracemalloc.start()
+        start = time.process_time()
+        with suppress(BlueprintError):
+            read(text)
+        seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert seconds < 0.5 and peak < 8 * 10**6, (read, seconds, peak)
 
 
 def safetensors_of(metadata, tensors=b""):
