@@ -17,6 +17,7 @@ from .prompt_cache import PromptCache as PromptCache
 from .recipe import Recipe as Recipe
 from .recipe import training_settings as training_settings
 from .run import Report as Report
+from .run import charge as charge
 from .run import held_out_loss as held_out_loss
 from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -78,6 +79,7 @@ class StateStore:
                 f"The cache may take {budget:,} bytes, and {where} has {free:,} free. Give a smaller budget, or another "
                 "folder."
             )
+        weakref.finalize(self, self._file.close)
         self.budget = budget
         self.dtype = dtype
         self.used = 0
