@@ -11,7 +11,12 @@ from .gains import CoverGain as CoverGain
 from .gains import SetGain as SetGain
 from .hardware import plan_settings as plan_settings
 from .hardware import recommend_setting as recommend_setting
+from .joint import JointPlan as JointPlan
+from .joint import plan_jointly as plan_jointly
+from .learning_rate import LearningRate as LearningRate
+from .learning_rate import learning_rate_for as learning_rate_for
 from .options import DEFAULT_RANK as DEFAULT_RANK
+from .options import Best as Best
 from .options import Coverage as Coverage
 from .options import Mode as Mode
 from .options import PlacementOptions as PlacementOptions
@@ -25,3 +30,5 @@ from .scores import CONTROLS as CONTROLS
 from .scores import SCORES as SCORES
 from .trainer_configs import Trainer as Trainer
 from .trainer_configs import trainer_config as trainer_config
+from .variants import Variant as Variant
+from .variants import step_variants as step_variants

@@ -9,10 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.contexts import predictions
 from peft_blueprint import Blueprint, testing
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure.submodules import find_submodules
+from peft_blueprint.place import plan_placement, step_variants
 from peft_blueprint.place.cost import Cost, CostModel, Structure, Workload
+from peft_blueprint.train import answer_only
 from peft_blueprint.train.memory import release_inputs
 from tests.fused import needs_fused
 
@@ -402,3 +405,134 @@ def test_a_cost_is_a_json_object():
     data = json.loads(json.dumps(cost.to_dict()))
     assert data.pop("flops") == cost.flops and data.pop("bytes") == cost.bytes
     assert Cost(**data) == cost
+
+
+def test_a_cached_prefix_is_not_computed_again():
+    """Over many epochs a model costs what it would without its lower half; over three, a third of that half."""
+    whole, upper = Structure.of(testing.tiny_llama(4)), Structure.of(testing.tiny_llama(2))
+    ranks = {name: RANK for name in whole.adaptable if ".layers.2." in name or ".layers.3." in name}
+    same = {name.replace(".2.", ".0.").replace(".3.", ".1."): rank for name, rank in ranks.items()}
+    once = CostModel(whole, WORKLOAD).cost(ranks)
+    half = CostModel(upper, WORKLOAD).cost(same)
+    often = CostModel(whole, replace(WORKLOAD, epochs=10**9)).cost(ranks)
+    assert often.forward == pytest.approx(half.forward) and often.backward == half.backward == once.backward
+    assert often.moved == pytest.approx(half.moved + 2 * often.cache)
+    thrice = CostModel(whole, replace(WORKLOAD, epochs=3)).cost(ranks)
+    assert thrice.forward == pytest.approx(half.forward + (once.forward - half.forward) / 3)
+    assert thrice.bytes == once.bytes, "the first epoch needs all weights"
+    layers = testing.tiny_llama(4).model.layers
+    assert often.prefix == 4 * sum(p.numel() for layer in layers[:2] for p in layer.parameters())
+    assert often.cache == 4 * 32
+    whole_again = CostModel(whole, replace(WORKLOAD, epochs=3)).all_linear()
+    assert whole_again == CostModel(whole, WORKLOAD).all_linear() and whole_again.cache == whole_again.prefix == 0
+
+
+def test_a_cache_ends_the_backward_pass_that_checkpointing_sends_to_the_bottom():
+    model = testing.tiny_llama(4)
+    ranks = {f"model.layers.{i}.mlp.up_proj": RANK for i in (2, 3)}
+    load = replace(WORKLOAD, checkpointing=True)
+    costs = [CostModel(Structure.of(model), replace(load, epochs=epochs)).cost(ranks) for epochs in (1, 3)]
+    assert costs[1].backward < costs[0].backward and costs[1].activations < costs[0].activations
+
+
+def test_more_epochs_place_higher():
+    """A cache makes what lies below the lowest adapter free, so that the fastest placement for a gain lies further up."""
+    model = testing.tiny_llama(12)
+    lowest = [
+        plan_placement(None, model, r=16, keep=0.8, workload=replace(WORKLOAD, epochs=epochs)).cost["lowest"]
+        for epochs in (1, 50)
+    ]
+    assert lowest[1] > lowest[0]
+
+
+ANSWER = 5
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_answer_only_activations_are_what_autograd_saves(padding):
+    """Keys and values of the prompt included, which attention joins with the answer's."""
+    model = testing.tiny_llama(4)
+    [inputs] = testing.toy_batches(EXAMPLES, LENGTH, EXAMPLES, padding="none", prompt=LENGTH - ANSWER)
+    inputs["input_ids"][:, LENGTH - ANSWER - 1] = 7
+    linear, _ = placed(model, "all")
+    load = replace(WORKLOAD, prompt=LENGTH - ANSWER - 1, answer_only=True, padded=padding != "none")
+    predicted = CostModel(Structure.of(model), load).cost(dict.fromkeys(linear, RANK))
+    peft_model = answer_only(adapted(model, linear, alora_invocation_tokens=[7], task_type="CAUSAL_LM"))
+    peft_model(**inputs).loss.backward()  # the first step checks itself
+    if padding == "none":
+        saved = bytes_saved(peft_model, inputs)
+        assert predicted.activations + predicted.logits / 3 == pytest.approx(saved, rel=0.15)
+    whole = CostModel(Structure.of(model), replace(load, answer_only=False)).cost(dict.fromkeys(linear, RANK))
+    assert predicted.activations < 0.5 * whole.activations and predicted.logits == pytest.approx(0.3 * whole.logits)
+    assert predicted.prompts == 4 * 2 * 16 * 4 * load.prompt * EXAMPLES, "layers x keys and values x width x bytes"
+
+
+def test_answer_only_flops_by_hand():
+    """Prompts pass forward, without head and adapters; the rest is that of the answers alone."""
+    structure = Structure.of(testing.tiny_llama(2))
+    load = replace(WORKLOAD, length=100, prompt=80, padded=False)
+    costs = {answers: CostModel(structure, replace(load, answer_only=answers)) for answers in (False, True)}
+    whole, answers = costs[False].all_linear(), costs[True].all_linear()
+    assert answers.adapters == pytest.approx(0.2 * whole.adapters)
+    head = 2 * 32 * testing.VOCABULARY + 5 * testing.VOCABULARY
+    attention = 2 * 4 * 32  # FLOPs per key of two layers
+    assert whole.forward - answers.forward == pytest.approx(
+        0.8 * head + attention * (50 - (0.8 * 40 + 0.2 * 90)), rel=1e-6
+    )
+    assert costs[True].time_ratio(answers) < 0.6 and costs[False].time_ratio(whole) == 1
+    cached = CostModel(structure, replace(load, answer_only=True, epochs=4))
+    assert costs[True].time_ratio(answers) > cached.time_ratio(cached.all_linear())
+    assert cached.all_linear().cache == 2 * 2 * 16 * 4
+
+
+def test_the_head_on_targets_alone():
+    structure = Structure.of(testing.tiny_llama(2))
+    load = replace(WORKLOAD, length=100, prompt=80)
+    whole = CostModel(structure, load).all_linear()
+    targets = CostModel(structure, replace(load, head_on_targets=True)).all_linear()
+    assert targets.logits == pytest.approx(whole.logits * 0.2, rel=1e-4) and targets.activations == whole.activations
+    head = 2 * 32 * testing.VOCABULARY + 5 * testing.VOCABULARY
+    assert whole.forward - targets.forward == pytest.approx(0.8 * head)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": 20, "length": 20}, "from 0 to 19"),
+        ({"answer_only": True}, "needs the tokens of the prompt"),
+        ({"epochs": 0}, "epochs must be a positive integer"),
+        ({"head_on_targets": 1}, "true or false"),
+    ],
+)
+def test_workloads_with_prompts_are_checked(settings, message):
+    with pytest.raises(PlacementError, match=message):
+        Workload(**settings)
+
+
+def test_variants_of_a_step():
+    """By what is computed, for all-linear LoRA and a placement; only a placement has a frozen prefix."""
+    model = testing.tiny_llama(6)
+    placement = plan_placement(None, model, num_modules=4, rank_by="last", coverage="none", workload=WORKLOAD)
+    load = replace(WORKLOAD, prompt=15, epochs=3)
+    found = {(v.adapters, v.name): v for v in step_variants(Structure.of(model), load, placement)}
+    assert ("all-linear", "frozen prefix cached") not in found and found["all-linear", "all positions"].time == 1
+    assert found["placement", "frozen prefix cached"].time < found["placement", "all positions"].time
+    assert found["placement", "frozen prefix cached"].cache == 32 * 4 * LENGTH
+    answers = found["all-linear", "answer only"]
+    assert answers.memory < found["all-linear", "head on targets"].memory < found["all-linear", "all positions"].memory
+    assert found["all-linear", "answer only, prompts cached"].time < answers.time and answers.cache == 0
+
+
+def test_contexts_of_7b_on_cards():
+    """Predicted: in nf4 a 12 GiB card trains 16k tokens with answer-only adapters, and does not without."""
+    rows = {(r.length, r.weights, r.variant.adapters, r.variant.name): r for r in predictions([4096, 16384], 0.84)}
+    for adapters in ("all-linear", "placement", "upper half"):
+        assert not rows[16384, "nf4", adapters, "all positions"].fits(12)
+        assert rows[16384, "nf4", adapters, "answer only"].fits(12)
+        assert rows[4096, "nf4", adapters, "all positions"].fits(12)
+        assert not rows[4096, "bfloat16", adapters, "answer only"].fits(12)
+        assert rows[16384, "bfloat16", adapters, "answer only"].fits(24)
+        assert rows[16384, "nf4", adapters, "answer only"].variant.time < 0.45
+    assert not rows[16384, "bfloat16", "all-linear", "all positions"].fits(24)
+    cached = rows[4096, "nf4", "upper half", "frozen prefix cached"].variant
+    assert cached.time < 0.9 * rows[4096, "nf4", "upper half", "all positions"].variant.time

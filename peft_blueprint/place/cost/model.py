@@ -11,7 +11,7 @@ import numpy as np
 
 from ..._text import format_names
 from ...errors import MismatchError, PlacementError
-from .prices import Columns, Indices, Mask, Price, price_of, prices_of_adapters
+from .prices import Columns, Indices, Mask, Price, keys_of_prompt, price_of, prices_of_adapters
 from .structure import Structure
 from .workload import FLOAT, Array, Workload
 
@@ -32,7 +32,7 @@ class Cost:
     """Predicted cost of one training step. FLOPs and bytes moved are per token.
 
     Args:
-        forward: FLOPs of the frozen model's forward pass.
+        forward: FLOPs of the frozen model's forward pass, that of prompts and of a cached prefix included.
         backward: FLOPs of its backward pass through activations, down to the lowest trained submodule.
         adapters: FLOPs of the adapters' forward and backward passes.
         weight_gradients: FLOPs of the gradients of modules that are trained whole.
@@ -50,6 +50,10 @@ class Cost:
         recomputed: bytes of the activations of the one block that gradient checkpointing recomputes at a time.
         logits: bytes of the loss over the vocabulary, at its peak.
         workspace: bytes of the largest layer's dequantised weight.
+        prompts: bytes of the keys and values of prompts, with `Workload.answer_only`.
+        prefix: bytes of the weights of the blocks below the lowest trained one, which a cache can replace.
+        cache: bytes per token of data that a cache takes: of the hidden states below the lowest trained block or, with
+            `answer_only`, of the keys and values of a prompt's token.
     """
 
     forward: float
@@ -70,6 +74,9 @@ class Cost:
     recomputed: int
     logits: int
     workspace: int
+    prompts: int = 0
+    prefix: int = 0
+    cache: int = 0
 
     @property
     def flops(self) -> float:
@@ -85,7 +92,9 @@ class Cost:
         The sum of all parts, except that logits and the recomputed block are not held at the same time. The CUDA context
         and fragmentation are not counted.
         """
-        held = self.weights + self.added + self.gradients + self.states + self.activations + self.workspace
+        held = (
+            self.weights + self.added + self.gradients + self.states + self.activations + self.workspace + self.prompts
+        )
         return held + max(self.logits, self.recomputed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,9 +130,11 @@ class CostModel:
         self._columns = columns = Columns(structure.parts, workload)
         readers = {part.source: i for i, part in enumerate(structure.parts) if part.source >= 0}
         self._reader = np.array([readers[source] for source in range(len(readers))], dtype=np.int64)
-        self._source_bytes = (columns.d_in * columns.visits)[self._reader] * workload.number * workload.tokens
+        self._source_bytes = (columns.d_in * columns.visits)[self._reader] * workload.number * workload.trained_tokens
         self._sum_up()
-        self._reference_time = self.step_time(self.all_linear())
+        plain = replace(workload, answer_only=False, head_on_targets=False, epochs=1)
+        reference = self if plain == workload else CostModel(structure, plain)
+        self._reference_time = reference.step_time(reference.all_linear())
 
     def _sum_up(self) -> None:
         """Sum the frozen model's costs from the top, so that entry i covers all stages from i on; and by block for
@@ -143,15 +154,25 @@ class CostModel:
 
         # loss: the logits are copied to float32, their log-softmax is read and written; the gradient likewise
         product, copy = 2.0 * structure.head * words, words * (n + FLOAT) * (n != FLOAT)
-        self._forward = from_the_top(columns.products, prices.forward, product + 5 * words)[0]
-        self._backward = from_the_top(columns.products, prices.backward, product + 3 * words)
-        self._moved_forward = from_the_top(columns.dequantized, prices.moved_forward, copy + 4 * FLOAT * words)[0]
-        self._moved_backward = from_the_top(columns.dequantized, prices.moved_backward, copy + 5 * FLOAT * words)
+        targets, is_head = load.target_share, np.array([part.form == "head" for part in structure.parts], dtype=bool)
+        products = np.where(is_head, targets, 1.0) * columns.products
+        self._forward = from_the_top(products, prices.forward, targets * (product + 5 * words))
+        self._backward = from_the_top(products, prices.backward, targets * (product + 3 * words))
+        self._moved_forward = from_the_top(
+            columns.dequantized, prices.moved_forward, targets * (copy + 4 * FLOAT * words)
+        )
+        self._moved_backward = from_the_top(
+            columns.dequantized, prices.moved_backward, targets * (copy + 5 * FLOAT * words)
+        )
         # in float32: logits, log-softmax and its gradient, all held during the log-softmax's backward pass
-        self._logits = load.tokens * words * 3 * FLOAT
+        self._logits = int(load.trained_tokens * targets * words * 3 * FLOAT)
         self._workspace = int(columns.numel[columns.is_quantized].max(initial=0.0) * n)
         self._kept_at, self._kept_block = at, block
-        self._kept = prices.kept * load.tokens
+        self._kept = prices.kept * load.trained_tokens
+        self._prompts = self._keys_per_token = 0
+        self._of_prompts = 0.0, 0.0  # FLOPs and bytes moved per token of a prompt
+        if load.answer_only:
+            self._price_prompts()
 
         self._widths = np.array(structure.blocks, dtype=np.float64)
         self._block_top = np.full(len(self._widths), -1, dtype=np.int64)
@@ -164,6 +185,22 @@ class CostModel:
         self._is_last = columns.is_matrix & (columns.stage == self._block_top[columns.block])
         self._block_last = self._by_block(columns.block, columns.products * self._is_last)
         self._block_last[[operation.block for operation in operations if operation.weighted]] = 0.0
+
+    def _price_prompts(self) -> None:
+        """Price the prompts' forward pass without head and adapters, and the keys and values that remain of it."""
+        load, operations = self.workload, self.structure.operations
+        before = replace(load, length=load.prompt, prompt=0, answer_only=False)
+        prices = Price(*np.reshape([price_of(operation, before) for operation in operations], (-1, 5)).T)
+        columns = Columns(self.structure.parts, before)
+        is_head = np.array([part.form == "head" for part in self.structure.parts], dtype=bool)
+        self._of_prompts = (
+            float(columns.products[~is_head].sum() + prices.forward.sum()),
+            float(columns.dequantized.sum() + prices.moved_forward.sum()),
+        )
+        self._kept += before.tokens * np.array([keys_of_prompt(operation, load) for operation in operations])
+        keys = sum(operation.keys for operation in operations if operation.kind == "attention")
+        self._keys_per_token = 2 * keys * load.number
+        self._prompts = self._keys_per_token * before.tokens
 
     def _by_block(self, block: Indices, values: Array) -> Array:
         """Sum values by block, those outside of blocks first."""
@@ -285,30 +322,37 @@ class CostModel:
         flops = (2 if self.workload.optimizer == "sgd" else _ADAM_FLOPS) * numel
         passes = 2 if self.workload.has_master(number) else 3
         moved = passes * numel * number + 2 * self.workload.state_bytes(tensors, number)
-        return flops / self.workload.tokens, moved / self.workload.tokens
+        return flops / self.workload.trained_tokens, moved / self.workload.trained_tokens
 
     def _cost(self, adapted: Indices, rank: Array, whole: Mask, to_the_bottom: bool = False) -> Cost:
         load, columns, stage = self.workload, self._columns, self._columns.stage
         trained = np.append(adapted, np.flatnonzero(whole))
-        first = trained[np.argmin(stage[trained])] if len(trained) else None
+        first = int(trained[np.argmin(stage[trained])]) if len(trained) else None
         lowest = self.structure.stages - 1 if first is None else int(stage[first])
+        bottom, prefix = self._prefix_below(first)
+        is_cached = load.epochs > 1 and not load.answer_only and bottom > 0
         if to_the_bottom or (first is not None and load.runs_to_the_bottom):
-            lowest = -1
+            lowest = bottom - 1 if is_cached else -1  # a cache ends the backward pass
 
         prices = prices_of_adapters(columns, adapted, rank, stage[adapted] > lowest, load)
         tensors, copied = columns.sizes_of_adapters(adapted, rank), columns.numel[whole]
         numbers = float(tensors.sum()), float(copied.sum())
         steps = self._of_optimizer(tensors, load.adapter_number), self._of_optimizer(copied, load.number)
         moved_by_adapters = float(prices.moved_forward.sum() + prices.moved_backward.sum())
-        moved = float(self._moved_forward + self._moved_backward[lowest + 1]) + moved_by_adapters
-        moved += steps[0][1] + steps[1][1] + 2 * load.number * numbers[1] / load.tokens
+        forward, moved, read = self._forward[0], self._moved_forward[0], 1 - 1 / load.epochs
+        cache = self._keys_per_token if load.answer_only else int(self._widths[-1]) * load.number * (bottom > 0)
+        if is_cached:  # the prefix is computed in one epoch and read in the others
+            forward -= read * (forward - self._forward[bottom])
+            moved -= read * (moved - self._moved_forward[bottom] - 2 * cache)
+        moved = float(moved + self._moved_backward[lowest + 1]) + moved_by_adapters
+        moved += steps[0][1] + steps[1][1] + 2 * load.number * numbers[1] / load.trained_tokens
 
         by_block = self._kept_for_backward(adapted, rank, whole, lowest)
         kept, recomputed, recomputation = float(by_block.sum()), 0.0, 0.0
         if load.checkpointing and lowest < self.structure.stages - 1:
             again = self._block_top >= lowest
             recomputed = float(by_block[again].max(initial=0.0))
-            kept = float(by_block[0] + self._widths[again].sum() * load.number * load.tokens)
+            kept = float(by_block[0] + self._widths[again].sum() * load.number * load.trained_tokens)
             stops_early = again.copy()
             stops_early[columns.block[trained[self._is_last[trained]]]] = False
             by_adapters = self._by_block(columns.block[adapted], prices.forward)
@@ -316,17 +360,19 @@ class CostModel:
             by_adapters = self._by_block(columns.block[adapted], prices.moved_forward)
             moved += float((self._block_moved + by_adapters)[again].sum())
 
+        share, prompts = load.trained_share, 1 - load.trained_share
+        of_prompts = [prompts * (1 - read) * price for price in self._of_prompts]
         added = int(numbers[0] * load.adapter_number + numbers[1] * load.number)
         states = load.state_bytes(tensors, load.adapter_number) + load.state_bytes(copied, load.number)
         return Cost(
-            forward=float(self._forward),
-            backward=float(self._backward[lowest + 1]),
-            adapters=float(prices.forward.sum() + prices.backward.sum()),
-            weight_gradients=float(columns.products[whole].sum()),
-            optimizer=steps[0][0] + steps[1][0],
-            recomputation=recomputation,
-            moved=moved,
-            moved_by_adapters=moved_by_adapters,
+            forward=float(share * forward + of_prompts[0]),
+            backward=float(share * self._backward[lowest + 1]),
+            adapters=share * float(prices.forward.sum() + prices.backward.sum()),
+            weight_gradients=share * float(columns.products[whole].sum()),
+            optimizer=share * (steps[0][0] + steps[1][0]),
+            recomputation=share * recomputation,
+            moved=share * moved + of_prompts[1] + prompts * read * 2 * self._keys_per_token,
+            moved_by_adapters=share * moved_by_adapters,
             trainable=int(numbers[0] + numbers[1]),
             lowest=None if first is None else self.structure.parts[first].depth,
             weights=int(np.where(whole, columns.numel * load.number, columns.stored).sum()),
@@ -337,7 +383,25 @@ class CostModel:
             recomputed=int(recomputed),
             logits=self._logits,
             workspace=self._workspace,
+            prompts=int(self._prompts),
+            prefix=prefix,
+            cache=cache,
         )
+
+    def _prefix_below(self, first: int | None) -> tuple[int, int]:
+        """Return the first stage of the block of the lowest trained part, and the bytes of the weights of those below.
+
+        Both are 0 if no block lies below.
+        """
+        columns, count = self._columns, len(self._widths)
+        block = count if first is None else int(columns.block[first])
+        if first is not None and block == 0:  # outside of blocks: before the first, or after the last
+            block = 1 if columns.stage[first] == 0 else count
+        below = (columns.block > 0) & (columns.block < block)
+        if not below.any():
+            return 0, 0
+        bottom = max(int(columns.stage[below].max()), int(self._block_top[block - 1])) + 1
+        return bottom, int(columns.stored[below].sum())
 
     def _kept_for_backward(self, adapted: Indices, rank: Array, whole: Mask, lowest: int) -> Array:
         """Return bytes kept from the forward to the backward pass by block, those outside of blocks first.
@@ -359,11 +423,13 @@ class CostModel:
             read[columns.source[adapted]] = True
         if load.attention == "sdpa":
             read &= ~(columns.reads_attention & (columns.stage - 1 > lowest))[self._reader]
-        own = np.where(fused, columns.numel[adapted] * load.number, own * columns.visits[adapted] * load.tokens)
+        own = np.where(
+            fused, columns.numel[adapted] * load.number, own * columns.visits[adapted] * load.trained_tokens
+        )
         pairs = (
             (self._kept_block, self._kept * (self._kept_at > lowest)),
             (columns.block[self._reader], self._source_bytes * read),
             (columns.block[adapted], own),
-            (columns.block, columns.numel * load.number * load.tokens * (whole & columns.is_norm)),
+            (columns.block, columns.numel * load.number * load.trained_tokens * (whole & columns.is_norm)),
         )
         return np.sum([self._by_block(block, values) for block, values in pairs], axis=0)

@@ -72,7 +72,9 @@ def price_of(operation: Operation, workload: Workload) -> Price:
 
 def _price_of_attention(operation: Operation, workload: Workload) -> Price:
     n, w, keys, length = workload.number, operation.width, operation.keys, workload.length
-    seen = length / 2 if operation.is_causal and not workload.padded and workload.attention == "sdpa" else length
+    before = workload.prompt if workload.answer_only else 0  # tokens that only keys and values are kept of
+    is_triangular = operation.is_causal and not workload.padded and workload.attention == "sdpa"
+    seen = before + (length - before) / 2 if is_triangular else length
     products = 4.0 * seen * w
     repeated = w if workload.padded or workload.attention == "eager" else keys
     rotated = 10 * (w + keys) * n + 3 * 2 * (repeated - keys) * n
@@ -86,6 +88,17 @@ def _price_of_attention(operation: Operation, workload: Workload) -> Price:
     kept = (w + 2 * repeated) * n + scores * (FLOAT + copied)
     moved = rotated + kept + scores * (6 * n + 2 * FLOAT)
     return Price(products, 2 * products, moved, 2 * moved, kept)
+
+
+def keys_of_prompt(operation: Operation, workload: Workload) -> float:
+    """Return the bytes that attention keeps for the backward pass per token of a prompt: keys and values of all heads.
+
+    They are joined with those of the answer, and repeated for all heads of their group where attention repeats them.
+    """
+    if operation.kind != "attention":
+        return 0.0
+    is_repeated = workload.padded or workload.attention == "eager"
+    return 2.0 * (operation.width if is_repeated else operation.keys) * workload.number
 
 
 class Columns:
@@ -115,7 +128,7 @@ class Columns:
         whole = self.numel * workload.number
         self.stored: Array = np.where(self.is_quantized, workload.quantized_bytes(self.numel, self.d_out), whole)
         # bytes per token moved to dequantise once: read in 4 or 8 bits, written and read again in the activations' dtype
-        self.dequantized: Array = np.where(self.is_quantized, self.stored + 2 * whole, 0.0) / workload.tokens
+        self.dequantized: Array = np.where(self.is_quantized, self.stored + 2 * whole, 0.0) / workload.trained_tokens
 
     def sizes_of_adapters(self, adapted: Indices, rank: Array) -> Array:
         """Return the elements of each adapter's A, then of each adapter's B, summed over fused experts."""
@@ -143,7 +156,7 @@ def prices_of_adapters(columns: Columns, adapted: Indices, rank: Array, needed: 
     backward = 2 * rank * (d_in * (1 + needed) + 2 * d_out) * visits
     moved_forward = visits * (d_in * (a + cast) + 2 * rank * a + d_out * (4 * a + n + max(n, a) + cast + clone))
     moved_backward = visits * (d_in * (a + needed * (a + 3 * n + cast)) + 4 * rank * a + d_out * (4 * a + cast))
-    fused, numel = columns.is_fused[adapted], columns.numel[adapted] / workload.tokens
+    fused, numel = columns.is_fused[adapted], columns.numel[adapted] / workload.trained_tokens
     return Price(
         forward=np.where(fused, 2 * rank * numel, forward),
         backward=np.where(fused, 4 * rank * numel + columns.products[adapted], backward),

@@ -61,6 +61,13 @@ class Workload:
         input_gradients: whether the embeddings' output requires a gradient, so that the backward pass runs to the bottom
             wherever the lowest adapter is. transformers (with gradient checkpointing) and PEFT set that, and
             `CheckpointAbove` undoes it. None is what they do: the same as `checkpointing`.
+        prompt: tokens of an example before the first target, a system prompt or a question with its contexts.
+        head_on_targets: whether the head and the loss are computed where there are targets alone.
+        answer_only: whether prompts run forward through the frozen base alone, and adapters, the backward pass and the
+            head act on the other tokens, as in activated LoRA (arXiv:2504.12397). Their keys and values are held.
+        epochs: passes over the data, of which the first fills a cache and the others read it: of the hidden states below
+            the lowest trained layer, or with `answer_only` of the prompts' keys and values. 1 is without a cache. The
+            cache lies outside the device's memory.
 
     Raises:
         PlacementError: for an unknown value.
@@ -85,6 +92,10 @@ class Workload:
     flops_per_byte: float | None = None
     padded: bool = True
     input_gradients: bool | None = None
+    prompt: int = 0
+    head_on_targets: bool = False
+    answer_only: bool = False
+    epochs: int = 1
 
     def __post_init__(self) -> None:
         allowed: dict[str, Collection[object]] = {
@@ -104,12 +115,35 @@ class Workload:
         is_number = isinstance(constant, int | float) and not isinstance(constant, bool)
         if constant is not None and not (is_number and 0 < constant < math.inf):  # type: ignore[operator]
             raise PlacementError(f"Workload's flops_per_byte must be a positive number, got {constant!r}.")
-        if not isinstance(self.master_weights, bool):
-            raise PlacementError(f"Workload's master_weights must be true or false, got {self.master_weights!r}.")
-        for name in ("batch_size", "length", "rank"):
+        for name in ("master_weights", "head_on_targets", "answer_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlacementError(f"Workload's {name} must be true or false, got {getattr(self, name)!r}.")
+        for name in ("batch_size", "length", "rank", "epochs"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlacementError(f"Workload's {name} must be a positive integer, got {name}={value!r}.")
+        if not isinstance(self.prompt, int) or isinstance(self.prompt, bool) or not 0 <= self.prompt < self.length:
+            raise PlacementError(
+                f"Workload's prompt must be a number of tokens from 0 to {self.length - 1}, below the length of an example, "
+                f"got {self.prompt!r}."
+            )
+        if self.answer_only and not self.prompt:
+            raise PlacementError("Workload's answer_only needs the tokens of the prompt: prompt=…")
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens that adapters and the backward pass act on."""
+        return 1 - self.prompt / self.length if self.answer_only else 1.0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of a step that adapters and the backward pass act on."""
+        return self.batch_size * (self.length - self.prompt) if self.answer_only else self.tokens
+
+    @property
+    def target_share(self) -> float:
+        """Share of the trained tokens that the head and the loss are computed for."""
+        return 1 - self.prompt / self.length if self.head_on_targets and not self.answer_only else 1.0
 
     @property
     def tokens(self) -> int:
