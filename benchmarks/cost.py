@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,7 @@ def main(options: argparse.Namespace) -> None:
         rows.append([name, counts[name], "–" if cost.lowest is None else cost.lowest, *time, *memory])
     setup.print_table(columns, rows)
     if ratios:
-        print(f"\nFLOPs per byte moved that fit these times best: {_best_constant(predicted, ratios):.1f}")
+        print(f"\nFLOPs per byte moved that fit these times best: {best_constant(predicted, ratios):.1f}")
         print(f"(the cost model has {FLOPS_PER_BYTE[workload.device]})")
 
 
@@ -164,7 +164,7 @@ def _peak_of(name: str, options: argparse.Namespace) -> int:
     return setup.peak_bytes(step, held)
 
 
-def _best_constant(predicted: dict[str, Cost], measured: dict[str, float]) -> float:
+def best_constant(predicted: Mapping[str, Cost], measured: Mapping[str, float]) -> float:
     """Return the FLOPs per byte moved with the smallest sum of squared relative errors of time ratios."""
     reference = predicted[REFERENCE]
 
@@ -175,4 +175,4 @@ def _best_constant(predicted: dict[str, Cost], measured: dict[str, float]) -> fl
             for name, cost in predicted.items()
         )
 
-    return float(min(np.linspace(0.0, 200.0, 2001), key=error))
+    return float(min(np.linspace(0.0, 1000.0, 10001), key=error))

@@ -154,13 +154,14 @@ def toy_batches(
     return [{key: value[i : i + batch_size] for key, value in rows.items()} for i in range(0, examples, batch_size)]
 
 
-def quantize(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
-    """Quantize every linear layer except the head with bitsandbytes, on the CPU.
+def quantize(model: nn.Module, kind: str, nested: bool = True, device: str = "cpu") -> nn.Module:
+    """Quantize every linear layer except the head with bitsandbytes.
 
     Args:
         model: changed in place.
         kind: "nf4", "fp4" or "int8".
         nested: double quantization of the scales, in 4 bits.
+        device: of the quantized layers.
     """
     import bitsandbytes as bnb
 
@@ -170,13 +171,16 @@ def quantize(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
         d_out, d_in = shape_of(module)
         if kind == "int8":
             layer: Any = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
+            layer.load_state_dict({"weight": module.weight.data}, strict=False)
         else:
             layer = bnb.nn.Linear4bit(
-                d_in, d_out, bias=False, compute_dtype=torch.float32, quant_type=kind, compress_statistics=nested
+                d_in, d_out, bias=False, compute_dtype=module.weight.dtype, quant_type=kind, device="meta"
             )
-        layer.load_state_dict({"weight": module.weight.data}, strict=False)
+            layer.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested, module=layer
+            )
         parent, _, own = name.rpartition(".")
-        model.get_submodule(parent).register_module(own, layer.to("cpu"))
+        model.get_submodule(parent).register_module(own, layer.to(device))
     return model
 
 
