@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from peft_blueprint.testing import (
 )
 from peft_blueprint.train import CacheFrozenPrefix, cache_frozen_prefix
 from peft_blueprint.train.state_store import StateStore
+from tests import ROOT
 from tests.fused import needs_fused
 
 
@@ -425,6 +427,18 @@ def test_with_trl(tmp_path):
         found.append(losses(trainer))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert callbacks[0].statistics.rows_read == EXAMPLES
+
+
+def test_the_guides_code_runs(tmp_path, monkeypatch, capsys):
+    """docs/how-to/frozen_prefix.md, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "how-to" / "frozen_prefix.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "frozen_prefix.md", "exec"), names)
+    assert len(blocks) == 2 and "rows_read=16" in capsys.readouterr().out
+    assert {name.split(".layers.")[1][0] for name, p in names["model"].named_parameters() if p.requires_grad} == {"3"}
 
 
 def test_the_store_keeps_what_fits(tmp_path):
