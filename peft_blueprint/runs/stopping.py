@@ -401,7 +401,8 @@ class MarginalReturn:
             return f"{over}, above the threshold of {threshold:.3g}: {buys}."
         below = f"{below} for the {_ordinal(self._below)} check in a row"
         if stop:
-            return f"Stopped at {self._place(point)}. {over}, {below}; {buys}.{self._best()}"
+            missed = " The learning rate was falling: the rest of its decay is missed." * (found.phase == "falling")
+            return f"Stopped at {self._place(point)}. {over}, {below}; {buys}.{missed}{self._best()}"
         if self._below < self.patience:
             return f"{over}, {below} of {self.patience}; {buys}.{self._best()}"
         return (

@@ -144,6 +144,7 @@ def test_the_switch_stops_under_a_decay_too(shape):
     rates = [1e-3 * shape((i + 1) / 20) for i in range(20)]
     last = feed(MarginalReturn(stop_in_decay=True), FLAT, rates)[-1]
     assert last.stop and last.proposal is None and last.reason.startswith("Stopped at step 110.")
+    assert "The learning rate was falling: the rest of its decay is missed." in last.reason
 
 
 @pytest.mark.parametrize("stop_in_decay", [False, True])
