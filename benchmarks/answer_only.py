@@ -52,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=int, default=400, help="tokens of an example")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every arm")
     parser.add_argument("--shares", type=int, nargs="*", default=[30, 50, 70, 80, 90, 95], help="per cent of prompt")
+    parser.add_argument("--curve-alone", action="store_true", help="leave out the data sets' own examples")
     parser.add_argument("--length", type=int, default=384, help="tokens of an example of the curve")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
@@ -71,7 +72,7 @@ def main(options: argparse.Namespace) -> None:
     elif options.seeds:
         _study(options)
     else:
-        for name in options.datasets:
+        for name in options.datasets if not options.curve_alone else ():
             _print_costs(name, options)
         if options.shares:
             _print_curve(options)
