@@ -9,8 +9,8 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        *("budget", "config", "coverage", "gains", "hardware", "options", "planner", "ranks", "scores", "solver"),
-        *("trainer_configs", "cost.model", "cost.structure", "cost.workload"),
+        *("budget", "config", "coverage", "gains", "hardware", "joint", "options", "planner", "ranks", "scores", "solver"),
+        *("learning_rate", "trainer_configs", "variants", "cost.model", "cost.structure", "cost.workload"),
     ],
 )
 def test_the_examples_are_right(name):
