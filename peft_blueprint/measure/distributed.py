@@ -57,12 +57,14 @@ class RawMeasurement:
     Args:
         statistics: of every example.
         sketches: sum over examples (d_out, s) float32, by index of the rows that a gradient reached.
+        answer_sketches: the part of each that comes from answer positions, where these are known.
         tokens: number of input positions read.
         data_digest: digest of the model's inputs.
     """
 
     statistics: ExampleStatistics
     sketches: Mapping[int, Tensor]
+    answer_sketches: Mapping[int, Tensor]
     tokens: int
     data_digest: str
 
@@ -166,9 +168,9 @@ class Processes:
             return own
         shapes = {row: tuple(sketch.shape) for row, sketch in own.sketches.items()}
         summary = (settings, own.examples, own.tokens, own.data_digest)
-        received = self._exchange((summary, shapes, own.statistics))
+        received = self._exchange((summary, shapes, own.statistics, set(own.answer_sketches)))
         self._is_over = True  # from here on all processes see the same values and fail alike
-        summaries = [theirs for theirs, _, _ in received]
+        summaries = [theirs for theirs, *_ in received]
         for rank, (theirs, examples, _, digest) in enumerate(summaries):
             if theirs != summaries[0][0]:
                 raise MeasurementError(
@@ -182,10 +184,13 @@ class Processes:
                     "(accelerator.prepare(dataloader), or a DistributedSampler), or measure in each separately with "
                     "reduce=False."
                 )
-        all_shapes = {row: shape for _, theirs, _ in received for row, shape in theirs.items()}
+        all_shapes = {row: shape for _, theirs, *_ in received for row, shape in theirs.items()}
+        answers = [known for (_, examples, *_), _, _, known in received if examples]  # an empty process knows of none
+        with_answers = set.intersection(*answers) if answers else set()
         return RawMeasurement(
-            statistics=ExampleStatistics.concatenate(theirs for _, _, theirs in received),
+            statistics=ExampleStatistics.concatenate(theirs for _, _, theirs, _ in received),
             sketches={row: _sum(own.sketches.get(row), all_shapes[row]) for row in sorted(all_shapes)},
+            answer_sketches={row: _sum(own.answer_sketches.get(row), all_shapes[row]) for row in sorted(with_answers)},
             tokens=sum(tokens for _, _, tokens, _ in summaries),
             data_digest=joined_digest([digest for _, examples, _, digest in summaries if examples]),
         )

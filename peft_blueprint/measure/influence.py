@@ -20,6 +20,8 @@ _OF_THE_MEAN_GRADIENT = (
     "noise_scale",
     "adam_gain",
     "weight_gradient",
+    "prompt_share",
+    "prompt_adam_share",
     "singular_energy",
     "alpha",
     "gamma",
@@ -53,6 +55,8 @@ class Influence:
         tokens: number of input positions read, padding included; 0 if the model reads no tokens.
         unmeasured: (name, reason) of every weight that is not among the rows.
         data_digest: `sha256:…` of the model's inputs, in order.
+        answer_sketches: the part of every sketch that comes from positions from the first prediction of a target on;
+            None, or empty, where positions are not known: models that predict no next token, vectors, experts.
     """
 
     submodules: tuple[Submodule, ...]
@@ -68,6 +72,7 @@ class Influence:
     tokens: int
     unmeasured: tuple[tuple[str, str], ...]
     data_digest: str
+    answer_sketches: tuple[Tensor | None, ...] = ()
 
     @property
     def examples(self) -> int:
@@ -83,6 +88,57 @@ class Influence:
     def mean_gradient_norms(self) -> Tensor:
         """Norm of the mean gradient over these examples, (submodules,); an estimate where it is sketched."""
         return torch.stack([torch.linalg.vector_norm(sketch) for sketch in self.sketches])
+
+    @property
+    def prompt_shares(self) -> Tensor:
+        """Share of each mean gradient that arrives through prompt positions, (submodules,); NaN where not known.
+
+        With G = P + A, the parts of prompt and answer positions, ⟨P, G⟩/‖G‖². Shares of prompt and answer sum to one;
+        one of them is negative where the parts oppose each other. Answer-only adapters (activated LoRA) have A alone.
+        """
+        return torch.tensor([self.prompt_share([row])[0] for row in range(len(self.submodules))])
+
+    @property
+    def prompt_adam_shares(self) -> Tensor:
+        """Share of each submodule's Adam gain that answer-only adapters lose, (submodules,); NaN where not known.
+
+        1 − Σ_o‖A_o‖/Σ_o‖G_o‖ over rows o, see `adam_gain` of a blueprint. Negative where answers alone gain more.
+        """
+        return torch.tensor([self.prompt_share([row])[1] for row in range(len(self.submodules))])
+
+    def prompt_share(self, rows: Sequence[int] | None = None) -> tuple[float, float]:
+        """Return the shares of gradient and Adam's gain of some submodules together, such as those of a kind or layer.
+
+        Args:
+            rows: indices of submodules; by default all whose positions are known.
+
+        Returns:
+            As `prompt_shares` and `prompt_adam_shares`; NaN if positions are not known in one of the rows.
+
+        Example:
+            >>> from peft_blueprint import measure_influence
+            >>> from peft_blueprint.testing import tiny_llama, toy_batches
+            >>> influence = measure_influence(tiny_llama(), toy_batches(), progress=False)
+            >>> late = [i for i, s in enumerate(influence.submodules) if s.depth == 3]
+            >>> 0 < influence.prompt_share(late)[0] < influence.prompt_share()[0] < 1
+            True
+        """
+        answers = self.answer_sketches or (None,) * len(self.submodules)
+        if rows is None:
+            rows = [row for row, answer in enumerate(answers) if answer is not None]
+        inner = squares = gain = answer_gain = 0.0
+        for row in rows:
+            answer, whole = answers[row], self.sketches[row]
+            if answer is None:
+                return float("nan"), float("nan")
+            inner += float((answer * whole).sum())
+            squares += float(whole.square().sum())
+            width = max(1, self.submodules[row].d_in) ** 0.5
+            gain += float(torch.linalg.vector_norm(whole, dim=1).sum()) / width
+            answer_gain += float(torch.linalg.vector_norm(answer, dim=1).sum()) / width
+        if not squares:
+            return float("nan"), float("nan")
+        return 1 - inner / squares, 1 - answer_gain / gain
 
     @property
     def signal_norms(self) -> Tensor:
@@ -205,6 +261,7 @@ class Influence:
                 torch.stack([part.sketches[i] * (part.examples / total) for part in parts]).sum(dim=0)
                 for i in range(len(first.submodules))
             ),
+            answer_sketches=_merged_answers(parts, total),
             tokens=sum(part.tokens for part in parts),
             data_digest=joined_digest([part.data_digest for part in parts]),
         )
@@ -244,6 +301,18 @@ class Influence:
         leading = torch.linalg.eigh(outer.sum(dim=0) - outer).eigenvectors[:, :, -rank:]  # of all columns but the jth
         held = torch.einsum("jir,ij->jr", leading, columns).square().sum()
         return (held / columns.square().sum().clamp_min(torch.finfo(torch.double).tiny)).float()
+
+
+def _merged_answers(parts: Sequence[Influence], total: int) -> tuple[Tensor | None, ...]:
+    """Return the mean of every row's answer sketches, where each part has one."""
+    rows = zip(*(part.answer_sketches or (None,) * len(part.submodules) for part in parts), strict=True)
+    merged: list[Tensor | None] = []
+    for row in rows:
+        known = [
+            sketch * (part.examples / total) for sketch, part in zip(row, parts, strict=True) if sketch is not None
+        ]
+        merged.append(torch.stack(known).sum(dim=0) if len(known) == len(parts) else None)
+    return tuple(merged)
 
 
 def joined_digest(digests: Sequence[str]) -> str:

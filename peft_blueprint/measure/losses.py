@@ -29,7 +29,7 @@ IGNORED = -100  # transformers' label of positions without a target
 _WITH_ROWS = (Tensor, list, tuple)
 
 
-_NEXT, _SAME, _CLASSES, _NUMBERS = "the next token", "the token itself", "classes", "numbers"
+NEXT_TOKEN, _SAME, _CLASSES, _NUMBERS = "the next token", "the token itself", "classes", "numbers"
 _OWN = "known to the model alone"
 
 
@@ -169,7 +169,7 @@ class Objective:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if labels.dim() != 2:
             return _losses_of(_logits_of(self.model(**inputs)), labels).get(self.form or "")
-        targets = labels[:, 1:] if self.form == _NEXT else labels
+        targets = labels[:, 1:] if self.form == NEXT_TOKEN else labels
         _require_targets(targets != IGNORED)
         if _is_encoder_decoder(self.model) and "decoder_input_ids" not in inputs:  # made by the model, of the labels
             return _losses_of(_logits_of(self.model(**batch)), labels).get(self.form or "")
@@ -337,6 +337,22 @@ def _name(model: nn.Module) -> str:
     return class_of(unwrap(model)).__name__
 
 
+def answer_positions(batch: Mapping[str, Any]) -> Tensor | None:
+    """Mark every example's positions from the one that predicts its first target on, (examples, tokens).
+
+    Positions before are prompt: with activated LoRA, adapters leave them out. None if labels are not by token.
+
+    Example:
+        >>> answer_positions({"labels": torch.tensor([[-100, -100, 5, -100, 6]])})
+        tensor([[False,  True,  True,  True,  True]])
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return None
+    predicting = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return predicting.cummax(dim=1).values
+
+
 def count_examples(batch: Mapping[str, Any]) -> int:
     """Return the number of examples of a batch: rows of its labels, its tokens or its first tensor."""
     for key in ("labels", "input_ids"):
@@ -409,7 +425,7 @@ def _losses_of(logits: Tensor | None, labels: Tensor) -> dict[str, tuple[Tensor,
         return {}
     if labels.max() >= logits.shape[2]:
         return {}
-    pairs = {_NEXT: (logits[:, :-1], labels[:, 1:]), _SAME: (logits, labels)}
+    pairs = {NEXT_TOKEN: (logits[:, :-1], labels[:, 1:]), _SAME: (logits, labels)}
     return {form: _token_losses(*pair) for form, pair in pairs.items() if (pair[1] != IGNORED).any(dim=1).all()}
 
 

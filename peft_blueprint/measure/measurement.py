@@ -28,9 +28,11 @@ from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
 from .hooks import disable_dropout, hook_gradients, hook_output, measurement_mode
 from .influence import Influence
 from .losses import (
+    NEXT_TOKEN,
     LossFunction,
     Objective,
     UnknownObjective,
+    answer_positions,
     check_examples_are_apart,
     count_examples,
     is_interleaved,
@@ -166,6 +168,9 @@ def measure_influence(
         losses=losses,
         target_tokens=target_tokens,
         sketches=tuple(found.sketches[i] / found.examples for i in measured),
+        answer_sketches=tuple(
+            found.answer_sketches[i] / found.examples if i in found.answer_sketches else None for i in measured
+        ),
         sketch_size=options.sketch_size,
         seed=options.seed,
         method=options.method,
@@ -212,6 +217,11 @@ def _measure(
     return RawMeasurement(
         statistics=ExampleStatistics.concatenate(parts),
         sketches={i: recorder.sketch(i) for i in range(len(recorder.submodules)) if i not in unreached},
+        answer_sketches={
+            i: sketch
+            for i in range(len(recorder.submodules))
+            if i not in unreached and (sketch := recorder.answer_sketch(i)) is not None
+        },
         tokens=tokens,
         data_digest=f"sha256:{digest.hexdigest()}",
     )
@@ -327,10 +337,11 @@ class _Passes:
         scale = FP16_LOSS_SCALE if next(self.model.parameters()).dtype == torch.float16 else 1.0
         examples = count_examples(batch)
         lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
+        answers = answer_positions(batch) if self.objective.form == NEXT_TOKEN else None
         while True:
             repeated = set(recorder.repeated)
             recorder.is_mixed = False
-            recorder.begin(examples, lengths, scale)
+            recorder.begin(examples, lengths, scale, answers)
             try:
                 with self.processes.step(UnknownObjective):
                     losses, tokens = self.objective.at_once(batch)

@@ -39,12 +39,24 @@ class Recorder:
         self.is_mixed = False  # the rows of a layer do not say which example they belong to
         self._example_first: set[int] = set()  # layers known to take (examples, tokens, features)
         self._sketches: dict[int, Tensor] = {}
+        self._answer_sketches: dict[int, Tensor] = {}
+        self._without_answers: set[int] = set()  # submodules whose positions are not known in some batch
         self._matrices: dict[tuple[int, int | None, torch.device, torch.dtype], Tensor | None] = {}
         self.begin(0)
 
-    def begin(self, examples: int, lengths: Collection[int] = (), loss_scale: float = 1.0) -> None:
-        """Discard the current batch, if any, and start one of so many examples, of one of these lengths."""
-        self.examples, self.lengths, self.loss_scale = examples, lengths, loss_scale
+    def begin(
+        self,
+        examples: int,
+        lengths: Collection[int] = (),
+        loss_scale: float = 1.0,
+        answers: Tensor | None = None,
+    ) -> None:
+        """Discard the current batch, if any, and start one of so many examples, of one of these lengths.
+
+        `answers`, (examples, tokens), marks positions from each example's first prediction of a target on.
+        """
+        self.examples, self.lengths, self.loss_scale, self.answers = examples, lengths, loss_scale, answers
+        self._batch_answers: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._errors: dict[int, Tensor] = {}
         self._batch_sketches: dict[int, Tensor] = {}
@@ -84,6 +96,7 @@ class Recorder:
         d_in = self.submodules[index].d_in
         if index in self._norms:
             self.repeated.add(index)  # the batch is measured again, now summing this submodule's gradients
+        self._record_answers(index, kept[0], dy)
         narrow = self._narrowed(kept[0], d_in)
         fold = self._fold if narrow is kept[0] else None  # otherwise the projections are made of another product
         if index in self.repeated:
@@ -132,6 +145,12 @@ class Recorder:
         """Accept the batch: add its sketches to those of earlier batches."""
         for index, sketch in self._batch_sketches.items():
             self._sketches[index] = self._sketches[index] + sketch if index in self._sketches else sketch
+            part = self._batch_answers.get(index)
+            if part is None:
+                self._without_answers.add(index)
+            else:
+                known = self._answer_sketches.get(index)
+                self._answer_sketches[index] = part if known is None else known + part
 
     def unmeasured(self) -> dict[int, str]:
         """Return the reason by index for rows that no gradient reached."""
@@ -144,6 +163,18 @@ class Recorder:
     def sketch(self, index: int) -> Tensor:
         """Return the sketch summed over all examples, (d_out, s)."""
         return self._sketches[index].cpu()
+
+    def answer_sketch(self, index: int) -> Tensor | None:
+        """Return the part of `sketch` that comes from answer positions; None where positions were not known."""
+        return None if index in self._without_answers else self._answer_sketches[index].cpu()
+
+    def _record_answers(self, index: int, kept: Tensor, dy: Tensor) -> None:
+        """Sketch the part of the batch's gradient that comes from answer positions."""
+        if self.answers is None or index in self.repeated or dy.shape[:2] != self.answers.shape:
+            return
+        chosen = self.answers.to(dy.device)
+        total = gradients.sketched_gradient(kept[chosen][None], dy[chosen][None])
+        self._batch_answers[index] = self._sketched(total.to(kept.dtype), self.submodules[index].d_in)
 
     def _matrix_of(self, values: dict[int, Tensor], *width: int) -> Tensor:
         """Stack values as (submodules, examples, …) and move them to the CPU at once, which waits for a device only once."""

@@ -46,6 +46,7 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
     energies = dict(zip(shown, influence.singular_energy(ENERGY_RANK, shown).tolist(), strict=True)) if shown else {}
     alignments = _rounded_factor(influence)
     row_norms = influence.row_norms
+    prompt, prompt_adam = (_as_shares(x) for x in (influence.prompt_shares, influence.prompt_adam_shares))
     entries = []
     for i, submodule in enumerate(influence.submodules):
         rows = row_norms[i].double().numpy()
@@ -57,6 +58,8 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
                 noise_scale=scales[i] if math.isfinite(scales[i]) else None,
                 adam_gain=adam_gain(rows, submodule.shape[-1]) if submodule.shape and is_adaptable else None,
                 singular_energy=min(energies[i], 1.0) if i in energies else None,
+                prompt_share=prompt[i],
+                prompt_adam_share=prompt_adam[i],
                 alignment=alignments[i] if alignments else None,
                 examples=influence.examples,
                 **_of_norms(norms[i], intervals[i]),
@@ -64,6 +67,11 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
             )
         )
     return tuple(entries)
+
+
+def _as_shares(values: Tensor) -> list[float | None]:
+    """Return shares in [0, 1], None for NaN."""
+    return [None if math.isnan(value) else min(max(value, 0.0), 1.0) for value in values.tolist()]
 
 
 def rows_by_unit(submodules: Sequence[Submodule], level: Level) -> dict[str, list[int]]:
