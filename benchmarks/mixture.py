@@ -1,15 +1,16 @@
 """Where can choosing data win? A pool ten times the budget, of five domains, a fifth of the answers wrong.
 
-    python -m benchmarks mixture --data FOLDER [--seeds 0 1 2 3 4 5] [--arms ARM ...] [--print]
+    python -m benchmarks mixture --data FOLDER [--seeds 0 1 2 3 4] [--arms ARM ...] [--print]
 
 The models are small and trained from scratch here, once, on other examples of the same domains: a large one of 1.3 M
 parameters and a small one of 0.1 M. The domains are sums, sorted letters and look-ups (synthetic), and continued text of
 PubMedQA's abstracts and of GSM8K's questions (real). Sorted letters and PubMedQA are the targets, and rare before: 3 % each
 of what the models were trained on. For each seed a pool, 32 examples of each target and held-out examples are drawn anew,
-all right but the pool's. Each arm keeps 120 of 1200 examples, and the large model is trained on these for three passes.
+all right but the pool's. Each arm keeps 100 of 1000 examples, and the large model is trained on these for three passes.
 Scorers are the large model itself, its first layer ("cut") and the small model. References: "random"; "clean", random
-among the right ones; "domain", random among the target's domain; "clean domain", both. The last three read labels that a
-user does not have. All arms of a seed share data, order and rate, so differences are paired.
+among the right ones; "clean domain", random among the right ones of the target's domain. These two read labels that a user
+does not have. All arms of a seed share data, order and rate, so that differences are paired; the rate is the better of
+3e-4 and 1e-3 for random on a seed of its own.
 Results are appended to --out and not computed again.
 """
 
@@ -50,10 +51,10 @@ DOMAINS = ("sums", "sorting", "look-up", "pubmedqa", "gsm8k")
 TARGETS = ("sorting", "pubmedqa")  # domains to choose for
 BASE_SHARES = (0.31, 0.03, 0.31, 0.03, 0.32)  # of the domains before
 SPLITS = ("base", "pool", "held_out")  # disjoint
-POOL, CHOSEN, TARGET = 1200, 120, 32
-HELD_OUT, OTHERS = 160, 48  # of each target domain, and of each other one
+POOL, CHOSEN, TARGET = 1000, 100, 32
+HELD_OUT, OTHERS = 128, 32  # of each target domain, and of each other one
 WRONG = 0.2
-PASSES, BATCH, RATE, WARM_UP = 3, 16, 1e-3, 6
+PASSES, BATCH, RATE, WARM_UP = 3, 16, 3e-4, 3
 BASE_STEPS, BASE_BATCH, BASE_RATE = 500, 32, 2e-3
 KEPT_LAYERS = 1
 PROMPT, COMPLETION = 24, 40  # characters of real text
