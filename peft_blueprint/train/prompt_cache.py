@@ -120,7 +120,7 @@ class PromptCache:
     all of them before one comes back. Values are kept in the model's type, so gradients do not change.
 
     Keys and values of a token take `2 × layers × key-value heads × head size` numbers: 23 kB for SmolLM2-135M and
-    128 kB for Llama 3 8B in bfloat16.
+    131 kB for Llama 3 8B in bfloat16.
 
     Args:
         budget: bytes, or a text such as "8GiB".

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import warnings
 
 import pytest
@@ -42,6 +43,7 @@ from peft_blueprint.testing import (
     toy_batches,
 )
 from peft_blueprint.train import PromptCache, answer_only
+from tests import ROOT
 
 
 INVOCATION = [7, 8]
@@ -467,3 +469,16 @@ def test_a_cache_and_dropout_of_the_base_are_refused_together():
     for turns, chunk_tokens in (("first", 8), ("last", 0)):
         with pytest.raises(BlueprintError, match="must be"):
             answer_only(adapted(), turns=turns, chunk_tokens=chunk_tokens)
+
+
+def test_the_guides_code_runs(tmp_path, monkeypatch, capsys):
+    """docs/how-to/long_prompts.md, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "how-to" / "long_prompts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "long_prompts.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert len(blocks) == 4 and "2 prompts" in out and "4 of 6 found" in out and "q_proj: " in out
+    assert names["loss"].requires_grad
