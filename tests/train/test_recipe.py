@@ -200,7 +200,11 @@ def test_trls_arguments_are_known_to_a_recipe_for_trl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["blueprint_callback", "initialization", "ledger_callback", "memory", "recipe", "run"]
+    "name",
+    [
+        *("blueprint_callback", "freezing", "frozen_prefix", "initialization", "ledger_callback", "memory", "recipe"),
+        *("run", "state_store"),
+    ],
 )
 def test_the_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
