@@ -1,0 +1,116 @@
+"""README and docs say what is true: code runs, verbs, links and rooms exist. Run: pytest tests/test_docs.py"""
+
+import re
+import shlex
+
+import pytest
+import typer
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from peft_blueprint import Blueprint
+from peft_blueprint.cli.program import app
+from peft_blueprint.publish import embed
+from peft_blueprint.testing import save_tiny_model, tiny_llama, toy_batches
+from tests import ROOT
+
+
+README = ROOT / "README.md"
+PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").rglob("*.md"))]}
+OWN_TESTS = ("docs/how-to/long_prompts.md", "docs/how-to/frozen_prefix.md")  # of the functions they show
+SETTINGS = {
+    "num_train_epochs": 2,
+    "eval_strategy": "epoch",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p not in ("README.md", *OWN_TESTS) and blocks_of(p, "python")]
+)
+def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
+    """Every Python block as printed, one after the other, on a tiny model; org/model is a folder here."""
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    blueprint.save(tmp_path / "org" / "model")
+    monkeypatch.chdir(tmp_path)
+    model, batches = tiny_llama(layers=12), toy_batches()
+    model.save_pretrained("model-folder")
+    rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    namespace = {
+        "blueprint": blueprint,
+        "rows": rows,
+        "wanted": rows[:2],
+        "tokenizer": None,  # these rows are encoded
+        "model": model,
+        "batches": batches,
+        "trainer": Trainer(model, TrainingArguments("run", **SETTINGS), train_dataset=rows, eval_dataset=rows[:4]),
+    }
+    for block in blocks_of(page, "python"):
+        exec(block, namespace)
+
+
+def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
+    """It starts from nothing: the model and the data that it names are on disk here."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct", layers=12)
+    questions = Dataset.from_list([{"question": f"1 2 {i}", "answer": f"{i} 5 6"} for i in range(9)])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, subset, split: questions)
+    [block] = blocks_of("README.md", "python")
+    found: dict = {}
+    exec(block, found)
+    assert found["model"].peft_config["default"].selection
+    assert "trainable params: " in capsys.readouterr().out and "trainable params: " in README.read_text()
+
+
+def test_verbs_and_options_exist():
+    """Each `$ peft-blueprint` line parses against the program, and no verb goes unmentioned."""
+    command = typer.main.get_command(app)
+    mentioned = set()
+    for page in PAGES.values():
+        for line in re.findall(r"^\$ peft-blueprint (.*?)(?:\s+#.*)?$", page.read_text(), re.MULTILINE):
+            verb, *words = shlex.split(line)
+            command.commands[verb].make_context(verb, words)
+            mentioned.add(verb)
+    assert mentioned == set(command.commands)
+
+
+def test_links_lead_somewhere():
+    """Relative links of every page, pictures too."""
+    for name, page in PAGES.items():
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{name}: {link}"
+
+
+def test_make_targets_exist():
+    """`make demo` and `make test` are in the Makefile, and CI runs the latter."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^\$ make (\S+)", README.read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_rooms_are_the_folders():
+    """Every room of the package has its line, in the order of the contract."""
+    rooms = re.findall(r"^\| `(\w+)/` \|", PAGES["docs/contributing.md"].read_text(), re.MULTILINE)
+    assert set(rooms) == {path.parent.name for path in (ROOT / "peft_blueprint").glob("*/__init__.py")}
+
+
+def test_the_reader_of_the_format_page_reads_our_files(blueprint: Blueprint, tmp_path):
+    """JSON and header, with nothing of this package."""
+    [block] = blocks_of("docs/reference/format.md", "python")
+    reader: dict = {}
+    exec(block, reader)
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    blueprint.save(tmp_path / "blueprint.json")
+    embed(blueprint, tmp_path)
+    expected = {entry.name: entry.gradient_norm for entry in blueprint}
+    assert reader["read_blueprint"](tmp_path / "blueprint.json") == expected
+    assert reader["read_blueprint"](tmp_path / "model.safetensors") == pytest.approx(expected, rel=1e-3)
