@@ -1,12 +1,16 @@
-"""What do the callbacks cost? Their own time in a training step, as a share of the step.
+"""What do the callbacks cost? Their own time, as a share of a training step and of a validation.
 
-    python -m benchmarks callbacks [--callback blueprint|ledger] [--length 200] [--examples 8] [--steps 12] [--milestone]
+    python -m benchmarks callbacks [--callback blueprint|ledger|validation] [--length 200] [--examples 8] [--steps 12]
 
 LoRA on all linear layers is trained by the Trainer. The callback's hooks are timed from inside, and a step from its
 beginning to the beginning of the next, because what is sought is far below the noise between two runs. On a GPU the
 device is waited for before and after each hook. The first two steps are left out: one warms up, in the other FLOPs are
-counted, once. Steps after which the Trainer logs are shown apart. With --milestone a blueprint is written in the last
-step. --callback ledger also times one call of the ledger's parts in a long loop.
+counted, once. Steps after which the Trainer logs are shown apart. `blueprint` logs training norms. `ledger` also times
+one call of the ledger's parts in a long loop.
+
+`validation` compares the CPU time of measuring a blueprint with that of the Trainer's evaluation, which runs the forward
+pass alone, and with a forward and backward pass over the same examples. Every round runs all of them in turn, and the
+ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,19 +38,21 @@ from . import setup
 
 LEFT_OUT = 2  # steps at the beginning
 LOG_EVERY = 4  # steps
-QUICK = {"length": 16, "examples": 2, "steps": 8, "calls": 200}
+QUICK = {"length": 16, "examples": 2, "steps": 8, "calls": 200, "held_out": 10, "rounds": 2}
+CALLBACKS = ["blueprint", "ledger", "validation"]
 EVENTS = ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step", "step_end", "log")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--callback", choices=["blueprint", "ledger"], nargs="+", default=["blueprint", "ledger"])
+    parser.add_argument("--callback", choices=CALLBACKS, nargs="+", default=CALLBACKS)
     parser.add_argument("--length", type=int, default=200, help="tokens of an example")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12, help=f"of which {LEFT_OUT} are left out")
     parser.add_argument("--every", type=int, default=1, help="BlueprintCallback's")
     parser.add_argument("--detail", default="submodule", choices=["submodule", "kind"], help="BlueprintCallback's")
-    parser.add_argument("--milestone", action="store_true", help="write a blueprint at the end")
+    parser.add_argument("--held-out", type=int, default=20, help="validation examples")
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison with a validation")
     parser.add_argument("--calls", type=int, default=20_000, help="of each part of the ledger in its loop")
     parser.add_argument("--dtype", default="float32")
 
@@ -55,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
     if options.steps < 2 * LOG_EVERY:
         raise SystemExit(f"--steps must be at least {2 * LOG_EVERY}, got {options.steps}.")
     rows = []
-    for name in options.callback:
+    for name in (name for name in options.callback if name != "validation"):
         clock = _train(name, options)
         steps = list(zip(clock.steps, clock.inside, clock.logged, strict=True))[LEFT_OUT:]
         whole = statistics.median(step for step, _, _ in steps)
@@ -67,12 +74,16 @@ def main(options: argparse.Namespace) -> None:
         rows.append(row)
     print(f"{options.examples} x {options.length} tokens, {options.dtype}, {setup.device_name()}\n")
     columns = ["callback", "step, ms", "inside, ms", "share", "largest", "when it logs, ms", "share", "largest"]
-    setup.print_table(columns, rows)
+    if rows:
+        setup.print_table(columns, rows)
     if "ledger" in options.callback:
         with Ledger(flops_per_token=modelled(1e9, "CostModel")) as ledger:
             add = _each(lambda: ledger.add(tokens=512), options.calls)
             quantities = _each(ledger.quantities, max(1, options.calls // 20))
         print(f"\nLedger.add {1e6 * add:.2f} µs, Ledger.quantities {1e6 * quantities:.0f} µs")
+    if "validation" in options.callback:
+        print(f"\n{options.held_out} validation examples, CPU time, {options.rounds} rounds\n")
+        _compare_with_validation(options)
 
 
 @dataclass
@@ -156,12 +167,69 @@ def _train(name: str, options: argparse.Namespace) -> Clock:
         trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
         callback: TrainerCallback = LedgerCallback(trainer)
         if name == "blueprint":
-            milestones = (1.0,) if options.milestone else ()
-            callback = BlueprintCallback(trainer, every=options.every, detail=options.detail, milestones=milestones)
+            callback = BlueprintCallback(trainer, every=options.every, detail=options.detail, milestones=())
         trainer.add_callback(_Steps(clock))
         trainer.add_callback(_Timed(callback, clock))
         trainer.train()
     return clock
+
+
+def _compare_with_validation(options: argparse.Namespace) -> None:
+    """Print what measuring all and a tenth of the validation examples costs beside evaluating them."""
+    examples, options.examples = options.examples, options.held_out
+    model, batch = setup.one_batch(options)
+    options.examples = examples
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(options.held_out)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        size = min(options.examples, max(1, options.held_out // 10))
+        arguments = TrainingArguments(
+            folder,
+            max_steps=10**4,
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,
+            report_to="none",
+            disable_tqdm=True,
+            eval_strategy="steps",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(model, arguments, eval_dataset=rows)  # type: ignore[arg-type]
+        trainer.state.max_steps = arguments.max_steps
+        model.train().requires_grad_(True)
+
+        def measuring(count: int) -> Callable[[], None]:
+            callback = BlueprintCallback(trainer, max_examples=count)
+            callback.on_train_begin(arguments, trainer.state, trainer.control)
+
+            def measure() -> None:
+                trainer.state.global_step += 1
+                callback.on_evaluate(arguments, trainer.state, trainer.control)
+
+            return measure
+
+        def train() -> None:
+            for i in range(0, options.held_out, size):
+                model(**{key: value[i : i + size] for key, value in batch.items()}).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        tenth = max(1, options.held_out // 10)
+        arms: dict[str, Callable[[], object]] = {
+            "validation (forward)": trainer.evaluate,
+            "forward + backward": train,
+            "blueprint of all": measuring(options.held_out),
+            "blueprint of a tenth": measuring(tenth),
+        }
+        seconds = setup.seconds_per_round(arms, options.rounds, cpu_time=True)
+        written = len(list(Path(folder).glob("blueprint-*.json")))
+    if written != 2 * (options.rounds + 1):
+        raise SystemExit(f"Only {written} of {2 * (options.rounds + 1)} blueprints were measured; see the warnings.")
+    table = []
+    for name in arms:
+        row = [name, f"{statistics.median(seconds[name]):.2f}"]
+        for reference in ("validation (forward)", "forward + backward"):
+            found = setup.ratios(seconds, name, reference)
+            row.append(f"{statistics.median(found):.1%} ({min(found):.1%} to {max(found):.1%})")
+        table.append(row)
+    setup.print_table(["arm", "CPU s", "of the validation", "of forward + backward"], table)
 
 
 def _each(call: Callable[[], Any], calls: int) -> float:

@@ -297,7 +297,7 @@ class BlueprintCallback(TrainerCallback):
             with contextlib.nullcontext() if self.log is None else self.log.evaluating():
                 measured = generate_blueprint(model, self._domains, self.options, loss_fn=self.loss_fn, progress=False)
             if state.is_world_process_zero:
-                for share in (round(share, 6) for share in shares):
+                for share in (float(f"{share:.6g}") for share in shares):
                     about = {
                         "checkpoint_of": "this training run",
                         "step": state.global_step,
