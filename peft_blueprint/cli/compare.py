@@ -109,7 +109,10 @@ def drift(
     ],
 )
 def aggregate(
-    sources: Annotated[list[str], typer.Argument(help="Blueprints: files, folders, or repository ids on the Hub.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Blueprints: files, or folders and repository ids on the Hub, which stand for all in them."),
+    ],
     output: Output,
     out: Annotated[
         Path | None, typer.Option(help="Write a table, one row per entry: .csv, .json, .jsonl or .parquet.")
