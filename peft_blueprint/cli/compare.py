@@ -111,7 +111,7 @@ def drift(
 def aggregate(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Blueprints: files, or folders and repository ids on the Hub, which stand for all in them."),
+        typer.Argument(help="Blueprints: files, or folders and repository ids, for all blueprints in them."),
     ],
     output: Output,
     out: Annotated[
