@@ -155,6 +155,8 @@ class Placement:
         if not self.full_training.get("optimizer_state") or "optimizer_state" not in self.cost:
             return ""
         whole, own = self.full_training["optimizer_state"], self.cost["optimizer_state"]
+        if own >= whole:  # adapters in float32 on a tiny model in bfloat16
+            return f" Optimizer state: {_gigabytes(own)}."
         return (
             f" Optimizer state: {_gigabytes(own)}, {_gigabytes(whole - own)} less than for all "
             f"{format_quantity(self.full_training['parameters'], 'parameters')}."

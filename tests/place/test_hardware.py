@@ -101,6 +101,28 @@ def test_a_plan_for_a_card_takes_no_more_than_pays(folder, vram):
         assert found["gain_retained"] / found["cost"]["time"] >= other.gain_retained / other.cost["time"] - 1e-9
 
 
+def test_plan_chooses_a_share_of_the_data_too(folder):
+    """With the exponent of its gain: the placement is then the one for that share."""
+    words = (folder / "model", "--blueprint", folder / "blueprint.json", "--device", "cpu", "--length", 64)
+    words = (*words, "--quantization", "none", "--no-checkpointing")
+    answer = json.loads(plan(*words, "--delta", 0.3, "--scoring-cost", 0.1, "--format", "json").stdout)
+    joint = answer["joint"]
+    assert 0 < joint["q"] < 1 and joint["placement"] == answer["placement"]
+    assert joint["gain_per_cost"] >= max(joint["placement_alone"], joint["data_alone"]) > 1
+    text = plan(*words, "--delta", 0.3, "--scoring-cost", 0.1).stdout
+    assert f"{100 * joint['q']:.3g} % of the data" in text and "placement alone" in text
+
+
+def test_plan_maximises_gain_per_cost_on_request(folder):
+    """Without any budget; the constant of time may be one's own."""
+    words = (folder / "model", "--blueprint", folder / "blueprint.json", "--best", "gain_per_cost", "--length", 64)
+    answer = json.loads(plan(*words, "--format", "json").stdout)["placement"]
+    assert answer["selector"] == {"best": "gain_per_cost"} and answer["gain_per_cost"] > 1
+    assert any("time constant of cuda is an estimate" in note for note in answer["notes"])
+    own = json.loads(plan(*words, "--flops-per-byte", 100, "--format", "json").stdout)["placement"]
+    assert not own["notes"] and own["cost"]["time"] != answer["cost"]["time"]
+
+
 def test_freezing_four_fifths_of_7_billion_parameters_saves_67_gigabytes(tmp_path):
     """The paper's section 5: 12 bytes for each frozen parameter, read off the plan."""
     seven = LlamaConfig(architectures=["LlamaForCausalLM"], intermediate_size=11680)  # 32 layers of width 4096
@@ -148,6 +170,7 @@ def test_plan_reads_a_repository_on_the_hub(folder):
         (("--vram", "12GiB", "--budget", "8GiB"), "both limit the memory"),
         (("--vram", "a lot"), "Cannot read 'a lot'"),
         (("--picture", "x.png"), "give one with --blueprint"),
+        (("--scoring-cost", "0.1"), "is of choosing data: give --delta"),
         (("--quantization", "gptq"), "quantization='gptq'"),
         (("--optimizer", "lion"), "optimizer='lion'"),
     ],
