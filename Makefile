@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 IN_VENV := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types environment weights clean
+.PHONY: help demo test test-oldest lint types docs environment weights clean
 
 help: ## print this list
 	@echo "make TARGET, where TARGET is one of"
@@ -26,18 +26,19 @@ demo: environment weights ## measure, place, train, save and reload on SmolLM2-1
 	@$(IN_VENV) recipes/demo.py
 
 # Every check runs even when one before it fails, so that one run shows all there is to mend.
-test: environment weights ## lint, check the types and run all tests
+test: environment weights ## lint, check the types, build the documentation and run all tests
 	@failed=; \
 	$(LINT) || failed="$$failed lint"; \
 	$(ROOMS) || failed="$$failed rooms"; \
 	$(TYPES) || failed="$$failed types"; \
+	$(DOCS) || failed="$$failed docs"; \
 	echo "==> Running the tests (pytest)"; \
 	$(IN_VENV) -m pytest $(PYTEST_SHARES) $(PYTEST_ARGS) || failed="$$failed pytest"; \
 	if [ -n "$$failed" ]; then \
 		echo "==> Not passed:$$failed. What to mend is above, under the name of each."; \
 		exit 1; \
 	fi; \
-	echo "==> The code is clean, the types agree and the tests passed. Next, try: make demo"
+	echo "==> The code is clean, the types agree, the documentation builds and the tests passed. Next, try: make demo"
 
 # Warnings are not errors here: old releases warn about what has changed around them since.
 test-oldest: ## run the tests, but the slow one, on the oldest versions that pyproject.toml allows
@@ -52,6 +53,9 @@ lint: environment ## check style, form and the order of the rooms (ruff, import-
 
 types: environment ## check the types (mypy; the first time takes a minute)
 	@$(TYPES)
+
+docs: environment ## build the documentation into build/site
+	@$(DOCS)
 
 environment: ## make or update the environment .venv and nothing else
 	$(call make_environment,$(VENV),constraints.txt,-e '.[quant$(comma)demo$(comma)plots]' --group dev)
@@ -76,6 +80,8 @@ LINT = { echo "==> Checking style (ruff lint); mend with: $(IN_VENV) -m ruff che
 	$(IN_VENV) -m ruff format --check && [ $$style = 0 ]; }
 ROOMS = { echo "==> Checking the order of the rooms (import-linter)"; $(VENV)/bin/lint-imports --no-cache; }
 TYPES = { echo "==> Checking the types (mypy; the first time takes a minute)"; $(IN_VENV) -m mypy; }
+# Material for MkDocs prints a notice about MkDocs 2 otherwise.
+DOCS = { echo "==> Building the documentation (MkDocs)"; NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict --quiet; }
 
 comma := ,
 PIP_QUIET := --disable-pip-version-check --no-input

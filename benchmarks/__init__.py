@@ -1,1 +1,1 @@
-"""Benchmarks behind RESULTS.md; run one with `python -m benchmarks NAME`."""
+"""Benchmarks behind docs/results; run one with `python -m benchmarks NAME`."""

@@ -15,7 +15,7 @@ from ..errors import BlueprintError, FormatError
 Policy = Literal["warn", "error", "refresh", "coarsen"]
 
 # On SmolLM2-135M two samples of 16 examples of the same data correlate at 0.90 to 0.99 on average, of different data at
-# 0.75 to 0.88; RESULTS.md, "Drift", has the table. The two overlap: near the threshold, probe more examples.
+# 0.75 to 0.88; docs/results/log.md, "Drift", has the table. The two overlap: near the threshold, probe more examples.
 DRIFT_THRESHOLD = 0.85
 
 
@@ -27,15 +27,14 @@ def _option(default: Any, help: str) -> Any:
 class ProbeOptions:
     """How a published blueprint and a probe on local data become the blueprint to place by (Algorithm 1, lines 1 and 2).
 
-    Not frozen, because `BlueprintConfig` inherits the fields. Each field's help is in its metadata. Text for `domain`
-    may hold weights: "math=0.5,code=0.5".
+    Not frozen, because `BlueprintConfig` inherits the fields. Each field's help is in its metadata.
 
     Raises:
         BlueprintError: for an unknown policy, or a value out of range.
 
     Example:
-        >>> ProbeOptions(domain="math=3,code=1").domain
-        {'math': 3.0, 'code': 1.0}
+        >>> ProbeOptions(domain={"math": 0.5, "code": 0.5}).blend_weight
+        0.5
     """
 
     domain: str | Mapping[str, float] | None = _option(
@@ -64,8 +63,6 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         require_types(self, ProbeOptions, BlueprintError)
-        if isinstance(self.domain, str) and "=" in self.domain:
-            self.domain = _parsed(self.domain)
         if self.domain is not None:
             domain_weights(self.domain)
         if self.probe_examples < 0:
@@ -110,7 +107,7 @@ def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None
         ...     read_for_domain(blueprint.save(folder), "bio")["attn.0"].gradient_norm
         1.0
     """
-    if isinstance(domain, str) and not Path(source).is_file():
+    if isinstance(domain, str) and "=" not in domain and not Path(source).is_file():
         try:
             return Blueprint.from_pretrained(source, domain=domain)
         except FormatError:
@@ -119,19 +116,3 @@ def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None
             pass
     blueprint = Blueprint.from_pretrained(source)
     return blueprint if domain is None else blueprint.for_domain(domain)
-
-
-def _parsed(text: str) -> dict[str, float]:
-    """Parse `math=0.5,code=0.5`."""
-    weights: dict[str, float] = {}
-    for item in text.split(","):
-        tag, found, weight = (part.strip() for part in item.partition("="))
-        try:
-            if not found or not tag or tag in weights:
-                raise ValueError
-            weights[tag] = float(weight)
-        except ValueError:
-            raise BlueprintError(
-                f"domain must be a tag, or weights of different tags such as math=0.5,code=0.5, got {text!r}."
-            ) from None
-    return weights

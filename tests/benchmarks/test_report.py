@@ -129,7 +129,7 @@ def test_unrelated_text_is_shown_as_a_rise():
 
 
 def test_the_archive_says_what_the_documents_quote(tmp_path):
-    """RESULTS.md's numbers of the contest in bfloat16 follow from the archived runs."""
+    """The numbers of the contest in bfloat16 follow from the archived runs."""
     study = Study.read(ROOT / "benchmarks" / "studies" / "contest_bf16.yaml")
     store = Store(study, tmp_path / "none.jsonl")
     report = Report(study, store.jobs(), store.step_times())
@@ -139,5 +139,5 @@ def test_the_archive_says_what_the_documents_quote(tmp_path):
     assert str(against["all-linear"]) == "-0.0004 ± 0.0080"
     assert str(against["random, within kind, as shipped"]) == "-0.0182 ± 0.0083"
     assert report.step_time(row) == (pytest.approx(0.78, abs=0.005), True)
-    results = (ROOT / "RESULTS.md").read_text()
+    results = (ROOT / "docs" / "results" / "log.md").read_text()
     assert all(str(one) in results for one in against.values())
