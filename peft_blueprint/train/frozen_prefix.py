@@ -188,8 +188,6 @@ class PrefixCache:
         """Run the decoder: in training with lower layers from the cache, otherwise as it was."""
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        if self._pass is not None and self._pass.is_check:
-            return self._original(*args, **kwargs)
         current = self._begin(given)
         if current is None:
             self.restore()
@@ -227,7 +225,7 @@ class PrefixCache:
         if not (self._decoder.training and torch.is_grad_enabled()):
             return None
         config = self.model.config
-        if any(given.get(name) or (name not in given and getattr(config, name, False)) for name in _OUTPUTS[:2]):
+        if any(given.get(name) or (name not in given and getattr(config, name, False)) for name in _OUTPUTS):
             return None
         changes = self._find_changes()
         if changes is None:

@@ -30,6 +30,7 @@ from peft_blueprint.testing import (
     toy_batches,
 )
 from peft_blueprint.train import CacheFrozenPrefix, cache_frozen_prefix
+from peft_blueprint.train.frozen_prefix import _check_layer_inputs
 from peft_blueprint.train.state_store import StateStore
 from tests import ROOT
 from tests.fused import needs_fused
@@ -315,6 +316,12 @@ def test_models_it_refuses():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(BlueprintError, match="'dynamic'"):
         cache_frozen_prefix(adapted(tiny_llama(LAYERS, rope_scaling=rope)))
+    shared = adapted(tiny_llama(LAYERS))
+    shared.config.num_kv_shared_layers = 2
+    with pytest.raises(BlueprintError, match="shares keys and values between layers"):
+        cache_frozen_prefix(shared)
+    with pytest.raises(BlueprintError, match="take 'per_layer_input' beside hidden states"):
+        _check_layer_inputs({"attention_mask": batch["attention_mask"], "per_layer_input": batch["input_ids"]})
     with pytest.raises(BlueprintError, match="budget must be"):
         cache_frozen_prefix(adapted(tiny_llama(LAYERS)), budget="0.7x")
     model = adapted(tiny_gpt2(LAYERS, **NO_DROPOUT | {"resid_pdrop": 0.1}))
