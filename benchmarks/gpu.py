@@ -4,9 +4,9 @@
 
 Arms: LoRA on all linear layers, the default placement, the upper half, the upper half with its frozen prefix cached, and
 activated LoRA with answer-only steps, plain and with cached prompts. Every arm has the device to itself; a step's time is
-the median over rounds, and its peak memory counts weights. Prints the time constant that fits these times best, and the
-energy of all steps as the meter reads it. Written for `benchmarks/on_gpu.sh`; weights are random, so nothing is
-downloaded, and losses mean nothing.
+the median over rounds (on a CPU of the process's own time), and its peak memory counts weights. Prints the time constant
+that fits these times best, and the energy of all steps as the meter reads it. Written for `benchmarks/on_gpu.sh`; weights
+are random, so nothing is downloaded, and losses mean nothing.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ RANK = 16
 REFERENCE = "all-linear"
 ARMS = (REFERENCE, "default placement", "upper half", "upper half, cached", "answer only", "answer only, cached")
 INVOCATION = (7, 8)  # any two tokens
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 97},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000},
-    "7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000},
+SHAPES = {  # hidden size, feed-forward size, layers, heads, heads with keys and values, tokens
+    "tiny": (64, 96, 4, 4, 2, 97),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "1b": (2048, 8192, 16, 32, 8, 32000),
+    "7b": (4096, 14336, 32, 32, 8, 32000),
 }
 QUICK = {"shape": "tiny", "dtype": "float32", "examples": 2, "length": 24, "rounds": 1}
 
@@ -111,9 +112,14 @@ def main(options: argparse.Namespace) -> None:
 
 def make_model(options: argparse.Namespace, device: str) -> Any:
     """Make a random Llama of the shape on a device; with dtype nf4, quantized unless that is meta."""
-    is_tiny = options.shape == "tiny"
+    hidden, feed_forward, layers, heads, grouped, words = SHAPES[options.shape]
     config = LlamaConfig(
-        num_attention_heads=4 if is_tiny else 32, num_key_value_heads=2 if is_tiny else 8, **SHAPES[options.shape]
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=grouped,
+        vocab_size=words,
     )
     dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
     with torch.device(device):
@@ -134,16 +140,17 @@ def measure_arm(name: str, options: argparse.Namespace) -> tuple[list[float], in
     optimizer = _optimizer(model, options)
     batch = _batch(options)
     seconds = []
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy machine distorts the former
 
     def step() -> None:
         setup.train_step(model, optimizer, batch)  # reads the loss, and so waits for the device
 
     cache = cache_frozen_prefix(model, budget="4GiB") if name.endswith("half, cached") else None
     for i in range(options.rounds + 2):  # the first step checks and fills caches, the second warms up
-        before = time.perf_counter()
+        before = clock()
         step()
         if i > 1:
-            seconds.append(time.perf_counter() - before)
+            seconds.append(clock() - before)
     peak = setup.peak_bytes(step, held)
     if cache is not None:
         cache.close()
@@ -191,9 +198,7 @@ def _prompt(options: argparse.Namespace) -> int:
 def _batch(options: argparse.Namespace) -> dict[str, Tensor]:
     """Make rows of random tokens that differ, each a prompt, the invocation tokens and an answer."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        10, SHAPES[options.shape]["vocab_size"], (options.examples, options.length), generator=generator
-    )
+    ids = torch.randint(10, SHAPES[options.shape][-1], (options.examples, options.length), generator=generator)
     start = _prompt(options)
     ids[:, start : start + len(INVOCATION)] = torch.tensor(INVOCATION)
     labels = ids.clone()
