@@ -13,9 +13,10 @@ from .. import blueprint as records
 from .. import compare as comparing
 from .. import measure
 from .._files import require_writable
+from ..compare import ProbeOptions
 from ..errors import BlueprintError
 from .output import Output, say
-from .verbs import Source, verb
+from .verbs import Only, Source, verb
 
 
 if TYPE_CHECKING:
@@ -38,19 +39,19 @@ def compare(
     second: Source,
     output: Output,
     top: Annotated[int, typer.Option(min=0, help="Entries to show, largest change of rank first; 0 for all.")] = 20,
-) -> None:
     model: Annotated[
         str | None,
         typer.Option(
             help="Expand groups or layers to the submodules of this model, a folder or Hub id; reads its config."
         ),
     ] = None,
+) -> None:
     """Compare two blueprints of one model: norms, and ranks within each kind."""
     a, b = records.Blueprint.from_pretrained(first), records.Blueprint.from_pretrained(second)
-    records.require_same_names(a, b, "compared")
     if model is not None:
         submodules = measure.find_submodules(measure.empty_model(model))
         a, b = a.expand(submodules), b.expand(submodules)
+    records.require_same_names(a, b, "compared")
     ranks_a, ranks_b = a.ranks(), b.ranks()
     rows = [
         {
@@ -72,6 +73,7 @@ def compare(
 def drift(
     local: Source,
     published: Source,
+    probing: Annotated[ProbeOptions, Only("domain")],
     output: Output,
     threshold: Annotated[
         float | None, typer.Option(help="Rank correlation below which the two have drifted apart; 0.85 by default.")
@@ -80,7 +82,7 @@ def drift(
     """Check whether a local blueprint agrees with a published one. Exit status 1 if it does not."""
     found = comparing.check_drift(
         records.Blueprint.from_pretrained(local),
-        records.Blueprint.from_pretrained(published),
+        comparing.read_for_domain(published, probing.domain),
         threshold=comparing.DRIFT_THRESHOLD if threshold is None else threshold,
     )
     result = {

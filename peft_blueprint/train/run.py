@@ -207,7 +207,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     if loss_before is not None and loss_after is not None:
         record = _with_evaluations(record, steps, loss_before, loss_after)
-    record = _charged(_charged(record, initialization, "start"), prepared.probe, "probe")
+    record = charge(charge(record, initialization, "start"), prepared.probe, "probe")
     data = {"train": recipe.train, "held_out": recipe.held_out}
     replace(record, about={**record.about, **data}).save(recipe.output)
     return report
@@ -494,8 +494,21 @@ def _with_evaluations(record: RunRecord, steps: int, before: float, after: float
     return replace(record, metric=HELD_OUT, direction="minimize", points=points)
 
 
-def _charged(record: RunRecord, spent: Spent, name: str) -> RunRecord:
-    """Charge resources spent before training to the run: to its totals and to every point after step 0."""
+def charge(record: RunRecord, spent: Mapping[str, Quantity], name: str) -> RunRecord:
+    """Charge resources spent before training to the run: to its totals and to every point after step 0.
+
+    Args:
+        record: the run's.
+        spent: by resource, as from `Ledger.quantities`; empty for nothing.
+        name: of what they were spent on; the record's `about` has it.
+
+    Example:
+        >>> from peft_blueprint.runs import UNITS, measured
+        >>> minute = {unit: measured(60.0, "clock") for unit in UNITS}
+        >>> record = RunRecord("run", "loss", "minimize", "seconds", minute, (Point(9, {"seconds": 60.0}, {}),))
+        >>> charge(record, minute, "probe").points[0].spent
+        {'seconds': 120.0}
+    """
     if not spent:
         return record
     added = set(RESOURCES) & spent.keys()

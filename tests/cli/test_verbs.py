@@ -18,6 +18,7 @@ from peft_blueprint.blueprint import file_name
 from peft_blueprint.cli import program
 from peft_blueprint.cli.program import FAILURES, app
 from peft_blueprint.cli.verbs import EXAMPLES
+from peft_blueprint.compare import ProbeOptions
 from peft_blueprint.data import SelectionOptions
 from peft_blueprint.errors import BlueprintError, DriftError
 from peft_blueprint.measure import GenerateOptions
@@ -50,6 +51,7 @@ def test_every_verb_has_a_panel_an_example_and_a_format():
     ("verb", "cls", "hidden"),
     [
         ("targets", PlacementOptions, ()),
+        ("targets", ProbeOptions, ()),
         ("select-data", SelectionOptions, ("columns", "submodules")),
         ("generate", GenerateOptions, ("data", "command")),
     ],
@@ -78,9 +80,9 @@ def workshop(tmp_path, monkeypatch, blueprint):
     named = dataclasses.replace(blueprint, model_id="org/model")
     for name in ("blueprint", "one", "other", "local", "math"):
         named.save(tmp_path / f"{name}.json")
+    named.coarsen("group").save(tmp_path / "groups.json")
     named.save(tmp_path / "org" / "model")
     named.save(tmp_path / "org" / "model" / file_name("math"))
-    named.coarsen("group").save(tmp_path / "groups.json")
     for share in (0.5, 0.8, 1.0):
         dataclasses.replace(named, training_checkpoint=share).save(tmp_path / "run" / file_name(None, share))
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 5})
