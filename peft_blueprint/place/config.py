@@ -30,7 +30,7 @@ from ..measure import check_fits, find_submodules, find_weights, is_quantized, u
 from .cost import Workload, workload_of
 from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
-from .planner import plan_placement
+from .planner import plan_placement, refused_by_peft
 from .probe import probe_blueprint
 from .trainer_configs import lora_settings, whole_if_exact
 
@@ -451,6 +451,7 @@ def _check_placement(placement: Placement, model: nn.Module, config: BlueprintCo
             f"{type(unwrap(model)).__name__}, which has {format_names(known)}. Plan a placement for this model."
         )
     forms = {name: weights[name].form if name in weights else "tied to another" for name in placement.lora}
+    forms |= dict.fromkeys(refused_by_peft(model, placement.target_modules), "refused by PEFT")
     unadaptable = {name: form for name, form in forms.items() if form not in (*ADAPTABLE, "head")}
     if unadaptable:
         raise PlacementError(

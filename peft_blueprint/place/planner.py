@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -13,7 +13,7 @@ from .._options import from_keywords
 from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, Submodule
 from ..errors import PlacementError
-from ..measure import check_fits, empty_model, find_submodules, find_weights
+from ..measure import check_fits, empty_model, find_submodules, find_weights, unwrap
 from .cost import CostModel, Structure, Workload, workload_of
 from .options import PlacementOptions, RankBy
 from .placement import Placement
@@ -168,6 +168,9 @@ def _prepare(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Struct
         blueprint = (_without_measurement(model, found) if blueprint is None else blueprint).expand(found)
         check_fits(blueprint, model)
         forms = {weight.name: weight.form for weight in find_weights(model)}  # other writers' files may lack them
+        forms |= dict.fromkeys(
+            refused_by_peft(model, [n for n, form in forms.items() if form == "linear"]), "parameter"
+        )
         blueprint = replace(blueprint, submodules=tuple(replace(e, form=forms[e.name]) for e in blueprint))
     assert blueprint is not None
     if blueprint.level != "submodule":
@@ -187,6 +190,27 @@ def _prepare(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Struct
     if structure is None and all(entry.shape is not None for entry in adaptable):
         structure = Structure.of_blueprint(blueprint)
     return blueprint, structure
+
+
+def refused_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules on which PEFT itself refuses LoRA, such as `out_proj` of a Mamba.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> refused_by_peft(tiny_llama(), ["model.layers.0.mlp.up_proj"])
+        []
+    """
+    from peft import LoraConfig, LoraModel
+
+    def is_refused(name: str) -> bool:
+        try:
+            LoraModel._check_target_module_compatiblity(cast(Any, None), config, base, name.rpartition(".")[2])
+        except ValueError:
+            return True
+        return False
+
+    base, config = unwrap(model), LoraConfig()
+    return [name for name in names if is_refused(name)]
 
 
 def as_module(model: Any) -> nn.Module:
