@@ -13,6 +13,7 @@ from ..errors import MeasurementError
 from ..measure import (
     IGNORED,
     Batch,
+    Checks,
     LossFunction,
     Objective,
     count_examples,
@@ -41,6 +42,7 @@ def model_features(
     size: int = SIZE,
     loss_fn: LossFunction | None = None,
     seed: int = 0,
+    checks: Checks | None = None,
 ) -> tuple[np.ndarray, int]:
     """Compute features of examples in one forward pass without gradients.
 
@@ -56,6 +58,7 @@ def model_features(
         size: projected numbers of each depth.
         loss_fn: `loss_fn(model, batch)` → losses (B,), for an objective other than the model's own.
         seed: of the projection; the same for features that are compared.
+        checks: of an earlier measurement of the model, see `measure_influence`.
 
     Returns:
         Features, (examples, features) float64, beginning with `MODEL_SCALARS`; and the number of positions read, with
@@ -66,7 +69,7 @@ def model_features(
     """
     reader = _Reader(model, depths, size, seed)
     rows = [np.empty((0, len(MODEL_SCALARS) + size * len(reader.modules)))]
-    tokens, objective = 0, Objective(model, loss_fn)
+    tokens, objective = 0, Objective(model, loss_fn, checks)
     with measurement_mode(model), torch.no_grad():
         reader.hook()
         for batch in take_examples(model, batches, loss_fn=loss_fn):

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._processes import of_every_process, process_count, process_rank
 from ..errors import MeasurementError
-from ..measure import IGNORED, PROJECTION_SIZE, Influence, LossFunction, collate, measure_influence
+from ..measure import IGNORED, PROJECTION_SIZE, Checks, Influence, LossFunction, collate, measure_influence
 from .alignment import find_rows, gradient_points
 from .examples import Candidate
 from .features import DEPTHS, MODEL_SCALARS, model_features
@@ -76,6 +76,7 @@ class ExampleScorer:
         seed: of projections and random scores.
         loss_fn: `loss_fn(model, batch)` → losses (B,).
         cost: spent so far.
+        checks: of the model, made on the first batch that is scored.
         layers: score with the model's first layers alone, see `first_layers`; None for the whole model.
     """
 
@@ -86,6 +87,7 @@ class ExampleScorer:
     seed: int
     loss_fn: LossFunction | None
     cost: Cost = field(default_factory=Cost)
+    checks: Checks = field(default_factory=Checks)
     layers: int | None = None
 
     def cut_model(self) -> AbstractContextManager[nn.Module]:
@@ -104,6 +106,7 @@ class ExampleScorer:
                 seed=self.seed,
                 progress=False,
                 reduce=False,
+                checks=self.checks,
             )
         self.cost.measured_tokens += found.tokens
         return found
@@ -112,7 +115,9 @@ class ExampleScorer:
         """Compute features by one forward pass in this process, see `model_features`."""
         batches = self.batches(candidates)
         with self.cut_model() as model:
-            found, tokens = model_features(model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed)
+            found, tokens = model_features(
+                model, batches, depths=depths, loss_fn=self.loss_fn, seed=self.seed, checks=self.checks
+            )
         self.cost.forward_tokens += tokens
         return found
 

@@ -32,6 +32,7 @@ from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
 from .loading import quantization_of as quantization_of
 from .losses import IGNORED as IGNORED
+from .losses import Checks as Checks
 from .losses import LossFunction as LossFunction
 from .losses import Objective as Objective
 from .losses import count_examples as count_examples

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -37,6 +38,31 @@ class UnknownObjective(MeasurementError):
     """Only the model itself can compute its objective; measure its own loss, one example at a time."""
 
 
+@dataclass
+class Checks:
+    """Facts about a model that checks of its first batch show; later measurements of the same model take them over.
+
+    Args:
+        form: the objective's, or None before the first batch.
+        needs_cache: whether the model's loss is another without its cache of keys and values.
+        examples_are_apart: whether examples were compared with the batch under `loss_fn`.
+        refused: by name of every layer that was checked, why it is not measured; None for those that are.
+
+    Example:
+        >>> from peft_blueprint import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> model, checks = tiny_llama(), Checks()
+        >>> parts = [measure_influence(model, [batch], checks=checks, progress=False) for batch in toy_batches()]
+        >>> checks.form
+        'the next token'
+    """
+
+    form: str | None = None
+    needs_cache: bool = False
+    examples_are_apart: bool = False
+    refused: dict[str, str | None] = field(default_factory=dict)
+
+
 class Objective:
     """Losses of single examples: those that the model itself returns, or `loss_fn`'s.
 
@@ -49,6 +75,7 @@ class Objective:
     Args:
         model: with or without adapters.
         loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
+        checks: what is known of the model; completed here.
 
     Example:
         >>> from peft_blueprint.testing import tiny_llama, toy_batches
@@ -59,12 +86,16 @@ class Objective:
         'the next token'
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None):
+    def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None, checks: Checks | None = None):
         self.model = model
         self.loss_fn = loss_fn
-        self.form: str | None = None  # unknown before the first batch
+        self.checks = Checks() if checks is None else checks
         self._expected: float | None = None  # the first example's loss, until it is compared with what is computed
-        self._caches = False  # whether the model's loss is another without its cache of keys and values
+
+    @property
+    def form(self) -> str | None:
+        """The objective, None before the first batch."""
+        return self.checks.form
 
     @property
     def is_own(self) -> bool:
@@ -73,7 +104,7 @@ class Objective:
 
     def use_own(self) -> None:
         """Take the model's own loss, one example at a time."""
-        self.form = _OWN
+        self.checks.form = _OWN
 
     def losses(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return losses (B,) in float32, with their graph, and numbers of target tokens (B,) of a batch.
@@ -112,9 +143,9 @@ class Objective:
             return losses.float(), _count_targets(batch, len(losses))
         self.find(batch)
         if self.is_own and count_examples(batch) == 1:
-            own = _model_loss(self.model, batch, self._caches)
+            own = _model_loss(self.model, batch, self.checks.needs_cache)
             if not self._is_expected(own[0]):
-                self._caches, self._expected = True, None
+                self.checks.needs_cache, self._expected = True, None
                 raise UnknownObjective(f"The pass must be repeated: {_name(self.model)} needs its cache.")
             return own
         known = None
@@ -150,7 +181,7 @@ class Objective:
         first, forms = compared.theirs, compared.agreeing
         for part in parts:
             forms = forms & _compared(self.model, part).agreeing
-        self.form = min(forms) if len(forms) == 1 else _OWN
+        self.checks.form = min(forms) if len(forms) == 1 else _OWN
         if self.is_own and not has_rows:
             known = ", ".join(f"{loss:.5g} ({form})" for form, loss in compared.known.items())
             raise MeasurementError(

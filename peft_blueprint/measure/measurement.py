@@ -29,6 +29,7 @@ from .hooks import disable_dropout, hook_gradients, hook_output, measurement_mod
 from .influence import Influence
 from .losses import (
     NEXT_TOKEN,
+    Checks,
     LossFunction,
     Objective,
     UnknownObjective,
@@ -70,6 +71,7 @@ def measure_influence(
     loss_fn: LossFunction | None = None,
     progress: bool = True,
     reduce: bool = True,
+    checks: Checks | None = None,
     **keywords: Any,
 ) -> Influence:
     """Measure every example's gradient norm in every submodule, in one pass.
@@ -106,6 +108,7 @@ def measure_influence(
         reduce: combine the measurements of several processes. With False each process returns its own, of up to
             `max_examples` examples. Use it to measure on one process while the others do something else, but not with
             a model that is sharded over all of them.
+        checks: from an earlier measurement of this model by the same objective, which is then not checked again.
         **keywords: fields of `MeasureOptions`.
 
     Returns:
@@ -134,7 +137,7 @@ def measure_influence(
         )
     recorder = Recorder(rows, options)
     with processes.share_errors():
-        passes = _Passes(model, recorder, Objective(model, loss_fn), processes, plan.one_at_a_time)
+        passes = _Passes(model, recorder, Objective(model, loss_fn, checks), processes, plan.one_at_a_time)
         share = processes.share(options.max_examples)
         taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
         reshard(model)
@@ -258,8 +261,11 @@ class _Passes:
     objective: Objective
     processes: Processes
     one_at_a_time: bool
-    is_checked: bool = False  # whether examples stand alone by `loss_fn`
-    is_trained_alike: bool = False  # whether the layers that training calls are known
+
+    @property
+    def checks(self) -> Checks:
+        """What is known of the model, before and after this measurement."""
+        return self.objective.checks
 
     def measure(self, batch: Batch) -> Iterator[ExampleStatistics]:
         """Measure a batch in one pass or one example at a time."""
@@ -274,25 +280,27 @@ class _Passes:
             self.one_at_a_time = True
         for example in split_examples(batch):
             loss_fn = self.objective.loss_fn
-            if loss_fn is not None and not self.is_checked and not self.processes.in_lockstep:
+            if loss_fn is not None and not self.checks.examples_are_apart and not self.processes.in_lockstep:
                 check_examples_are_apart(self.model, batch, loss_fn)
-                self.is_checked = True
+                self.checks.examples_are_apart = True
             measured = self._pass(example)
             assert measured is not None
             yield measured
 
     def _refuse_uncalled(self, batch: Batch) -> None:
         """Refuse layers that the model calls in evaluation mode, in which it is measured, but not in training mode."""
-        if self.is_trained_alike or self.processes.in_lockstep:
+        if self.processes.in_lockstep:
             return
-        self.is_trained_alike = True
-        linear = {i: s.name for i, s in enumerate(self.recorder.submodules) if s.form in ("linear", "head")}
-        rows = {i for i, name in linear.items() if "experts." not in name}  # which tokens reach, perhaps at random
-        uncalled = rows - self._calls(batch, rows, training=True)
-        if uncalled:
+        names = {i: s.name for i, s in enumerate(self.recorder.submodules) if s.form in ("linear", "head")}
+        known = self.checks.refused
+        if not known.keys() >= set(names.values()):
+            rows = {i for i, name in names.items() if "experts." not in name}  # which tokens reach, perhaps at random
+            uncalled = rows - self._calls(batch, rows, training=True)
+            if uncalled:
+                uncalled &= self._calls(batch, set(), training=False)
             reason = "training uses its weight without calling it, so an adapter would have no effect"
-            called = self._calls(batch, set(), training=False)
-            self.recorder.refused |= dict.fromkeys(uncalled & called, reason)
+            known |= {name: reason if i in uncalled else None for i, name in names.items()}
+        self.recorder.refused |= {i: why for i, name in names.items() if (why := known[name]) is not None}
 
     def _calls(self, batch: Batch, otherwise: set[int], training: bool) -> set[int]:
         """Return the rows whose layers a pass calls over the start of the first example, or `otherwise` if it fails."""

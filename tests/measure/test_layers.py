@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peft_blueprint import BlueprintConfig, generate_blueprint, measure_influence
 from peft_blueprint.errors import MeasurementError, PlacementError
-from peft_blueprint.measure import find_submodules, find_weights, is_quantized, unwrap
+from peft_blueprint.measure import Checks, find_submodules, find_weights, is_quantized, unwrap
 from peft_blueprint.place import plan_settings
 from peft_blueprint.place.cost import Structure, workload_of
 from peft_blueprint.testing import VOCABULARY, random_model, tiny_llama, toy_batches
@@ -269,6 +269,11 @@ def test_layers_that_training_does_not_call_are_unmeasured_and_found_after_placi
     influence = measure_influence(model, BATCHES, progress=False)
     assert "without calling it" in dict(influence.unmeasured)["model.layers.1.mlp.up"]
     assert "model.layers.1.mlp.down" in [s.name for s in influence.submodules]
+    checks = Checks()
+    measure_influence(model, BATCHES, submodules=["model.layers.0.mlp.up_proj"], checks=checks, progress=False)
+    for _ in range(2):  # the layer is new to the checks the first time, and known the second
+        again = measure_influence(model, BATCHES, checks=checks, progress=False)
+        assert again.unmeasured == influence.unmeasured and "model.layers.1.mlp.up" in checks.refused
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up", "down", "q_proj"]))
     with pytest.raises(PlacementError, match=r"1 of 4 adapters \('model.layers.1.mlp.up'\)"):
         check_adapters(adapted, BATCHES)
