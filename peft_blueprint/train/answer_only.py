@@ -48,8 +48,9 @@ def answer_only(
     batch share, are computed once.
 
     It acts in training mode when labels are given: `model(**batch).loss`, the Trainer of transformers and TRL's
-    SFTTrainer work unchanged. Evaluation, generation and saving are PEFT's, and so is the saved adapter. The first
-    training batch is checked: the loss of its shortest example must be the same with and without splitting.
+    SFTTrainer work unchanged. Evaluation, generation and saving are PEFT's, and so is the saved adapter. Trainers that
+    read logits in place of a loss, as for DPO and GRPO, run as without it. The first training batch is checked: the
+    loss of its shortest example must be the same with and without splitting.
 
     PEFT activates a row's last occurrence of the invocation tokens. Earlier targets (earlier turns of a chat) then get
     the base model's logits: they count in the mean loss, without a gradient. `turns="every"` trains each turn of a chat
@@ -149,7 +150,9 @@ class _PrefixLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        pairs = ((self.keys, key_states), (self.values, value_states))
+        keys, values = (torch.cat([before.to(own.device), own], dim=-2) for before, own in pairs)
+        return keys, values
 
 
 class _AnswerOnly:

@@ -194,6 +194,15 @@ def test_adapters_run_on_answers_alone_and_the_base_keeps_no_graph_of_prompts():
     assert logits.shape == (1, 5, VOCABULARY)
 
 
+def test_rows_may_begin_with_the_invocation_tokens():
+    """Some of a batch, or all."""
+    model = adapted()
+    split = answer_only(copy.deepcopy(model), cache=PromptCache("1MiB"))
+    empty = [example(0, 4, seed=i)[:2] for i in range(2)]
+    for rows in (empty, [*empty, ROWS[0]]):
+        assert_equal(model, split, make_batch(rows))
+
+
 def test_the_last_turn_of_a_chat_is_trained_as_by_peft():
     """Earlier answers count in the mean loss, without gradients; so they do with a given number of items."""
     batch = make_batch([chat[:2] for chat in CHATS])
