@@ -86,7 +86,7 @@ def probe_options(record: ProbeOptions, **changes: Any) -> ProbeOptions:
     return ProbeOptions(**{f.name: getattr(record, f.name) for f in fields(ProbeOptions)} | changes)
 
 
-def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None) -> Blueprint:
+def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None, **kwargs: Any) -> Blueprint:
     """Read a blueprint from a file, a folder or the Hub, for one domain or a mixture of several.
 
     A domain with a file of its own, as `publish(domain=…)` writes it beside others, is read from there. Otherwise, and for
@@ -95,6 +95,7 @@ def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None
     Args:
         source: see `Blueprint.from_pretrained`.
         domain: see `ProbeOptions`; None for the main blueprint as it is.
+        **kwargs: of `Blueprint.from_pretrained`: `revision`, `checkpoint`, `token`, ….
 
     Raises:
         BlueprintError: as `Blueprint.from_pretrained`, and `MismatchError` for a domain without a file or tag.
@@ -109,10 +110,10 @@ def read_for_domain(source: str | Path, domain: str | Mapping[str, float] | None
     """
     if isinstance(domain, str) and "=" not in domain and not Path(source).is_file():
         try:
-            return Blueprint.from_pretrained(source, domain=domain)
+            return Blueprint.from_pretrained(source, domain=domain, **kwargs)
         except FormatError:
             raise
         except BlueprintError:  # no such file, or the name cannot be one: it may be a tag
             pass
-    blueprint = Blueprint.from_pretrained(source)
+    blueprint = Blueprint.from_pretrained(source, **kwargs)
     return blueprint if domain is None else blueprint.for_domain(domain)

@@ -7,6 +7,7 @@ import pytest
 from peft_blueprint import Blueprint, BlueprintError, Submodule
 from peft_blueprint.compare import ProbeOptions, read_for_domain
 from peft_blueprint.errors import FormatError, MismatchError
+from tests.hub.loopback import LoopbackHub
 
 
 PUBLISHED = Blueprint("org/m", (Submodule("attn.0", 2.0, domain_tags={"law": 1.0, "bio": 0.25}),), level="group")
@@ -50,3 +51,15 @@ def test_a_domain_is_read_from_its_own_file_or_from_the_tags(tmp_path):
     (tmp_path / "blueprint-bio.json").write_text("{")
     with pytest.raises(FormatError, match=r"blueprint-bio\.json"):
         norm("bio")
+
+
+def test_a_domain_is_read_from_a_repository_too(tmp_path, plain_client):
+    """A file of its own where the repository has one, and otherwise the tag, which takes a second request."""
+    PUBLISHED.save(tmp_path / "blueprint.json")
+    replace(PUBLISHED, submodules=(Submodule("attn.0", 7.0),)).save(tmp_path / "blueprint-law.json")
+    with LoopbackHub({"org/m": tmp_path}) as hub:
+        there = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+        for domain, norm in (("law", 7.0), ("bio", 0.5), ("law=1,bio=1", 1.25)):
+            assert read_for_domain("org/m", domain, **there).submodules[0].gradient_norm == norm
+        with pytest.raises(MismatchError, match="no domain tag 'code'"):
+            read_for_domain("org/m", "code", **there)
