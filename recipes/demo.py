@@ -19,8 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft_blueprint import Blueprint, Placement, generate_blueprint
+
+
+# isort: split
 import torch
-from peft import get_peft_model
+from peft import get_peft_model  # after peft_blueprint, which silences a warning of bitsandbytes on CPUs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,7 +32,6 @@ from transformers import TrainingArguments, get_scheduler
 
 import smollm2
 import stdlib_docs
-from peft_blueprint import Blueprint, Placement, generate_blueprint
 from peft_blueprint.data import read_examples
 from peft_blueprint.measure import collate, encode, get_pad_token_id, load_model, make_batches
 from peft_blueprint.publish import plot_blueprint, save_page, save_plot
@@ -45,8 +48,9 @@ CALIBRATION_EXAMPLES = 32
 
 # Run without this package: compute the held-out loss as the report does.
 RELOAD = """
-import json, sys
+import json, logging, sys
 sys.modules["peft_blueprint"] = None  # importing it would now fail
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # on CPUs it warns of a kernel that only 4-bit inference needs
 import torch
 from peft import AutoPeftModelForCausalLM
 

@@ -16,12 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft_blueprint.runs import Ledger
+
+
+# isort: split
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # after peft_blueprint, which silences a warning of bitsandbytes on CPUs
 
 from peft_blueprint.measure import get_pad_token_id
-from peft_blueprint.runs import Ledger
 from peft_blueprint.train import (
     CheckpointAbove,
     Recipe,

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,33 @@ print(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.BLUEPRINT].__name__)
     assert run(script) == "BlueprintConfig"
 
 
+def blocks(file, start, end):
+    """The parts of a file between two marks."""
+    return re.findall(f"{start}\n(.*?){end}", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
+
+
+# bitsandbytes, which PEFT imports in every process, warns of a missing kernel on CPUs with AVX512-BF16.
+QUICK_START, *_ = blocks("README.md", "```python", "```")
+PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+WITHOUT_THE_PACKAGE, *_ = blocks("recipes/demo.py", 'RELOAD = """', "\n\n")
+RECIPES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "recipes").glob("*.py")}
+
+
+@pytest.mark.parametrize("file", ["README.md", *PAGES, *RECIPES])
+def test_peft_is_imported_after_the_filter_of_its_warning(file):
+    """In every recipe, and in each block of the documentation that imports both."""
+    for code in [RECIPES[file]] if file in RECIPES else blocks(file, "```python", "```"):
+        order = re.findall(r"^(?:from|import) (peft_blueprint|peft|trl)\b", code, re.MULTILINE)
+        assert not {"peft", "trl"} & set(order) or order[0] == "peft_blueprint"
+
+
+@pytest.mark.parametrize("code", [QUICK_START.partition("name =")[0], WITHOUT_THE_PACKAGE], ids=["README", "demo"])
+def test_imports_say_nothing_of_kernels(code):
+    """In the quick start, and in the demo's process without this package."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "kernels" not in done.stderr, done.stderr
+
+
 def test_the_public_face():
     """About a dozen classes and a dozen verbs, each with a docstring; no other name."""
     names = peft_blueprint.__all__
@@ -110,6 +138,7 @@ LIGHT = {
     ("publish/loaded_tensors.py", "transformers"),  # a module that transformers 4 lacks
     ("data/tables.py", "datasets"),
     ("data/tables.py", "pyarrow"),
+    ("place/planner.py", "peft"),  # takes 3 s, and only a model is compared with its refusals
     ("runs/ledger.py", "torch"),  # only for GPUs, optimizers and counted FLOPs
     ("runs/meters.py", "torch"),
 }
