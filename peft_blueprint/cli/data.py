@@ -30,6 +30,8 @@ _TRIED = 100  # examples written for a trial before any is scored; one of a stre
     "Data",
     examples=[
         "peft-blueprint select-data org/model --data train.jsonl --fraction 0.3 --out chosen.jsonl",
+        "peft-blueprint select-data org/model --data train.jsonl --fraction q_star --method norm --epochs 3 "
+        "--out chosen.jsonl",
         "peft-blueprint select-data org/model --data train.jsonl --count 4 --method bm25 --target few.jsonl "
         "--out chosen.jsonl",
         "peft-blueprint select-data org/model --data train.jsonl --unit token --fraction 0.5 --method head_norm "
@@ -134,7 +136,9 @@ def select_data(
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": wanted,
-        "placement": None if blueprint is None else _placement(blueprint, placement_fraction, probing),
+        "placement": None
+        if blueprint is None
+        else _placement(scorer or model, blueprint, placement_fraction, probing),
         "progress": output.progress,
     }
     if is_filtered:
@@ -256,8 +260,10 @@ def _require_distinct(written: Mapping[str, Any], read: Mapping[str, str | None]
         seen[path.resolve()] = f"{flag} {path}"
 
 
-def _placement(blueprint: str, fraction: float | None, probing: ProbeOptions) -> Any:
-    return place.plan_placement(comparing.read_for_domain(blueprint, probing.domain), fraction=fraction)
+def _placement(model: str, blueprint: str, fraction: float | None, probing: ProbeOptions) -> Any:
+    record = comparing.read_for_domain(blueprint, probing.domain)
+    config = None if record.level == "submodule" else measure.empty_model(model)  # to expand groups or layers
+    return place.plan_placement(record, config, fraction=fraction)
 
 
 def _rows(report: Mapping[str, Any], scores: Sequence[float] = ()) -> list[dict[str, Any]]:
@@ -270,6 +276,12 @@ def _rows(report: Mapping[str, Any], scores: Sequence[float] = ()) -> list[dict[
         low, high = found["interval"]
         said = f"{found['rank_correlation']:.2f} [{low:.2f}, {high:.2f}], {found['name']}"
         rows.append({"what": "held-out rank correlation", "value": said})
+    if "q_star" in report:
+        best = report["q_star"]
+        rows.append({"what": "q*", "value": f"{100 * best['q']:.3g} %, with {100 * best['gain']:.3g} % of the scores"})
+        rows.append({"what": "gain per cost over all of the data, unscored", "value": best["ratio"]})
+        rows.append({"what": "exponent of the data, delta", "value": best["delta"]})
+        rows.append({"what": "cost of scoring over training, an example", "value": best["scoring_cost"]})
     rows.append({"what": "seconds", "value": report["cost"]["seconds"]})
     if report["cost"]["flops"]:
         rows.append({"what": "FLOPs", "value": float(report["cost"]["flops"])})

@@ -22,6 +22,8 @@ from .scoring import ExampleScorer as ExampleScorer
 from .select import Selection as Selection
 from .select import select_examples as select_examples
 from .shallow import first_layers as first_layers
+from .share import DataShare as DataShare
+from .share import best_data_share as best_data_share
 from .tables import continue_table as continue_table
 from .tables import read_table as read_table
 from .tables import require_columns as require_columns

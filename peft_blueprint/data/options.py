@@ -17,6 +17,7 @@ Similarity = Literal["cosine", "dot"]
 FeatureKind = Literal["model", "tokens"]
 
 ITERATIVE = "iterative"
+Q_STAR = "q_star"
 DEFAULT_METHOD = "random"  # no method was found to win at the same total cost
 SCORE_COLUMNS = ("selection_score", "selection_index")
 MIN_MEASURED = 16  # the fewest examples that a predictor can learn from
@@ -24,6 +25,7 @@ MAX_FACILITY_POINTS = 50_000  # facility location compares every pair
 
 _MINIMA = {
     "small": 1,
+    "epochs": 1,
     "iterations": 1,
     "train_steps": 1,
     "batch_size": 1,
@@ -66,6 +68,11 @@ class Method:
         return self.coreset is not None or self.measure == "bm25"
 
     @property
+    def adds_up(self) -> bool:
+        """Whether scores are gains that add up over examples, the highest of which are kept, as q* needs."""
+        return self.measure in ("norm", "alignment", "loss") and self.sign > 0
+
+    @property
     def scores_tokens(self) -> bool:
         """Whether it can score single target tokens."""
         return not self.needs_all and self.measure != "length"
@@ -106,8 +113,15 @@ class SelectionOptions:
         15
     """
 
-    fraction: float | None = _option(None, "Share of the examples to keep, in (0, 1]; not for a stream.")
+    fraction: float | Literal["q_star"] | None = _option(
+        None,
+        "Share of the examples to keep, in (0, 1]; or q_star, the share with the most summed score per cost of scoring and "
+        "training (eq. 31). Not for a stream.",
+    )
     count: int | None = _option(None, "Number of examples to keep, instead of a fraction.")
+    epochs: int = _option(
+        1, "Epochs of the training on what is kept, whose cost q_star weighs against that of scoring."
+    )
     method: str = _option(DEFAULT_METHOD, f"How to score examples: {', '.join(METHODS)} or {ITERATIVE}.")
     columns: Mapping[str, str] | None = _option(
         None, "The data's own names of the columns prompt, completion, messages or text."
@@ -143,11 +157,12 @@ class SelectionOptions:
         for name in ("count", "scorer_layers"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_integer(name, getattr(self, name), 1))
-        if self.fraction is not None:
-            is_number = isinstance(self.fraction, Real) and not isinstance(self.fraction, bool)
-            if not is_number or not 0 < self.fraction <= 1:
-                raise BlueprintError(f"fraction must be a number in (0, 1], got {self.fraction!r}.")
-            object.__setattr__(self, "fraction", float(self.fraction))
+        if self.fraction is not None and self.fraction != Q_STAR:
+            share: Any = self.fraction
+            is_number = isinstance(share, Real) and not isinstance(share, bool)
+            if not is_number or not 0 < share <= 1:
+                raise BlueprintError(f"fraction must be a number in (0, 1] or 'q_star', got {share!r}.")
+            object.__setattr__(self, "fraction", float(share))
         require_choice("method", self.method, [*METHODS, ITERATIVE])
         require_choice("features", self.features, get_args(FeatureKind))
         require_choice("similarity", self.similarity, get_args(Similarity))
@@ -162,7 +177,7 @@ class SelectionOptions:
         return METHODS[self.method]
 
     def resolve_count(self, length: int | None) -> int:
-        """Return the number of examples to choose; a fraction is rounded down, to at least one.
+        """Return the number of examples to choose, at most; a fraction is rounded down, to at least one.
 
         Args:
             length: of the data; None for a stream.
@@ -176,6 +191,8 @@ class SelectionOptions:
             return self.count
         if length is None:
             raise BlueprintError("A stream has no known length to take a fraction of. Give count=… instead.")
+        if isinstance(self.fraction, str):
+            return length
         assert self.fraction is not None
         return max(1, int(self.fraction * length + 1e-9))
 

@@ -25,11 +25,21 @@ from .alignment import Target, alignment_scores, make_target
 from .brief_training import Train, restore_afterwards, temporary_adapters, train_briefly
 from .examples import Candidate, Example, Pool
 from .features import MODEL_SCALARS, TOKEN_SCALARS, token_features
-from .options import ITERATIVE, MAX_FACILITY_POINTS, MIN_MEASURED, SCORE_COLUMNS, Method, SelectionOptions
+from .options import (
+    ITERATIVE,
+    MAX_FACILITY_POINTS,
+    METHODS,
+    MIN_MEASURED,
+    Q_STAR,
+    SCORE_COLUMNS,
+    Method,
+    SelectionOptions,
+)
 from .resume import Progress, extend_digest
 from .scan import Choice, Scan, Scores
 from .scoring import ExampleScorer, ScoreFunction, count_targets, random_scores
 from .shallow import first_layers
+from .share import DataShare, best_data_share
 from .text_similarity import bm25
 
 
@@ -51,7 +61,7 @@ class Selection:
         settings: other options that mattered.
         report: `examples`, `usable`, `without_targets`, `duplicates`, `chosen`; `cost`, see `scoring.Cost`, summed over
             processes, with `share_of_measuring_all`: its FLOPs over those of measuring every example; and for predicted
-            scores `predictor`, with its held-out rank correlation.
+            scores `predictor`, with its held-out rank correlation; with `fraction="q_star"` the `DataShare` found.
         fallbacks: deviations from the request, in words.
         all_scores: (examples,) of all examples, NaN where there is none; None for a stream or coreset.
         rows: the chosen examples of a stream; None for data that can be read again.
@@ -202,7 +212,7 @@ def select_examples(
     )
     scorer = scan.scorer
     before = scorer.cost.seconds
-    scores, rows = None, None
+    scores, rows, share = None, None, None
     if pool.is_stream:
         choice, examples = scan.choose_from_stream(build_score(scan, method, targets), method.sign, count)
         rows = tuple(examples)
@@ -211,6 +221,9 @@ def select_examples(
     else:
         by_words = method.measure == "bm25"
         scores = _score_by_words(scan, targets) if by_words else scan.score_all(build_score(scan, method, targets))
+        if options.fraction == Q_STAR:
+            share = _best_share(scan, scores, model)
+            count = share.count
         choice = scan.choose(scores, method, count)
     all_scores = None
     if scores is not None and scores.values.ndim == 1:  # not a coreset's points
@@ -227,7 +240,9 @@ def select_examples(
         scores=tuple(by_index.values()),
         method=options.method,
         settings=settings,
-        report=report_of(scan) | {"duplicates": choice.duplicates, "chosen": len(choice.indices)},
+        report=report_of(scan)
+        | {"duplicates": choice.duplicates, "chosen": len(choice.indices)}
+        | ({} if share is None else {"q_star": share.to_dict()}),
         fallbacks=tuple(scan.fallbacks),
         all_scores=all_scores,
         rows=rows,
@@ -335,6 +350,17 @@ def _measure_target(scan: Scan, targets: Sequence[Candidate]) -> Target:
     )
 
 
+def _best_share(scan: Scan, scores: Scores, model: nn.Module | None) -> DataShare:
+    """Find q* from the scores, and from what they cost over a training pass of the whole model."""
+    assert model is not None  # which every method takes that q_star goes with
+    forward, backward = parameters_per_token(model, scan.scorer.submodules)
+    training = 2 * (forward + backward) * scan.progress.notes["tokens"]
+    share = best_data_share(scores.values, scan.scorer.total_cost().flops / training, scan.options.epochs)
+    for text in share.notes():
+        scan.note(text)
+    return share
+
+
 def _choose_iteratively(
     scan: Scan, method: Method, targets: Sequence[Candidate], count: int, train: Train | None
 ) -> tuple[Scores, Choice]:
@@ -400,6 +426,12 @@ def check_request(
     name = f"method={options.method!r}"
     if method.measure == "head_norm" and unit != "token":
         raise BlueprintError(f"{name} is of single tokens. Give filter_stream(…, unit='token'), or method='norm'.")
+    if options.fraction == Q_STAR and not (method.adds_up and options.method != ITERATIVE):
+        able = ", ".join(known for known, of in METHODS.items() if of.adds_up)
+        raise BlueprintError(
+            f"fraction='q_star' needs scores that add up and cost something: method {able}; got {name}. Give one of "
+            "them, or a number."
+        )
     if method.uses_target and target is None:
         raise BlueprintError(f"{name} needs a target. Give target=…, a few dozen examples of the kind wanted.")
     if method.uses_target and isinstance(target, Sized) and not len(target):
@@ -484,6 +516,7 @@ def _settings(
     used = ["count", "fraction", "deduplicate", "batch_size", "max_length", "seed"]
     used += ["small", "features"] if method.is_predicted else []
     used += ["similarity", "precondition"] if method.measure == "alignment" else []
+    used += ["epochs"] if options.fraction == Q_STAR else []
     used += ["iterations"] if options.method == ITERATIVE else []
     used += ["scorer_layers"] if method.uses_model else []
     settings = {name: getattr(options, name) for name in used if getattr(options, name) is not None}
