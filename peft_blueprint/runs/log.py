@@ -122,6 +122,7 @@ class RunLog:
         self.points: list[Point] = []
         self.losses: list[Point] = []
         self._totals: dict[str, Quantity] = {}
+        self._of_which = dict(self.seconds)  # at the last `settle`, the longest of all processes
         self._warned: set[str] = set()
         self._next_save = 0.0
         self._dicts: dict[int, tuple[Point, dict[str, Any]]] = {}  # the point is kept so that its id is not reused
@@ -196,7 +197,8 @@ class RunLog:
         own: dict[str, Quantity] | None = None
         with self.guarded("totals"):
             own = self.ledger.quantities()
-        parts = of_every_process(own)
+        parts, seconds = zip(*of_every_process((own, dict(self.seconds))), strict=True)
+        self._of_which = {part: max(of_one[part] for of_one in seconds) for part in self.seconds}
         if None not in parts:
             self._totals = across_processes(parts)
         return self._totals
@@ -244,7 +246,7 @@ class RunLog:
         self.settle()
         if self.points and self.points[-1].step == step:
             found = {**self.points.pop().metrics, **found}
-        self.points.append(Point(step, self.spent(), found, learning_rate, dict(self.seconds)))
+        self.points.append(Point(step, self.spent(), found, learning_rate, self._of_which))
         value = given.get(self.metric)
         decision = None
         if self.stop is not None and value is not None and step > 0:

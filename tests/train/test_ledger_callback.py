@@ -422,6 +422,7 @@ def test_trl_keeps_its_own_averages(tmp_path):
     assert "mean_token_accuracy" in names[0]
     assert callback.log.totals()["tokens"].value == 4 * STEP and callback.log.totals()["flops"].how == "measured"
     assert set(logged(trainer)) == {1, 2, 3, 4} and len(callback.log.points) == 2
+    assert set(logged(trainer, "blueprint/")) == {2, 4} and list(tmp_path.rglob("blueprint-50.json"))
 
 
 def test_a_loop_of_ones_own_has_the_same_books(tmp_path):

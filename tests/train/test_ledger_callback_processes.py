@@ -3,18 +3,21 @@
 They run once, as two gloo processes that `torchrun` starts with this very file as their script.
 """
 
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from peft_blueprint import Blueprint, generate_blueprint
 from peft_blueprint.runs.ledger import Ledger
 from peft_blueprint.runs.log import RunLog
 from peft_blueprint.runs.quantity import UNITS, modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
-from tests.accounts import LENGTH, At, end, logged, train
+from peft_blueprint.train import BlueprintCallback
+from tests.accounts import LENGTH, At, end, logged, lora, make_trainer, rows, train
 from tests.processes import error_of, gloo_process, in_two_processes
 
 
@@ -49,6 +52,15 @@ def scenario_resumed(rank, path):
     train(path / "parts", None, At(4, end), arguments=saving, stop=rule(), resource="tokens")
     checkpoint = str(path / "parts" / "checkpoint-4")
     return outcome(*train(path / "parts", arguments=saving, resume=checkpoint, stop=rule(), resource="tokens"))
+
+
+def scenario_blueprints(rank, path):
+    """DDP, measured on seven of nine validation examples; the weights stay as they are."""
+    trainer = make_trainer(path / "measured", eval_dataset=rows(9), max_steps=2, learning_rate=0.0)
+    callback = BlueprintCallback(trainer, max_examples=7, milestones=[1.0])
+    trainer.add_callback(callback)
+    trainer.train()
+    return error_of(callback.checkpoints)
 
 
 def scenario_loop(rank, path):
@@ -96,6 +108,20 @@ def found(tmp_path_factory):
     in_two_processes(__file__, folder)
     both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     return {name.removeprefix("scenario_"): [of[name] for of in both] for name in SCENARIOS} | {"folder": folder}
+
+
+def test_all_processes_measure_one_blueprint(found):
+    """Each has full batches of its own examples; the first one writes what one process alone would measure."""
+    first, second = found["blueprints"]
+    assert first == "none" and "Call checkpoints() in the first process" in second
+    measured = Blueprint.from_pretrained(found["folder"] / "measured" / "blueprint-100.json")
+    assert measured.provenance["processes"] == 2 and measured.submodules[0].examples == 6
+    chosen = sorted(random.Random(0).sample(range(9), 7))[:6]
+    examples = [{key: value.tolist() for key, value in rows(9)[i].items()} for i in chosen]
+    alone = generate_blueprint(lora(), examples, progress=False)
+    assert [entry.gradient_norm for entry in measured] == pytest.approx(
+        [entry.gradient_norm for entry in alone], rel=1e-4
+    )
 
 
 def test_all_processes_stop_at_the_same_step(found):
