@@ -26,29 +26,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FilterUnit = Literal["example", "token"]
-_DROPPED_BITS = 14  # of a score's 32: the bins are 0.2 % wide
-_BINS = 2 ** (32 - _DROPPED_BITS)
+_DROPPED_BITS = 11  # of a score's 32: the bins are 0.02 % wide
 
 
 class RunningTop:
     """Count the values of a stream in bins, and tell which are among the highest share of all so far.
 
-    Bins are ranges of numbers in single precision, about 0.2 % wide, so that memory is 2 MB whatever the number of values.
+    Bins are ranges of numbers in single precision, about 0.02 % wide. Memory is 16 bytes for each bin in use, of which a
+    factor of two between values takes 4096: for any number of values at most 32 MB, and seldom more than 1 MB.
 
     Args:
-        counts: (2¹⁸,) int64 of an earlier run.
+        bins: (n,) int64 in ascending order, of an earlier run.
+        counts: (n,) int64, of these.
     """
 
-    def __init__(self, counts: np.ndarray | None = None):
-        self.counts = np.zeros(_BINS, dtype=np.int64) if counts is None else counts.copy()
+    def __init__(self, bins: Sequence[int] | np.ndarray = (), counts: Sequence[int] | np.ndarray = ()):
+        self.bins = np.array(bins, dtype=np.int64)
+        self.counts = np.array(counts, dtype=np.int64)
 
     def keep(self, values: np.ndarray, share: float) -> np.ndarray:
         """Count values, and return which are in the highest `share` of all counted, or in its lowest bin. (n,) → (n,)"""
-        bins = _bin_of(values)
-        np.add.at(self.counts, bins, 1)
-        above = np.cumsum(self.counts[::-1])
-        lowest = _BINS - 1 - int(np.searchsorted(above, max(1, round(share * int(above[-1])))))
-        return bins >= lowest
+        found = _bin_of(values)
+        bins, places = np.unique(np.concatenate([self.bins, found]), return_inverse=True)
+        weights = np.concatenate([self.counts, np.ones(len(found), dtype=np.int64)])
+        counts = np.zeros(len(bins), dtype=np.int64)
+        np.add.at(counts, places, weights)
+        self.bins, self.counts = bins, counts
+        if not len(found):
+            return np.zeros(0, dtype=bool)
+        above = np.cumsum(counts[::-1])
+        lowest = bins[::-1][np.searchsorted(above, max(1, round(share * int(above[-1]))))]
+        return np.asarray(found >= lowest)
 
 
 class FilteredStream:
@@ -80,10 +88,10 @@ class FilteredStream:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over the rows kept: examples as they came; or, of tokens, `input_ids` and `labels` with others masked."""
         progress, notes = self._scan.progress, self._scan.progress.notes
-        top = RunningTop(progress.arrays.get("counts"))
+        top = RunningTop(progress.arrays.get("bins", ()), progress.arrays.get("counts", ()))
 
         def keep() -> None:
-            progress.arrays["counts"] = top.counts
+            progress.arrays |= {"bins": top.bins, "counts": top.counts}
 
         for candidates, values in self._scan.run(self._score, keep):
             is_seen = np.ones(len(values), dtype=bool) if values.ndim == 1 else _targets(candidates, values.shape[1])
@@ -179,9 +187,10 @@ def filter_stream(
 
     Example:
         >>> from peft_blueprint.testing import tiny_llama
-        >>> stream = ({"input_ids": [5 + i, 6, 7, 8], "labels": [5 + i, 6, 7, 8]} for i in range(20))
+        >>> rows = [[5 + i, 6 + 3 * i, 7 + 2 * i, 90 - i] for i in range(20)]
+        >>> stream = ({"input_ids": row, "labels": row} for row in rows)
         >>> kept = filter_stream(tiny_llama(), stream, unit="token", fraction=0.5, method="head_norm", progress=False)
-        >>> sum(label != -100 for row in kept for label in row["labels"][1:])
+        >>> sum(label != -100 for row in kept for label in row["labels"])
         30
     """
     started = time.perf_counter()

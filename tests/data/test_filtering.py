@@ -114,7 +114,7 @@ def test_the_tokens_kept_are_those_that_autograd_ranks_highest(method):
                 scores[i, position] = norms.get(position, losses[position - 1]) * (-1 if "low" in method else 1)
     stream = filtered(iter(ROWS), using, unit="token", fraction=0.3, method=method)
     kept = kept_targets(ROWS, stream)
-    assert len(kept ^ highest(scores, 0.3)) <= 2  # a bin is 0.2 % wide
+    assert len(kept ^ highest(scores, 0.3)) <= 2  # a bin is 0.02 % wide
     assert stream.report["kept"] == len(kept) and stream.report["units"] == len(scores)
     assert stream.report["share"] == pytest.approx(0.3, abs=0.02)
 
@@ -173,7 +173,7 @@ def test_memory_stays_constant_on_a_long_stream():
     """Of rows that are dropped nothing is held, and the share is met."""
 
     def rows():
-        for i in range(4000):
+        for i in range(2000):
             ids = [1 + (i * 7 + j) % 90 for j in range(40)]
             yield {"input_ids": ids, "labels": ids}
 
@@ -186,7 +186,7 @@ def test_memory_stays_constant_on_a_long_stream():
         count += 1
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert 0.27 < count / 4000 < 0.33 and held < 1e6
+    assert 0.26 < count / 2000 < 0.34 and held < 1e6
 
 
 @pytest.mark.parametrize("unit", ["example", "token"])
@@ -225,12 +225,13 @@ def test_the_highest_share_of_a_stream_is_kept_for_any_numbers():
     """Positive and negative, of any size; the share of all converges however they are chunked."""
     values = np.random.default_rng(0).normal(size=5000) * np.logspace(-3, 3, 5000)
     whole = RunningTop().keep(values, 0.2)
-    assert 1000 <= whole.sum() <= 1010 and values[whole].min() >= np.sort(values)[-1000] * (1 - 2**-8)
+    assert 1000 <= whole.sum() <= 1003 and values[whole].min() >= np.sort(values)[-1000] * (1 - 2**-11)
     top, shuffled = RunningTop(), np.random.default_rng(1).permutation(values)
     kept = np.concatenate([top.keep(part, 0.2) for part in np.array_split(shuffled, 80)])
     assert kept.mean() == pytest.approx(0.2, abs=0.02)
-    resumed = RunningTop(top.counts)
+    resumed = RunningTop(top.bins, top.counts)
     assert resumed.keep(np.array([-1e9, 1e9]), 0.2).tolist() == [False, True] and top.counts.sum() == 5000
+    assert resumed.keep(np.zeros(0), 0.2).tolist() == []
 
 
 def test_blocks_hold_every_token_once():
