@@ -154,24 +154,34 @@ def _print_costs(name: str, options: argparse.Namespace) -> None:
     steps = {arm: steps_of(arm, options, invocation, batches) for arm in options.arms}
     seconds = setup.seconds_per_round(steps, options.rounds, cpu_time=True)
     del steps
-    peaks = {}
-    if not options.no_memory:
-        found = setup.peaks_in_own_processes(options, [f"{arm}|{name}" for arm in options.arms])
-        peaks = {key.partition("|")[0]: value for key, value in found.items()}
     used = rows[: options.examples * (options.rounds + 1)]
     print(f"\n{name}: {options.examples} examples a step of at most {options.longest} tokens, prompt share ", end="")
     print(f"{prompt_share(used):.0%}, {options.rounds} rounds, {options.dtype}, one thread of a CPU\n")
-    columns = ["arm", "CPU s a step", "time / all-linear (smallest to largest)", "peak above weights, MiB", "ratio"]
-    setup.print_table(columns, [_row(arm, seconds, peaks) for arm in options.arms])
-
-
-def _row(arm: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[str]:
-    ratio = setup.ratios(seconds, arm, REFERENCE if REFERENCE in seconds else arm)
-    spread = f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
-    memory = (
-        [f"{peaks[arm] / 2**20:.0f}", f"{peaks[arm] / peaks[REFERENCE]:.2f}"] if REFERENCE in peaks else ["–", "–"]
+    columns = ["arm", "CPU s a step", "time / all-linear (smallest to largest)"]
+    setup.print_table(
+        columns, [[arm, f"{statistics.median(seconds[arm]):.2f}", _spread(arm, seconds)] for arm in seconds]
     )
-    return [arm, f"{statistics.median(seconds[arm]):.2f}", spread, *memory]
+    if options.no_memory:
+        return
+    peaks = setup.peaks_in_own_processes(options, [f"{arm}|{name}" for arm in options.arms])
+    reference = peaks.get(f"{REFERENCE}|{name}")
+    print()
+    setup.print_table(
+        ["arm", "peak of a step above what was held before, MiB", "ratio"],
+        [
+            [
+                arm,
+                f"{peaks[f'{arm}|{name}'] / 2**20:.0f}",
+                f"{peaks[f'{arm}|{name}'] / reference:.2f}" if reference else "–",
+            ]
+            for arm in options.arms
+        ],
+    )
+
+
+def _spread(arm: str, seconds: dict[str, list[float]]) -> str:
+    ratio = setup.ratios(seconds, arm, REFERENCE if REFERENCE in seconds else arm)
+    return f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
 
 
 def _peak_of(options: argparse.Namespace) -> int:
@@ -189,7 +199,7 @@ def _print_curve(options: argparse.Namespace) -> None:
     wide = argparse.Namespace(**{**vars(options), "longest": 10**6})
     rows, invocation, pad = _data(name, wide)
     text = [token for row in rows for token in row["input_ids"] if token not in invocation]
-    arms = [arm for arm in options.arms if arm in (REFERENCE, *ARMS[3:])]
+    arms = [REFERENCE, *(arm for arm in options.arms if arm in ARMS[3:])]
     print(f"\nText of {name} cut by share: {options.examples} x {options.length} tokens\n")
     lines = []
     for share in options.shares:
@@ -204,12 +214,13 @@ def _print_curve(options: argparse.Namespace) -> None:
         batches = _batches(cut, options, pad)
         steps = {arm: steps_of(arm, options, invocation, batches) for arm in arms}
         seconds = setup.seconds_per_round(steps, options.rounds, cpu_time=True)
-        spread = [setup.ratios(seconds, arm, REFERENCE) for arm in arms[1:]]
-        lines.append(
-            [f"{share} %", f"{statistics.median(seconds[REFERENCE]):.2f}"]
-            + [f"{statistics.median(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in spread]
-        )
-    setup.print_table(["prompt share", "all-linear, CPU s", *(f"{arm} / all-linear" for arm in arms[1:])], lines)
+        row = [
+            f"{share} %",
+            f"{statistics.median(seconds[arms[0]]):.2f}",
+            *(_spread(arm, seconds) for arm in arms[1:]),
+        ]
+        lines.append(row)
+    setup.print_table(["prompt share", f"{arms[0]}, CPU s", *(f"{arm} / {arms[0]}" for arm in arms[1:])], lines)
 
 
 # ---- losses
