@@ -142,8 +142,10 @@ def assert_equal(model, other, batch, other_batch=None, **keywords):
         assert (own[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("padding", ["right", "left"])
+PADDED_LEFT = ("llama", "gpt2", "gemma2", "positions by mask", "alibi")  # each finds positions in another way
+
+
+@pytest.mark.parametrize(("name", "padding"), [*((n, "right") for n in MODELS), *((n, "left") for n in PADDED_LEFT)])
 def test_gradients_are_those_of_activated_lora(name, padding):
     """For ragged rows with prompts of 1 to 20 tokens, in chunks; sliding windows are shorter than prompts."""
     model = adapted(MODELS[name]())
@@ -151,8 +153,7 @@ def test_gradients_are_those_of_activated_lora(name, padding):
     assert_equal(model, split, make_batch(ROWS, padding))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "reentrant"), [("llama", False), ("llama", True), ("gpt2", False)])
 def test_with_gradient_checkpointing(name, reentrant):
     """Layers are repeated in the backward pass with the same prompt; twice, so that nothing stays from the first step."""
     model = adapted(MODELS[name]())
