@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_blueprint.data import filter_stream
 from peft_blueprint.data.options import METHODS
 from tests.choosing import choose, make_rows, model
 from tests.processes import error_of, gloo_process, in_two_processes
@@ -36,11 +37,19 @@ def scenario(rank, path):
     whole = fully_shard(model())
     return {
         **{method: choose(POOL, **shared(method)) for method in SHARED},
+        "filtered": {unit: filtered(unit) for unit in ("example", "token")},
         "stream": choose(iter(POOL), **shared("norm"), keep_state=path / "state"),
         "sharded": choose(POOL[:37], whole, count=6, method="norm"),
         "other data": error_of(lambda: choose(POOL[rank:], count=6, method="norm")),
         "failing": error_of(lambda: choose(POOL, count=6, method="norm", loss_fn=lambda m, b: failing(m, b, rank))),
     }
+
+
+def filtered(unit):
+    """Rows that are kept, and the report's counts."""
+    method = "head_norm" if unit == "token" else "norm"
+    found = filter_stream(model(), iter(POOL), unit=unit, fraction=0.4, method=method, batch_size=4, progress=False)
+    return list(found), {key: found.report[key] for key in ("units", "kept", "rows", "tokens")}
 
 
 def failing(inner, batch, rank):
@@ -65,6 +74,16 @@ def test_two_processes_choose_what_one_does(found, method):
     assert one.indices == other.indices == alone.indices and one.scores == other.scores
     assert one.scores == pytest.approx(alone.scores, rel=1e-3, abs=1e-4)
     assert one.report["cost"]["flops"] == other.report["cost"]["flops"]
+
+
+@pytest.mark.parametrize("unit", ["example", "token"])
+def test_two_processes_filter_as_one_does(found, unit):
+    """Each scores its share of a chunk, and both yield all rows that are kept. The chunks of two are twice as long."""
+    (rows, report), other = (of_process["filtered"][unit] for of_process in found)
+    assert (rows, report) == other and report["rows"] == len(rows)
+    alone, counts = filtered(unit)
+    assert report["units"] == counts["units"] and abs(report["kept"] - counts["kept"]) <= 0.1 * counts["units"]
+    assert sum(row in alone for row in rows) >= 0.5 * len(rows)
 
 
 def test_two_processes_share_streams_and_sharded_models(found):
