@@ -62,7 +62,6 @@ PROMPT = "Question: {question}\nContext: {context}\nAnswer (yes, no or maybe):"
 SLACK = 4  # tokens for the answer and the end of the text
 BATCH_SIZE = 8  # examples of a measurement and of an evaluation
 BY_GRADIENT = ("predicted_norm", "norm", "norm_low")  # methods of data selection
-RATE = 1e-3  # suits LoRA of rank 16 on every linear layer
 SCORE = "test_accuracy"
 RESOURCE = "flops"  # to judge by: other work on a shared machine does not change it
 
@@ -140,6 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, default=256, help="tokens of an example; longer contexts are cut")
     add("--steps", type=int, default=24, help="most optimizer steps")
     add("--batch-size", type=int, default=4, help="examples of a step")
+    add("--learning-rate", type=float, default=3e-4, help="of all-linear LoRA of rank 16; scaled for the placement")
     add("--checks", type=int, default=6, help="evaluations of the stopping rule during training")
     add("--dtype", default="float32", help="of the weights; bfloat16 is slow on most CPUs")
     add("--watts", type=float, help="power of the device, where there is no energy meter")
@@ -281,7 +281,7 @@ def train(
     arguments = TrainingArguments(
         str(options.output / name),
         max_steps=options.steps,
-        learning_rate=RATE * scale,
+        learning_rate=options.learning_rate * scale,
         lr_scheduler_type="constant_with_warmup",  # a decaying rate would hide when it no longer pays
         warmup_steps=max(1, options.steps // 10),
         weight_decay=0.0,

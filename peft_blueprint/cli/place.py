@@ -76,7 +76,8 @@ def targets(
         raise PlacementError("--blend-weight, --drift-policy and the like need local examples: give --probe.")
     if out is not None:
         require_writable(out if out.is_dir() else out.parent)
-    blueprint, loaded = comparing.read_for_domain(source, probing.domain), None
+    blueprint = comparing.read_for_domain(source, probing.domain)
+    loaded: nn.Module | None = None
     if probe is not None:
         loaded, tokenizer = measure.load_model(model or blueprint.model_id, dtype, NF4 if load_in_4bit else None)
         examples = reading.read_examples(probe, parse_pairs(columns), limit=probing.probe_examples)
