@@ -24,6 +24,9 @@ def checkpoint_above(model: nn.Module, **options: Any) -> int:
     pass, and with it the second forward pass of every block, then runs to the bottom wherever the adapters are. Only
     reentrant checkpointing needs that. With `use_reentrant=False`, set here, losses and gradients are the same without.
 
+    Activated LoRA keeps the hooks, because PEFT hands its offsets to a block's second pass only if the block's input
+    takes a gradient.
+
     Call it after `get_peft_model`. Turning checkpointing on again restores the hooks, which is what `Trainer.train`
     does: with a Trainer, use `CheckpointAbove`.
 
@@ -51,6 +54,9 @@ def checkpoint_above(model: nn.Module, **options: Any) -> int:
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5 on
     of_layers = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
     (enable or model.gradient_checkpointing_enable)({**options, "use_reentrant": False}, **of_layers)  # type: ignore[operator]
+    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
+        model.enable_input_require_grads()  # type: ignore[operator]
+        return 0
     return release_inputs(model)
 
 
