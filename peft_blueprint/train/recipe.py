@@ -128,7 +128,9 @@ class Recipe(ProbeOptions):
     )
     carbon: str | float | None = _key(None, "Grams of CO2e per kWh, or a country's three-letter code.")
     base_learning_rate: float | None = _key(
-        None, "Learning rate that suits LoRA on every linear layer; the placement's is predicted from it."
+        None,
+        "Learning rate that suits LoRA on every linear layer; the placement's is predicted from it, by Adam's gain where the "
+        "blueprint has it, otherwise by the summed ranks.",
     )
     share_base: bool = _key(False, "Release the originals of unfrozen blocks, see share_base.")
     dtype: str = _key(

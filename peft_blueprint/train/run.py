@@ -53,10 +53,12 @@ from ..place import (
     BlueprintConfig,
     Budget,
     CostModel,
+    LearningRate,
     Placement,
     PlacementOptions,
     Structure,
     Workload,
+    learning_rate_for,
     plan_placement,
     probe_blueprint,
 )
@@ -124,6 +126,8 @@ class Report:
         output: folder of the adapter.
         learning_rate: peak learning rate.
         learning_rate_scale: predicted learning rate relative to all-linear LoRA's; None if unknown.
+        learning_rate_rule: how the rate was predicted from `base_learning_rate`, "adam_gain" or "ranks", see
+            `learning_rate_for`; None if it was given.
         predicted_time: predicted step time relative to all-linear LoRA's; None if unknown.
         predicted_bytes: predicted peak memory of a step, without the process and the CUDA context; None if unknown.
         gain_retained: predicted share of all-linear LoRA's gain; None if unknown.
@@ -147,6 +151,7 @@ class Report:
     predicted_bytes: int | None
     gain_retained: float | None
     lowest: int | None
+    learning_rate_rule: str | None = None
 
 
 def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
@@ -249,6 +254,9 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
     blueprint, drift, spent = _measure(recipe, model, batches, published, progress)
     blueprint = blueprint if plan is None else published
     placement, predicted = plan or _plan(recipe, blueprint, model, workload)
+    rate = _learning_rate(recipe, placement)
+    if rate is not None:
+        predicted = {**predicted, "learning_rate_scale": rate.scale, "learning_rate_rule": rate.rule}
     return Prepared(
         model=model,
         tokenizer=tokenizer,
@@ -257,7 +265,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         config=_adapter_config(recipe, placement, blueprint, workload),
         placement=placement,
         predicted=predicted,
-        learning_rate=_learning_rate(recipe, predicted["learning_rate_scale"]),
+        learning_rate=None if rate is None else rate.value,
         drift=drift,
         probe=spent,
     )
@@ -474,15 +482,15 @@ def _workload(
     return Workload(**{**derived, **recipe.workload})
 
 
-def _learning_rate(recipe: Recipe, scale: float | None) -> float | None:
-    if recipe.base_learning_rate is None:
+def _learning_rate(recipe: Recipe, placement: Placement | None) -> LearningRate | None:
+    """Scale `base_learning_rate` by Adam's gain where the blueprint has it, otherwise by the summed ranks."""
+    base = recipe.base_learning_rate
+    if base is None:
         return None
-    if scale is None:
-        raise BlueprintError(
-            f"base_learning_rate: {recipe.base_learning_rate} cannot be scaled to this placement, because the blueprint "
-            "lacks adam_gain. Measure one with peft-blueprint generate, or give training: learning_rate."
-        )
-    return recipe.base_learning_rate * scale
+    if placement is None:
+        return LearningRate(base, 1.0, "ranks")
+    is_measured = placement.learning_rate_scale is not None
+    return learning_rate_for(placement, base=base, rank=recipe.rank, rule="adam_gain" if is_measured else "ranks")
 
 
 def _with_evaluations(record: RunRecord, steps: int, before: float, after: float) -> RunRecord:

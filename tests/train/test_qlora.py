@@ -94,6 +94,21 @@ def test_checkpointing_stops_below_the_lowest_adapter_and_changes_no_gradient():
     assert release_inputs(model) == 0
 
 
+def test_checkpointing_of_activated_lora_keeps_its_inputs():
+    """PEFT's offsets reach the second pass of every block: equal losses and gradients, twice."""
+    [batch] = toy_batches(2, batch_size=2, padding="none", prompt=5)
+    batch["input_ids"][:, 3:5] = torch.tensor([7, 8])
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8])
+    model = randomize_adapters(get_peft_model(tiny_llama(), config)).train()
+    loss, gradients = loss_and_gradients(model, batch)
+    assert checkpoint_above(model) == 0
+    for _ in range(2):
+        again, checkpointed = loss_and_gradients(model, batch)
+        assert again == pytest.approx(loss)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(checkpointed[name], gradient)
+
+
 def test_a_trainer_that_checkpoints_stops_below_the_lowest_adapter(tmp_path):
     """Without the callback the Trainer sends every backward pass to the bottom; with it the losses are the same."""
     losses = {}
@@ -185,13 +200,14 @@ def test_blocks_are_unfrozen_in_a_four_bit_model_and_share_the_base(folder, tmp_
     assert len(saved["modules_to_save"]) == report.unfrozen
 
 
-def test_a_learning_rate_that_cannot_be_predicted_is_refused(folder, tmp_path):
-    """An even placement has no predicted gain; nothing is written."""
+def test_without_adams_gain_the_rate_follows_from_the_ranks(folder, tmp_path):
+    """An even placement has no predicted gain: the summed ranks name the rate."""
     pytest.importorskip("bitsandbytes")
-    changes = {"held_out": None, "placement": {"rank_by": "even"}, "probe_examples": 0}
-    with pytest.raises(BlueprintError, match="lacks adam_gain"):
-        run_recipe(Recipe.from_yaml(recipe(folder, tmp_path, **changes)), progress=False)
-    assert not (tmp_path / "out").exists()
+    placement = {"rank_by": "even", "num_modules": 7, "ranks": "uniform", "memory": None}
+    changes = {"held_out": None, "placement": placement, "probe_examples": 0, "start_examples": 0}
+    report = run_recipe(Recipe.from_yaml(recipe(folder, tmp_path, **changes)), progress=False)
+    assert report.learning_rate == pytest.approx(2e-3) and report.learning_rate_scale == pytest.approx(2)
+    assert report.learning_rate_rule == "ranks"
 
 
 def test_a_placement_may_do_without_any_measurement(folder, tmp_path):
