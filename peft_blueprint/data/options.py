@@ -161,7 +161,9 @@ class SelectionOptions:
             share: Any = self.fraction
             is_number = isinstance(share, Real) and not isinstance(share, bool)
             if not is_number or not 0 < share <= 1:
-                raise BlueprintError(f"fraction must be a number in (0, 1] or 'q_star', got {share!r}.")
+                raise BlueprintError(
+                    f"fraction must be a number in (0, 1], got {share!r}; or 'q_star', the share with the most gain per cost."
+                )
             object.__setattr__(self, "fraction", float(share))
         require_choice("method", self.method, [*METHODS, ITERATIVE])
         require_choice("features", self.features, get_args(FeatureKind))

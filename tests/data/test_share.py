@@ -100,5 +100,5 @@ def test_what_has_no_q_star_is_refused(options, message, rows):
         choose(rows, fraction="q_star", **options)
     with pytest.raises(BlueprintError, match="no known length"):
         choose(iter(rows), fraction="q_star", method="norm")
-    with pytest.raises(BlueprintError, match=r"fraction must be a number in \(0, 1\] or 'q_star', got 'half'"):
+    with pytest.raises(BlueprintError, match=r"fraction must be a number in \(0, 1\], got 'half'; or 'q_star'"):
         SelectionOptions(fraction="half")

@@ -8,12 +8,13 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 from peft_blueprint import BlueprintConfig, plan_placement
+from peft_blueprint._options import from_mapping
 from peft_blueprint.cli import app
 from peft_blueprint.compare import ProbeOptions
-from peft_blueprint.errors import PlacementError
+from peft_blueprint.errors import BlueprintError, PlacementError
 from peft_blueprint.place import PlacementOptions, Workload
 from peft_blueprint.train import run
-from peft_blueprint.train.recipe import Recipe
+from peft_blueprint.train.recipe import Recipe, RecipePlacement
 from tests.planning import BLUEPRINT, LLAMA
 
 
@@ -70,6 +71,16 @@ def test_planner_config_command_line_and_recipe_choose_the_same_placement(option
         assert other.ranks == on_model.ranks
     ranks = [on_model.ranks.get(name, on_model.rank or 16) for name in on_model.lora]
     assert config.r == max(ranks, default=on_model.rank or 16)
+
+
+def test_a_recipe_takes_k_star_and_the_best():
+    """As YAML has them: a word in place of a number is checked as in Python."""
+    found = from_mapping(RecipePlacement, {"fraction": "k_star"}, "recipe.yaml", BlueprintError)
+    assert found.fraction == "k_star" and found.selector == {"fraction": "k_star"}
+    assert from_mapping(RecipePlacement, {"best": "gain_per_cost", "memory": "1GiB"}, "f").best == "gain_per_cost"
+    for wrong in ("0.2", "kstar"):
+        with pytest.raises(BlueprintError, match="recipe.yaml: fraction must be"):
+            from_mapping(RecipePlacement, {"fraction": wrong}, "recipe.yaml", BlueprintError)
 
 
 @pytest.mark.parametrize(
