@@ -230,6 +230,18 @@ def _compare_with_validation(options: argparse.Namespace) -> None:
             row.append(f"{statistics.median(found):.1%} ({min(found):.1%} to {max(found):.1%})")
         table.append(row)
     setup.print_table(["arm", "CPU s", "of the validation", "of forward + backward"], table)
+    each, fixed = [], []
+    whole, part, forward = (
+        seconds[name] for name in ("blueprint of all", "blueprint of a tenth", "validation (forward)")
+    )
+    for all_of_it, a_tenth, evaluated in zip(whole, part, forward, strict=True):
+        of_one = (all_of_it - a_tenth) / (options.held_out - tenth)
+        each.append(of_one / (evaluated / options.held_out))
+        fixed.append(a_tenth - tenth * of_one)
+    print(
+        f"\nA blueprint costs {statistics.median(fixed):.2f} CPU s ({min(fixed):.2f} to {max(fixed):.2f}), and each example "
+        f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f}) evaluations of it."
+    )
 
 
 def _each(call: Callable[[], Any], calls: int) -> float:

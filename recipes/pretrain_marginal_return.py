@@ -173,7 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--schedule", default="constant_with_warmup", help="transformers' name, such as cosine")
     parser.add_argument(
-        "--worth", type=float, default=0.03, help="share of the loss that 10 %% of the budget must buy"
+        "--worth", type=float, default=0.04, help="share of the loss that 10 %% of the budget must buy"
     )
     parser.add_argument("--stop-in-decay", action="store_true", help="stop while the learning rate falls as well")
     parser.add_argument("--resource", choices=RESOURCES, default="seconds", help="of ΔΓ")
