@@ -150,6 +150,31 @@ def test_the_interval_narrows_with_the_entries_errors():
     assert drift == check_drift(random_blueprint(0, 20, error), random_blueprint(1, 20, error), draws=100)
 
 
+@pytest.mark.parametrize(("rho", "error"), [(0.0, 0.1), (0.99, 0.02)])
+def test_the_interval_is_as_wide_as_repeated_measurements_spread(rho, error):
+    """An error that the norms carry already does not count twice, where they agree and where they do not."""
+    generator = np.random.default_rng(3)
+    truth = 1 + generator.multivariate_normal([0, 0], [[0.01, rho / 100], [rho / 100, 0.01]], size=(4, 30))
+    found, widths = [], []
+    for i in range(150):
+        sides = truth + error * generator.standard_normal(truth.shape)
+        both = [
+            Blueprint(
+                "m",
+                tuple(
+                    Submodule(f"{k}.{j}", x, kind=str(k), norm_interval=(max(0, x - Z * error), x + Z * error))
+                    for k, norms in enumerate(sides[..., side])
+                    for j, x in enumerate(norms)
+                ),
+            )
+            for side in (0, 1)
+        ]
+        drift = check_drift(*both, draws=300 if i < 12 else 2, seed=i)
+        found.append(drift.correlation)
+        widths += [(drift.interval[1] - drift.interval[0]) / 2 / Z] if i < 12 else []
+    assert 0.92 < np.mean(widths) / np.std(found) < 1.27
+
+
 def test_an_error_of_zero_is_known_and_not_missing():
     """A submodule that no gradient reaches is sure of its zero; the others' intervals still count."""
     certain = blueprint_of(0.001, q_proj=[0, *UP], up_proj=[0, *UP])
