@@ -386,10 +386,10 @@ def answer_positions(batch: Mapping[str, Any]) -> Tensor | None:
 
 def count_examples(batch: Mapping[str, Any]) -> int:
     """Return the number of examples of a batch: rows of its labels, its tokens or its first tensor."""
-    for key in ("labels", "input_ids"):
-        if isinstance(batch.get(key), Tensor):
-            return len(batch[key])
-    rows = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    named = [batch[key] for key in ("labels", "input_ids") if isinstance(batch.get(key), Tensor)]
+    rows = [len(value) for value in (*named, *batch.values()) if isinstance(value, Tensor) and value.dim()]
+    if 0 in rows[:1]:
+        raise MeasurementError(f"A batch has no example: its first tensor has no rows, got {sorted(map(str, batch))}.")
     if not rows:
         raise MeasurementError(
             f"A batch needs a tensor with a row for each example, got {sorted(map(str, batch)) or 'nothing'}. Give "

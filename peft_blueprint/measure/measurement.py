@@ -46,6 +46,7 @@ from .submodules import (
     Weight,
     find_submodules,
     find_weights,
+    require_model,
     select_submodules,
     structure_digest,
     unwrap,
@@ -126,6 +127,7 @@ def measure_influence(
         torch.Size([28, 8])
     """
     options = from_keywords(MeasureOptions, options, keywords, MeasurementError)
+    require_model(model)
     model = without_ddp(model)
     processes = Processes(model, reduce)
     weights = {weight.name: weight for weight in find_weights(model)}
@@ -161,6 +163,12 @@ def measure_influence(
         raise MeasurementError(
             f"The gradient of {format_names(broken)} is infinite or NaN for some example. Look for NaN in the weights "
             "or the data; with float16 weights, load the model in bfloat16 or float32 instead."
+        )
+    wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if wrong:
+        raise MeasurementError(
+            f"The loss of examples {wrong[:5]} of {len(losses)} is infinite or NaN. Look at their labels, and for NaN in the "
+            "weights or the data."
         )
     known = weights.keys() if submodules is not None else {row.name for row in rows}
     return Influence(

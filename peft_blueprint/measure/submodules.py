@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .._text import format_names, shape_str
 from ..blueprint import ADAPTABLE, Form, Submodule
-from ..errors import MismatchError
+from ..errors import BlueprintError, MismatchError
 from .bnb_cpu import undo_cpu_repack
 from .options import Include
 
@@ -74,6 +74,16 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule)))
 
 
+def require_model(model: Any) -> None:
+    """Raise BlueprintError unless this is a torch module."""
+    if not isinstance(model, nn.Module):
+        shown = repr(model) if isinstance(model, str) else type(model).__name__
+        raise BlueprintError(
+            f"model must be a torch.nn.Module, got {shown}. Load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained(…)."
+        )
+
+
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield every linear module with its name in the unwrapped model, without adapters' own matrices.
 
@@ -117,6 +127,7 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
 
     A `weight` has the name of its module. Other parameters, and fused experts, have their own.
     """
+    require_model(model)
     base = cast(Any, unwrap(model))
     linear = {id(module) for _, module in linear_modules(model)}
     heads = {id(part) for part in _heads(base)}

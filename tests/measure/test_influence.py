@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_blueprint import Influence, measure_influence
-from peft_blueprint.errors import MeasurementError, MismatchError
+from peft_blueprint.errors import BlueprintError, MeasurementError, MismatchError
 from peft_blueprint.measure.submodules import dequantized_weight, linear_modules
 from peft_blueprint.testing import quantize, tiny_bert, tiny_gpt2, tiny_llama, toy_batches
 
@@ -261,6 +261,24 @@ def test_nan_weights_are_an_error_that_names_the_submodule():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(MeasurementError, match="is infinite or NaN"):
         measure_influence(model, toy_batches(), progress=False)
+
+
+LABELS = toy_batches(2)[0]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (tiny_llama(), {"labels": LABELS[..., None]}, r"The loss of examples \[0, 1\] of 2 is infinite or NaN"),
+        (tiny_llama(), {key: value[:0] for key, value in toy_batches(2)[0].items()}, "A batch has no example"),
+        (None, {}, "model must be a torch.nn.Module, got NoneType"),
+        ("org/model", {}, "model must be a torch.nn.Module, got 'org/model'. Load it first"),
+    ],
+)
+def test_a_measurement_of_nothing_is_refused(model, changes, message):
+    """Labels of another form, batches without rows, and names in place of models."""
+    with pytest.raises(BlueprintError, match=message):
+        measure_influence(model, [toy_batches(2)[0] | changes], progress=False)
 
 
 def test_max_examples_stops_within_a_batch():
