@@ -20,7 +20,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,26 +201,25 @@ def _print_curve(options: argparse.Namespace) -> None:
     text = [token for row in rows for token in row["input_ids"] if token not in invocation]
     arms = [REFERENCE, *(arm for arm in options.arms if arm in ARMS[3:])]
     print(f"\nText of {name} cut by share: {options.examples} x {options.length} tokens\n")
-    lines = []
-    for share in options.shares:
-        drawn = random.Random(share)
-        cut: list[Row] = []
-        for _ in range(options.examples * (options.rounds + 1)):
-            start = drawn.randrange(len(text) - options.length)
-            ids = text[start : start + options.length]
-            prompt = max(len(invocation) + 1, round(share / 100 * options.length))
-            ids[prompt - len(invocation) : prompt] = invocation
-            cut.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-        batches = _batches(cut, options, pad)
-        steps = {arm: steps_of(arm, options, invocation, batches) for arm in arms}
-        seconds = setup.seconds_per_round(steps, options.rounds, cpu_time=True)
-        row = [
-            f"{share} %",
-            f"{statistics.median(seconds[arms[0]]):.2f}",
-            *(_spread(arm, seconds) for arm in arms[1:]),
-        ]
-        lines.append(row)
-    setup.print_table(["prompt share", f"{arms[0]}, CPU s", *(f"{arm} / {arms[0]}" for arm in arms[1:])], lines)
+
+    def rows_of_the_table() -> Iterator[list[str]]:
+        for share in options.shares:
+            drawn = random.Random(share)
+            cut: list[Row] = []
+            for _ in range(options.examples * (options.rounds + 1)):
+                start = drawn.randrange(len(text) - options.length)
+                ids = text[start : start + options.length]
+                prompt = max(len(invocation) + 1, round(share / 100 * options.length))
+                ids[prompt - len(invocation) : prompt] = invocation
+                cut.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+            batches = _batches(cut, options, pad)
+            steps = {arm: steps_of(arm, options, invocation, batches) for arm in arms}
+            seconds = setup.seconds_per_round(steps, options.rounds, cpu_time=True)
+            spread = (_spread(arm, seconds) for arm in arms[1:])
+            yield [f"{share} %", f"{statistics.median(seconds[arms[0]]):.2f}", *spread]
+
+    columns = ["prompt share", f"{arms[0]}, CPU s", *(f"{arm} / {arms[0]}" for arm in arms[1:])]
+    setup.print_table(columns, rows_of_the_table())
 
 
 # ---- losses
