@@ -9,7 +9,19 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        *("budget", "config", "coverage", "gains", "hardware", "joint", "options", "planner", "ranks", "scores", "solver"),
+        *(
+            "budget",
+            "config",
+            "coverage",
+            "gains",
+            "hardware",
+            "joint",
+            "options",
+            "planner",
+            "ranks",
+            "scores",
+            "solver",
+        ),
         *("learning_rate", "trainer_configs", "variants", "cost.model", "cost.structure", "cost.workload"),
     ],
 )
