@@ -1,6 +1,6 @@
 """Where can choosing data win? A pool ten times the budget, of five domains, a fifth of the answers wrong.
 
-    python -m benchmarks mixture --data FOLDER [--seeds 0 1 2 3 4] [--arms ARM ...] [--print]
+    python -m benchmarks mixture --data FOLDER [--seeds 0 1 2 3 4] [--arms ARM ...] [--print | --tokens]
 
 The models are small and trained from scratch here, once, on other examples of the same domains: a large one of 1.3 M
 parameters and a small one of 0.1 M. The domains are sums, sorted letters and look-ups (synthetic), and continued text of
@@ -11,7 +11,8 @@ Scorers are the large model itself, its first layer ("cut") and the small model.
 among the right ones; "clean domain", random among the right ones of the target's domain. These two read labels that a user
 does not have. All arms of a seed share data, order and rate, so that differences are paired; the rate is the better of
 3e-4 and 1e-3 for random on a seed of its own.
-Results are appended to --out and not computed again.
+Results are appended to --out and not computed again. --tokens trains nothing: it measures the gradient of each target
+token of 60 examples alone, and prints how well cheap scores rank them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_blueprint import measure_influence
-from peft_blueprint.data import alignment_scores, first_layers, make_target, select_examples
+from peft_blueprint.compare import spearman
+from peft_blueprint.data import (
+    HEAD_SCALARS,
+    alignment_scores,
+    first_layers,
+    head_features,
+    make_target,
+    select_examples,
+)
 from peft_blueprint.measure import IGNORED, Influence, Row, make_batches
 
 from . import setup
@@ -57,6 +66,7 @@ WRONG = 0.2
 PASSES, BATCH, RATE, WARM_UP = 3, 16, 3e-4, 3
 BASE_STEPS, BASE_BATCH, BASE_RATE = 500, 32, 2e-3
 KEPT_LAYERS = 1
+TOKEN_EXAMPLES = 60
 PROMPT, COMPLETION = 24, 40  # characters of real text
 BY_SCORE = ("predicted_norm", "norm", "norm, small", "norm, cut", "loss", "loss_low")
 FOR_TARGET = ("alignment", "alignment, small", "alignment, cut", "bm25", "clean domain")
@@ -73,6 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=RATE, help="of training on the chosen examples")
     parser.add_argument("--out", type=Path, default=setup.RESULTS / "mixture.jsonl")
     parser.add_argument("--print", action="store_true", dest="prints", help="run nothing")
+    parser.add_argument("--tokens", action="store_true", help="rank single tokens instead")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -80,6 +91,9 @@ def main(options: argparse.Namespace) -> None:
     if options.quick:
         options.out = setup.CACHE / "quick" / "mixture.jsonl"
         options.out.unlink(missing_ok=True)
+    if options.tokens:
+        rank_tokens(Contest(options), options.seeds)
+        return
     records = setup.Records(options.out)
     if not options.prints:
         contest = Contest(options)
@@ -306,6 +320,45 @@ def evaluate(model: LlamaForCausalLM, rows: Sequence[Row]) -> tuple[float, float
     return loss / targets, exact / len(rows)
 
 
+def rank_tokens(contest: Contest, seeds: Sequence[int]) -> None:
+    """Print rank correlations of cheap scores of tokens with their exact gradient norms, over seeds."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    names = {"loss": "loss", "norm in the head's weight": "log head gradient", "entropy": "entropy"}
+    for seed in seeds:
+        rows = [one.row for one in contest.draw(seed).pool[:TOKEN_EXAMPLES]]
+        places = [(i, p) for i, row in enumerate(rows) for p, label in enumerate(row["labels"]) if label != IGNORED]
+        alone = []
+        for i, p in places:
+            ids = rows[i]["input_ids"][: p + 1]
+            alone.append({"input_ids": ids, "labels": [IGNORED] * p + ids[p:]})
+        batches = make_batches(alone, 32, 0)
+        norms = measure_influence(contest.large, batches, projection_size=0, progress=False).example_norms.numpy()
+        [features], _ = head_features(contest.large, make_batches(rows, len(rows), 0), size=0)
+        scores = {name: features[:, :, HEAD_SCALARS.index(key)] for name, key in names.items()}
+        by_layers = {}
+        with first_layers(contest.large, KEPT_LAYERS):
+            by_layers["norm, by the first layer alone"] = measure_influence(
+                contest.large, batches, projection_size=0, progress=False
+            ).example_norms.numpy()
+        by_layers |= {name: np.array([values[place] for place in places]) for name, values in scores.items()}
+        half = len(norms) // 2
+        highest = set(np.argsort(-norms)[:half].tolist())
+        for name, values in by_layers.items():
+            shared = len(highest & set(np.argsort(-values)[:half].tolist())) / half
+            found.setdefault(name, []).append((float(spearman(values, norms)), shared))
+    setup.print_table(
+        ["score of a token", "rank correlation with its gradient norm", "of the half of largest norm, kept"],
+        [
+            [
+                name,
+                setup.mean_and_error([a for a, _ in both], ".3f"),
+                setup.mean_and_error([b for _, b in both], ".3f"),
+            ]
+            for name, both in found.items()
+        ],
+    )
+
+
 def report(records: Sequence[dict[str, Any]], target: str) -> None:
     """Print one target's table: losses less random's, paired by seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -314,7 +367,7 @@ def report(records: Sequence[dict[str, Any]], target: str) -> None:
             found.setdefault(record["arm"], {})[record["seed"]] = record
     random_arm = found.get("random", {})
     print(f"\nTarget: {target}\n")
-    columns = ["arm", "seeds", "right answers", "of the target's domain", "loss less random's", "accuracy"]
+    columns = ["arm", "seeds", "right answers", "of the target's domain", "loss less random's"]
     setup.print_table(
         [*columns, "mean loss of all domains less random's", "scoring, CPU s"],
         (
@@ -343,7 +396,6 @@ def _line(name: str, arm: dict[int, dict[str, Any]], other: dict[int, dict[str, 
         mean(lambda one: one["right"]) if is_trained else "–",
         mean(lambda one: one["domains"][target]) if is_trained else "–",
         less_random(lambda one: one[f"loss {target}"]),
-        mean(lambda one: one[f"accuracy {target}"]),
         less_random(lambda one: statistics.mean(one[f"loss {domain}"] for domain in DOMAINS)),
         f"{statistics.mean(one['score_seconds'] for one in arm.values()):.1f}" if is_trained else "–",
     ]

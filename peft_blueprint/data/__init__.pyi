@@ -30,3 +30,5 @@ from .tables import require_columns as require_columns
 from .tables import require_format as require_format
 from .tables import require_storable as require_storable
 from .tables import write_table as write_table
+from .tokens import HEAD_SCALARS as HEAD_SCALARS
+from .tokens import head_features as head_features
