@@ -58,8 +58,9 @@ class BlueprintCallback(TrainerCallback):
     top share, gamma and k* go to the Trainer's own `log`, and so to every integration in `report_to`. An error in a
     measurement is a warning and never ends the run.
 
-    Measuring an example costs 2 to 2.7 forward passes of it. Because the number of measured examples is fixed, the
-    share of a validation's cost falls as the validation data grow.
+    Measuring an example costs 1.9 to 2.8 evaluations of it, and a blueprint about 3 CPU seconds once (SmolLM2-135M, one
+    CPU thread). The number of measured examples is fixed, so the share of a validation's cost falls as its data grow: 64
+    of 640 short examples are predicted to cost 29 % of their validation, 64 of 9,300 the 2 % of the paper (§5).
 
     With `every`, it also logs the gradient norm of every trained submodule. That norm is of the gradient the optimizer
     receives: accumulated over the batch, averaged over processes and, with `max_grad_norm`, clipped. Clipping scales all
