@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jinja2
 
 from .._files import write_atomically
 from .._text import format_names
-from ..blueprint import Blueprint, from_dict
+from ..blueprint import ADAPTABLE, Blueprint, from_dict, parameter_share
 from ..errors import BlueprintError
 from ..place import Placement
 from ..runs import RESOURCES, UNITS, Report, Row, RunRecord, format_number, format_quantity, series
@@ -346,9 +347,13 @@ def _placement(record: RunRecord) -> dict[str, Any] | None:
         picture = _heat_map(blueprint, placed if ranks or unfreeze else None)
     parts = [f"{len(ranks)} adapters"] if ranks else []
     parts += [f"{format_names(unfreeze)} trained as a whole"] if unfreeze else []
-    trainable, total = (_count(about.get(f"{name}_parameters")) for name in ("trainable", "total"))
+    if (ranks or unfreeze) and blueprint is not None:
+        parts.append(_shares(blueprint, (*ranks, *unfreeze)))
+    numbers: list[Any] = [about.get(f"{name}_parameters") for name in ("trainable", "total")]
+    trainable, total = map(_count, numbers)
     if trainable:
-        parts.append(f"{trainable} trainable parameters" + (f" of {total}" if total else ""))
+        share = f" of {total} ({100 * numbers[0] / numbers[1]:.3g} %)" if total and numbers[1] else ""
+        parts.append(f"{trainable} trainable parameters{share}")
     return {"name": record.name, "line": ", ".join(parts), "kinds": _kinds(ranks), "picture": picture, "note": note}
 
 
@@ -364,6 +369,16 @@ def _blueprint(source: Any) -> tuple[Blueprint | None, str]:
     except (BlueprintError, OSError) as error:
         return None, f"The blueprint cannot be drawn: {error}"
     return None, ""
+
+
+def _shares(blueprint: Blueprint, placed: Sequence[str]) -> str:
+    """Return which share of a blueprint's submodules is trained, and of their parameters where shapes are known."""
+    entries = [entry for entry in blueprint if entry.form in ADAPTABLE]
+    names = set(placed)
+    reached = [e for e in entries if not names.isdisjoint(accumulate(e.name.split("."), "{}.{}".format))]
+    text = f"{100 * len(reached) / max(len(entries), 1):.3g} % of submodules"
+    share = parameter_share(reached, entries)
+    return text if share is None else f"{text}, {100 * share:.3g} % of parameters"
 
 
 def _kinds(ranks: Mapping[str, Any]) -> list[dict[str, Any]]:

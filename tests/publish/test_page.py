@@ -67,7 +67,7 @@ def pictures(page):
 def report():
     """Three runs, one with a blueprint, a placement and a decision, one with a hostile name."""
     entries = tuple(
-        Submodule(name=f"model.layers.{d}.{k}", kind=k.rpartition(".")[2], depth=d, gradient_norm=1.0 + d)
+        Submodule(f"model.layers.{d}.{k}", 1.0 + d, kind=k.rpartition(".")[2], depth=d, shape=(8, 8))
         for d in range(6)
         for k in KINDS
     )
@@ -136,6 +136,7 @@ def test_the_page_says_what_was_decided_and_placed(page):
     page = page.read_text(encoding="utf-8")
     assert "Stopped at step 600." in page and "Plan 450 steps." in page
     assert "12 adapters" in page and "3–5" in page
+    assert re.search(r"12 adapters, ([\d.]+) % of submodules, \1 % of parameters", page)
     assert "relative to <br>baseline" in page and "1.00 ×" in page
 
 
