@@ -81,7 +81,7 @@ def select_data(
     dtype: Dtype = "auto",
     load_in_4bit: In4Bit = False,
 ) -> None:
-    """Choose examples to train on. Under torchrun or accelerate launch, the processes share the work."""
+    """Choose examples, blocks or tokens to train on. Under torchrun or accelerate launch, the processes share the work."""
     if placement_fraction is not None and blueprint is None:
         raise BlueprintError("--placement-fraction needs the blueprint to place by: give --blueprint.")
     if probing.domain is not None and blueprint is None:

@@ -116,7 +116,7 @@ class SelectionOptions:
     fraction: float | Literal["q_star"] | None = _option(
         None,
         "Share of the examples to keep, in (0, 1]; or q_star, the share with the most summed score per cost of scoring and "
-        "training (eq. 31). Not for a stream.",
+        "training (eq. 31), not for a stream.",
     )
     count: int | None = _option(None, "Number of examples to keep, instead of a fraction.")
     epochs: int = _option(
