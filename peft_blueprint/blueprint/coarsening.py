@@ -49,6 +49,10 @@ def coarse_entry(name: str, members: Sequence[Submodule], level: Level, costs: M
         adam_gain=_total([m.adam_gain for m in members]),
         weight_gradient=_total([m.weight_gradient for m in members]),
         alignment=tuple(map(math.fsum, zip(*alignments, strict=True))) if is_aligned else None,
+        prompt_share=_weighted(
+            [m.prompt_share for m in members], [_mean_gradient_norm(m, members) ** 2 for m in members]
+        ),
+        prompt_adam_share=_weighted([m.prompt_adam_share for m in members], [m.adam_gain for m in members]),
         alpha=alpha,
         alpha_error=error,
         gamma=gamma,
@@ -128,6 +132,15 @@ def _k_star(gamma: float, costs: Mapping[str, Any]) -> float | None:
 def _root_of_squares(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.hypot(*known) if len(known) == len(values) else None
+
+
+def _weighted(shares: Sequence[float | None], weights: Sequence[float | None]) -> float | None:
+    """Return the weighted mean of shares, or None where one of them or a weight is unknown."""
+    pairs = [(s, w) for s, w in zip(shares, weights, strict=True) if s is not None and w is not None]
+    total = math.fsum(weight for _, weight in pairs)
+    if len(pairs) < len(shares) or not total:
+        return None
+    return math.fsum(share * weight for share, weight in pairs) / total
 
 
 def _total(values: Sequence[float | None]) -> float | None:

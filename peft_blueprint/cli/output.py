@@ -91,6 +91,7 @@ class Output:
         title = (
             f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
             f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{_best_share(blueprint)}"
+            f"{_influence(blueprint)}"
         )
         if len(entries) < len(blueprint):
             title += f"; the {len(entries)} largest by {by}"
@@ -181,10 +182,17 @@ def _best_share(blueprint: Blueprint) -> str:
     k, submodules, ratio = found.values()
     if not isinstance(k, int | float):
         return ""
-    text = f", k* {100 * k:.3g} % of parameters"
+    has_sizes = all(entry.shape is not None for entry in blueprint)  # otherwise entries are counted
+    text = f", k* {100 * k:.3g} % of {'parameters' if has_sizes else f'{blueprint.level}s'}"
     if isinstance(submodules, int | float) and isinstance(ratio, int | float):
-        text += f" ({100 * submodules:.3g} % of submodules, {ratio:.2f} times the gain per cost of all)"
+        text += f" ({100 * submodules:.3g} % of {blueprint.level}s, {ratio:.2f} times the gain per cost of all)"
     return text
+
+
+def _influence(blueprint: Blueprint) -> str:
+    """Describe how the ranking by influence agrees with that by gradient norm, where the file has it."""
+    rho = blueprint.influence.get("rank_correlation")
+    return f", influence ranks against gradient norms {rho:+.2f}" if isinstance(rho, int | float) else ""
 
 
 def _concentration(blueprint: Blueprint) -> str:

@@ -114,7 +114,8 @@ def summarize_units(
         statistics = _of_norms(norms[i], intervals[i]) | _of_rows(
             np.concatenate([row_norms[row].double().numpy() for row in members]), options
         )
-        completed.append(replace(entry, **statistics))
+        prompt, prompt_adam = _as_shares(torch.tensor(influence.prompt_share(members)))
+        completed.append(replace(entry, prompt_share=prompt, prompt_adam_share=prompt_adam, **statistics))
     return tuple(completed)
 
 

@@ -137,6 +137,9 @@ def _measured(blueprint: Blueprint) -> str:
         "checkpoint": f"{blueprint.training_checkpoint * 100:.6g} % of the model's training",
         "measured": f"{len(blueprint)} entries at {blueprint.level} level, {kinds} kinds",
         "structure digest": blueprint.model_digest,
+        "rank correlation of influence (Fisher) with gradient norm": _flat(
+            blueprint.influence.get("rank_correlation")
+        ),
         "data": _flat(provenance.get("data")),
         "merged from": f"{len(merged)} measurements" if isinstance(merged, list | tuple) else None,
         "command": provenance.get("command"),
@@ -170,8 +173,18 @@ def _largest(blueprint: Blueprint, by: str, top: int) -> str:
         sizes[entry.kind] = sizes.get(entry.kind, 0) + 1
     chosen = sorted(blueprint, key=lambda entry: (ranks[entry.name], -score_of(entry, by)))[:top]
     has_gain = any(entry.adam_gain is not None for entry in chosen)
-    columns = ["submodule", "gradient norm", "95 % interval", "rank in its kind", *(["Adam gain"] if has_gain else [])]
-    lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|" + "---:|" * has_gain]
+    laws: list[str] = []
+    if blueprint.level != "submodule":  # as in the paper's example file
+        laws = [law for law in ("alpha", "gamma", "k_star") if any(getattr(e, law) is not None for e in chosen)]
+    columns = [
+        blueprint.level,
+        "gradient norm",
+        "95 % interval",
+        "rank in its kind",
+        *(["Adam gain"] if has_gain else []),
+    ]
+    columns += [law.replace("_star", "*") for law in laws]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for entry in chosen:
         low_high = entry.norm_interval
         cells = [
@@ -180,6 +193,7 @@ def _largest(blueprint: Blueprint, by: str, top: int) -> str:
             f"{low_high[0]:#.3g} to {low_high[1]:#.3g}" if low_high else "",
             f"{ranks[entry.name]} of {sizes[entry.kind]}" + (f" {as_code(entry.kind)}" if entry.kind else ""),
             *([_cell(entry.adam_gain)] if has_gain else []),
+            *(_cell(getattr(entry, law)) for law in laws),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     title = f"### Largest by {by.replace('_', ' ')}\n"

@@ -205,6 +205,11 @@ def test_a_group_has_what_follows_from_its_members():
     assert entry.gamma == pytest.approx(1 / (1 + entry.alpha))
     assert entry.k_star == pytest.approx(min(1.0, entry.gamma / (4 * (1 - entry.gamma))))
     unequal = replace(FULL.submodules[0], signal_norm=2.0, noise_scale=6.0), FULL.submodules[1]
+    prompts = [replace(e, prompt_share=s, prompt_adam_share=s) for e, s in zip(unequal, (0.2, 0.8), strict=True)]
+    shares = Blueprint("m", (replace(prompts[0], adam_gain=6.0), prompts[1])).coarsen("group")["attn.0"]
+    weights = 4 * (1 + 6 / 8), 1 + 3 / 8  # squared norms of the mean gradients of 8 examples
+    assert shares.prompt_share == pytest.approx((0.2 * weights[0] + 0.8 * weights[1]) / sum(weights))
+    assert shares.prompt_adam_share == pytest.approx((0.2 * 6 + 0.8 * 2) / 8)
     mixed = Blueprint("m", unequal).coarsen("group")["attn.0"]
     assert (mixed.noise_scale, mixed.k_star) == (pytest.approx((6 * 4 + 3 * 1) / 5), None)
     assert mixed.alpha != pytest.approx(entry.alpha, rel=1e-3)  # one member's rows are larger
@@ -439,7 +444,8 @@ DERIVED = {
     "coarsen": (
         lambda: FULL.coarsen("group"),
         {"norm_interval", "signal_norm", "noise_scale", "influence", "influence_mismatch", "adam_gain"}
-        | {"weight_gradient", "alignment", "alpha", "alpha_error", "gamma", "examples", "domain_tags"},
+        | {"prompt_share", "prompt_adam_share", "weight_gradient", "alignment", "alpha", "alpha_error", "gamma"}
+        | {"examples", "domain_tags"},
     ),
     "merge": (lambda: Blueprint.merge([FULL, PROBE]), {"norm_interval", "domain_tags", "examples"}),
 }

@@ -46,6 +46,15 @@ def test_a_coarse_file_needs_the_model_and_is_placed_on_it(run, shop):
     assert rows["model.layers.3.self_attn.q_proj"]["first"] == pytest.approx(expected)
 
 
+def test_data_are_selected_by_the_submodules_of_a_coarse_file(run, shop):
+    """It is expanded to the model's submodules, of which some are placed."""
+    (shop / "rows.jsonl").write_text("".join(f'{{"prompt": "1 {i}", "completion": "{i} 7"}}\n' for i in range(4)))
+    words = ("select-data", "model", "--data", "rows.jsonl", "--count", 2, "--method", "norm", "--out", "out.jsonl")
+    status, _, err = run(*words, "--blueprint", "by_hand.json", "--placement-fraction", 0.1)
+    assert status == 0, err
+    assert len((shop / "out.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_group_is_unfrozen_whole(run, shop):
     """The strongest groups of a coarse file are the blocks that `--mode unfreeze` takes."""
     coarse = sorted(Blueprint.from_pretrained("by_hand.json"), key=lambda entry: -entry.gradient_norm)[:3]

@@ -227,8 +227,18 @@ def test_a_coarse_blueprint_measures_its_units_whole(level):
         fit = fit_rank_exponent(np.concatenate([influence.row_norms[i].numpy() for i in rows]))
         assert (entry.alpha, entry.alpha_error) == pytest.approx((fit.exponent, fit.error))
         assert entry.gamma == pytest.approx(1 / (1 + fit.exponent)) and 0 < entry.k_star <= 1
-        for name in ("signal_norm", "noise_scale", "influence", "influence_mismatch", "adam_gain", "weight_norm"):
-            assert getattr(entry, name) == pytest.approx(getattr(coarse[entry.name], name)), name
+        assert entry.prompt_share == pytest.approx(influence.prompt_share(rows)[0])
+        same = (
+            "signal_norm",
+            "noise_scale",
+            "influence",
+            "influence_mismatch",
+            "adam_gain",
+            "weight_norm",
+            "prompt_adam_share",
+        )
+        for name in same:
+            assert getattr(entry, name) == pytest.approx(getattr(coarse[entry.name], name), abs=1e-6), name
     assert blueprint.influence["scale"] == pytest.approx(fine.influence["scale"])
     norms, influences = ([getattr(e, key) for e in blueprint] for key in ("gradient_norm", "influence"))
     assert blueprint.influence["rank_correlation"] == pytest.approx(spearmanr(norms, influences).statistic)

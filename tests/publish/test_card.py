@@ -125,6 +125,21 @@ def test_the_papers_bare_record_has_a_section():
     assert "Adam" not in section and "None" not in section
 
 
+def test_a_record_of_groups_shows_what_the_papers_example_has(blueprint):
+    """Exponents and the recommended fraction of each block, and how far influence agrees with gradient norms."""
+    groups = blueprint.coarsen("group")
+    section = card_section(groups, FILE, top=2)
+    assert "| group | gradient norm | 95 % interval | rank in its kind | Adam gain | alpha | gamma | k* |" in section
+    entry = max((e for e in groups if e.kind == "attn"), key=lambda e: e.gradient_norm)
+    assert f"| `{entry.name}` |" in section
+    assert f"| {entry.alpha:.4g} | {entry.gamma:.4g} | {entry.k_star:.4g} |\n" in section
+    assert "rank correlation of influence" not in section
+    rho = blueprint.influence["rank_correlation"]
+    assert f"| rank correlation of influence (Fisher) with gradient norm | `{rho:.4g}` |" in card_section(
+        blueprint, FILE
+    )
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_in_its_place(blueprint, text):
     """No line more than an honest record has, the same number of cells in every row, no HTML, no link, no mark."""
