@@ -84,6 +84,10 @@ def find_blueprints(repo_id: str, *, revision: str | None = None, **kwargs: Any)
 
     Raises:
         BlueprintError: if the repository cannot be read. Offline, files that were read before are there.
+
+    Example:
+        >>> find_blueprints("org/model")  # doctest: +SKIP
+        ['blueprint-50.json', 'blueprint-80.json']
     """
     repository = _Repository(repo_id, revision, kwargs)
     with translated_hub_errors(repo_id, revision=revision, file=FILE_NAME, token=kwargs.get("token")):
