@@ -332,6 +332,12 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         rules = {name: value for name in _NARROWING if (value := getattr(self, name)) is not None}
         if not rules:
             return list(names)
+        try:
+            re.compile(rules["exclude_modules"] if isinstance(rules.get("exclude_modules"), str) else "")
+        except re.error as error:
+            raise PlacementError(
+                f"exclude_modules={rules['exclude_modules']!r} is not a regular expression: {error}. Give one, or a list of names."
+            ) from error
         endings = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in names}), **rules)
         return [name for name in names if check_target_module_exists(endings, name)]
 

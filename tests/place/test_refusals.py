@@ -43,6 +43,13 @@ def test_a_placement_on_a_refused_module_is_refused_by_name(without_down):
         get_peft_model(tiny_llama(), BlueprintConfig(placement=placement))
 
 
+def test_a_pattern_that_is_none_is_named():
+    """As text, `exclude_modules` is a regular expression."""
+    entries = tuple(replace(entry, gradient_norm=1.0) for entry in find_submodules(tiny_llama(layers=1)))
+    with pytest.raises(PlacementError, match=r"exclude_modules='\(' is not a regular expression: missing \)"):
+        BlueprintConfig(blueprint=Blueprint("m", entries), exclude_modules="(")
+
+
 @pytest.mark.parametrize("name", ["Mamba", "FalconMamba", "Mamba2", "FalconH1", "NemotronH"])
 def test_the_models_on_pefts_list(name):
     """Everything that is placed on them can be put on, and what PEFT refuses is known by its own check."""
