@@ -101,7 +101,7 @@ def select_data(
         raise BlueprintError(
             "--with-scores needs one score a row, and the rows of --unit token have none. Leave it out."
         )
-    if not is_filtered:
+    if not is_filtered or options.count is not None:
         options.resolve_count(None if stream else 1)
     names = parse_pairs(columns)
     selecting.require_columns(names)
@@ -110,9 +110,9 @@ def select_data(
     present = table.column_names
     selecting.require_columns(names, present)
     options = replace(options, columns=names)
-    tokenizer = measure.load_tokenizer(model)
-    pool: Any = table
+    pool, tokenizer = table, None
     if unit == "block" or pack:
+        tokenizer = measure.load_tokenizer(model)
         pool = selecting.cut_blocks(table, tokenizer, size=options.max_length, pack=pack, columns=names)
         present = pool.column_names
     taken = set(selecting.SCORE_COLUMNS) & set(present) if with_scores else set()
@@ -125,14 +125,16 @@ def select_data(
         first = range(0) if stream else range(min(len(pool), _TRIED))
         trial = islice(pool, 1) if stream else table.select(first) if pool is table else [pool[i] for i in first]
         selecting.require_storable(out, trial)
+    tokenizer = tokenizer or measure.load_tokenizer(model)
     wanted = None if target is None else list(islice(selecting.read_table(target, split=split), target_examples))
     loaded = None
     if options.resolve_method(wanted is not None).uses_model:
         loaded, own = measure.load_model(scorer or model, dtype, NF4 if load_in_4bit else None)
-        if scorer is not None and unit == "example":
-            tokenizer = own
-        elif scorer is not None:
+        if scorer is not None and unit != "example":
+            tokenizer = tokenizer or measure.load_tokenizer(model)
             _require_one_vocabulary(own, tokenizer, scorer, model)
+        tokenizer = tokenizer or own
+    tokenizer = tokenizer or measure.load_tokenizer(model)
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": wanted,
