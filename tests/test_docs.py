@@ -32,9 +32,7 @@ def blocks_of(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if p not in ("README.md", *OWN_TESTS) and blocks_of(p, "python")]
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in ("README.md", *OWN_TESTS) and blocks_of(p, "python")])
 def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
     """Every Python block as printed, one after the other, on a tiny model; org/model is a folder here."""
     (tmp_path / "org" / "model").mkdir(parents=True)

@@ -158,9 +158,7 @@ def rounded(record: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
     ]
     short |= {key: _rounded(record[key], digits) for key in _ROUNDED if key in record}
     provenance = record.get("provenance", {})
-    if "rounded" not in provenance or any(
-        short[key] != record[key] for key in ("layers", *_ROUNDED) if key in record
-    ):
+    if "rounded" not in provenance or any(short[key] != record[key] for key in ("layers", *_ROUNDED) if key in record):
         note = {"digits": digits, "digest": record.get(DIGEST) or content_digest(record)}
         short["provenance"] = {**provenance, "rounded": note}
     known = {key: short[key] for key in ("schema_version", *TOP_KEYS) if key in short}

@@ -192,7 +192,9 @@ class SelectionOptions:
         if self.count is not None:
             return self.count
         if length is None:
-            raise BlueprintError("A stream has no known length to take a fraction of. Give count=…, or use filter_stream.")
+            raise BlueprintError(
+                "A stream has no known length to take a fraction of. Give count=…, or use filter_stream."
+            )
         if isinstance(self.fraction, str):
             return length
         assert self.fraction is not None
