@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from transformers import MistralConfig, PreTrainedConfig
+from transformers import MistralConfig, PretrainedConfig
 
 from peft_blueprint.measure import empty_model
 from peft_blueprint.place import Structure, Variant, Workload, plan_placement, step_variants
@@ -126,7 +126,7 @@ def predictions(
                 yield Row(length, quantization or "bfloat16", variant)
 
 
-def seven_b(layers: int = 32) -> PreTrainedConfig:
+def seven_b(layers: int = 32) -> PretrainedConfig:
     """Return the shape of Mistral-7B."""
     return MistralConfig(
         vocab_size=32000,

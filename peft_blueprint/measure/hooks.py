@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 from ..errors import MeasurementError
 from .bnb_cpu import disable_cpu_repack
@@ -174,7 +174,7 @@ def measurement_mode(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterato
 def disable_dropout(module: nn.Module) -> None:
     """Set a module's rates of dropped values and layers to zero, and those of its configuration."""
     holders: list[Any] = [module]
-    if isinstance(getattr(module, "config", None), PreTrainedConfig):  # a copy, because modules share it
+    if isinstance(getattr(module, "config", None), PretrainedConfig):  # a copy, because modules share it
         module.config = copy.copy(module.config)
         holders.append(module.config)
     if isinstance(module, nn.modules.dropout._DropoutNd):
