@@ -40,8 +40,6 @@ from .hub_errors import translated_hub_errors as translated_hub_errors
 from .model_files import ModelFiles as ModelFiles
 from .model_files import find_model_files as find_model_files
 from .model_files import parse_index as parse_index
-from .shares import FIXED_COST as FIXED_COST
-from .shares import VARIABLE_COST as VARIABLE_COST
 from .shares import BestShare as BestShare
 from .shares import best_prefix as best_prefix
 from .shares import best_share as best_share
@@ -50,6 +48,8 @@ from .shares import parameter_share as parameter_share
 from .strict_json import MAX_STRING as MAX_STRING
 from .strict_json import loads as loads
 from .strict_json import read_text as read_text
+from .theory import FIXED_COST as FIXED_COST
+from .theory import VARIABLE_COST as VARIABLE_COST
 from .theory import JointCost as JointCost
 from .theory import JointUpdate as JointUpdate
 from .theory import combined_gain as combined_gain

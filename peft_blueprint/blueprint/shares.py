@@ -12,14 +12,11 @@ from numpy.typing import ArrayLike
 
 from ..errors import BlueprintError
 from .entry import ADAPTABLE, Submodule, norm_of
+from .theory import FIXED_COST, VARIABLE_COST
 
 
 if TYPE_CHECKING:
     from .blueprint import Blueprint
-
-# bytes a parameter: frozen, 2 for bfloat16; trained, 14 more for its gradient, a float32 copy and two Adam moments (§5)
-FIXED_COST = 2.0
-VARIABLE_COST = 14.0
 
 KEY = "k_star"  # of a blueprint's costs
 

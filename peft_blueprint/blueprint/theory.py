@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from ..errors import BlueprintError
 
 
+# bytes a parameter: frozen, 2 for bfloat16; trained, 14 more for its gradient, a float32 copy and two Adam moments (§5)
+FIXED_COST = 2.0
+VARIABLE_COST = 14.0
+
 _MOST_STEPS, _CONVERGED = 100_000, 1e-13  # of an alternation
 
 
