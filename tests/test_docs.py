@@ -105,8 +105,7 @@ def test_the_reader_of_the_format_page_reads_our_files(blueprint: Blueprint, tmp
     [block] = blocks_of("docs/reference/format.md", "python")
     reader: dict = {}
     exec(block, reader)
-    model = tiny_llama()
-    model.save_pretrained(tmp_path)
+    tiny_llama(layers=12).save_pretrained(tmp_path)
     blueprint.save(tmp_path / "blueprint.json")
     embed(blueprint, tmp_path)
     expected = {entry.name: entry.gradient_norm for entry in blueprint}
