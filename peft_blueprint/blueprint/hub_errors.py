@@ -36,6 +36,10 @@ _TRANSLATED: tuple[type[Exception], ...] = (*NETWORK_ERRORS, EntryNotFoundError,
 
 _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
     (HFValidationError, "{repo!r} is not a repository id such as 'org/model'{here}. Check the name."),
+    (
+        UnicodeError,
+        "The token or address for {repo!r} has characters that HTTP does not take. Copy it again, in ASCII.",
+    ),
     (LocalTokenNotFoundError, f"There is no token for {{repo!r}}. {LOG_IN}"),
     (GatedRepoError, "The repository {repo!r} needs permission: ask for it on its page, then run `hf auth login`."),
     (

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,6 +140,10 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         is_copy = self.peft_type == PeftType.LORA  # of a settled config, by `dataclasses.replace`
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, Real):
+            raise PlacementError(f"lora_alpha must be a number, got {self.lora_alpha!r}.")
+        if not isinstance(self.workload, Workload | Mapping | None):
+            raise PlacementError(f"workload must be a Workload or a dict of its fields, got {self.workload!r}.")
         if self.layer_replication is not None:
             raise PlacementError(
                 f"layer_replication={self.layer_replication} renumbers the layers that a placement names. Replicate the "

@@ -371,3 +371,10 @@ def test_a_page_instead_of_json_is_said():
     with pytest.raises(BlueprintError, match="'org/name'|answered with a page, not with JSON"):
         with translated_hub_errors("org/name"):
             json.loads("<html>")
+
+
+def test_a_token_that_http_does_not_take_is_an_error_in_words():
+    """The client would raise a UnicodeEncodeError before it asks anything."""
+    with pytest.raises(BlueprintError, match="token or address for 'org/name' has characters") as error:
+        Blueprint.from_pretrained("org/name", token="hf_\N{LATIN SMALL LETTER U WITH DIAERESIS}x")
+    assert "hf_" not in str(error.value)

@@ -174,3 +174,11 @@ def test_initialisations_start_planned_ranks(how, options):
     for module in (m for m in model.modules() if isinstance(m, LoraLayer)):
         assert module.lora_A["default"].weight.shape == (module.r["default"], module.in_features)
     assert model(**toy_batches()[0]).loss.isfinite()
+
+
+@pytest.mark.parametrize("field, value", [("lora_alpha", "x"), ("lora_alpha", True), ("workload", 3)])
+def test_values_of_another_type_are_refused(field, value):
+    """By the field's name, before anything is computed from them."""
+    placement = plan_placement(BLUEPRINT, num_modules=3)
+    with pytest.raises(PlacementError, match=rf"^{field} must be .*, got {value!r}\.$"):
+        BlueprintConfig(placement=placement, **{field: value})
