@@ -11,10 +11,9 @@ of numbers, and as shares of adapters' parameters and of target tokens.
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from peft_blueprint import measure_influence
-from peft_blueprint.data import CrossInfluence, Statistic
+from peft_blueprint.data import CrossInfluence
 from peft_blueprint.measure import get_pad_token_id, make_batches
 
 from . import setup
@@ -62,7 +61,7 @@ def _matrices(options: argparse.Namespace) -> dict[str, CrossInfluence]:
     name = "numbers" if options.quick else "gsm8k"
     rows = setup.read_rows(name, options.data, "train", tokenizer, options.length, seed=0)[: options.examples]
     influence = measure_influence(model, make_batches(rows, BATCH, get_pad_token_id(tokenizer)))
-    norms, alignments = (CrossInfluence.from_influence(influence, of) for of in get_args(Statistic))
+    norms, alignments = (CrossInfluence.from_influence(influence, of) for of in ("norms", "alignments"))
     return {
         "norms": norms,
         "norms by kind": norms.normalize("kind"),

@@ -281,7 +281,8 @@ def test_what_takes_no_adapter_is_left_out_and_counted(build, wish):
     placement = plan_placement(everything_of(model), **wish)
     assert placement.left_out == len(find_submodules(model, "all")) - len(find_submodules(model)) > 0
     without = plan_placement(of_model(model), **wish)  # which knows less of what steps cost
-    assert replace(placement, left_out=0, cost={}, alternatives=()) == replace(without, cost={}, alternatives=())
+    of_costs = {"cost": {}, "alternatives": (), "gain_per_cost": None}
+    assert replace(placement, left_out=0, **of_costs) == replace(without, **of_costs)
     if "mode" not in wish:
         assert list(placement.lora) == [s.name for s in find_submodules(model)]
 
