@@ -141,3 +141,21 @@ def test_the_archive_says_what_the_documents_quote(tmp_path):
     assert report.step_time(row) == (pytest.approx(0.78, abs=0.005), True)
     results = (ROOT / "docs" / "results" / "log.md").read_text()
     assert all(str(one) in results for one in against.values())
+
+
+@pytest.mark.parametrize("name", ["contest_bf16", "longer_bf16", "longer_pubmedqa_bf16"])
+def test_the_table_of_the_readme_is_the_archives(tmp_path, name):
+    """Loss and measured step time of the default placement, begun along the gradient, against all-linear LoRA."""
+    study = Study.read(ROOT / "benchmarks" / "studies" / f"{name}.yaml")
+    store = Store(study, tmp_path / "none.jsonl")
+    report = Report(study, store.jobs(), store.step_times())
+    [row], [whole] = report.named("planner, along the gradient, as shipped"), report.reference
+    apart = difference(row, [whole])
+    time, is_measured = report.step_time(row)
+    assert is_measured
+    cells = [
+        f"{study.steps} steps, {apart.seeds} seeds",
+        f"{time:.2f}",
+        f"{100 * apart.mean / whole.loss:+.1f} % ± {100 * apart.error / whole.loss:.1f}",
+    ]
+    assert " | ".join(cells) in (ROOT / "README.md").read_text()
