@@ -147,11 +147,13 @@ def markdown(report: Report, command: str) -> str:
         f"Fleming do, adjusted for their number as Holm does. Two arms are equal where both one-sided tests exclude "
         f"{MARGIN:.1%}."
     )
+    decided = statements(report, pool)
     text.append(
         "\n".join(
             f"- {one.row} against {one.other}: {_percent(one.effect)}, {one.effect.seeds} seeds: **{one.verdict}**."
-            for one in statements(report, pool)
+            for one in decided
         )
+        or "No two arms share two seeds yet."
     )
     return "\n\n".join(text) + "\n"
 

@@ -49,9 +49,9 @@ class Row:
 
     @property
     def first(self) -> Record:
-        """The record of the first seed."""
+        """The record of the first seed that ran."""
         assert self.runs is not None
-        return self.runs[0]
+        return self.runs[min(self.runs)]
 
     @property
     def loss(self) -> float:
@@ -75,6 +75,8 @@ class Row:
         tried = frozenset(job.octave for job, _ in runs if job.seed == 0)
         sound = {k: of for k, of in losses.items() if math.isfinite(of.get(0, math.nan))}
         best = best_octave(sound)
+        if best is None and entry.family != entry:  # at the family's octave, which that family's first seed chose
+            best = max((k for k, of in losses.items() if any(map(math.isfinite, of.values()))), default=None)
         if best is None:
             _, record = runs[0]
             reason = "not yet with the first seed" if record["status"] == "done" else record.get("error", "diverged")
