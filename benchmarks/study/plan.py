@@ -318,7 +318,7 @@ class Schedule:
         self.seeds = sorted({seed for phase in study.order for seed in phase.seeds})
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the jobs that ran and those that are next in each ladder, in order and each once."""
+        """Yield the jobs that ran and those that are next in each ladder, seed by seed within a phase, each once."""
         seen: set[Job] = set()
         for job in chain([Job(Entry(UNTRAINED), None, 0, 0, 0)], self._in_order()):
             if job not in seen:
@@ -337,10 +337,9 @@ class Schedule:
     def _in_order(self) -> Iterator[Job]:
         for phase in self.study.order:
             for budget in phase.budgets or (None,):
-                for entry in self._entries(phase, budget):
+                for seed, entry in product(phase.seeds, self._entries(phase, budget)):
                     own = budget if self.is_budgeted(entry.arm) else None
-                    for seed in phase.seeds:
-                        yield from self._of(entry, own, seed, phase.rates)
+                    yield from self._of(entry, own, seed, phase.rates)
 
     def _entries(self, phase: Phase, budget: float | None) -> list[Entry]:
         """Return a phase's arms, with the closest so far; archived ways to stop are not run any more."""
