@@ -131,7 +131,7 @@ def markdown(report: Report, command: str) -> str:
     pool = max(i for row in rows for run in _reported(row).values() for i in run["tested"]) + 1
     newest = max(run["created"] for row in rows for run in _reported(row).values())[:10]
     text = [
-        f"`{command}` writes this page from `benchmarks/results/runs.jsonl.gz`; the newest run is of {newest}.",
+        f"`{command}` writes this page from `benchmarks/results/runs.parquet`; the newest run is of {newest}.",
         f"SmolLM2-135M-Instruct, {study.data}, {study.dtype}, {study.steps} steps of {study.batch} examples of at most "
         f"{study.length} tokens; {study.held_out} test examples a seed, drawn from {pool:,}. Training and test examples "
         "and LoRA's first weights are fresh for every seed and the same for all arms of a seed. Seed 0 chose the "

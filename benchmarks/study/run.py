@@ -5,7 +5,7 @@
     python -m benchmarks study benchmarks/studies/measuring.yaml --page docs/results/placement.md
 
 A study names its data, sizes, arms and their order; FOLDER holds the data sets. A job is one arm at one learning rate
-with one seed. Its record is appended to a log, and `--keep` moves the log into benchmarks/results/runs.jsonl.gz. A
+with one seed. Its record is appended to a log, and `--keep` moves the log into benchmarks/results/runs.parquet. A
 killed run resumes, several processes share a study (one thread each on a CPU), and studies share what they have in
 common. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
 factors of two until the best is inside, where the study asks for that. Losses do not depend on how busy a machine is,

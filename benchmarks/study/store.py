@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import datetime
-import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from filelock import FileLock, Timeout
 
-from peft_blueprint._files import write_atomically
+from peft_blueprint._files import replacing
 
 from ..setup import CACHE, RESULTS
 from .plan import UNTRAINED, Entry, Job, Study, digest
 
 
-ARCHIVE = RESULTS / "runs.jsonl.gz"
+ARCHIVE = RESULTS / "runs.parquet"
 LOG = CACHE / "runs.jsonl"
 STEP_TIME = "step time"  # status of a record that holds a measured ratio to the reference, not a job's result
+NUMBERS = ("rate", "loss", "parameters", "modules", "flops", "step_time", "memory", "seconds", "ratio")
 
 Record = dict[str, Any]
 
@@ -35,7 +37,7 @@ class Store:
     Args:
         study: whose records are wanted.
         log: file of JSON lines.
-        archive: the same, compressed.
+        archive: Parquet; its column `record` has the JSON lines, the others are there to query.
     """
 
     def __init__(self, study: Study, log: Path = LOG, archive: Path = ARCHIVE):
@@ -45,10 +47,9 @@ class Store:
         self._known: dict[str, Record] = {}
         self._read = 0  # bytes of the log
         if archive.exists():
-            with gzip.open(archive, "rt") as file:
-                self._add(file)
+            self._add(pyarrow.parquet.read_table(archive, columns=["record"])["record"].to_pylist())
 
-    def _add(self, lines: Iterator[str] | Any) -> None:
+    def _add(self, lines: Iterable[str]) -> None:
         for line in lines:
             try:
                 record = json.loads(line)
@@ -110,8 +111,9 @@ class Store:
         """Move the log's records into the archive; return how many it holds."""
         with FileLock(self.log.with_suffix(".lock")):
             self.refresh()
-            text = "".join(json.dumps(self._known[key]) + "\n" for key in sorted(self._known))
-            write_atomically(self.archive, gzip.compress(text.encode(), mtime=0))
+            table = pyarrow.Table.from_pylist([_row_of(self._known[key]) for key in sorted(self._known)])
+            with replacing(self.archive) as file:
+                pyarrow.parquet.write_table(table, file, compression="zstd", compression_level=19)
             self.log.unlink(missing_ok=True)
             self._read = 0
         return len(self._known)
@@ -139,6 +141,19 @@ class Store:
     def _of_study(self) -> Iterator[Record]:
         facts = self.study.facts()
         return (record for record in self._known.values() if record["study"] == facts)
+
+
+def _row_of(record: Record) -> Record:
+    """Return a record as a row of the archive."""
+    study, job = record["study"], record.get("job", {})
+    return {
+        **{key: record[key] for key in ("created", "status")},
+        **{key: study[key] for key in ("data", "dtype", "length", "batch", "steps")},
+        "arm": job["entry"]["arm"] if job else record["row"],
+        **{key: job.get(key) for key in ("budget", "octave", "seed")},
+        **{key: record.get(key) for key in NUMBERS},
+        "record": json.dumps(record),
+    }
 
 
 def key_of(record: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
 """Studies of placements: arms by name, jobs in order, runs that resume, one archive. On a tiny model and made-up rows."""
 
-import gzip
 import json
 import math
 from dataclasses import asdict, replace
 
+import pyarrow
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
 from benchmarks.study import run as running
 from benchmarks.study.arms import UNFREEZE, Infeasible, charge_of, choice_of, filled, rule_of
@@ -44,7 +45,7 @@ def study_of(folder, order: list, **changes) -> Study:
 
 def runner_of(study: Study, folder, cache) -> Runner:
     """A runner with its log in a folder, and no archive."""
-    store = Store(study, folder / "runs.jsonl", folder / "runs.jsonl.gz")
+    store = Store(study, folder / "runs.jsonl", folder / "runs.parquet")
     return Runner(study, store, cache, cache / "measured")
 
 
@@ -248,10 +249,12 @@ def test_the_log_moves_into_the_archive_and_studies_resume_from_it(tmp_path, cac
     second = runner_of(wanted, tmp_path, cache)
     assert second.run(math.inf) == 0 and dict(second.store.jobs()) == dict(before)
     assert second.store.step_times() == {"even at 50%": [0.8]}
-    lines = [json.loads(line) for line in gzip.open(second.store.archive, "rt")]
-    for record in (r for r in lines if r.get("job", {}).get("entry", {}).get("arm") == "even"):
-        record["ranks"] = {"model.layers.0.mlp.up_proj": 1}
-    second.store.archive.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in lines).encode()))
+    rows = parquet.read_table(second.store.archive).to_pylist()
+    [even] = [row for row in rows if row["arm"] == "even"]
+    record = json.loads(even["record"])
+    assert (even["loss"], even["seed"], even["steps"]) == (record["loss"], 0, record["study"]["steps"])
+    even["record"] = json.dumps({**record, "ranks": {"model.layers.0.mlp.up_proj": 1}})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), second.store.archive)
     third = runner_of(wanted, tmp_path, cache)
     assert third.run(math.inf) == 1 and third.store.keep() == 5 and first.store.log.exists() is False
 
