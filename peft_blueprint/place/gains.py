@@ -115,12 +115,29 @@ class CoverGain(_Gain):
         Raises:
             BlueprintError: for a name or position that is not among the entries.
         """
+        return float((self._weights * self._covered(chosen)).sum())
+
+    def covered(self, chosen: Sequence[str] | Sequence[int]) -> np.ndarray:
+        """Return which share of each entry's score a set covers: (n,), in [0, 1], 1 for the set itself.
+
+        Raises:
+            BlueprintError: for a name or position that is not among the entries.
+
+        Example:
+            >>> from peft_blueprint import Submodule
+            >>> entries = [Submodule(f"layers.{i}.q_proj", 1.0, kind="q_proj", depth=i) for i in range(4)]
+            >>> CoverGain(entries, [1.0] * 4).covered([0]).round(2).tolist()
+            [1.0, 0.37, 0.02, 0.0]
+        """
+        return self._covered(chosen)[self._kinds, self._depths]
+
+    def _covered(self, chosen: Sequence[str] | Sequence[int]) -> np.ndarray:
+        """Return the share that a set covers of each kind and depth, (kinds, depths)."""
         positions = self._positions(chosen)
         has = np.zeros(self._weights.shape, dtype=bool)
         has[self._kinds[positions], self._depths[positions]] = True
-        nearest = np.where(has[:, :, None], self._kernel, 0.0).max(axis=1)  # (kinds, depths), within each kind
-        covered = np.maximum(nearest, self._across_kinds * nearest.max(axis=0))
-        return float((self._weights * covered).sum())
+        nearest = np.where(has[:, :, None], self._kernel, 0.0).max(axis=1)  # within each kind
+        return np.maximum(nearest, self._across_kinds * nearest.max(axis=0))
 
     def greedy(
         self, costs: ArrayLike | None = None, budget: float | None = None, count: int | None = None

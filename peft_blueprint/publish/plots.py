@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._text import is_inside
-from ..blueprint import NUMBERS, Blueprint, score_of
+from ..blueprint import Blueprint, Submodule, score_of
 from ..errors import BlueprintError
+from ..place import CONTROLS, SCORES, CoverGain
 
 
 if TYPE_CHECKING:
@@ -50,14 +51,16 @@ def drawing_style() -> Iterator[None]:
 def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by: str | None = None) -> Figure:
     """Draw a statistic by layer and kind, with the placed submodules outlined.
 
-    Every row is shaded relative to its own largest value, because kinds do not compare. That value is written at its
-    end.
+    A statistic is shaded relative to the largest value of its kind, because kinds do not compare. That value is written
+    at the row's end. A placement that covers the model (`cover_gain`, `even`) is shaded by what it covers instead: 1
+    where an adapter is, less the farther the next one is (`CoverGain.covered`).
 
     Args:
         blueprint: at submodule level, with kinds and depths.
         placement: its LoRA submodules are outlined, with their ranks if those differ; the submodules of unfrozen blocks
             are hatched.
-        by: statistic, such as "gradient_norm" or "adam_gain"; by default the placement's, or the gradient norm.
+        by: statistic, such as "gradient_norm" or "adam_gain"; by default what the placement was chosen by, or the
+            gradient norm.
 
     Returns:
         A figure; `save_plot(figure, path)` writes it.
@@ -72,18 +75,18 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         >>> figure.axes[0].get_title()
         'org/model: gradient norm'
     """
-    by = by or (placement.rank_by if placement is not None and placement.rank_by in NUMBERS else "gradient_norm")
     entries = [entry for entry in blueprint if entry.kind is not None and entry.depth is not None]
     if not entries:
         raise BlueprintError(f"The blueprint of {blueprint.model_id!r} has no kinds and depths; expand it first.")
     kinds = list(dict.fromkeys(str(entry.kind) for entry in entries))
     rows = {kind: row for row, kind in enumerate(kinds)}
     depths = max(entry.depth or 0 for entry in entries) + 1
+    scores, what, is_coverage = _scores(entries, placement, by)
     values = np.full((len(kinds), depths), np.nan)
-    for entry in entries:
-        values[rows[str(entry.kind)], entry.depth] = score_of(entry, by)
+    for entry, value in zip(entries, scores, strict=True):
+        values[rows[str(entry.kind)], entry.depth] = value
     largest = np.nanmax(values, axis=1, keepdims=True)
-    shares = values / np.where(largest > 0, largest, 1)
+    shares = values if is_coverage else values / np.where(largest > 0, largest, 1)
 
     with drawing_style():
         from matplotlib.collections import PatchCollection
@@ -113,15 +116,31 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         axes.set_yticks(labelled, [_cut(kinds[row]) for row in labelled])
         axes.set_xlabel("layer")
         axes.set_xticks(range(0, depths, max(1, depths // 15)))
-        right = axes.secondary_yaxis("right")
-        right.set_yticks(labelled, [f"{largest[row, 0]:.3g}" for row in labelled])
-        right.set_ylabel("largest of its kind")
-        right.tick_params(length=0)
-        figure.colorbar(image, ax=axes, label="share of the largest", pad=0.02)
-        placed = "" if placement is None else f"; outlined: {len(lora)} adapters by {placement.rank_by}"
+        if not is_coverage:
+            right = axes.secondary_yaxis("right")
+            right.set_yticks(labelled, [f"{largest[row, 0]:.3g}" for row in labelled])
+            right.set_ylabel("largest of its kind")
+            right.tick_params(length=0)
+        figure.colorbar(image, ax=axes, label="share covered" if is_coverage else "share of the largest", pad=0.02)
+        placed = "" if placement is None else f"; outlined: {len(lora)} adapters"
         placed += f"; hatched: {len(unfreeze)} unfrozen" if unfreeze else ""
-        axes.set_title(f"{_cut(blueprint.model_id)}: {by.replace('_', ' ')}{placed}", fontsize=10)
+        axes.set_title(f"{_cut(blueprint.model_id)}: {what}{placed}", fontsize=10)
     return figure
+
+
+def _scores(
+    entries: Sequence[Submodule], placement: Placement | None, by: str | None
+) -> tuple[Sequence[float] | np.ndarray, str, bool]:
+    """Return what to shade entries by, its name, and whether it is the share that the placement covers."""
+    chosen_by = placement.rank_by.removesuffix(" per cost") if placement is not None else "gradient_norm"
+    if by is None and placement is not None and chosen_by in ("cover_gain", "even"):
+        names = {entry.name for entry in entries}
+        lora = [name for name in placement.lora if name in names]
+        return CoverGain(entries, [1.0] * len(entries)).covered(lora), "coverage by kind and layer", True
+    if by is None:
+        by = chosen_by if chosen_by in SCORES and chosen_by not in CONTROLS else "gradient_norm"
+        return SCORES[by](entries), by.replace("_", " "), False
+    return [score_of(entry, by) for entry in entries], by.replace("_", " "), False
 
 
 def _cut(name: str, longest: int = 60) -> str:

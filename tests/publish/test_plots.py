@@ -83,3 +83,15 @@ def test_without_kinds_and_depths_there_is_no_picture():
     """The error says what to do."""
     with pytest.raises(BlueprintError, match="no kinds and depths"):
         plot_blueprint(Blueprint("org/m", tuple(replace(entry, depth=None) for entry in made("ab"))))
+
+
+@pytest.mark.parametrize("rank_by, deepest", [("cover_gain", 0.018), ("adam_gain per cost", 1.0), ("random", 0.25)])
+def test_a_placement_is_shaded_by_what_chose_it(rank_by, deepest):
+    """By what it covers, by its score, or by the gradient norm where the score is not known."""
+    entries = tuple(
+        Submodule(f"layers.{i}.q_proj", 4.0 - i, kind="q_proj", depth=i, adam_gain=1.0 + i) for i in range(4)
+    )
+    placement = Placement("org/m", lora=("layers.1.q_proj",), unfreeze=(), rank_by=rank_by, coverage="kind+depth")
+    shades = plot_blueprint(Blueprint("org/m", entries), placement).axes[0].images[0].get_array()
+    assert shades[0, 3] == pytest.approx(deepest, abs=1e-3)
+    assert shades[0, 1] == pytest.approx({"cover_gain": 1.0, "random": 0.75}.get(rank_by, 0.5))
