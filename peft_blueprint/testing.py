@@ -12,14 +12,22 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -36,9 +44,13 @@ __all__ = [
     "randomize_adapters",
     "save_tiny_model",
     "tiny_bert",
+    "tiny_deepseek_v3",
     "tiny_gpt2",
+    "tiny_gpt_oss",
     "tiny_llama",
     "tiny_mixtral",
+    "tiny_olmoe",
+    "tiny_qwen3_moe",
     "tiny_t5",
     "tiny_vit",
     "toy_batches",
@@ -46,6 +58,12 @@ __all__ = [
 
 
 VOCABULARY = 97
+_MIXTURE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -69,15 +87,44 @@ def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel
 
 def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCausalLM:
     """Build a random Mixtral with 4 experts, 2 for each token; transformers 5 fuses them into one parameter."""
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-    }
+    settings = _MIXTURE | {"num_local_experts": 4}
     return random_model(
         MixtralForCausalLM, MixtralConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_qwen3_moe(layers: int = 3, seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
+    """Build a random Qwen3-MoE with 4 experts, 2 for each token."""
+    settings = _MIXTURE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return random_model(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_gpt_oss(layers: int = 3, seed: int = 0, **changes: Any) -> GptOssForCausalLM:
+    """Build a random GPT-OSS with 4 experts, 2 for each token, whose weights are (experts, d_in, d_out) with biases."""
+    settings = _MIXTURE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    return random_model(
+        GptOssForCausalLM, GptOssConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_deepseek_v3(layers: int = 3, seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
+    """Build a random DeepSeek-V3 with 4 experts in 2 groups, 2 for each token, and a shared one; the first block is dense."""
+    settings = _MIXTURE | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    settings |= {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    settings |= {"moe_intermediate_size": 24, "q_lora_rank": 16, "kv_lora_rank": 16}
+    settings |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return random_model(
+        DeepseekV3ForCausalLM, DeepseekV3Config(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
+    )
+
+
+def tiny_olmoe(layers: int = 3, seed: int = 0, **changes: Any) -> OlmoeForCausalLM:
+    """Build a random OLMoE with 4 experts, 2 for each token."""
+    settings = _MIXTURE | {"num_experts": 4, "num_experts_per_tok": 2}
+    return random_model(
+        OlmoeForCausalLM, OlmoeConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
     )
 
 

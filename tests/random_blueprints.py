@@ -65,10 +65,14 @@ entries = st.builds(
     shape=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     form=st.sampled_from(get_args(Form)),
     quantized=st.booleans(),
-    **dict.fromkeys(("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain"), st.none() | sizes),
+    **dict.fromkeys(
+        ("median_norm", "signal_norm", "noise_scale", "weight_norm", "adam_gain", "gate_weight"), st.none() | sizes
+    ),
     **dict.fromkeys(("alpha_error", "weight_gradient", "influence", "influence_mismatch"), st.none() | sizes),
     **dict.fromkeys(("alpha", "gamma", "k_star"), st.none() | shares),
-    **dict.fromkeys(("prompt_share", "prompt_adam_share", "singular_energy"), st.none() | st.floats(0, 1)),
+    **dict.fromkeys(
+        ("prompt_share", "prompt_adam_share", "singular_energy", "token_share"), st.none() | st.floats(0, 1)
+    ),
     alignment=st.none() | st.lists(st.floats(-1e140, 1e140), min_size=1, max_size=16).map(tuple),
     examples=counts,
     domain_tags=st.dictionaries(labels, sizes, max_size=2),

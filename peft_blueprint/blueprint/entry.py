@@ -13,10 +13,10 @@ from ..errors import BlueprintError, FormatError
 
 
 Level = Literal["submodule", "group", "layer"]
-Form = Literal["linear", "experts", "embedding", "convolution", "norm", "bias", "head", "parameter"]
+Form = Literal["linear", "experts", "expert", "embedding", "convolution", "norm", "bias", "head", "parameter"]
 
 
-ADAPTABLE = ("linear", "experts")  # the forms that an adapter is put on
+ADAPTABLE = ("linear", "experts", "expert")  # the forms that an adapter is put on
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
@@ -48,10 +48,10 @@ class Submodule:
         group: the paper's coarser unit: `attn.3`, `cross_attn.3` or `ffn.3`, after the stack's name if a model has
             several, `decoder.cross_attn.3`.
         shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of
-            fused experts (experts, d_out, d_in); of any other form the parameter's own.
-        form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter; or
-            an embedding, convolution, norm, bias, output or classification head, or other parameter. Adapters are
-            put on the first two.
+            fused experts (experts, d_out, d_in), of one of them (d_out, d_in); of any other form the parameter's own.
+        form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter, or
+            one of these experts; or an embedding, convolution, norm, bias, output or classification head, or other
+            parameter. Adapters are put on the first three.
         quantized: whether the weight was held in 4 or 8 bits when this was measured.
         median_norm: median over examples of the same norms.
         norm_interval: 95 % bootstrap interval of `gradient_norm` over examples. A sketch's own error, `norm_error` in
@@ -70,6 +70,11 @@ class Submodule:
             (activated LoRA, arXiv:2504.12397) leave out, in [0, 1].
         prompt_adam_share: share of `adam_gain` that answer-only adapters lose, in [0, 1].
         singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
+        token_share: of an expert's weight: share of its layer's routing choices that fall on the expert, in [0, 1]; each
+            token chooses top-k experts. Over all experts of a layer these sum to 1 (ESFT's token selection ratio,
+            arXiv:2407.01906, eq. 7).
+        gate_weight: of an expert's weight: mean over tokens of the weight that the router gives the expert, zero for a
+            token that does not choose it (ESFT's average gate score, eq. 6).
         alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is
             how much example b's gradient in entry i agrees with the other examples' mean there. The first number is
             the mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance.
@@ -103,6 +108,8 @@ class Submodule:
     prompt_share: float | None = None
     prompt_adam_share: float | None = None
     singular_energy: float | None = None
+    token_share: float | None = None
+    gate_weight: float | None = None
     alignment: tuple[float, ...] | None = None
     alpha: float | None = None
     alpha_error: float | None = None
@@ -143,12 +150,14 @@ NUMBERS = (
     "prompt_share",
     "prompt_adam_share",
     "singular_energy",
+    "token_share",
+    "gate_weight",
     "alpha",
     "k_star",
     "alpha_error",
     "gamma",
 )
-_SHARES = ("gamma", "k_star", "prompt_share", "prompt_adam_share", "singular_energy")  # at most 1
+_SHARES = ("gamma", "k_star", "prompt_share", "prompt_adam_share", "singular_energy", "token_share")  # at most 1
 _POSITIVE = ("alpha", "gamma", "k_star")
 _ROUNDING = 1e-6  # relative, of the bootstrap's sums
 
