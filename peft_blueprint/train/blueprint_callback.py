@@ -375,7 +375,7 @@ def trained_parameters(model: nn.Module) -> tuple[TrainedParameter, ...]:
 
 
 def start_norms(gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """Compute the L2 norms of many tensors in a few calls, without waiting for the device.
+    """Compute the L2 norms of many tensors without waiting for the device.
 
     Args:
         gradients: tensors of any shape and dtype. For `DTensor`s, which every process must pass, the norms are those of
@@ -389,7 +389,7 @@ def start_norms(gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         together[gradient.device_mesh if isinstance(gradient, DTensor) else gradient.device].append(i)
     norms = []
     for indices in together.values():
-        stacked = torch.stack(torch._foreach_norm([gradients[i] for i in indices], 2, dtype=torch.float32))
+        stacked = torch.stack([torch.linalg.vector_norm(gradients[i], dtype=torch.float32) for i in indices])
         norms.append(stacked.full_tensor() if isinstance(stacked, DTensor) else stacked)
     return [i for indices in together.values() for i in indices], norms
 

@@ -164,9 +164,8 @@ class FreezeFromBelow(TrainerCallback):
             taken = [p for p in group["params"] if p.grad is not None]
             if not taken:
                 continue
-            norms = torch._foreach_norm([p.grad for p in taken], 1, dtype=torch.float32)
-            for parameter, norm in zip(taken, norms, strict=True):
-                gain = float(group["lr"]) * norm
+            for parameter in taken:
+                gain = float(group["lr"]) * torch.linalg.vector_norm(parameter.grad, 1, dtype=torch.float32)
                 held = self._sums.get(id(parameter))
                 self._sums[id(parameter)] = gain if held is None else held + gain
 
