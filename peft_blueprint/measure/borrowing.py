@@ -127,7 +127,7 @@ class _State:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.hooks = [(p, [_copy(hooks) for hooks in _hooks_of(p)]) for p in model.parameters()]
         self.values = [(value, value.detach().to("cpu", copy=True)) for value in values]
-        self.buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if _may_change(b)]
+        self.buffers = [(b, b.detach().clone()) for b in model.buffers() if _may_change(b)]
         self.is_grad_enabled = torch.is_grad_enabled()
         self.random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -143,8 +143,8 @@ class _State:
         with torch.no_grad():
             for tensor, copy in self.values:
                 tensor.copy_(copy)
-            for buffer, version, copy in self.buffers:
-                if buffer._version != version:
+            for buffer, copy in self.buffers:
+                if not torch.equal(buffer, copy):  # batch norm changes its statistics without a new version
                     buffer.copy_(copy)
         for parameter, requires_grad, gradient in self.parameters:
             if parameter.requires_grad != requires_grad:

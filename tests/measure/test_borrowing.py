@@ -245,12 +245,12 @@ def test_batch_norms_keep_their_statistics():
             self.up, self.norm, self.down = torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)
 
         def forward(self, x):
-            return self.down(self.norm(self.up(x)))
+            return self.down(self.norm(self.up(x).mT).mT)
 
     torch.manual_seed(0)
-    model, batch = Normed().train(), {"x": torch.randn(3, 4)}
+    model, batch = Normed().train(), {"x": torch.randn(3, 5, 4)}
     before = state_of(model)
-    influence = measure_influence(model, [batch], loss_fn=lambda m, b: m(b["x"]).square().mean(1), **OPTIONS)
+    influence = measure_influence(model, [batch], loss_fn=lambda m, b: m(b["x"]).square().mean((1, 2)), **OPTIONS)
     assert state_of(model) == before
-    expected = model.eval()(batch["x"]).square().mean(1)
+    expected = model.eval()(batch["x"]).square().mean((1, 2))
     torch.testing.assert_close(influence.losses, expected.detach())
