@@ -40,13 +40,14 @@ from peft_blueprint.compare import read_for_domain
 from peft_blueprint.data import select_examples
 from peft_blueprint.measure import collate, encode, get_pad_token_id, load_model, make_batches
 from peft_blueprint.place import Probed, probe_blueprint
-from peft_blueprint.publish import RESOURCE_NAMES, describe_stop, per_unit, save_page
+from peft_blueprint.publish import RESOURCE_NAMES, describe_stop, per_unit, rate, save_page
 from peft_blueprint.runs import (
     UNITS,
     Ledger,
     MarginalReturn,
     Point,
     Quantity,
+    Report,
     Row,
     RunRecord,
     carbon_factor,
@@ -407,7 +408,7 @@ def report(study: Study, records: Sequence[RunRecord], config: BlueprintConfig, 
     by_loss = make_report(records, baseline=baseline, resource=RESOURCE, metric="eval_loss", window=3)
     by_score = make_report(records, baseline=baseline, resource=RESOURCE, metric=SCORE)
     count = len(study.data["test"])
-    columns = [template(loss, gain, count) for loss, gain in zip(by_loss.rows, by_score.rows, strict=True)]
+    columns = [template(loss, gain, count, by_loss) for loss, gain in zip(by_loss.rows, by_score.rows, strict=True)]
     lines = [f"| | {' | '.join(row.name for row in by_loss.rows)} |", "|---|" + "---|" * len(records)]
     lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
     placement, drift = config.placement, probed.drift
@@ -440,7 +441,7 @@ def report(study: Study, records: Sequence[RunRecord], config: BlueprintConfig, 
     return written
 
 
-def template(loss: Row, gain: Row, count: int) -> dict[str, str]:
+def template(loss: Row, gain: Row, count: int, report: Report) -> dict[str, str]:
     """Return a run's entries of the paper's template: Ψ, Γ, carbon, the final pair and the last window's ratio."""
     record, accuracy = loss.record, gain.metric or 0.0
     error = (accuracy * (1 - accuracy) / count) ** 0.5
@@ -462,9 +463,9 @@ def template(loss: Row, gain: Row, count: int) -> dict[str, str]:
         },
         "Γ by purpose, share of FLOPs": ", ".join(f"{name} {part / whole:.0%}" for name, part in spent.items()),
         "final (Ψ, Γ)": f"({accuracy:.3f}, {totals[RESOURCE]})",
-        f"last window: ΔΨ/ΔΓ of the validation loss {per_unit(RESOURCE)}": format_number(loss.ratio),
-        f"gain of the validation loss {per_unit(RESOURCE)}": format_number(loss.per_resource),
-        f"gain of accuracy {per_unit(RESOURCE)}": format_number(gain.per_resource),
+        f"last window: ΔΨ/ΔΓ of the validation loss {per_unit(report)}": format_number(rate(loss.ratio, report)),
+        f"gain of the validation loss {per_unit(report)}": format_number(rate(loss.per_resource, report)),
+        f"gain of accuracy {per_unit(report)}": format_number(rate(gain.per_resource, report)),
         "steps, and why it ended": f"{last.step}. {' '.join(describe_stop(loss))}",
         "examples trained on": str(record.about["examples"]),
         "trained parameters": f"{record.about['trained_parameters']:,}",

@@ -196,17 +196,17 @@ def _dumped(value: Any) -> str:
 def _show(report: Report, output: Output) -> None:
     """Print the table, then the totals with their labels and the stopping decisions."""
     words = publishing
-    per = words.per_unit(report.resource)
+    per = words.per_unit(report)
     rows = []
     for row in report.rows:
         cells = {
             "run": row.name + (" (baseline)" if row.is_baseline else ""),
-            report.metric: words.format_score(row.metric),
+            report.metric: words.format_score(row.metric, row.error),
             words.RESOURCE_NAMES[report.resource]: running.format_quantity(row.spent.value, report.resource),
             "label": row.spent.how,
             "gain": words.format_score(row.gain),
-            f"gain {per}": running.format_number(row.per_resource),
-            f"last window {per}": running.format_number(row.ratio),
+            f"gain {per}": running.format_number(words.rate(row.per_resource, report)),
+            f"last window {per}": running.format_number(words.rate(row.ratio, report)),
         }
         if report.baseline is not None:
             cells["of the baseline's"] = words.format_multiple(row.relative)

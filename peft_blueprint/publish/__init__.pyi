@@ -17,3 +17,4 @@ from .words import format_multiple as format_multiple
 from .words import format_score as format_score
 from .words import headline as headline
 from .words import per_unit as per_unit
+from .words import rate as rate

@@ -6,7 +6,8 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,18 @@ from .._text import format_names
 from ..blueprint import ADAPTABLE, Blueprint, from_dict, parameter_share
 from ..errors import BlueprintError
 from ..place import Placement
-from ..runs import RESOURCES, UNITS, Report, Row, RunRecord, format_number, format_quantity, series
+from ..runs import (
+    RESOURCES,
+    UNITS,
+    Report,
+    Row,
+    RunRecord,
+    error_at,
+    format_number,
+    format_quantity,
+    series,
+    unit_for,
+)
 from .plots import drawing_style, plot_blueprint
 from .words import (
     ABSENT,
@@ -28,7 +40,11 @@ from .words import (
     format_multiple,
     format_score,
     headline,
+    hyperparameters,
+    model_name,
+    parts_of,
     per_unit,
+    rate,
 )
 
 
@@ -38,6 +54,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.jinja"
 MAX_ROWS = 60  # of a table of a placement
+MANY = 40  # points of a training loss, from which its running mean is drawn
+WIDE, NARROW = (10.4, 4.0), (3.7, 3.3)  # inches of a chart
 
 COLOURS = ("#2f6690", "#c8553d", "#4f8a5b", "#8a5fa8", "#b8860b", "#3c8d93", "#a84a78", "#5b6770")
 MARKERS = "osD^vPX*"
@@ -49,10 +67,11 @@ _DEPTH = re.compile(r"\.(\d+)\.")
 
 
 class Picture(NamedTuple):
-    """An SVG as a `data:` address, and its description for readers who do not see it."""
+    """An SVG as a `data:` address, its description for readers who do not see it, and its form for a phone."""
 
     address: str
     description: str
+    narrow: str = ""
 
 
 def render_page(report: Report) -> str:
@@ -64,19 +83,19 @@ def render_page(report: Report) -> str:
         BlueprintError: without matplotlib.
     """
     with drawing_style():
-        curves = {name or "step": draw_curve(report, name) for name in (*RESOURCES, None)}
-        panels = [
-            {"id": name, "name": RESOURCE_NAMES.get(name, "steps"), "picture": picture}
-            for name, picture in curves.items()
-            if picture is not None
-        ]
+        panels = []
+        for resource in (*RESOURCES, None):
+            curves = [draw_curve(report, resource), draw_curve(report, resource, of_losses=True)]
+            if pictures := [picture for picture in curves if picture is not None]:
+                name = "steps" if resource is None else RESOURCE_NAMES[resource]
+                panels.append({"id": resource or "step", "name": name, "pictures": pictures})
         samples = [draw_sample(i) for i in range(len(report.rows))]
         front = draw_front(report)
         placements = [found for row in report.rows if (found := _placement(row.record))]
-    shown = report.resource if curves.get(report.resource) else panels[0]["id"] if panels else ""
+    ids = [str(panel["id"]) for panel in panels]
+    shown = report.resource if report.resource in ids else ids[0] if ids else ""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
-        "score": format_score,
         "number": format_number,
         "quantity": format_quantity,
         "multiple": format_multiple,
@@ -90,15 +109,20 @@ def render_page(report: Report) -> str:
         facts=_facts(report.rows[0], report) if len(names) == 1 else [],
         to_baseline=[_to_baseline(row, report) for row in report.rows],
         absent=ABSENT,
-        models=list(dict.fromkeys(str(model) for row in report.rows if (model := row.record.about.get("model_id")))),
-        per=per_unit(report.resource),
+        models=[model_name(row.record) for row in report.rows],
+        per=per_unit(report),
         spent=RESOURCE_NAMES[report.resource],
+        score=format_score,
+        rate=lambda value: format_number(rate(value, report)),
+        parts_of=parts_of,
         resource_names=RESOURCE_NAMES,
         samples=samples,
         panels=panels,
         shown=shown,
-        is_of_losses=_is_of_losses(report),
+        has_errors=any(row.error is not None for row in report.rows),
+        has_losses=any(row.record.losses for row in report.rows),
         front=front,
+        settings=_settings(report),
         sources=[_sources(row) for row in report.rows],
         stopping=[(row.name, words) for row in report.rows if (words := describe_stop(row))],
         placements=placements,
@@ -127,34 +151,49 @@ def save_page(report: Report, path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------ pictures
 
 
-def draw_curve(report: Report, resource: str | None) -> Picture | None:
+def draw_curve(report: Report, resource: str | None, of_losses: bool = False) -> Picture | None:
     """Draw the metric of every run against what it had spent, or against steps if the resource is None.
 
-    Runs without any evaluation are drawn by their training loss; the training loss of a single run is drawn thin beside
-    its metric. Returns None if no run has a point to draw.
+    Evaluations with a standard error have a bar of ± 1 of it. A training loss of many steps is drawn thin, and its
+    running mean over a twentieth of them on top.
+
+    Args:
+        report: the runs.
+        resource: for the x axis.
+        of_losses: draw the training loss instead of the metric.
+
+    Returns:
+        None if no run has a point to draw.
 
     Raises:
         BlueprintError: without matplotlib.
     """
-    by_loss = _is_of_losses(report)
     lines = [
-        _losses(row.record, resource) if by_loss else series(row.record, resource, report.metric)
+        _losses(row.record, resource) if of_losses else series(row.record, resource, report.metric)
         for row in report.rows
     ]
     largest = max((x for line in lines for x, _ in line), default=0.0)
     if largest <= 0:
         return None
-    metric = "training loss" if by_loss else report.metric
-    with drawing_style():
-        figure, axes = _axes(metric, "lower" if by_loss or report.direction == "minimize" else "higher")
-        unit, label = _label_resource(axes, resource, largest)
-        if len(lines) == 1 and not by_loss and "loss" in report.metric:
-            losses = _losses(report.rows[0].record, resource)
-            axes.plot([x / unit for x, _ in losses], [y for _, y in losses], color=MUTED, linewidth=0.7, alpha=0.7)
-        for i, line in enumerate(lines):
-            axes.plot([x / unit for x, _ in line], [y for _, y in line], **_style(i, len(line) <= 60))
+    metric = "training loss" if of_losses else report.metric
+    better = "lower" if of_losses or report.direction == "minimize" else "higher"
+    unit, label = _label(resource, largest)
+
+    def draw(axes: Axes) -> None:
+        axes.set_xlabel(label, color=INK)
+        for i, (row, line) in enumerate(zip(report.rows, lines, strict=True)):
+            xs, ys = [x / unit for x, _ in line], [y for _, y in line]
+            errors = [] if of_losses else _errors(row.record, resource, report.metric)
+            if any(errors):
+                axes.errorbar(xs, ys, errors, **_style(i), elinewidth=1, capsize=2.5)
+            elif len(line) > MANY:
+                axes.plot(xs, ys, **_style(i, has_markers=False) | {"linewidth": 0.7, "alpha": 0.35})
+                axes.plot(xs, _running_mean(ys), **_style(i, has_markers=False))
+            else:
+                axes.plot(xs, ys, **_style(i))
         axes.set_xlim(left=0)
-        return _picture(figure, f"{metric} against {label}")
+
+    return _picture(draw, f"{metric} ({better} is better)", f"{metric} against {label}")
 
 
 def draw_front(report: Report) -> Picture | None:
@@ -169,22 +208,26 @@ def draw_front(report: Report) -> Picture | None:
     if len(ends) < 2:
         return None
     least, most = min(x for x, _ in ends.values()), max(x for x, _ in ends.values())
-    with drawing_style():
+    unit, label = _label(report.resource, most)
+
+    def draw(axes: Axes) -> None:
         from matplotlib.ticker import NullFormatter
 
-        figure, axes = _axes(report.metric, "lower" if report.direction == "minimize" else "higher")
         if least > 0 and most / least > 30:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        unit, label = _label_resource(axes, report.resource, most)
+        axes.set_xlabel(label, color=INK)
         best = sorted((x / unit, y) for i, (x, y) in ends.items() if report.rows[i].on_front)
         axes.step([x for x, _ in best], [y for _, y in best], where="post", color=MUTED, linewidth=1.1, zorder=1)
         for i, (x, y) in ends.items():
-            style = _style(i) | {"linestyle": "none", "markersize": 7.5, "markeredgewidth": 1.5}
-            face = style["color"] if report.rows[i].on_front else "none"
-            axes.plot([x / unit], [y], markerfacecolor=face, **style)
+            row, style = report.rows[i], _style(i) | {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.5}
+            face = style["color"] if row.on_front else "none"
+            axes.errorbar([x / unit], [y], row.error, markerfacecolor=face, elinewidth=1, capsize=2.5, **style)
         axes.margins(0.12)
-        return _picture(figure, f"{report.metric} against {label} of {len(ends)} runs, with the Pareto front")
+
+    better = "lower" if report.direction == "minimize" else "higher"
+    text = f"{report.metric} against {label} of {len(ends)} runs, with the Pareto front"
+    return _picture(draw, f"{report.metric} ({better} is better)", text)
 
 
 def draw_sample(index: int) -> Picture:
@@ -201,7 +244,7 @@ def draw_sample(index: int) -> Picture:
         axes.axis("off")
         axes.plot([1, 27], [6, 6], **_style(index, has_markers=False))
         axes.plot([14], [6], **_style(index) | {"markersize": 6})
-        return _picture(figure, "")
+        return Picture(_address(figure), "")
 
 
 def _heat_map(blueprint: Blueprint, placement: Placement | None) -> Picture | None:
@@ -210,12 +253,9 @@ def _heat_map(blueprint: Blueprint, placement: Placement | None) -> Picture | No
         figure = plot_blueprint(blueprint, placement)
     except BlueprintError:
         return None
+    what = figure.axes[0].get_title().rpartition(": ")[2].partition(";")[0]
     figure.axes[0].set_title("")
-    return _picture(figure, f"Gradient norms of {blueprint.model_id} by kind and layer, placement outlined")
-
-
-def _is_of_losses(report: Report) -> bool:
-    return all(row.metric is None for row in report.rows)
+    return Picture(_address(figure), f"{what} of {blueprint.model_id} by kind and layer, placement outlined")
 
 
 def _losses(record: RunRecord, resource: str | None) -> tuple[tuple[float, float], ...]:
@@ -225,42 +265,24 @@ def _losses(record: RunRecord, resource: str | None) -> tuple[tuple[float, float
     return tuple((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y))
 
 
-def _axes(metric: str, better: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=3, width=0.7)
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(nbins=6)
-    axes.set_ylabel(f"{metric} ({better} is better)", color=INK, size=8.5)
-    return figure, axes
+def _errors(record: RunRecord, resource: str | None, metric: str) -> list[float]:
+    """Return the standard errors of the evaluations of `series`, 0 where there is none."""
+    points = [p for p in record.points if series(replace(record, points=(p,)), resource, metric)]
+    return [error_at(point, metric) or 0.0 for point in points]
 
 
-def _label_resource(axes: Axes, resource: str | None, largest: float) -> tuple[float, str]:
-    """Label the x axis. Returns the unit to divide by, and the label."""
-    from matplotlib.ticker import EngFormatter, ScalarFormatter
+def _running_mean(values: Sequence[float]) -> list[float]:
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [math.fsum(window) / len(window) for window in windows]
 
-    unit, label = 1.0, "optimizer steps" if resource is None else RESOURCE_NAMES[resource]
-    formatter = ScalarFormatter()
-    if resource == "seconds":
-        units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-        unit, name = next((pair for pair in units if largest >= 3 * pair[0]), units[-1])
-        label = f"{label}, {name}"
-    elif resource is not None and resource.endswith("_bytes"):
-        unit, label = 2.0**30, f"{label}, GiB"
-    elif resource in ("flops", "energy_joules", "tokens"):
-        symbol = UNITS[resource] if resource != "tokens" else ""
-        formatter = EngFormatter(symbol, sep="\N{NARROW NO-BREAK SPACE}")
-    elif resource in ("memory_gb_hours", "carbon_grams"):
-        label = f"{label}, {UNITS[resource].removesuffix(' CO2e')}"
-    axes.xaxis.set_major_formatter(formatter)
-    axes.set_xlabel(label, color=INK, size=8.5)
-    return unit, label
+
+def _label(resource: str | None, largest: float) -> tuple[float, str]:
+    """Return the unit to divide the x axis by, and its label."""
+    if resource is None:
+        return 1.0, "optimizer steps"
+    unit, name = unit_for(largest, resource)
+    return unit, f"{RESOURCE_NAMES[resource]}, {name.removesuffix(' CO₂e')}"
 
 
 def _style(index: int, has_markers: bool = True) -> dict[str, Any]:
@@ -276,11 +298,33 @@ def _style(index: int, has_markers: bool = True) -> dict[str, Any]:
     }
 
 
-def _picture(figure: Figure, description: str) -> Picture:
+def _picture(draw: Callable[[Axes], None], ylabel: str, description: str) -> Picture:
+    """Draw twice, for a wide screen and for a phone, with the same size of letters on both."""
+    addresses = []
+    for size in (WIDE, NARROW):
+        with drawing_style():
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=size, layout="constrained")
+            axes = figure.add_subplot()
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(MUTED)
+            axes.grid(axis="y", color=GRID, linewidth=0.7)
+            axes.set_axisbelow(True)
+            axes.tick_params(colors=MUTED, labelcolor=INK, length=3, width=0.7)
+            axes.tick_params(axis="y", length=0)
+            axes.locator_params(nbins=6)
+            axes.set_ylabel(ylabel, color=INK)
+            draw(axes)
+            addresses.append(_address(figure))
+    return Picture(addresses[0], description, addresses[1])
+
+
+def _address(figure: Figure) -> str:
     svg = io.BytesIO()
     with drawing_style():
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}", description)
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
 
 
 # ------------------------------------------------------------------------------------------ texts
@@ -288,15 +332,16 @@ def _picture(figure: Figure, description: str) -> Picture:
 
 def _facts(row: Row, report: Report) -> list[dict[str, str]]:
     """Return the main figures of a single run."""
-    facts = [{"name": report.metric, "value": format_score(row.metric), "how": "at the last evaluation"}]
+    score = format_score(row.metric, row.error)
+    facts = [{"name": report.metric, "value": score, "how": "at the last evaluation"}]
     if row.gain is not None:
         start = "training began" if row.first_step == 0 else f"step {row.first_step}"
         facts.append({"name": "gain", "value": format_score(row.gain), "how": f"since {start}"})
     amount = format_quantity(row.spent.value, report.resource)
     facts.append({"name": RESOURCE_NAMES[report.resource], "value": amount, "how": row.spent.how})
     if row.ratio is not None:
-        name, how = f"recent gain {per_unit(report.resource)}", f"over the last {row.window} evaluations"
-        facts.append({"name": name, "value": format_number(row.ratio), "how": how})
+        name, how = f"recent gain {per_unit(report)}", f"over the last {row.window} evaluations"
+        facts.append({"name": name, "value": format_number(rate(row.ratio, report)), "how": how})
     return facts
 
 
@@ -308,6 +353,14 @@ def _to_baseline(row: Row, report: Report) -> str:
         is_known = base.metric is not None and series(row.record, report.resource, report.metric)
         return "not reached" if is_known else ABSENT
     return format_quantity(row.to_baseline, report.resource)
+
+
+def _settings(report: Report) -> list[dict[str, Any]]:
+    """Return the hyperparameters that a run's record has: name, value of each run, and whether these differ."""
+    found = [hyperparameters(row.record) for row in report.rows]
+    names = dict.fromkeys(name for settings in found for name in settings)
+    rows = [(name, [settings.get(name, ABSENT) for settings in found]) for name in names]
+    return [{"name": name, "values": values, "differs": len(set(values)) > 1} for name, values in rows]
 
 
 def _sources(row: Row) -> list[tuple[str, str]]:
@@ -340,7 +393,7 @@ def _placement(record: RunRecord) -> dict[str, Any] | None:
             model_id=blueprint.model_id,
             lora=tuple(ranks),
             unfreeze=unfreeze,
-            rank_by="gradient_norm",
+            rank_by=str(placement.get("rank_by", "gradient_norm")),
             coverage="none",
             ranks={name: rank for name, rank in ranks.items() if isinstance(rank, int)} if differ else {},
         )
@@ -365,9 +418,12 @@ def _blueprint(source: Any) -> tuple[Blueprint | None, str]:
         if isinstance(source, str) and source:
             if Path(source).exists():
                 return Blueprint.from_pretrained(source), ""
-            return None, f"The blueprint {source} is not here, so its heat map is missing."
+            return None, f"The file {Path(source).name} of the blueprint was not found, so its heat map is missing."
     except (BlueprintError, OSError) as error:
-        return None, f"The blueprint cannot be drawn: {error}"
+        text = str(error)
+        if isinstance(source, str):
+            text = text.replace(source, Path(source).name)
+        return None, f"The blueprint cannot be drawn: {text}"
     return None, ""
 
 

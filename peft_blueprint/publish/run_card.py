@@ -25,7 +25,9 @@ from .words import (
     format_multiple,
     format_rate,
     format_score,
+    parts_of,
     per_unit,
+    rate,
 )
 
 
@@ -70,10 +72,11 @@ def cost_section(report: Report, row: Row | None = None) -> str:
         for name in UNITS:
             total = row.record.total(name)
             source = f": {as_text(total.source)}" if total.source else ""
-            lines.append(f"| {RESOURCE_NAMES[name]} | {format_quantity(total.value, name)} | {total.how}{source} |")
+            amount = "; ".join([format_quantity(total.value, name), *parts_of(row.record, name)])
+            lines.append(f"| {RESOURCE_NAMES[name]} | {amount} | {total.how}{source} |")
         blocks.append("\n".join(lines))
         if row.ratio is not None:
-            rate = format_rate(row.ratio, report.resource)
+            rate = format_rate(row.ratio, report)
             blocks.append(
                 f"Over the last {row.window} evaluations {as_text(report.metric)} improved by {as_text(rate)}."
             )
@@ -275,17 +278,17 @@ def _new_card(row: Row) -> str:
 def _table(report: Report) -> list[str]:
     has_baseline = report.baseline is not None
     resource, spent = report.resource, RESOURCE_NAMES[report.resource]
-    columns = ["run", report.metric, spent, "gain", f"gain {per_unit(resource)}"]
+    columns = ["run", report.metric, spent, "gain", f"gain {per_unit(report)}"]
     columns += ["relative to baseline", f"{spent} to the baseline's {report.metric}"] if has_baseline else []
     columns.append("on the Pareto front")
     lines = [f"| {' | '.join(map(as_text, columns))} |", "|---" + "|---:" * (len(columns) - 2) + "|---|"]
     for row in report.rows:
         cells = [
             row.name + (" (baseline)" if row.is_baseline else ""),
-            format_score(row.metric),
+            format_score(row.metric, row.error),
             format_labelled(row.spent, resource),
             format_score(row.gain),
-            format_number(row.per_resource),
+            format_number(rate(row.per_resource, report)),
         ]
         cells += [format_multiple(row.relative), format_quantity(row.to_baseline, resource)] if has_baseline else []
         cells.append({True: "yes", False: "no", None: ABSENT}[row.on_front])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from ..runs import UNITS, Quantity, Report, Row, format_number, format_quantity
+from ..runs import Quantity, Report, Row, RunRecord, format_number, format_quantity, is_finite_number, unit_for
+from .metadata import is_hub_id
 
 
 RESOURCE_NAMES = {
@@ -20,16 +24,28 @@ RESOURCE_NAMES = {
 }
 ABSENT = "–"
 
-_ONE = {"tokens": "token", "s": "second", "device-h": "device-hour", "J": "joule", "g CO2e": "g CO₂e"}
+_ONE = {"s": "second", "min": "minute", "h": "hour", "device-h": "device-hour", "tokens": "token"}
+_SKIPPED = ("model_id", "eval_strategy", "eval_steps", "logging_steps", "save_steps", "metric_for_best_model") + (
+    "greater_is_better",
+    "data_seed",
+)
+_ADAPTER = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias")
+_PARTS = {"probe": "measuring", "start": "initialization", "selection": "data selection"}
 
 
-def format_score(value: float | None) -> str:
+def format_score(value: float | None, error: float | None = None) -> str:
     """Format a metric with four digits, trailing zeros included so that columns align; `–` for None.
 
+    Args:
+        value: the metric.
+        error: its standard error.
+
     Example:
-        >>> format_score(1.5), format_score(None)
-        ('1.500', '–')
+        >>> format_score(1.5), format_score(2.7631, 0.0514), format_score(None)
+        ('1.500', '2.763 ± 0.051', '–')
     """
+    if error is not None:
+        return f"{format_score(value)} ± {error:.2g}"
     if value is not None and math.isfinite(value) and 1e-3 <= abs(value) < 1000:
         return f"{value:#.4g}"
     return format_number(value)
@@ -42,9 +58,14 @@ def format_labelled(quantity: Quantity, resource: str) -> str:
     return f"{format_quantity(quantity.value, resource)} ({quantity.how})"
 
 
-def format_rate(value: float | None, resource: str) -> str:
-    """Format an improvement per unit of a resource, such as `0.0012 per second`; `–` for None."""
-    return ABSENT if value is None else f"{format_number(value)} {per_unit(resource)}"
+def format_rate(value: float | None, report: Report) -> str:
+    """Format an improvement per unit of the report's resource, such as `0.0012 per minute`; `–` for None."""
+    return ABSENT if value is None else f"{format_number(rate(value, report))} {per_unit(report)}"
+
+
+def rate(value: float | None, report: Report) -> float | None:
+    """Convert an improvement per base unit of the resource, as in `Row`, to that per `per_unit`."""
+    return None if value is None else value * _unit(report)[0]
 
 
 def format_multiple(value: float | None) -> str:
@@ -52,15 +73,70 @@ def format_multiple(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f} ×" if abs(value) < 100 else f"{value:,.0f} ×"
 
 
-def per_unit(resource: str) -> str:
-    """Return `per` and the resource's unit.
+def per_unit(report: Report) -> str:
+    """Return `per` and the unit of the resource that suits what the runs spent.
 
     Example:
-        >>> per_unit("seconds")
-        'per second'
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(605.0, "clock")})
+        >>> per_unit(make_report([run]))
+        'per minute'
     """
-    unit = UNITS[resource]
-    return f"per {_ONE.get(unit, unit)}"
+    name = _unit(report)[1]
+    return f"per {_ONE.get(name, name)}"
+
+
+def _unit(report: Report) -> tuple[float, str]:
+    return unit_for(max((row.spent.value or 0.0 for row in report.rows), default=0.0), report.resource)
+
+
+def parts_of(record: RunRecord, resource: str) -> list[str]:
+    """Return what a total includes beside training, such as `measuring 40 s`: work before it, evaluating, saving."""
+    parts = {name: record.about.get(key) for key, name in _PARTS.items()}
+    amounts = {name: part.get(resource) for name, part in parts.items() if isinstance(part, Mapping)}
+    values = {name: part.get("value") for name, part in amounts.items() if isinstance(part, Mapping)}
+    during = record.about.get("seconds_of_which")
+    if resource == "seconds" and isinstance(during, Mapping):
+        values |= {name: during.get(name) for name in ("evaluating", "saving")}
+    return [
+        f"{name} {format_quantity(value, resource)}"
+        for name, value in values.items()
+        if is_finite_number(value) and value > 0
+    ]
+
+
+def model_name(record: RunRecord) -> str:
+    """Return the model's id, of a local folder only the name; empty if it is not known."""
+    name = record.about.get("model_id")
+    if not isinstance(name, str) or not name.strip():
+        return ""
+    return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def hyperparameters(record: RunRecord) -> dict[str, str]:
+    """Return a run's hyperparameters as text by name, as far as its record has them; those that are off are left out.
+
+    Example:
+        >>> about = {"train_config": {"learning_rate": 1e-3, "max_steps": -1, "fp16": False}, "peft_config": {"r": 8}}
+        >>> hyperparameters(RunRecord("lora", "eval_loss", "minimize", "seconds", about=about))
+        {'learning_rate': '0.001', 'r': '8'}
+    """
+    found: dict[str, Any] = {}
+    for part, skipped in (("train_config", _SKIPPED), ("peft_config", None)):
+        config = record.about.get(part)
+        for name, value in config.items() if isinstance(config, Mapping) else ():
+            is_known = name not in skipped if skipped is not None else name in _ADAPTER
+            if is_known and value not in (None, False, {}, [], "", -1):
+                found[name] = value
+    if record.about.get("seed") is not None:
+        found["seed"] = record.about["seed"]
+    ranks = found.get("rank_pattern")
+    if isinstance(ranks, Mapping):
+        found["rank_pattern"] = f"{len(ranks)} modules with a rank of their own"
+    for count in ("trainable_parameters", "total_parameters"):
+        if type(value := record.about.get(count)) is int:
+            found[count.replace("_", " ")] = f"{value:,}"
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
 
 
 def headline(report: Report) -> str:
@@ -85,17 +161,17 @@ def headline(report: Report) -> str:
         return describe_run(others[0], report)
     best = max(compared, key=lambda row: row.relative or 0.0)
     resource = report.resource
-    said = (
-        f"{best.name} improved {report.metric} {format_multiple(best.relative)} as much {per_unit(resource)} as "
-        f"{base.name}."
-    )
+    said = f"{best.name} improved {report.metric} {format_multiple(best.relative)} as much {per_unit(report)} as {base.name}."
     if best.to_baseline is not None and base.spent.value:
         said += (
             f" It reached the final {report.metric} of {base.name} after {format_quantity(best.to_baseline, resource)}, "
             f"{100 * best.to_baseline / base.spent.value:.0f} % of that run's {RESOURCE_NAMES[resource]}."
         )
     elif best.metric is not None and base.metric is not None:
-        said += f" It ended at {format_score(best.metric)}, and {base.name} at {format_score(base.metric)}."
+        said += (
+            f" It ended at {format_score(best.metric, best.error)}, and {base.name} at "
+            f"{format_score(base.metric, base.error)}."
+        )
     return said
 
 

@@ -32,6 +32,7 @@ _HOWS: tuple[str, ...] = get_args(How)  # from the strongest label to the weakes
 _ABSENT = "–"
 _SI = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+_TIMES = ((3600.0, "h"), (60.0, "min"))
 _COUNTS = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -161,16 +162,33 @@ def format_quantity(value: float | None, unit: str, digits: int = 3) -> str:
     unit = UNITS.get(unit, unit)
     if unit == "s":
         return _format_duration(value, digits)
+    factor, name = unit_for(value, unit)
+    return f"{_format_amount(value / factor, digits)} {name}"
+
+
+def unit_for(value: float, unit: str) -> tuple[float, str]:
+    """Return the unit with the prefix that suits an amount: its size in `unit`, and its name.
+
+    Args:
+        value: the amount, or the largest of several.
+        unit: a unit, or a name in `UNITS`.
+
+    Example:
+        >>> unit_for(9.4e15, "flops"), unit_for(605, "seconds"), unit_for(4_915_200, "tokens")
+        ((1000000000000000.0, 'PFLOP'), (60.0, 'min'), (1000000.0, 'million tokens'))
+    """
+    unit = UNITS.get(unit, unit)
+    if unit == "s":
+        return next(((size, name) for size, name in _TIMES if abs(value) >= 2 * size), (1.0, "s"))
     if unit == "g CO2e":
-        value, unit = (value / 1000, "kg CO₂e") if value >= 1000 else (value, "g CO₂e")
-    elif unit == "B":
-        factor, unit = next((pair for pair in _BINARY if abs(value) >= pair[0]), (1.0, "B"))
-        value /= factor
-    elif unit in ("FLOP", "J") or unit.split()[-1] in ("tokens", "parameters"):
+        return (1000.0, "kg CO₂e") if abs(value) >= 1000 else (1.0, "g CO₂e")
+    if unit == "B":
+        return next((pair for pair in _BINARY if abs(value) >= pair[0]), (1.0, "B"))
+    if unit in ("FLOP", "J") or unit.split()[-1] in ("tokens", "parameters"):
         prefixes = _SI if unit in ("FLOP", "J") else _COUNTS
         factor, prefix = next((pair for pair in prefixes if abs(value) >= pair[0]), (1.0, ""))
-        value, unit = value / factor, prefix + unit
-    return f"{_format_amount(value, digits)} {unit}"
+        return factor, prefix + unit
+    return 1.0, unit
 
 
 def format_number(value: float | None) -> str:

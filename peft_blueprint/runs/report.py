@@ -13,6 +13,7 @@ from .quantity import RESOURCES, UNITS, Direction, Quantity
 from .record import Point, RunRecord, direction_of
 
 
+STDERR = "_stderr"  # ends the name of a metric's standard error, as in lm-evaluation-harness
 WINDOW = 5  # evaluations, as in MarginalReturn
 
 
@@ -22,8 +23,8 @@ class Row:
 
     Args:
         record: the run; its name is unique in the report.
-        metric: Ψ at the last evaluation.
-        spent: Γ of the whole run.
+        metric: Ψ, the metric at the last evaluation.
+        spent: Γ, the amount of the resource that the whole run spent.
         first: the metric at the first evaluation.
         first_step: step of the first evaluation; 0 for the untrained model.
         gain: improvement from the first to the last evaluation; positive if the metric improved.
@@ -35,6 +36,7 @@ class Row:
         at_budget: Ψ when it had spent the baseline's total, or at its end if it spent less.
         on_front: whether it is on the Pareto front of (Γ, Ψ); None for a single run or without Γ or Ψ.
         is_baseline: whether the others are compared with it.
+        error: standard error of `metric`, from `METRIC_stderr` of the same evaluation.
     """
 
     record: RunRecord
@@ -51,6 +53,7 @@ class Row:
     at_budget: float | None = None
     on_front: bool | None = None
     is_baseline: bool = False
+    error: float | None = None
 
     @property
     def name(self) -> str:
@@ -169,6 +172,17 @@ def series(record: RunRecord, resource: str | None, metric: str) -> tuple[tuple[
     return tuple((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))  # type: ignore[misc]
 
 
+def error_at(point: Point, metric: str) -> float | None:
+    """Return the standard error of a metric at an evaluation, under the metric's name with `_stderr`; None without one.
+
+    Example:
+        >>> error_at(Point(9, {}, {"loss": 2.1, "loss_stderr": 0.1}), "loss")
+        0.1
+    """
+    error = point.metrics.get(f"{metric}{STDERR}")
+    return error if _is_finite(error) else None
+
+
 def _spent_at(point: Point, resource: str | None) -> float | None:
     if resource is None:
         return float(point.step)
@@ -181,7 +195,7 @@ def _row(record: RunRecord, metric: str, direction: Direction, resource: str, wi
     if not points:
         return Row(record, None, spent)
     first, last = points[0], points[-1]
-    row = Row(record, last.metrics[metric], spent, first.metrics[metric], first.step)
+    row = Row(record, last.metrics[metric], spent, first.metrics[metric], first.step, error=error_at(last, metric))
     curve = series(record, resource, metric)
     if not math.isfinite(last.metrics[metric]) or len(points) < 2:
         return row

@@ -27,7 +27,7 @@ def call(run):
 def test_by_default_a_table_says_all(folders, call):
     """The headline, every run with its label and whether it is on the front, and every figure's label."""
     status, out, _ = call("base", "fast", "slow", "--baseline", "base")
-    assert status == 0 and out.startswith("fast improved eval_loss 1.66 × as much per second as base.")
+    assert status == 0 and out.startswith("fast improved eval_loss 1.66 × as much per minute as base.")
     for word in ("base (baseline)", "measured", "10 min 4 s", "36.6 PFLOP (modelled)", "absent", "front", "yes", "no"):
         assert word in out
 

@@ -10,7 +10,7 @@ from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.blueprint import to_dict
 from peft_blueprint.blueprint.entry import Submodule
 from peft_blueprint.publish.page import COLOURS, draw_front, draw_sample, render_page, save_page
-from peft_blueprint.runs.quantity import absent
+from peft_blueprint.runs.quantity import absent, measured
 from peft_blueprint.runs.report import make_report
 from tests.browser import asked, needs_browser, opened
 from tests.made_up_runs import KINDS, made_up_run, placement_of
@@ -141,16 +141,16 @@ def test_the_page_says_what_was_decided_and_placed(page):
 
 
 def test_a_single_run_has_its_figures_and_no_front():
-    """One run is still worth a page: four figures, the training loss beside the metric, no comparison."""
-    page = render_page(make_report([made_up_run()]))
-    assert 'class="facts"' in page and "training loss" in page
+    """One run is still worth a page: four figures, the training loss too, no comparison; a local model by its name."""
+    page = render_page(make_report([made_up_run(model_id="/home/me/models/tuned")]))
+    assert 'class="facts"' in page and "training loss" in page and "· tuned<" in page and "/home" not in page
     assert 'id="front"' not in page and "baseline’s" not in page
 
 
 def test_a_run_without_evaluation_shows_its_training_loss():
     """The page says that nothing is known to be gained, and draws what there is."""
     page = render_page(make_report([replace(made_up_run(), points=())]))
-    assert "has no evaluation" in page and 'id="panel-seconds"' in page and "Training loss against" in page
+    assert "has no evaluation" in page and 'id="panel-seconds"' in page and "training loss against" in page
 
 
 def test_a_run_of_nothing_is_a_page_without_pictures():
@@ -164,7 +164,8 @@ def test_a_run_of_nothing_is_a_page_without_pictures():
 def test_a_blueprint_that_is_not_there_or_broken_costs_only_its_picture(source):
     """The rest of the page stands, and says why there is no heat map; nothing is fetched."""
     page = render_page(make_report([made_up_run(blueprint=source, placement=placement_of(6))]))
-    assert 'class="map"' not in page and ("is not here" in page or "cannot be drawn" in page)
+    assert 'class="map"' not in page and ("was not found" in page or "cannot be drawn" in page)
+    assert "nowhere" not in page
 
 
 def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
@@ -172,7 +173,7 @@ def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
     record = made_up_run("模型 $x$")
     points = tuple(replace(p, metrics={"eval_$\\bad 模": p.metrics["eval_loss"]}) for p in record.points)
     page = render_page(make_report([replace(record, metric="eval_$\\bad 模", points=points)]))
-    assert "eval_$\\bad 模 (lower is better)" in pictures(page)["eval_$\\bad 模 against time, minutes"]
+    assert "eval_$\\bad 模 (lower is better)" in pictures(page)["eval_$\\bad 模 against time, min"]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
@@ -188,10 +189,11 @@ def test_the_same_runs_make_the_same_page(report):
 
 
 def test_axes_have_units_and_say_what_is_better(report):
-    """Time in minutes, FLOPs with a prefix, bytes in GiB."""
+    """Time in minutes, FLOPs with a prefix, bytes in GiB; the training loss is drawn too."""
     found = pictures(render_page(report))
-    assert "eval_loss (lower is better)" in found["eval_loss against time, minutes"]
-    assert "20\u202fPFLOP" in found["eval_loss against FLOPs"] and "optimizer steps" in "".join(found)
+    assert "eval_loss (lower is better)" in found["eval_loss against time, min"]
+    assert "training loss (lower is better)" in found["training loss against time, min"]
+    assert "eval_loss against FLOPs, PFLOP" in found and "optimizer steps" in "".join(found)
     peak = make_report([row.record for row in report.rows], resource="peak_bytes")
     assert draw_front(peak).description.startswith("eval_loss against peak memory, GiB")
 
@@ -206,3 +208,23 @@ def test_what_is_no_placement_makes_no_table():
     """The page is there all the same."""
     for lora in (5, [{"a": 1}], "q_proj"):
         assert "<html" in render_page(make_report([made_up_run("run", placement={"lora": lora, "unfreeze": 3})]))
+
+
+def test_parts_of_totals_errors_and_hyperparameters_are_shown():
+    """What was spent before training, evaluating, bars of the metric's standard error, and settings that differ."""
+    probe = {"flops": measured(2e12, "counter").to_dict()}
+    run = made_up_run(
+        "other",
+        probe=probe,
+        train_config={"learning_rate": 7e-4},
+        seconds_of_which={"evaluating": 30.0, "saving": 0.0},
+    )
+    last = run.points[-1]
+    run = replace(run, points=(*run.points[:-1], replace(last, metrics={**last.metrics, "eval_loss_stderr": 0.04})))
+    page = render_page(make_report([run, made_up_run("base")], baseline="base"))
+    assert "<small>measuring 2 TFLOP</small>" in page and "<small>evaluating 30 s</small>" in page
+    assert "saving" not in page.split('id="totals"')[1] and "± 0.04" in page and "one standard error" in page
+    assert re.search(
+        r'class="differs"><th class="left">learning_rate</th><td class="wrap">0.0007</td><td class="wrap">–</td>', page
+    )
+    assert "one standard error" not in render_page(make_report([made_up_run()]))
