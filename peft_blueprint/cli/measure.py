@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .. import blueprint as records
+from .. import compare as comparing
 from .. import data as reading
 from .. import measure, publish
 from .._files import require_writable
@@ -92,7 +93,12 @@ def generate(
 
 
 @verb(
-    "Measure", examples=["peft-blueprint show blueprint.json", "peft-blueprint show org/model --by adam_gain --top 5"]
+    "Measure",
+    examples=[
+        "peft-blueprint show blueprint.json",
+        "peft-blueprint show org/model --by adam_gain --top 5",
+        "peft-blueprint show domains.json --domain math=1,law=3",
+    ],
 )
 def show(
     source: Source,
@@ -101,10 +107,13 @@ def show(
         str, typer.Option(help="Statistic to sort by: gradient_norm, gamma, k_star, domain_tags.bio, …")
     ] = "gradient_norm",
     top: Annotated[int, typer.Option(min=0, help="Number of entries; 0 for all.")] = 20,
+    domain: Annotated[
+        str | None, typer.Option(help="Show another of its domains, or a mixture such as math=1,law=3.")
+    ] = None,
     picture: Picture = None,
 ) -> None:
     """Show a blueprint: its model, how concentrated the gradient is, and its strongest submodules."""
-    blueprint = records.Blueprint.from_pretrained(source)
+    blueprint = comparing.read_for_domain(source, domain)
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, by=by), picture)
     output.blueprint(blueprint, by, top, bare=[entry.name for entry in ranked(blueprint, by)[: top or None]])

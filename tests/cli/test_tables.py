@@ -46,6 +46,16 @@ def test_show_has_all_of_the_papers_format(run, tagged, two_layers):
     assert found["domain_tags"] == "law 1, bio 0.5, math 2, code 1.5 and 1 more"
 
 
+def test_show_of_a_mixture_of_domains(run, tagged):
+    """The norm over the domains' weights; an unknown domain is named."""
+    _, out, _ = run("show", tagged, "--domain", "math=1,bio=1", "--format", "json")
+    first = json.loads(run("show", tagged, "--format", "json")[1])["layers"]
+    mixed = {entry["id"]: entry["gradient_norm"] for entry in json.loads(out)["layers"]}
+    assert mixed == pytest.approx({entry["id"]: 1.25 * entry["gradient_norm"] for entry in first})
+    status, _, error = run("show", tagged, "--domain", "laws")
+    assert status and "no domain tag 'laws'" in error
+
+
 def test_show_has_k_star_of_the_whole_model(run, two_layers, tmp_path):
     """By parameters and by submodules, as the file has it; a file without it says nothing."""
     costs = best_share(two_layers).to_costs()
