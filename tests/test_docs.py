@@ -37,6 +37,7 @@ def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
     """Every Python block as printed, one after the other, on a tiny model; org/model is a folder here."""
     (tmp_path / "org" / "model").mkdir(parents=True)
     blueprint.save(tmp_path / "org" / "model")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
     model, batches = tiny_llama(layers=12), toy_batches()
     model.save_pretrained("model-folder")

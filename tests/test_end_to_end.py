@@ -37,7 +37,7 @@ def test_norms_on_real_weights_agree_with_autograd(weights):
     """Two examples of different length, all 210 submodules: each to 3e-4, on average to 3e-5; sketched, as predicted.
 
     On tiny models 1e-4 holds throughout. Here tokens' contributions nearly cancel in some layers, and the Gram form, whose
-    terms are squares, loses digits there: 1.2e-4 at worst was measured (RESULTS.md).
+    terms are squares, loses digits there: 1.2e-4 at worst was measured (docs/results/measuring.md).
     """
     from peft_blueprint import measure_influence
     from peft_blueprint.measure import collate, encode, load_model

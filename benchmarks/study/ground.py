@@ -25,7 +25,7 @@ from .. import setup
 from .plan import EQUAL, TASK, Study, digest
 
 
-MEASURING = 1.04  # of a forward and backward pass of the frozen model, by docs/results/log.md
+MEASURING = 1.04  # of a forward and backward pass of the frozen model, by docs/results/measuring.md
 SOURCES = ("gsm8k", "pubmedqa", "demo")
 DECISIONS = ("yes", "no", "maybe")  # PubMedQA's
 OTHER = {

@@ -10,7 +10,6 @@ killed run resumes, several processes share a study (one thread each on a CPU), 
 common. An arm fills its budget of trainable parameters from below. Its learning rate goes up and down a ladder of
 factors of two until the best is inside, where the study asks for that. Losses do not depend on how busy a machine is,
 seconds do: `--times` measures step times apart, all arms in turn in one process, as ratios within a round.
-benchmarks/results/*.json are summaries of studies in float32 whose single runs were not kept.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..errors import BlueprintError, FormatError
 Policy = Literal["warn", "error", "refresh", "coarsen"]
 
 # On SmolLM2-135M two samples of 16 examples of the same data correlate at 0.90 to 0.99 on average, of different data at
-# 0.75 to 0.88; docs/results/log.md, "Drift", has the table. The two overlap: near the threshold, probe more examples.
+# 0.75 to 0.88; docs/results/transfer.md has the table. The two overlap: near the threshold, probe more examples.
 DRIFT_THRESHOLD = 0.85
 
 

@@ -3,7 +3,7 @@
 For an example with inputs X (T × d_in) and output gradients dY (T × d_out) the weight's gradient is G = dYᵀX. Its norm
 needs no G: ‖G‖² = Σ (XXᵀ)∘(dY dYᵀ), the Gram form (Goodfellow 2015, arXiv:1510.01799; for sequences Li et al. 2021,
 arXiv:2110.05679), costs T²(d_in + d_out) multiply-adds where forming G costs T·d_in·d_out. It loses digits
-if the tokens' contributions nearly cancel (measured in docs/results/log.md). G·Ω = dYᵀ(XΩ) for a thin Ω keeps the mean
+if the tokens' contributions nearly cancel (measured in docs/results/measuring.md). G·Ω = dYᵀ(XΩ) for a thin Ω keeps the mean
 gradient's row norms at a few per cent of G's cost.
 """
 
