@@ -32,8 +32,10 @@ STDOUT = "-"
 
 @verb("Runs", examples=["peft-blueprint train recipe.yaml"])
 def train(recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")], output: Output) -> None:
-    """Run a recipe: probe, check drift, place, train, evaluate, save the adapter."""
+    """Run a recipe: probe, check drift, place, train, evaluate, save the adapter and its model card."""
     report = asdict(training.run_recipe(training.Recipe.from_yaml(recipe), progress=output.progress))
+    found = running.make_report([running.RunRecord.load(report["output"])])
+    publishing.update_card(report["output"], found, found.rows[0])
     rows = [{"what": key.replace("_", " "), "value": value} for key, value in report.items()]
     output.answer(report, rows, [report["output"]], f"The run of {recipe}")
 
@@ -69,7 +71,10 @@ def report(
         str | None, typer.Option(help="Write a Markdown section to a file; - prints it instead of the table.")
     ] = None,
     card: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter: put the cost into its README.md and its metadata.")
+        Path | None, typer.Option(help="Folder of an adapter: describe the run in its README.md and its metadata.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="License of the adapter, for --card, such as apache-2.0.")
     ] = None,
 ) -> None:
     """Report what runs gained for what they spent, beside each other."""
@@ -93,7 +98,7 @@ def report(
         write_atomically(Path(markdown), publishing.cost_section(found))
         say(f"Written to {markdown}.")
     if card is not None and of_card is not None:
-        written, notes = publishing.update_card(card, found, of_card)
+        written, notes = publishing.update_card(card, found, of_card, license=license)
         for note in notes:
             say(f"note: {note}")
         say(f"Written to {written}.")

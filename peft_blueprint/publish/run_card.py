@@ -1,4 +1,4 @@
-"""Write what a run cost and reached into its model card: a section, `co2_eq_emissions` and `model-index`."""
+"""Write what a run cost and reached into its model card: a section, emissions and evaluation results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .._files import write_atomically
 from ..errors import BlueprintError
-from ..runs import UNITS, Report, Row, RunRecord, format_number, format_quantity
+from ..runs import STDERR, UNITS, Report, Row, RunRecord, format_number, format_quantity
+from .adapter_card import TASKS, is_unfilled, new_adapter_card, training_section, with_adapter_metadata
 from .card_sections import MAX_CHARACTERS, as_text, marked, one_line, with_section
-from .metadata import Metadata, add_metadata, edit_metadata, is_dataset_id, is_hub_id, read_metadata
+from .metadata import Metadata, edit_metadata, is_dataset_id, read_metadata
 from .words import (
     ABSENT,
     RESOURCE_NAMES,
@@ -38,14 +39,6 @@ INDEX = "model-index"
 SOURCE = "peft-blueprint"  # begins the source of our emissions, and ends the name of our metrics
 
 _COUNTRY = re.compile(r"CodeCarbon [^,;]+, ([A-Z]{3})\b")
-_TASKS = {  # the Hub's task by PEFT's
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 
 
 def cost_section(report: Report, row: Row | None = None) -> str:
@@ -88,13 +81,20 @@ def cost_section(report: Report, row: Row | None = None) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def update_card(folder: str | Path, report: Report, row: Row) -> tuple[Path, list[str]]:
-    """Put a run's cost section, emissions and evaluation results into the `README.md` of a folder, created if missing.
+def update_card(folder: str | Path, report: Report, row: Row, *, license: str | None = None) -> tuple[Path, list[str]]:
+    """Describe a run in the `README.md` of its adapter: how it trained, what it cost, and metadata for the Hub.
+
+    The description is one marked section, which a later call replaces. A card that is missing, or PEFT's template with
+    nothing filled in, is written anew with a quick start. In any other card the text around the section stays.
+
+    Metadata are the base model, with which the Hub lists the adapter in the model's tree, library, task, data sets,
+    emissions and evaluation results. Values that the card has already stay, but for a base model that is a local folder.
 
     Args:
         folder: of the adapter.
         report: the runs.
         row: the run that made the adapter.
+        license: of the adapter, as the Hub names it, such as "apache-2.0".
 
     Returns:
         The file, and notes for its owner.
@@ -109,18 +109,27 @@ def update_card(folder: str | Path, report: Report, row: Row) -> tuple[Path, lis
         >>> report = make_report([run])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path, notes = update_card(folder, report, report.rows[0])
-        ...     path.read_text().splitlines()[:2]
-        ['# lora', '']
+        ...     path.read_text().splitlines()[5]
+        '## Training'
     """
     path = Path(folder) / CARD_FILE
     if not path.parent.is_dir():
         raise BlueprintError(f"There is no folder {path.parent}. Give the folder that the adapter was saved in.")
     try:
-        card = path.read_bytes().decode() if path.exists() else _new_card(row)
+        card = path.read_bytes().decode() if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise BlueprintError(f"{path} cannot be read as UTF-8 text: {error}. Correct the file.") from error
-    changed, notes = with_run_metadata(card, run_metadata(row.record))
-    changed = with_section(changed, marked(cost_section(report, row), SECTION), SECTION)
+    record, changed = row.record, card
+    if not card.strip() or is_unfilled(card):
+        changed = new_adapter_card(record, path.parent, card)
+    changed, notes = with_run_metadata(with_adapter_metadata(changed, record, license), run_metadata(record))
+    section = f"{training_section(record)}\n\n{cost_section(report, row)}"
+    changed = with_section(changed, marked(section, SECTION), SECTION)
+    metadata = read_metadata(changed)
+    if not metadata.get("license"):
+        notes.append("The card names no license. Give one, such as --license apache-2.0, or add it to the metadata.")
+    if not metadata.get("base_model"):
+        notes.append("The base model's id on the Hub is unknown: add base_model to the card's metadata.")
     if not path.exists() or changed != card:
         write_atomically(path, changed)
     return path, notes
@@ -249,13 +258,14 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
     dataset = record.about.get("held_out")
     if not record.points or not isinstance(dataset, str) or not dataset.strip():
         return []
-    name = one_line(dataset if is_dataset_id(dataset) else re.split(r"[/\\]", dataset)[-1])
+    hub_id = dataset.partition(":")[0]
+    name = one_line(hub_id if is_dataset_id(hub_id) else re.split(r"[/\\]", dataset)[-1])
     adapter = record.about.get("peft_config")
     task = adapter.get("task_type") if isinstance(adapter, Mapping) else None
     last = record.points[-1]
     return [
         EvalResult(
-            task_type=_TASKS.get(str(task), "text-generation"),
+            task_type=TASKS.get(str(task), "text-generation"),
             dataset_type=name,
             dataset_name=name,
             metric_type=one_line(metric.removeprefix("eval_").removeprefix("held_out_")),
@@ -263,16 +273,8 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
             metric_name=f"{one_line(metric)} at step {last.step} ({SOURCE})",
         )
         for metric, value in last.metrics.items()
-        if math.isfinite(value)
+        if math.isfinite(value) and not metric.endswith(STDERR)
     ]
-
-
-def _new_card(row: Row) -> str:
-    about = row.record.about
-    model = about.get("model_id")
-    base = model if isinstance(model, str) and is_hub_id(model) else None
-    library = "peft" if about.get("peft_config") else None
-    return add_metadata(f"# {as_text(row.name)}\n", ModelCardData(base_model=base, library_name=library))
 
 
 def _table(report: Report) -> list[str]:

@@ -90,7 +90,7 @@ def test_markdown_is_printed_or_written(folders, call):
 def test_the_card_is_of_the_run_whose_folder_it_is_in(folders, call):
     """Else of the one that is not the baseline; where that leaves two, nothing is written."""
     assert call("base", "fast", "--card", "fast")[0] == 0
-    assert "fast: eval&#95;loss fell" in (folders / "fast" / "README.md").read_text(encoding="utf-8")
+    assert "fast: eval_loss fell" in (folders / "fast" / "README.md").read_text(encoding="utf-8")
     (folders / "adapter").mkdir()
     assert call("base", "fast", "--baseline", "base", "--card", "adapter")[0] == 0
     assert "emissions: 1.624" in (folders / "adapter" / "README.md").read_text(encoding="utf-8")

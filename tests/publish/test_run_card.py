@@ -1,5 +1,6 @@
 """A run's cost, emissions and evaluation results in its model card."""
 
+import html
 import sys
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_blueprint.cli.program import main
 from peft_blueprint.errors import BlueprintError
-from peft_blueprint.publish.card_sections import marked, with_section
+from peft_blueprint.publish.card_sections import as_text, marked, with_section
 from peft_blueprint.publish.run_card import (
     SECTION,
     cost_section,
@@ -215,7 +216,8 @@ def test_an_adapters_card_is_updated_where_it_is(tmp_path):
     path, notes = update_card(tmp_path, report, report.rows[0])
     once = path.read_bytes()
     update_card(tmp_path, report, report.rows[0])
-    assert notes == [] and path.read_bytes() == once and b"co2_eq_emissions" in once
+    assert ["no license" in note for note in notes] == [True]
+    assert path.read_bytes() == once and b"co2_eq_emissions" in once and b"Text of mine." in once
     bare = make_report([without_carbon()])
     update_card(tmp_path, bare, bare.rows[0])
     assert "co2_eq_emissions" not in path.read_text() and "no carbon factor" in path.read_text()
@@ -256,3 +258,47 @@ def test_the_card_of_a_baseline_that_was_named_by_its_folder_is_its_own(tmp_path
         main()
     text = (card / "README.md").read_text()
     assert "emissions: 2.707" in text and "emissions: 1.624" not in text  # base's and not fast's
+
+
+def test_pefts_empty_template_is_replaced_by_a_card_that_is_filled_in(tmp_path):
+    """Base model, license, data, hyperparameters and results; the Hub reads them, and no local path is left."""
+    template = ModelCard.from_template(ModelCardData())
+    template.data.base_model, template.data.tags = ".cache/base", ["base_model:adapter:.cache/base", "x"]
+    template.text += "\n### Framework versions\n\n- PEFT 0.21.2"
+    template.save(tmp_path / "README.md")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    record = made_up_run(
+        model_id="/home/me/.cache/base",
+        blueprint={"model_id": "HuggingFaceTB/SmolLM2-135M"},
+        placement={"lora": {"model.layers.0.self_attn.q_proj": 16}},
+        peft_config={"task_type": "CAUSAL_LM", "r": 16, "lora_dropout": 0.0},
+        train="/home/me/train_set.jsonl",
+        held_out="openai/gsm8k:main",
+        train_config={"learning_rate": 1e-3},
+    )
+    report = make_report([record])
+    path, notes = update_card(tmp_path, report, report.rows[0], license="apache-2.0")
+    card, once = ModelCard(path.read_text()), path.read_text()
+    assert notes == [] and card.data.base_model == "HuggingFaceTB/SmolLM2-135M" and card.data.license == "apache-2.0"
+    assert (card.data.base_model_relation, card.data.library_name) == ("adapter", "peft")
+    assert card.data.tags == ["base_model:adapter:HuggingFaceTB/SmolLM2-135M", "lora", "peft-blueprint", "x"]
+    assert (card.data.pipeline_tag, card.data.datasets) == ("text-generation", ["openai/gsm8k"])
+    assert card.data.eval_results[0].dataset_name == "openai/gsm8k"
+    for text in ("`train_set.jsonl`", "| learning_rate | 0.001 |", "AutoPeftModelForCausalLM", "adapts 1 submodule,"):
+        assert text in card.text
+    last = record.points[-1].metrics
+    assert f"| 600 | {record.losses[-1].metrics['loss']:#.4g} | {last['eval_loss']:#.4g} |" in card.text
+    assert "More Information Needed" not in once and "/home" not in once and "&#95;" not in once
+    update_card(tmp_path, report, report.rows[0])
+    assert path.read_text() == once
+    path.write_text(once.replace("A LoRA", "My LoRA").replace("base_model: Hugging", "base_model: .Hugging"))
+    update_card(tmp_path, report, report.rows[0])
+    again = ModelCard(path.read_text())
+    assert again.data.to_dict() == card.data.to_dict() and again.text == card.text.replace("A LoRA", "My LoRA")
+
+
+@pytest.mark.parametrize("text", ["a_b", "_a_", "a__b", "a_ b", "www.x.y", "http://x.y", "model.layers.0"])
+def test_only_what_markdown_would_read_is_escaped(text):
+    """Underscores within words and full stops stay."""
+    plain = text in ("a_b", "model.layers.0")
+    assert (as_text(text) == text) == plain and html.unescape(as_text(text)) == text
