@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -316,7 +316,8 @@ class BlueprintCallback(TrainerCallback):
     def _send(self, figures: dict[str, float], control: TrainerControl) -> None:
         should_log = control.should_log
         # not `self.trainer.log`: TRL's SFTTrainer adds its own averages to it and resets them
-        Trainer.log(self.trainer, figures)
+        with without_printing(self.trainer):
+            Trainer.log(self.trainer, figures)
         control.should_log = should_log  # `log` clears it, and the Trainer may not have logged this step yet
 
     def _find_trained(self) -> None:
@@ -346,6 +347,18 @@ class BlueprintCallback(TrainerCallback):
                 by_kind[self._kinds.get(name) or name.rpartition(".")[2]].append(norm)
             norms = {kind: math.hypot(*of_kind) for kind, of_kind in by_kind.items()}
         return {**norms, "total": total}
+
+
+@contextlib.contextmanager
+def without_printing(trainer: Trainer) -> Iterator[None]:
+    """Log to trackers and `log_history` alone, so that the console has one line a logging step."""
+    handler = trainer.callback_handler
+    callbacks = handler.callbacks
+    handler.callbacks = [one for one in callbacks if not isinstance(one, PrinterCallback | ProgressCallback)]
+    try:
+        yield
+    finally:
+        handler.callbacks = callbacks
 
 
 def _figures(blueprint: Blueprint) -> dict[str, float]:

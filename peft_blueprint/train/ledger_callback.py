@@ -42,7 +42,7 @@ from ..runs import (
     measured,
     modelled,
 )
-from .blueprint_callback import BlueprintCallback, trained_parameters
+from .blueprint_callback import BlueprintCallback, trained_parameters, without_printing
 
 
 PREFIX = "ledger/"  # of the entries in the Trainer's log
@@ -372,7 +372,8 @@ class LedgerCallback(TrainerCallback):
         pending, self._pending = self._pending, {}
         should_log = control.should_log
         if pending:
-            self.trainer.log(pending)
+            with without_printing(self.trainer):
+                self.trainer.log(pending)
         control.should_log = should_log  # `Trainer.log` resets it
 
     def _note_optimizer(self) -> None:
@@ -610,6 +611,9 @@ def facts_of(model: nn.Module, arguments: TrainingArguments | None = None) -> di
             given, record = adapter.blueprint, adapter.record
             if given is not None:
                 facts["blueprint"] = to_dict(record) if record is not None and record.digest == given else given
+            if isinstance(adapter.placement, Placement):
+                chosen_by = {"rank_by": adapter.placement.rank_by, "coverage": adapter.placement.coverage}
+                facts["placement"] |= chosen_by
             adapter = adapter.to_lora_config()
         facts["peft_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     return facts
