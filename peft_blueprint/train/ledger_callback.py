@@ -28,7 +28,7 @@ from .._text import format_names
 from ..blueprint import to_dict
 from ..errors import BlueprintError
 from ..measure import unwrap, versions
-from ..place import BlueprintConfig, Cost, CostModel, Structure, workload_of
+from ..place import BlueprintConfig, Cost, CostModel, Placement, Structure, workload_of
 from ..runs import (
     Direction,
     Ledger,
