@@ -35,9 +35,11 @@ def never_enough(**settings):
     return MarginalReturn(**{"threshold": 1e9, "window": 3, "patience": 2} | settings)
 
 
-def test_figures_go_to_the_log_where_the_trainer_logs_or_evaluates(tmp_path):
-    """At those steps and no other, rising, with everything that is counted here; the record has the same."""
-    trainer, callback = train(tmp_path)
+def test_figures_go_to_the_log_where_the_trainer_logs_or_evaluates(tmp_path, capsys):
+    """At those steps and no other, rising, with everything that is counted here; the console shows none of them."""
+    trainer, callback = train(tmp_path, arguments={"disable_tqdm": True})
+    out = capsys.readouterr().out
+    assert "'loss'" in out and "eval_loss" in out and "ledger/" not in out
     found = logged(trainer)
     assert sorted(found) == [2, 4, 5, 6, 8, 10]
     assert [found[step]["tokens"] for step in found] == [step * STEP for step in found]
