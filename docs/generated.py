@@ -1,0 +1,153 @@
+"""Pages made from the program: command line, recipe keys, and a tutorial for every notebook. MkDocs runs it as a hook."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.cli import get_docs_for_click
+
+from peft_blueprint.cli.program import app
+from peft_blueprint.place import Workload
+from peft_blueprint.runs import RESOURCES, MarginalReturn
+from peft_blueprint.train.recipe import Recipe, RecipePlacement
+
+
+NOTEBOOKS = Path(__file__).parent / "notebooks"
+SECTIONS_ELSEWHERE = {
+    "lora": "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig",
+    "training": "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
+    "quantization": "https://huggingface.co/docs/transformers/main_classes/quantization#transformers.BitsAndBytesConfig",
+}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages and pictures to MkDocs' files."""
+    from mkdocs.structure.files import File
+
+    for path, content in generated().items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def generated() -> dict[str, str | bytes]:
+    """Return every generated file by its path in the site."""
+    pages: dict[str, str | bytes] = {"reference/cli.md": command_line(), "reference/recipe.md": recipe_keys()}
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        pages |= tutorial(path)
+    return pages
+
+
+def command_line() -> str:
+    """Return the reference of all verbs, by Typer, with its list of verbs as a table of links by panel."""
+    command = typer.main.get_command(app)
+    context = command.make_context("peft-blueprint", ["env"], resilient_parsing=True)
+    text = get_docs_for_click(obj=command, ctx=context, name="peft-blueprint", title="Command line")
+    head, verbs = text[: text.index("**Usage**")], text[text.index("\n## ") :]
+    rows = "".join(
+        f"| {verb.rich_help_panel} | [`{name}`](#peft-blueprint-{name}) | {verb.help} |\n"
+        for name, verb in command.commands.items()
+    )
+    return f"{head}| | verb | |\n|---|---|---|\n{rows}{verbs}"
+
+
+def recipe_keys() -> str:
+    """Return the reference of a recipe's keys, from the dataclasses that read it."""
+    stop, described = get_type_hints(MarginalReturn.__init__), arguments_of(MarginalReturn)
+    rules = [(name, kind_of(stop[name]), "", described[name]) for name in described]
+    rules += [
+        (
+            "metric",
+            "text",
+            "",
+            "The metric to watch. By default `metric_for_best_model` of `training`, otherwise the loss.",
+        ),
+        ("resource", "text", "`seconds`", f"One of {', '.join(RESOURCES)}."),
+    ]
+    sections = [
+        "# Recipe keys\n\n`peft-blueprint train recipe.yaml` reads one YAML 1.2 file. Every key is checked before "
+        "anything is loaded. A minimal recipe:\n\n```yaml\nmodel: org/model\ntrain: train.jsonl\noutput: adapter\n```",
+        table(sorted(rows_of(Recipe), key=lambda row: row[2] != "required")),
+        "## placement\n\nEither `all-linear`, or a mapping:\n\n"
+        + table(row for row in rows_of(RecipePlacement) if row[0] not in ("r", "seed")),
+        "## workload\n\nWhat a step computes, for the predictions. Batch size, length, optimizer, checkpointing and "
+        "quantization follow from the other keys.\n\n" + table(row for row in rows_of(Workload) if row[0] != "rank"),
+        "## stop\n\nA mapping; `{}` takes the defaults.\n\n" + table(rules),
+        "## Keys of other libraries\n\n"
+        + "\n".join(
+            f"- `{key}`: fields of [{url.rsplit('.', 1)[1]}]({url})" for key, url in SECTIONS_ELSEWHERE.items()
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def rows_of(cls: type) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and help of a dataclass's fields that a file can set."""
+    hints, described = get_type_hints(cls), arguments_of(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        default = "required" if field.default is dataclasses.MISSING else f"`{field.default}`"
+        if field.default_factory is not dataclasses.MISSING or field.default is None:
+            default = ""
+        text = field.metadata.get("help") or described[field.name]
+        yield field.name, kind_of(hints[field.name]), default, text
+
+
+def arguments_of(cls: type) -> dict[str, str]:
+    """Return the arguments that a class's docstring describes."""
+    text = inspect.getdoc(cls) or ""
+    section = text.partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section, re.M | re.S)
+    return {name: " ".join(described.split()) for name, described in found}
+
+
+def kind_of(hint: Any) -> str:
+    """Return a type as words: `number or k_star`."""
+    words = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found: list[str] = []
+    for choice in choices:
+        if get_origin(choice) is Literal:
+            found += [f"`{word}`" for word in get_args(choice)]
+        elif choice is not type(None):
+            is_mapping = get_origin(choice) is not None and issubclass(get_origin(choice), Mapping)
+            found.append(words.get(choice, "mapping" if is_mapping or dataclasses.is_dataclass(choice) else "list"))
+    return " or ".join(dict.fromkeys(found))
+
+
+def table(rows: Any) -> str:
+    """Return rows of key, type, default and meaning as Markdown."""
+    lines = [f"| `{name}` | {kind} | {default} | {text[0].upper()}{text[1:]} |" for name, kind, default, text in rows]
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *lines])
+
+
+def tutorial(path: Path) -> dict[str, str | bytes]:
+    """Return a notebook's page and pictures."""
+    name = path.stem
+    parts, files = [], {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = f"{name}-{len(files) + 1}.png"
+                files[f"tutorials/{picture}"] = base64.b64decode(data["image/png"])
+                parts.append(f"![{data['text/plain']}]({picture})")
+            else:
+                text = "".join(output.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    parts.insert(1, f"[Download this page as a notebook.](../notebooks/{path.name})")
+    return {f"tutorials/{name}.md": "\n\n".join(parts) + "\n", **files}
