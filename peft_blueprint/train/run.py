@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -179,7 +179,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
     pad = get_pad_token_id(prepared.tokenizer)
     held_out = encode(examples, prepared.tokenizer, recipe.max_length) if examples else []
     batches = make_batches(held_out, arguments.per_device_eval_batch_size, pad)
-    loss_before = held_out_loss(prepared.model, batches, progress=progress) if held_out else None
+    before = held_out_losses(prepared.model, batches, progress=progress) if held_out else None
 
     model = get_peft_model(prepared.model, prepared.config)
     if recipe.share_base:
@@ -190,7 +190,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
     initialization = initialize_adapters(model, recipe, prepared.rows, pad, progress=progress)
     with Ledger() as spent:
         steps, record = _train(model, recipe, arguments, prepared.rows, held_out, pad)
-    loss_after = held_out_loss(model, batches, progress=progress) if held_out else None
+    after = held_out_losses(model, batches, progress=progress) if held_out else None
     model.save_pretrained(recipe.output)
     prepared.tokenizer.save_pretrained(recipe.output)
 
@@ -199,8 +199,8 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
         unfrozen=len(prepared.placement.unfreeze) if prepared.placement is not None else 0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=steps,
-        loss_before=loss_before,
-        loss_after=loss_after,
+        loss_before=None if before is None else before.mean,
+        loss_after=None if after is None else after.mean,
         measure_seconds=sum(part["seconds"].value or 0.0 for part in (prepared.probe, initialization) if part),
         train_seconds=spent.seconds,
         peak_bytes=spent.peak_bytes,
@@ -210,8 +210,8 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
         **prepared.predicted,
     )
     write_atomically(Path(recipe.output) / "report.json", json.dumps(asdict(report), indent=2) + "\n")
-    if loss_before is not None and loss_after is not None:
-        record = _with_evaluations(record, steps, loss_before, loss_after)
+    if before is not None and after is not None:
+        record = _with_evaluations(record, steps, before, after)
     record = charge(charge(record, initialization, "start"), prepared.probe, "probe")
     data = {"train": recipe.train, "held_out": recipe.held_out}
     replace(record, about={**record.about, **data}).save(recipe.output)
@@ -290,6 +290,38 @@ def initialize_adapters(
     return ledger.quantities()
 
 
+class HeldOut(NamedTuple):
+    """Negative log-likelihoods of held-out examples, in nats; or differences of two models' on the same examples.
+
+    Args:
+        losses: (examples,), mean over the example's target tokens.
+        targets: (examples,), number of target tokens.
+
+    Example:
+        >>> HeldOut(torch.tensor([2.0, 3.0]), torch.tensor([10.0, 30.0])).mean
+        2.75
+    """
+
+    losses: Tensor
+    targets: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean per target token."""
+        return float((self.losses * self.targets).sum() / self.targets.sum())
+
+    @property
+    def error(self) -> float:
+        """Standard error of `mean` over examples, as of a ratio estimate; NaN for one example."""
+        off = (self.losses - self.mean) * self.targets
+        count = len(off)
+        return float(off.square().sum().sqrt() / self.targets.sum()) * math.sqrt(count / max(count - 1, 0) if count > 1 else math.nan)
+
+    def minus(self, other: HeldOut) -> HeldOut:
+        """Return the differences to another model's losses on the same examples, whose error is that of pairs."""
+        return HeldOut(self.losses - other.losses, self.targets)
+
+
 def held_out_loss(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -313,17 +345,34 @@ def held_out_loss(
         >>> 4 < held_out_loss(tiny_llama(), toy_batches(), progress=False) < 6
         True
     """
+    return held_out_losses(model, batches, tokenizer=tokenizer, progress=progress).mean
+
+
+def held_out_losses(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = True,
+) -> HeldOut:
+    """Compute the loss of each example; arguments and errors as in `held_out_loss`.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> held_out_losses(tiny_llama(), toy_batches(examples=4), progress=False).losses.shape
+        torch.Size([4])
+    """
     losses, counts, objective = [], [], Objective(model)
     with measurement_mode(model), torch.no_grad():
         taken = take_examples(model, batches, tokenizer=tokenizer)
         for batch in progress_bar(taken, show=progress, desc="Evaluating", unit="batch"):
             loss, count = objective.losses(batch)
-            losses.append(loss * count)
+            losses.append(loss)
             counts.append(count)
-    mean = float(torch.cat(losses).sum() / torch.cat(counts).sum())
-    if not math.isfinite(mean):
-        raise BlueprintError(f"The held-out loss is {mean}: training diverged. Lower the learning rate.")
-    return mean
+    found = HeldOut(torch.cat(losses).cpu(), torch.cat(counts).cpu())
+    if not math.isfinite(found.mean):
+        raise BlueprintError(f"The held-out loss is {found.mean}: training diverged. Lower the learning rate.")
+    return found
 
 
 def available_memory() -> int:
@@ -493,12 +542,12 @@ def _learning_rate(recipe: Recipe, placement: Placement | None) -> LearningRate 
     return learning_rate_for(placement, base=base, rank=recipe.rank, rule="adam_gain" if is_measured else "ranks")
 
 
-def _with_evaluations(record: RunRecord, steps: int, before: float, after: float) -> RunRecord:
+def _with_evaluations(record: RunRecord, steps: int, before: HeldOut, after: HeldOut) -> RunRecord:
     """Add the held-out losses before and after training as evaluations, if the Trainer made none."""
     if record.metric != "loss" or record.stopping is not None:
         return record
     spent = {name: quantity.value for name, quantity in record.totals.items() if quantity.value is not None}
-    points = (Point(0, {}, {HELD_OUT: before}), Point(steps, spent, {HELD_OUT: after}))
+    points = (Point(0, {}, before.metrics()), Point(steps, spent, after.metrics()))
     return replace(record, metric=HELD_OUT, direction="minimize", points=points)
 
 
