@@ -62,7 +62,7 @@ from ..place import (
     plan_placement,
     probe_blueprint,
 )
-from ..runs import RESOURCES, Ledger, Point, Quantity, RunRecord, carbon_factor, largest, modelled, total
+from ..runs import RESOURCES, STDERR, Ledger, Point, Quantity, RunRecord, carbon_factor, largest, modelled, total
 from .initialization import initialize_along_gradient
 from .ledger_callback import LedgerCallback
 from .memory import CheckpointAbove, share_base
@@ -313,13 +313,18 @@ class HeldOut(NamedTuple):
     @property
     def error(self) -> float:
         """Standard error of `mean` over examples, as of a ratio estimate; NaN for one example."""
-        off = (self.losses - self.mean) * self.targets
-        count = len(off)
-        return float(off.square().sum().sqrt() / self.targets.sum()) * math.sqrt(count / max(count - 1, 0) if count > 1 else math.nan)
+        off, count = (self.losses - self.mean) * self.targets, len(self.losses)
+        if count < 2:
+            return math.nan
+        return float(off.norm() / self.targets.sum()) * math.sqrt(count / (count - 1))
 
     def minus(self, other: HeldOut) -> HeldOut:
         """Return the differences to another model's losses on the same examples, whose error is that of pairs."""
         return HeldOut(self.losses - other.losses, self.targets)
+
+    def metrics(self) -> dict[str, float]:
+        """Return mean and standard error under the names that reports read."""
+        return {HELD_OUT: self.mean, f"{HELD_OUT}{STDERR}": self.error}
 
 
 def held_out_loss(

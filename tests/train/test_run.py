@@ -53,6 +53,7 @@ def test_a_recipe_trains_saves_and_reports(folder, tmp_path):
     assert saved["loss_after"] == report.loss_after and saved["trainable_parameters"] == report.trainable_parameters
     record = RunRecord.load(tmp_path / "out")
     assert [point.metrics["held_out_loss"] for point in record.points] == [report.loss_before, report.loss_after]
+    assert all(0 < point.metrics["held_out_loss_stderr"] < 1 for point in record.points)
     assert record.points[-1].step == 8 and record.about["probe"]["tokens"]["value"] > 0
     for name in ("tokens", "flops"):  # the probe is charged to the run
         of_training = record.totals[name].value - record.about["probe"][name]["value"]
