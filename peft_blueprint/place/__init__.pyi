@@ -7,6 +7,12 @@ from .cost import CostModel as CostModel
 from .cost import Structure as Structure
 from .cost import Workload as Workload
 from .cost import workload_of as workload_of
+from .expert_adapters import narrow_experts as narrow_experts
+from .expert_adapters import reach as reach
+from .expert_weights import ExpertStack as ExpertStack
+from .experts import ExpertCount as ExpertCount
+from .experts import choose_experts as choose_experts
+from .experts import expert_shares as expert_shares
 from .gains import CoverGain as CoverGain
 from .gains import SetGain as SetGain
 from .hardware import plan_settings as plan_settings

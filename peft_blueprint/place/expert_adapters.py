@@ -90,7 +90,7 @@ class ParamWrapper(lora.ParamWrapper):
         """Run the experts with the active adapters."""
         result = super().forward(x, *args, **kwargs)
         if torch.is_grad_enabled() and not self.merged and not self.disable_adapters:
-            result = _reach(result, [p for a in self.active_adapters if a in self.chosen for p in self._matrices(a)])
+            result = reach(result, [p for a in self.active_adapters if a in self.chosen for p in self._matrices(a)])
         return result
 
     def _matrices(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -128,7 +128,7 @@ class ParamWrapper(lora.ParamWrapper):
         return {f"{prefix}lora_A.{adapter}.weight": 0, f"{prefix}lora_B.{adapter}.weight": 1}
 
 
-def _reach(result: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+def reach(result: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Add zero times the parameters, so that those that no token reached get a gradient of zero, which DDP waits for."""
     empty = [p.flatten()[:0].sum() for p in parameters if p.requires_grad]
     return result + sum(empty[1:], empty[0]).to(result) if empty else result

@@ -1,5 +1,9 @@
 from .answer_only import answer_only as answer_only
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
+from .experts import load_experts as load_experts
+from .experts import merge_experts as merge_experts
+from .experts import save_experts as save_experts
+from .experts import unfreeze_experts as unfreeze_experts
 from .freezing import FreezeFromBelow as FreezeFromBelow
 from .freezing import freeze_below as freeze_below
 from .freezing import read_schedule as read_schedule
