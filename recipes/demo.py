@@ -2,7 +2,8 @@
 
 Trains SmolLM2-135M to write docstrings of Python's standard library, once with adapters where the blueprint places them
 and once on every linear layer. The two take their steps in turn, on the same batches, so that other work on the machine
-slows both alike. Needs no network. Run it with `make demo`.
+slows both alike. The probe and the initialization are charged to the run that they were for, and also shown apart. Needs
+no network. Run it with `make demo`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,18 @@ import smollm2
 import stdlib_docs
 from peft_blueprint.data import read_examples
 from peft_blueprint.measure import collate, encode, get_pad_token_id, load_model, make_batches
-from peft_blueprint.publish import plot_blueprint, save_page, save_plot
-from peft_blueprint.runs import Ledger, RunLog, counted_flops, make_report
-from peft_blueprint.train import Recipe, held_out_loss, initialize_adapters, prepare, training_settings
+from peft_blueprint.publish import plot_blueprint, save_page, save_plot, update_card
+from peft_blueprint.runs import Ledger, RunLog, RunRecord, counted_flops, make_report
+from peft_blueprint.train import (
+    HeldOut,
+    Recipe,
+    charge,
+    facts_of,
+    held_out_losses,
+    initialize_adapters,
+    prepare,
+    training_settings,
+)
 
 
 RECIPE = Path("recipes/stdlib_docs.yaml")
@@ -44,7 +54,9 @@ OUTPUT = Path("demo-output")
 # PEFT calls a method that transformers is about to rename.
 NOISE = "`is_gradient_checkpointing` is deprecated"
 DATA = Path(".cache/stdlib_docs")
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CALIBRATION_EXAMPLES = 32
+STEPS_BETWEEN_EVALUATIONS = 4
 
 # Run without this package: compute the held-out loss as the report does.
 RELOAD = """
@@ -87,23 +99,24 @@ def main() -> None:
 
     say(f"4/6 Training both for {placed.max_steps} steps, in turn")
     train_in_turn([placed, everything])
+    records = [placed.finish(), everything.finish()]
     draw(recipe)
 
     say("5/6 Loading the adapter in a process that cannot import peft_blueprint")
     reloaded = reload(recipe)
 
     say("6/6 Results")
-    report(placed, everything, reloaded)
+    report(placed, everything, records, reloaded)
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s: SmolLM2-135M now documents Python a little better, with adapters "
         f"on {placed.adapters} of its submodules.\nThe adapter is in {recipe.output}, the blueprint in "
         f"{OUTPUT / 'blueprint.json'}, the picture in {OUTPUT / 'placement.png'};\n"
-        f"{OUTPUT / 'report.html'} compares gains and costs.\n"
+        f"{OUTPUT / 'report.html'} compares gains and costs, curve by curve.\n"
         "Next, try: .venv/bin/peft-blueprint show demo-output/blueprint.json"
     )
-    if abs(reloaded - placed.losses[-1]) > 1e-3:
+    if abs(reloaded - placed.losses[-1].mean) > 1e-3:
         raise SystemExit(
-            f"The reloaded adapter must have the loss {placed.losses[-1]:.4f} it was trained to, got {reloaded:.4f}."
+            f"The reloaded adapter must have the loss {placed.losses[-1].mean:.4f} it was trained to, got {reloaded:.4f}."
         )
 
 
@@ -112,26 +125,27 @@ class Training:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         arguments = TrainingArguments(**training_settings(recipe, progress=False))
-        start = time.perf_counter()
         self.recipe, self.prepared = recipe, prepare(recipe, arguments)
         self.model = get_peft_model(self.prepared.model, self.prepared.config)
         self.pad = get_pad_token_id(self.prepared.tokenizer)
-        initialize_adapters(self.model, recipe, self.prepared.rows, self.pad)
-        self.seconds_before = time.perf_counter() - start
+        initialization = initialize_adapters(self.model, recipe, self.prepared.rows, self.pad)
+        self.before = {"probe": self.prepared.probe, "start": initialization}  # resources spent, by purpose
         self.max_steps, self.batch_size = arguments.max_steps, arguments.per_device_train_batch_size
         self.most_norm = arguments.max_grad_norm
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        rate = self.prepared.learning_rate or arguments.learning_rate
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=arguments.weight_decay)
+        arguments.learning_rate = self.prepared.learning_rate or arguments.learning_rate
+        rate, decay = arguments.learning_rate, arguments.weight_decay
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=decay)
         warmup = arguments.get_warmup_steps(self.max_steps)
         self.scheduler = get_scheduler(arguments.lr_scheduler_type, self.optimizer, warmup, self.max_steps)
         examples = read_examples(str(recipe.held_out), limit=recipe.held_out_examples)
         self.held_out = make_batches(encode(examples, self.prepared.tokenizer, recipe.max_length), 8, self.pad)
-        about = {"model_id": recipe.model, "held_out": recipe.held_out}
+        data = {"train": recipe.train, "held_out": recipe.held_out}
+        about = {**facts_of(self.model, arguments), "model_id": MODEL_ID, **data}
         self.log = RunLog(
             name, metric="held_out_loss", resource="flops", ledger=Ledger(), output_dir=recipe.output, about=about
         )
-        self.losses: list[float] = []
+        self.losses: list[HeldOut] = []  # at each evaluation
         self.wall: list[float] = []  # seconds of each step
         self.cpu: list[float] = []  # of the process, all threads
 
@@ -160,7 +174,8 @@ class Training:
         self.model.train()
         self.log.ledger.start()
         wall, cpu = time.perf_counter(), time.process_time()
-        self.model(**batch).loss.backward()
+        loss = self.model(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.most_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -169,18 +184,23 @@ class Training:
         self.cpu.append(time.process_time() - cpu)
         self.log.ledger.pause()
         self.log.step(tokens=batch["input_ids"].numel())
+        self.log.settle()
+        self.log.note_loss(loss.item(), step=len(self.wall), learning_rate=self.scheduler.get_last_lr()[0])
 
     def evaluate(self) -> None:
         """Note the held-out loss."""
-        self.losses.append(held_out_loss(self.model, self.held_out, progress=False))
-        self.log.evaluate(self.losses[-1], step=len(self.wall))
+        self.losses.append(held_out_losses(self.model, self.held_out, progress=False))
+        self.log.evaluate(self.losses[-1].metrics(), step=len(self.wall))
 
-    def finish(self) -> None:
-        """Save the adapter and the record of the run."""
-        self.evaluate()
+    def finish(self) -> RunRecord:
+        """Save the adapter and the record of the run, in which the work before training is charged to it."""
         self.model.save_pretrained(self.recipe.output)
         self.prepared.tokenizer.save_pretrained(self.recipe.output)
-        self.log.finish()
+        record = self.log.finish()
+        for name, spent in self.before.items():
+            record = charge(record, spent, name)
+        record.save(self.recipe.output)
+        return record
 
 
 def train_in_turn(trainings: Sequence[Training]) -> None:
@@ -192,8 +212,9 @@ def train_in_turn(trainings: Sequence[Training]) -> None:
         pairs = list(zip(trainings, batches, strict=True))
         for training, batch in reversed(pairs) if number % 2 else pairs:
             training.step(batch)
-    for training in trainings:
-        training.finish()
+        if (number + 1) % STEPS_BETWEEN_EVALUATIONS == 0 or number + 1 == trainings[0].max_steps:
+            for training in trainings:
+                training.evaluate()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -225,7 +246,7 @@ def publish(recipe: Recipe) -> None:
         model,
         make_batches(rows, 8, get_pad_token_id(tokenizer)),
         max_examples=CALIBRATION_EXAMPLES,
-        model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        model_id=MODEL_ID,
         data="docstrings of Python's standard library",
         command="make demo",
     )
@@ -257,42 +278,61 @@ def reload(recipe: Recipe) -> float:
     return loss
 
 
-def report(placed: Training, everything: Training, reloaded: float) -> None:
-    """Print a table, and write `report.json` and `report.html`."""
+def report(placed: Training, everything: Training, records: Sequence[RunRecord], reloaded: float) -> None:
+    """Print a table, and write `report.json`, `report.html` and the adapters' model cards."""
     table = Table()
     for column in ("", "by blueprint", "all-linear", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     results: dict[str, Any] = {"by_blueprint": {}, "all_linear": {}, "ratio": {}, "reloaded_loss": reloaded}
 
     def row(name: str, a: float, b: float, form: str) -> None:
-        results["by_blueprint"][name], results["all_linear"][name], results["ratio"][name] = a, b, a / b
-        table.add_row(name, format(a, form), format(b, form), f"{a / b:.2f}")
+        results["by_blueprint"][name], results["all_linear"][name], results["ratio"][name] = a, b, a / b if b else None
+        table.add_row(name, format(a, form), format(b, form), f"{a / b:.2f}" if b else "")
 
     def timed(name: str, a: Sequence[float], b: Sequence[float]) -> None:
         found = [spread(values) for values in (a, b, [x / y for x, y in zip(a, b, strict=True)])]
         results["by_blueprint"][name], results["all_linear"][name], results["ratio"][name] = found
         table.add_row(name, *map(format_spread, found))
 
-    flops = [training.log.totals()["flops"].value or 0.0 for training in (placed, everything)]
+    before = [
+        sum(spent["flops"].value or 0.0 for spent in training.before.values() if spent)
+        for training in (placed, everything)
+    ]
+    flops = [record.total("flops").value or 0.0 for record in records]
     row("adapters", placed.adapters, everything.adapters, "d")
     sizes = [sum(parameter.numel() for parameter in training.trained) for training in (placed, everything)]
     row("trainable parameters", sizes[0], sizes[1], ",d")
-    row("held-out loss before", placed.losses[0], everything.losses[0], ".4f")
-    row("held-out loss after", placed.losses[-1], everything.losses[-1], ".4f")
+    row("held-out loss before", placed.losses[0].mean, everything.losses[0].mean, ".4f")
+    row("held-out loss after", placed.losses[-1].mean, everything.losses[-1].mean, ".4f")
     timed("seconds of a step", placed.wall, everything.wall)
     timed("processor seconds of a step", placed.cpu, everything.cpu)
-    row("TFLOPs of training", flops[0] / 1e12, flops[1] / 1e12, ".1f")
+    a_step = [(whole - part) / placed.max_steps / 1e12 for whole, part in zip(flops, before, strict=True)]
+    row("TFLOP of a step", a_step[0], a_step[1], ".2f")
+    row("TFLOP of the probe and the initialization", before[0] / 1e12, before[1] / 1e12, ".1f")
+    row("TFLOP in all", flops[0] / 1e12, flops[1] / 1e12, ".1f")
     memory = [training.prepared.predicted["predicted_bytes"] for training in (placed, everything)]
     row("memory of a step, modelled, MiB", memory[0] / 2**20, memory[1] / 2**20, ".0f")
-    table.add_row("seconds of probe and initialization", f"{placed.seconds_before:.0f}", "", "")
     table.add_row("loss, reloaded by plain PEFT", f"{reloaded:.4f}", "", "")
     Console(width=119 if not sys.stdout.isatty() else None, highlight=False).print(table)
     print("Times are medians and quartiles over the steps; their ratios are of the two steps on the same batch.")
+    apart = placed.losses[-1].minus(everything.losses[-1])
+    results["difference"] = {"loss": apart.mean, "standard_error": apart.error}
+    print(
+        f"Held-out loss by blueprint minus all-linear: {apart.mean:+.4f} ± {apart.error:.4f} (one standard error over "
+        f"{len(apart.losses)} examples, one seed)."
+    )
+    if a_step[1] > a_step[0]:
+        pays_after = before[0] / 1e12 / (a_step[1] - a_step[0])
+        print(
+            f"A step saves {a_step[1] - a_step[0]:.2f} TFLOP, so the work before training is paid for after {pays_after:.0f} steps."
+        )
     if placed.prepared.drift is not None:
         drift = f"{placed.prepared.drift:.2f}"
         print(f"Rank correlation of the local probe with the published blueprint, within kinds: {drift}")
-    runs = [training.log.record() for training in (placed, everything)]
-    save_page(make_report(runs, baseline=runs[1].name, resource="flops"), OUTPUT / "report.html")
+    found = make_report(records, baseline=records[1].name, resource="flops")
+    save_page(found, OUTPUT / "report.html")
+    for training, of_run in zip((placed, everything), found.rows, strict=True):
+        update_card(training.recipe.output, found, of_run, license="apache-2.0")
     (OUTPUT / "report.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

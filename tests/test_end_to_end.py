@@ -129,9 +129,15 @@ def test_the_demo_lets_two_trainings_take_their_steps_in_turn(tmp_path, monkeypa
     assert [name for name, _ in steps] == ["placed", "all", "all", "placed"] * 2 + ["placed", "all"]
     for (_, one), (_, other) in zip(steps[::2], steps[1::2], strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
-    demo.report(*trainings, reloaded=trainings[0].losses[-1])
+    records = [training.finish() for training in trainings]
+    demo.report(*trainings, records, reloaded=trainings[0].losses[-1].mean)
     results = json.loads((tmp_path / "report.json").read_text())
     for name in ("seconds of a step", "processor seconds of a step"):
         assert all(0 < results[key][name]["low"] <= results[key][name]["high"] for key in ("by_blueprint", "ratio"))
-    assert 0 < results["ratio"]["TFLOPs of training"] < 1 and "seconds of a step" in capsys.readouterr().out
-    assert (tmp_path / "placed" / "run.json").exists() and (tmp_path / "report.html").exists()
+    assert 0 < results["ratio"]["TFLOP of a step"] < 1 and "seconds of a step" in capsys.readouterr().out
+    assert results["difference"]["standard_error"] > 0 and (tmp_path / "report.html").exists()
+    charged, whole = records[0].about["probe"]["flops"]["value"], records[0].totals["flops"].value
+    steps = 5e12 * results["by_blueprint"]["TFLOP of a step"]
+    assert charged > 0 and whole == pytest.approx(charged + steps)
+    assert [point.step for point in records[0].points] == [0, 4, 5] and len(records[0].losses) == 5
+    assert "license: apache-2.0" in (tmp_path / "placed" / "README.md").read_text()

@@ -7,7 +7,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
@@ -26,10 +25,10 @@ from ..runs import (
     Report,
     Row,
     RunRecord,
-    error_at,
     format_number,
     format_quantity,
     series,
+    series_with_errors,
     unit_for,
 )
 from .plots import drawing_style, plot_blueprint
@@ -183,8 +182,9 @@ def draw_curve(report: Report, resource: str | None, of_losses: bool = False) ->
         axes.set_xlabel(label, color=INK)
         for i, (row, line) in enumerate(zip(report.rows, lines, strict=True)):
             xs, ys = [x / unit for x, _ in line], [y for _, y in line]
-            errors = [] if of_losses else _errors(row.record, resource, report.metric)
-            if any(errors):
+            bars = [] if of_losses else series_with_errors(row.record, resource, report.metric)
+            if any(error is not None for *_, error in bars):
+                errors = [error or 0.0 for *_, error in bars]
                 axes.errorbar(xs, ys, errors, **_style(i), elinewidth=1, capsize=2.5)
             elif len(line) > MANY:
                 axes.plot(xs, ys, **_style(i, has_markers=False) | {"linewidth": 0.7, "alpha": 0.35})
@@ -263,12 +263,6 @@ def _losses(record: RunRecord, resource: str | None) -> tuple[tuple[float, float
         (float(p.step) if resource is None else p.spent.get(resource), p.metrics.get("loss")) for p in record.losses
     ]
     return tuple((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y))
-
-
-def _errors(record: RunRecord, resource: str | None, metric: str) -> list[float]:
-    """Return the standard errors of the evaluations of `series`, 0 where there is none."""
-    points = [p for p in record.points if series(replace(record, points=(p,)), resource, metric)]
-    return [error_at(point, metric) or 0.0 for point in points]
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -26,5 +26,6 @@ from .report import Row as Row
 from .report import error_at as error_at
 from .report import make_report as make_report
 from .report import series as series
+from .report import series_with_errors as series_with_errors
 from .stopping import Decision as Decision
 from .stopping import MarginalReturn as MarginalReturn

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .._text import data_frame, html_table
 from ..errors import BlueprintError, MismatchError
 from .quantity import RESOURCES, UNITS, Direction, Quantity
 from .record import Point, RunRecord, direction_of
@@ -95,6 +96,30 @@ class Report:
         """Unit of the resource."""
         return UNITS[self.resource]
 
+    def __repr__(self) -> str:
+        """One line: the runs and what they are compared by; `to_dict` has all of it."""
+        count = f"{len(self.rows)} run{'s' * (len(self.rows) != 1)}"
+        return f"<Report of {count}: {self.metric} by {self.resource}>"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        kept = ("metric", "first", "gain", "per_resource", "relative", "ratio", "to_baseline", "at_budget")
+        spent = {row.name: {unit: row.record.total(unit).value for unit in UNITS} for row in self.rows}
+        return [
+            {"run": row.name, **{name: getattr(row, name) for name in kept}, **spent[row.name]} for row in self.rows
+        ]
+
+    def _repr_html_(self) -> str:
+        """Show the runs in a notebook."""
+        return html_table(repr(self)[1:-1], self._rows())
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for every run: the metric, its gain, and what was spent.
+
+        Raises:
+            BlueprintError: without pandas.
+        """
+        return data_frame(self._rows())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values as a JSON object, without the records."""
         baseline = self.baseline
@@ -166,10 +191,17 @@ def make_report(
 
 def series(record: RunRecord, resource: str | None, metric: str) -> tuple[tuple[float, float], ...]:
     """Return (spent, metric) of each evaluation that has both, finite; (step, metric) if the resource is None."""
+    return tuple((x, y) for x, y, _ in series_with_errors(record, resource, metric))
+
+
+def series_with_errors(
+    record: RunRecord, resource: str | None, metric: str
+) -> tuple[tuple[float, float, float | None], ...]:
+    """Return what `series` does, and the metric's standard error at each evaluation; None where it has none."""
     if resource is not None and not any(resource in point.spent for point in record.points):
         return ()  # otherwise the untrained model alone would have a point
-    pairs = ((_spent_at(point, resource), point.metrics.get(metric)) for point in record.points)
-    return tuple((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))  # type: ignore[misc]
+    found = ((_spent_at(point, resource), point.metrics.get(metric), point) for point in record.points)
+    return tuple((x, y, error_at(p, metric)) for x, y, p in found if _is_finite(x) and _is_finite(y))  # type: ignore[misc]
 
 
 def error_at(point: Point, metric: str) -> float | None:
