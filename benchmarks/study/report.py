@@ -16,6 +16,7 @@ from .store import outcome
 
 
 ROUNDS = 3  # of measured step times, from which on they stand for predicted ones
+SHOWN = 4.0  # times the median's distance from the best loss, up to which a picture shows
 FILLED = 0.9  # of a budget, below which a row says so
 
 Record = Mapping[str, Any]
@@ -253,7 +254,7 @@ class Report:
         return [label for label in wanted if label not in ran]
 
     def picture(self, path: Path) -> None:
-        """Draw loss against step time and predicted memory; name the arms that none beats in both."""
+        """Draw loss against step time and predicted memory; number the arms that none beats in both, with a list below."""
         from matplotlib.figure import Figure
 
         if not self.reference:
@@ -265,22 +266,35 @@ class Report:
                 row.label: row.first["memory"] / self.reference[0].first["memory"] for row in self.rows
             },
         }
-        figure = Figure(figsize=(13, 6))
+        top = min(losses.values()) + SHOWN * (statistics.median(losses.values()) - min(losses.values()))
+        shown = {name: loss for name, loss in losses.items() if loss <= top}
+        fronts = {title: _front(cost, shown) for title, cost in costs.items()}
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(n for front in fronts.values() for n in front), 1)}
+        figure = Figure(figsize=(11, 6.5 + 0.11 * len(numbers)), layout="constrained")
         for axis, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
             for i, budget in enumerate(dict.fromkeys(row.budget for row in self.rows)):
-                names = [row.label for row in self.rows if row.budget == budget]
+                names = [row.label for row in self.rows if row.budget == budget and row.label in shown]
                 label = "own size" if budget is None else f"{budget:.0%} of the parameters"
-                axis.scatter([cost[n] for n in names], [losses[n] for n in names], 18, f"C{i}", label=label)
-            front = [a for a in losses if not any(cost[b] <= cost[a] and losses[b] < losses[a] for b in losses)]
-            front.sort(key=cost.__getitem__)
-            axis.plot([cost[n] for n in front], [losses[n] for n in front], color="0.6", lw=1)
-            for name in front:
-                axis.annotate(name, (cost[name], losses[name]), fontsize=7)
-            axis.set_xlabel(f"{title} / {self.study.reference}'s")
+                axis.scatter([cost[n] for n in names], [losses[n] for n in names], 30, f"C{i}", label=label)
+            front = fronts[title]
+            axis.plot([cost[n] for n in front], [losses[n] for n in front], color="0.6", lw=1, zorder=0)
+            for place, name in enumerate(front):
+                offset = (0, -15) if place % 2 else (0, 7)
+                at = (cost[name], losses[name])
+                axis.annotate(str(numbers[name]), at, offset, textcoords="offset points", ha="center", fontsize=10)
+            axis.set_xlabel(f"{title}, all-linear LoRA = 1" if self.study.reference == "all-linear" else title)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(0.06)
         figure.axes[0].set_ylabel("held-out loss per token")
-        figure.axes[0].legend()
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
+        figure.axes[1].legend(frameon=False)
+        hidden = len(losses) - len(shown)
+        note = f"\n({hidden} arms with a loss above {top:.3g} are not shown)" if hidden else ""
+        named = [f"{number} {name}" for name, number in numbers.items()]
+        columns = ["\n".join(named[i::3]) for i in range(3)]
+        for i, column in enumerate(columns):
+            figure.text(0.03 + 0.33 * i, -0.01, column, va="top", fontsize=9.5)
+        figure.suptitle(f"No other arm is both cheaper and better than the numbered ones{note}", fontsize=11)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
 
     def _told_time(self, row: Row) -> tuple[float, str]:
         time, is_measured = self.step_time(row)
@@ -298,6 +312,12 @@ class Report:
         """Return how far the loss on an unrelated text has risen."""
         assert self.untrained is not None and row.runs is not None
         return f"{statistics.mean(r['unrelated'][name] for r in row.runs.values()) - self.untrained['unrelated'][name]:+.3f}"
+
+
+def _front(cost: Mapping[str, float], losses: Mapping[str, float]) -> list[str]:
+    """Return the arms for which no other costs as little and ends better, cheapest first."""
+    front = [a for a in losses if not any(cost[b] <= cost[a] and losses[b] < losses[a] for b in losses)]
+    return sorted(front, key=cost.__getitem__)
 
 
 def _mean(row: Row, key: str) -> float | None:
