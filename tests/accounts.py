@@ -25,7 +25,7 @@ def rows(examples=EXAMPLES):
     return [{k: v[0] for k, v in b.items()} for b in toy_batches(examples, LENGTH, 1, padding="none")]
 
 
-def make_trainer(folder, model=None, cls=Trainer, **arguments):
+def make_trainer(folder, model=None, cls=Trainer, callbacks=(), **arguments):
     """Make a Trainer for ten steps of 48 tokens, logged every five steps and evaluated every two."""
     settings = {
         "max_steps": 10,
@@ -43,7 +43,8 @@ def make_trainer(folder, model=None, cls=Trainer, **arguments):
     }
     evaluated = arguments.pop("eval_dataset", rows(4))
     arguments = TrainingArguments(str(folder), **settings | arguments)
-    return cls(model or lora(), arguments, train_dataset=rows(), eval_dataset=evaluated)
+    data = {"train_dataset": rows(), "eval_dataset": evaluated}
+    return cls(model or lora(), arguments, **data, callbacks=list(callbacks))
 
 
 def train(folder, model=None, *others, arguments=None, resume=None, **settings):

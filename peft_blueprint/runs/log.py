@@ -102,14 +102,16 @@ class RunLog:
             raise BlueprintError(f"resource must be one of {', '.join(RESOURCES)}, got {resource!r}.")
         if stop is not None and not isinstance(stop, MarginalReturn):
             raise BlueprintError(f"stop must be a MarginalReturn or None, got {stop!r}.")
-        if stop is not None and direction not in (None, stop.direction):
+        if stop is not None and stop.direction is not None and direction not in (None, stop.direction):
             raise BlueprintError(
                 f"direction={direction!r} of {metric!r} and MarginalReturn(direction={stop.direction!r}) must be equal."
             )
         self.metric = metric
         self.resource = resource
         self.stop = stop
-        self.direction: Direction = direction or (stop.direction if stop is not None else direction_of(metric))
+        self.direction: Direction = direction or (stop and stop.direction) or direction_of(metric)
+        if stop is not None:
+            stop.direction = self.direction
         self.name = name
         self.output_dir = None if output_dir is None else Path(output_dir)
         if self.output_dir is not None:

@@ -226,7 +226,7 @@ def _file_of(path: Path) -> Path:
                 return folder / name
     raise BlueprintError(
         f"{path} has no {RUN_FILE} and no {STATE_FILE}, nor has a checkpoint in it. Train with "
-        "trainer.add_callback(LedgerCallback(trainer)), or give the Trainer's output folder."
+        "SFTTrainer(..., callbacks=[LedgerCallback()]), or give the Trainer's output folder."
     )
 
 

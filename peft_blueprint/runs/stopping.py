@@ -121,7 +121,8 @@ class MarginalReturn:
     and patience last is stopped, even if it would have improved again later.
 
     Args:
-        direction: whether a lower or a higher metric is better.
+        direction: whether a lower or a higher metric is better. By default a run's log sets it by its metric: higher for
+            a reward or accuracy, lower for a loss; a rule alone takes lower.
         threshold: in units of the metric per unit of the resource.
         worth: share of the metric, used without a threshold.
         budget: of the resource for the whole run. Without it, it is estimated from `progress`; without that either,
@@ -144,7 +145,7 @@ class MarginalReturn:
     def __init__(
         self,
         *,
-        direction: Direction = "minimize",
+        direction: Direction | None = None,
         threshold: float | None = None,
         worth: float = 0.002,
         budget: float | None = None,
@@ -152,8 +153,8 @@ class MarginalReturn:
         patience: int = 3,
         stop_in_decay: bool = False,
     ) -> None:
-        if direction not in get_args(Direction):
-            raise BlueprintError(f"direction must be 'minimize' or 'maximize', got {direction!r}.")
+        if direction not in (None, *get_args(Direction)):
+            raise BlueprintError(f"direction must be 'minimize', 'maximize' or None, got {direction!r}.")
         if threshold is not None and not math.isfinite(threshold):
             raise BlueprintError(
                 f"threshold must be finite (metric per unit of the resource) or None, got {threshold}."
@@ -167,7 +168,7 @@ class MarginalReturn:
                 raise BlueprintError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if not isinstance(stop_in_decay, bool):
             raise BlueprintError(f"stop_in_decay must be True or False, got {stop_in_decay!r}.")
-        self.direction: Direction = direction
+        self.direction: Direction | None = direction
         self.threshold = threshold
         self.worth = worth
         self.budget = budget
@@ -425,7 +426,7 @@ class MarginalReturn:
     def state_dict(self) -> dict[str, Any]:
         """Return all evaluations as a JSON object; a rule that loads it decides as this one would."""
         return {
-            "direction": self.direction,
+            "direction": self.direction or "minimize",
             "below": self._below,
             "lost": self._lost,
             "points": [list(point) for point in self._points],
@@ -439,7 +440,7 @@ class MarginalReturn:
             MismatchError: if the state was recorded with the other direction.
         """
         loaded = from_mapping(_State, state, "The state of MarginalReturn", FormatError)
-        if loaded.direction != self.direction:
+        if loaded.direction != (self.direction or "minimize"):
             raise MismatchError(
                 f"The state of MarginalReturn has direction={loaded.direction!r}, this rule has {self.direction!r}. "
                 "Make the rule with the same direction."

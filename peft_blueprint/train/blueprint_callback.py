@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .._files import require_writable
@@ -29,6 +29,7 @@ from ..blueprint import Blueprint, file_name
 from ..errors import BlueprintError, MeasurementError
 from ..measure import Batch, GenerateOptions, LossFunction, find_submodules, generate_blueprint, unwrap
 from ..runs import RunLog
+from .joining import JoiningCallback
 
 
 Detail = Literal["submodule", "kind"]
@@ -48,10 +49,10 @@ class TrainedParameter(NamedTuple):
     parameter: nn.Parameter
 
 
-class BlueprintCallback(TrainerCallback):
+class BlueprintCallback(JoiningCallback):
     """Measure blueprints on validation data during training, and log the gradient norms of what is trained.
 
-    Add it to an existing Trainer: `trainer.add_callback(BlueprintCallback(trainer))`. It measures the model as
+    Add it as any callback: `SFTTrainer(..., callbacks=[BlueprintCallback()])`. It measures the model as
     `generate_blueprint` does at 50, 80 and 100 % of the planned steps (paper, §5) and after each evaluation, with
     intervals, alpha, gamma, k* and concentration. `blueprint-50.json` is the blueprint at half of `max_steps`. The same
     examples are measured every time: a random sample of `max_examples` of the Trainer's `eval_dataset`, collated once
@@ -73,7 +74,7 @@ class BlueprintCallback(TrainerCallback):
     DDP and FSDP2 are supported: every process needs the callback, and the first writes the files.
 
     Args:
-        trainer: the Trainer it is added to.
+        trainer: the Trainer, to check the arguments at once; by default the one that the callback is added to.
         options: how to measure and summarize, see `GenerateOptions`; `max_examples` is 64 by default.
         eval_dataset: validation data in the form of the Trainer's, by default the Trainer's own. A mapping holds several
             domains: entries then get `domain_tags`, and the first one is the reference.
@@ -88,16 +89,17 @@ class BlueprintCallback(TrainerCallback):
         **keywords: fields of `GenerateOptions`, such as `max_examples` and `model_id`.
 
     Raises:
-        BlueprintError: for invalid arguments, without validation data, or if `every` is given and nothing that is
-            trained can be measured. When training begins: if the folder cannot be written, there are too few validation
+        BlueprintError: for invalid arguments. When the Trainer is made or training begins: without validation data, or if
+            `every` is given and nothing that is trained can be measured. When training begins: if the folder cannot be written, there are too few validation
             examples for the processes, or gradients cannot be read.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
         >>> from peft_blueprint.testing import tiny_llama
         >>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
-        >>> trainer = Trainer(tiny_llama(), TrainingArguments("output"), train_dataset=rows, eval_dataset=rows)
-        >>> trainer.add_callback(BlueprintCallback(trainer, milestones=[0.5, 1.0], max_examples=4))
+        >>> callback = BlueprintCallback(milestones=[0.5, 1.0], max_examples=4)
+        >>> arguments = TrainingArguments("output")
+        >>> trainer = Trainer(tiny_llama(), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
     """
 
     _due: dict[int, list[float]]  # step → shares of the training to measure at
@@ -109,7 +111,7 @@ class BlueprintCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | None = None,
         options: GenerateOptions | None = None,
         *,
         eval_dataset: Any = None,
@@ -121,20 +123,14 @@ class BlueprintCallback(TrainerCallback):
         loss_fn: LossFunction | None = None,
         **keywords: Any,
     ) -> None:
-        if not isinstance(trainer, Trainer):
-            raise BlueprintError(
-                f"trainer must be a Trainer, got {type(trainer).__name__}. Make the Trainer first, then call "
-                "trainer.add_callback(BlueprintCallback(trainer))."
-            )
+        super().__init__(trainer)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise BlueprintError(f"every must be a positive integer or None, got {every!r}.")
         if detail not in get_args(Detail):
             raise BlueprintError(f"detail must be one of {', '.join(get_args(Detail))}, got {detail!r}.")
         if "training_checkpoint" in keywords:
             raise BlueprintError("training_checkpoint is the share of the steps done: leave it out.")
-        self.trainer = trainer
         self.options = from_keywords(GenerateOptions, options, keywords, MeasurementError)
-        self.eval_dataset = trainer.eval_dataset if eval_dataset is None else eval_dataset
         self.at_evaluations = at_evaluations
         self.every = every
         self.detail = detail
@@ -142,21 +138,29 @@ class BlueprintCallback(TrainerCallback):
         self.milestones = tuple(sorted(set(milestones)))
         if outside := [share for share in self.milestones if not 0 < share <= 1]:
             raise BlueprintError(f"milestones must be in (0, 1], got {outside[0]}.")
+        self._given: dict[str, Any] = {"eval_dataset": eval_dataset, "output_dir": output_dir}
+        self.log: RunLog | None = (
+            None  # a LedgerCallback of the same Trainer sets it, to count measuring as evaluating
+        )
+        self._start()
+        if trainer is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        given = self._given["eval_dataset"]
+        self.eval_dataset = trainer.eval_dataset if given is None else given
         if self.milestones and self.eval_dataset is None:
             raise BlueprintError(
                 "A blueprint is measured on validation data, and the Trainer has none. Give eval_dataset=, or "
                 "milestones=() to log training norms only."
             )
-        self.output_dir = Path(output_dir or trainer.args.output_dir or ".")
-        self.log: RunLog | None = (
-            None  # a LedgerCallback of the same Trainer sets it, to count measuring as evaluating
-        )
-        if every is not None:
+        self.output_dir = Path(self._given["output_dir"] or trainer.args.output_dir or ".")
+        if self.every is not None:
             self._find_trained()
-        self._start()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Read the validation examples; find what is trained, and the steps of the milestones to come."""
+        super().on_train_begin(args, state, control)
         self._start()
         if self.every is not None:
             accelerator = self.trainer.accelerator

@@ -12,13 +12,14 @@ import torch
 from accelerate.utils import DistributedType
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import BlueprintError
 from ..measure import disable_dropout, unwrap
 from ..place import CostModel, Structure, Workload, workload_of
 from .blueprint_callback import TrainedParameter, trained_parameters
 from .frozen_prefix import CacheFrozenPrefix
+from .joining import JoiningCallback
 
 
 STATE_KEY = "peft_blueprint.frozen_below"  # in trainer_state.json's stateful_callbacks
@@ -68,7 +69,7 @@ def freeze_below(model: nn.Module, depth: int, optimizer: Any = None) -> tuple[s
     return tuple(dict.fromkeys(entry.submodule for entry in below))
 
 
-class FreezeFromBelow(TrainerCallback):
+class FreezeFromBelow(JoiningCallback):
     """Freeze adapters from the bottom up, so that later epochs cost less; with `CacheFrozenPrefix` far less.
 
     By a schedule, `"1:10, 2:20"` freezes the layers below 10 after the first epoch and those below 20 after the second.
@@ -85,8 +86,8 @@ class FreezeFromBelow(TrainerCallback):
     because DDP otherwise waits for the gradients of what was frozen. FSDP and DeepSpeed are refused.
 
     Args:
-        trainer: the Trainer it is added to.
         schedule: text, or a mapping of epochs to layers; None to decide by marginal return.
+        trainer: the Trainer, to check the schedule at once; by default the one that the callback is added to.
         threshold: see above; higher freezes earlier. Only without a schedule.
         strata: number of parts that the layers are divided into. Only without a schedule.
         every: steps between measurements of the gradients. Only without a schedule.
@@ -100,42 +101,41 @@ class FreezeFromBelow(TrainerCallback):
         >>> from transformers import Trainer, TrainingArguments
         >>> from peft_blueprint.testing import tiny_llama
         >>> model = get_peft_model(tiny_llama(layers=4), LoraConfig(target_modules=["up_proj"]))
-        >>> trainer = Trainer(model, TrainingArguments("output"))
-        >>> trainer.add_callback(FreezeFromBelow(trainer, "1:2, 2:3"))
+        >>> trainer = Trainer(model, TrainingArguments("output"), callbacks=[FreezeFromBelow("1:2, 2:3")])
     """
 
     def __init__(
         self,
-        trainer: Trainer,
         schedule: str | Mapping[float, int] | None = None,
         *,
+        trainer: Trainer | None = None,
         threshold: float = 1.0,
         strata: int = STRATA,
         every: int = 10,
         workload: Workload | None = None,
     ) -> None:
-        if not isinstance(trainer, Trainer):
-            raise BlueprintError(
-                f"trainer must be a Trainer, got {type(trainer).__name__}. Make the Trainer first, then call "
-                "trainer.add_callback(FreezeFromBelow(trainer, …))."
-            )
+        super().__init__(trainer)
         for name, value in (("strata", strata), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise BlueprintError(f"{name} must be a positive integer, got {value!r}.")
         if not threshold > 0:
             raise BlueprintError(f"threshold must be a positive number, got {threshold!r}.")
-        self.trainer = trainer
         self.schedule = None if schedule is None else read_schedule(schedule)
         self.threshold, self.strata, self.every = threshold, strata, every
         self.depth = 0
         self._workload = workload
         self._sums: dict[int, torch.Tensor] = {}  # parameter's id → summed η·‖g‖₁
         self._costs: CostModel | None = None
+        if trainer is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
         for depth in (self.schedule or {}).values():
             _require_rest(trained_parameters(self._model), depth)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Freeze what a resumed run had frozen already."""
+        super().on_train_begin(args, state, control)
         accelerator = self.trainer.accelerator
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise BlueprintError(

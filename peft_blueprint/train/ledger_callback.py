@@ -6,7 +6,7 @@ import datetime
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import require_writable
 from .._processes import process_count
@@ -38,15 +38,16 @@ from ..runs import (
     absent,
     carbon_factor,
     counted_flops,
-    direction_of,
     measured,
     modelled,
 )
 from .blueprint_callback import BlueprintCallback, trained_parameters, without_printing
+from .joining import JoiningCallback
 
 
 PREFIX = "ledger/"  # of the entries in the Trainer's log
 STATE_KEY = "peft_blueprint.ledger"  # in trainer_state.json's stateful_callbacks
+TRAINING = ("loss", "reward")  # metrics of training itself
 COUNTED_STEP = 2  # the first step also sets up what is initialised lazily
 
 _LOG = logging.getLogger(__name__)
@@ -63,10 +64,10 @@ _ARGUMENTS = (
 )
 
 
-class LedgerCallback(TrainerCallback):
+class LedgerCallback(JoiningCallback):
     """Keeps a ledger of a training run and, with a rule, stops the run when it no longer pays.
 
-    Its quantities go to the trackers in `report_to` as `ledger/seconds` and so on, at the Trainer's logging and
+    Add it as any callback: `SFTTrainer(..., callbacks=[LedgerCallback()])`. Its quantities go to the trackers in `report_to` as `ledger/seconds` and so on, at the Trainer's logging and
     evaluation steps. `run.json`, which `peft-blueprint report` reads, is written at evaluations, saves and the end.
 
     Tokens are the model's input positions in training, padding included. FLOPs are tokens times the FLOPs per token of
@@ -80,13 +81,14 @@ class LedgerCallback(TrainerCallback):
     bookkeeping is a warning and never ends the run.
 
     Args:
-        trainer: the Trainer that the callback is added to.
+        trainer: the Trainer, to check the arguments at once; by default the one that the callback is added to.
         stop: the rule; None only keeps the record.
         metric: the metric to judge by, with or without "eval_"; by default `metric_for_best_model`, otherwise
-            "eval_loss". "loss" is the training loss, checked whenever it is logged; it is the default without a rule
-            and evaluations.
+            "eval_loss", or "eval_reward" of a Trainer with reward functions such as GRPO's and RLOO's. "loss" and
+            "reward" are those of training, checked whenever they are logged: the defaults without evaluations, though a
+            rule judges by "loss" only where it is asked to.
         direction: whether a lower or a higher metric is better; by default as `greater_is_better` says for
-            `metric_for_best_model`, otherwise the rule's or guessed from the name.
+            `metric_for_best_model`, otherwise the rule's, otherwise higher for all but losses and errors.
         resource: the resource to judge by, one of `RESOURCES`.
         carbon: grams of CO2e per kWh, or a country's three letters; see `carbon_factor`.
         watts: power of a device, to model energy where there is no meter.
@@ -94,20 +96,20 @@ class LedgerCallback(TrainerCallback):
         output_dir: folder of `run.json`; by default the training arguments' `output_dir`.
 
     Raises:
-        BlueprintError: for bad values, and for a rule without evaluations; when training begins, if the folder cannot
-            be written or the resource is absent; after the first evaluation, if it lacks the metric.
+        BlueprintError: for bad values, and for a rule without evaluations, at the latest when the Trainer is made or
+            training begins; then also if the folder cannot be written or the resource is absent; after the first
+            evaluation, if it lacks the metric.
 
     Example:
         >>> import tempfile, transformers
         >>> from peft_blueprint.testing import tiny_llama
         >>> arguments = transformers.TrainingArguments(tempfile.mkdtemp(), report_to="none")
-        >>> trainer = transformers.Trainer(tiny_llama(), arguments)
-        >>> trainer.add_callback(LedgerCallback(trainer, carbon=56))
+        >>> trainer = transformers.Trainer(tiny_llama(), arguments, callbacks=[LedgerCallback(carbon=56)])
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | None = None,
         *,
         stop: MarginalReturn | None = None,
         metric: str | None = None,
@@ -118,53 +120,78 @@ class LedgerCallback(TrainerCallback):
         name: str | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
-        if not isinstance(trainer, Trainer):
-            raise BlueprintError(
-                f"trainer must be a Trainer, got {type(trainer).__name__}. Make the trainer first, then call "
-                "trainer.add_callback(LedgerCallback(trainer))."
-            )
-        self.trainer = trainer
+        super().__init__(trainer)
+        if stop is not None and not isinstance(stop, MarginalReturn):
+            raise BlueprintError(f"stop must be a MarginalReturn or None, got {stop!r}.")
         self.stop = stop
-        self.metric = _metric_of(trainer.args, metric, stop)
-        self.output_dir = Path(output_dir or trainer.args.output_dir or ".")
-        self._settings: dict[str, Any] = {
-            "metric": self.metric,
-            "direction": direction or _direction_of(trainer.args, self.metric, stop),
-            "resource": resource,
-            "stop": stop,
-            "name": name or self.output_dir.resolve().name or "run",
+        self._given: dict[str, Any] = {
+            "metric": metric,
+            "direction": direction,
+            "output_dir": output_dir,
+            "name": name,
         }
+        self._resource = resource
         self._carbon, self._watts = carbon_factor(carbon), watts
         self._fresh: dict[str, Any] | None = None
         self._counter = TokenCounter()
+        if trainer is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        given, args = self._given, trainer.args
+        self.metric = _metric_of(trainer, given["metric"], self.stop)
+        self.output_dir = Path(given["output_dir"] or args.output_dir or ".")
+        self._settings: dict[str, Any] = {
+            "metric": self.metric,
+            "direction": given["direction"] or _direction_of(args, self.metric),
+            "resource": self._resource,
+            "stop": self.stop,
+            "name": given["name"] or self.output_dir.resolve().name or "run",
+        }
         self._detach_after(trainer)
         self._begin()
-        self._fresh = None if stop is None else stop.state_dict()
+        self._fresh = None if self.stop is None else self.stop.state_dict()
 
     @property
     def log(self) -> RunLog:
-        """Log of the current or last training run."""
+        """Log of the current or last training run.
+
+        Raises:
+            BlueprintError: if the callback was not added to a Trainer yet.
+        """
+        if self._trainer is None:
+            raise BlueprintError(f"{type(self).__name__} keeps no log before it is added to a Trainer.")
         return self._log
 
     def summary(self) -> str:
         """Return what was spent and gained so far, as lines to print."""
-        return self._log.summary()
+        return self.log.summary()
 
     def _detach_after(self, trainer: Trainer) -> None:
-        """Take the counter off the model when training ends by an error or interrupt, which callbacks do not learn of."""
-        train = trainer.train
+        """Take the counter off the model when training ends by an error or interrupt, which callbacks do not learn of.
 
-        @wraps(train)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
+        Of a training that has begun already, an interrupt between these methods leaves it on until the next one.
+        """
+
+        def guard(method: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(method)
+            def guarded(*args: Any, **kwargs: Any) -> Any:
                 try:
-                    return train(*args, **kwargs)
-                finally:
+                    try:
+                        return method(*args, **kwargs)
+                    except BaseException:
+                        self._counter.detach()
+                        raise
+                except BaseException:  # an interrupt may end the first one
                     self._counter.detach()
-            finally:  # an interrupt may end the first one
-                self._counter.detach()
+                    raise
 
-        trainer.train = guarded  # type: ignore[method-assign]
+            return guarded
+
+        parts = ("training_step", "get_batch_samples", "evaluate", "_save_checkpoint")
+        for name in parts if trainer.is_in_train else ("train",):
+            if method := getattr(trainer, name, None):
+                setattr(trainer, name, guard(method))
 
     def _begin(self) -> None:
         """Start a new log, with the rule in its initial state."""
@@ -177,6 +204,7 @@ class LedgerCallback(TrainerCallback):
         self._log = RunLog(**self._settings, ledger=ledger)
         self._log.output_dir = self.output_dir  # checked when training begins
         self._pending: dict[str, float] = {}
+        self._logged: dict[str, Any] = {}
         self._per_token: Quantity | None = None
         self._steps = 0
         self._counted: Counted | None = None
@@ -187,6 +215,7 @@ class LedgerCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start a log, or continue that of the checkpoint."""
+        super().on_train_begin(args, state, control)
         self._begin()
         if state.is_world_process_zero:
             require_writable(self.output_dir)
@@ -272,12 +301,14 @@ class LedgerCallback(TrainerCallback):
             self._log.settle()
             self._pending = self._spent()
             self._send(control)
+        # TRL 0.22 has an evaluation's averages, such as rewards, in the log alone
+        self._logged = {key: value for key, value in logs.items() if key.startswith("eval_")}
         if "loss" not in logs:
             return
         rate = _learning_rate(self.trainer)
         self._log.note_loss(float(logs["loss"]), step=state.global_step, learning_rate=rate)
-        if self.metric == "loss":
-            self._check({"loss": float(logs["loss"])}, state, control)
+        if self.metric in TRAINING and isinstance(logs.get(self.metric), int | float):
+            self._check({self.metric: float(logs[self.metric])}, state, control)
         self._set_mark()
 
     def on_evaluate(
@@ -294,11 +325,11 @@ class LedgerCallback(TrainerCallback):
         self._log.seconds["evaluating"] += self._since_mark()
         found = {
             key: float(value)
-            for key, value in (metrics or {}).items()
+            for key, value in {**self._logged, **(metrics or {})}.items()
             if isinstance(value, int | float) and not key.endswith(_NO_METRICS)
         }
         self._check(found, state, control)
-        needs_metric = self.stop is not None and self.metric != "loss"
+        needs_metric = self.stop is not None and self.metric not in TRAINING
         # the evaluation of another data set at this step may still have it
         self._lacks_metric = needs_metric and not any(self.metric in point.metrics for point in self._log.points)
         self._send(control)
@@ -401,8 +432,8 @@ class LedgerCallback(TrainerCallback):
 
     def _planned_rates(self, args: TrainingArguments, state: TrainerState) -> list[float | None]:
         """Return the learning rate at each check to come; None for a schedule that is not a function of the step."""
-        strategy = args.logging_strategy if self.metric == "loss" else args.eval_strategy
-        every: float = state.logging_steps if self.metric == "loss" else state.eval_steps
+        strategy = args.logging_strategy if self.metric in TRAINING else args.eval_strategy
+        every: float = state.logging_steps if self.metric in TRAINING else state.eval_steps
         if str(getattr(strategy, "value", strategy)) == "epoch":
             every = state.max_steps / max(1, state.num_train_epochs)
         scheduler: Any = self.trainer.lr_scheduler
@@ -418,26 +449,27 @@ class LedgerCallback(TrainerCallback):
         return model
 
 
-def _metric_of(args: TrainingArguments, metric: str | None, stop: MarginalReturn | None) -> str:
-    is_evaluated = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    if metric is None and not is_evaluated:
-        if stop is not None:
+def _metric_of(trainer: Trainer, metric: str | None, stop: MarginalReturn | None) -> str:
+    args = trainer.args
+    own = "reward" if getattr(trainer, "reward_funcs", None) else "loss"
+    if metric is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        if stop is not None and own == "loss":
             raise BlueprintError(
                 "MarginalReturn needs evaluations, but eval_strategy is 'no'. Set eval_strategy='steps' and eval_steps in "
                 "the training arguments, or use LedgerCallback(metric='loss') to judge by the training loss."
             )
-        return "loss"
-    if metric == "loss":
-        return metric
-    name = metric or args.metric_for_best_model or "eval_loss"
+        return own
+    if metric in TRAINING:
+        return str(metric)
+    name = metric or args.metric_for_best_model or own
     return name if name.startswith("eval_") else f"eval_{name}"
 
 
-def _direction_of(args: TrainingArguments, metric: str, stop: MarginalReturn | None) -> Direction | None:
+def _direction_of(args: TrainingArguments, metric: str) -> Direction | None:
     best = args.metric_for_best_model
     if best is not None and args.greater_is_better is not None and metric in (best, f"eval_{best}"):
         return "maximize" if args.greater_is_better else "minimize"
-    return None if stop is not None else direction_of(metric)
+    return None
 
 
 def _saves_now(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:

@@ -258,7 +258,7 @@ def test_bad_checks_are_refused(call, says):
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        ({"direction": "down"}, "direction must be 'minimize' or 'maximize', got 'down'"),
+        ({"direction": "down"}, "direction must be 'minimize', 'maximize' or None, got 'down'"),
         ({"threshold": math.inf}, "threshold must be finite .*, got inf"),
         ({"worth": 0.0}, "worth must be a positive share .*, got 0.0"),
         ({"budget": -1.0}, "budget must be a positive amount .*, got -1.0"),

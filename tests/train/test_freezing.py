@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
 def test_a_schedule_freezes_from_below(tmp_path):
     """After epoch 1 below layer 1, after epoch 2 below 3: their adapters rest, and their states are gone."""
     trainer = make_trainer(tmp_path)
-    trainer.add_callback(FreezeFromBelow(trainer, "1:1, 2:3"))
+    trainer.add_callback(FreezeFromBelow("1:1, 2:3"))
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
@@ -84,7 +84,7 @@ def test_states_of_any_optimizer_are_released(optimizer, tmp_path):
     if "bnb" in optimizer:
         pytest.importorskip("bitsandbytes")
     trainer = make_trainer(tmp_path, optim=optimizer, max_steps=3)
-    trainer.add_callback(FreezeFromBelow(trainer, {1: 2}))
+    trainer.add_callback(FreezeFromBelow({1: 2}))
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
@@ -107,9 +107,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(rule, is_cached, tmp_pat
     def run(folder, checkpoint=None):
         trainer = make_trainer(folder, save_strategy="steps", save_steps=2 * STEPS, num_train_epochs=4)
         freezing = (
-            FreezeFromBelow(trainer, "1:1, 3:3")
+            FreezeFromBelow("1:1, 3:3")
             if rule == "schedule"
-            else FreezeFromBelow(trainer, threshold=50.0, every=1, strata=4)
+            else FreezeFromBelow(trainer=trainer, threshold=50.0, every=1, strata=4)
         )
         trainer.add_callback(freezing)
         if is_cached:
@@ -127,7 +127,7 @@ def test_the_cache_moves_up_and_losses_stay(tmp_path):
     found, statistics = [], None
     for callbacks in ([], [CacheFrozenPrefix("1MiB")]):
         trainer = make_trainer(tmp_path, num_train_epochs=4)
-        for callback in (FreezeFromBelow(trainer, "1:1, 2:3"), *callbacks):
+        for callback in (FreezeFromBelow("1:1, 2:3"), *callbacks):
             trainer.add_callback(callback)
         trainer.train()
         found.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
@@ -163,7 +163,7 @@ def test_by_marginal_return(factors, threshold, expected, tmp_path):
     """A stratum is frozen if its gain for the time it takes is below the rest's."""
     trainer = make_trainer(tmp_path, num_train_epochs=1, max_grad_norm=0.0)
     trainer.add_callback(Scale(trainer.model, factors))
-    callback = FreezeFromBelow(trainer, threshold=threshold, strata=LAYERS, every=1)
+    callback = FreezeFromBelow(trainer=trainer, threshold=threshold, strata=LAYERS, every=1)
     trainer.add_callback(callback)
     trainer.train()
     assert callback.depth == expected
@@ -204,16 +204,16 @@ def test_blocks_trained_whole_are_frozen_too():
 )
 def test_schedules_it_refuses(schedule, message, tmp_path):
     with pytest.raises(BlueprintError, match=message):
-        FreezeFromBelow(make_trainer(tmp_path), schedule)
+        FreezeFromBelow(schedule, trainer=make_trainer(tmp_path))
 
 
 def test_options_it_refuses(tmp_path):
     trainer = make_trainer(tmp_path)
     for wrong in ({"every": 0}, {"strata": True}, {"threshold": 0.0}):
         with pytest.raises(BlueprintError, match=f"{next(iter(wrong))} must be"):
-            FreezeFromBelow(trainer, **wrong)
+            FreezeFromBelow(trainer=trainer, **wrong)
     with pytest.raises(BlueprintError, match="trainer must be a Trainer"):
-        FreezeFromBelow(trainer.model)
+        FreezeFromBelow(trainer=trainer.model)
     with pytest.raises(BlueprintError, match="leave nothing trained"):
         freeze_below(adapted(), LAYERS)
     assert read_schedule({1: 2, 2: 3}) == {1.0: 2, 2.0: 3}
@@ -230,7 +230,7 @@ def _process(folder):
             trainer = make_trainer(
                 folder, ddp_find_unused_parameters=is_allowed, gradient_accumulation_steps=1, ddp_backend="gloo"
             )
-            callbacks = (FreezeFromBelow(trainer, every=1, threshold=10.0, strata=4), CacheFrozenPrefix("1MiB"))
+            callbacks = (FreezeFromBelow(trainer=trainer, every=1, threshold=10.0, strata=4), CacheFrozenPrefix("1MiB"))
             for callback in callbacks:
                 trainer.add_callback(callback)
             if not is_allowed:

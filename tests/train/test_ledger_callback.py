@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from peft_blueprint import BlueprintConfig, BlueprintError
 from peft_blueprint.errors import FormatError
@@ -268,16 +268,64 @@ def test_the_training_loss_may_be_the_metric(tmp_path):
 
 
 def test_direction_is_the_trainers(tmp_path):
-    """As greater_is_better has it; a rule with the other is refused, and what is given counts before both."""
+    """As greater_is_better has it, also of a rule; a rule with the other is refused; a given one counts before both."""
     accuracy = {"metric_for_best_model": "accuracy"}
     assert LedgerCallback(make_trainer(tmp_path, **accuracy)).log.direction == "maximize"
     assert LedgerCallback(make_trainer(tmp_path, **accuracy)).metric == "eval_accuracy"
     assert LedgerCallback(make_trainer(tmp_path), metric="perplexity").log.direction == "minimize"
     with pytest.raises(BlueprintError, match="'maximize'.*'eval_accuracy'.*'minimize'.*must be equal"):
-        LedgerCallback(make_trainer(tmp_path, **accuracy), stop=MarginalReturn())
-    stop = MarginalReturn(direction="maximize")
-    assert LedgerCallback(make_trainer(tmp_path, **accuracy), stop=stop).log.direction == "maximize"
+        LedgerCallback(make_trainer(tmp_path, **accuracy), stop=MarginalReturn(direction="minimize"))
+    stop = MarginalReturn()
+    assert LedgerCallback(make_trainer(tmp_path, **accuracy), stop=stop).log.direction == stop.direction == "maximize"
     assert LedgerCallback(make_trainer(tmp_path, **accuracy), direction="minimize").log.direction == "minimize"
+
+
+@pytest.mark.parametrize("is_evaluated", [True, False])
+def test_a_rule_judges_a_reward_by_itself_and_wants_it_high(tmp_path, is_evaluated):
+    """The reward of an evaluation, or of training where there are none; TRL 0.22 has it in the log alone."""
+
+    class Rewarded(Trainer):
+        reward_funcs = [len]
+
+        def log(self, logs, *others):
+            prefix = "eval_" if "eval_loss" in logs else ""
+            more = {f"{prefix}reward": self.state.global_step / 8} if {"loss", "eval_loss"} & set(logs) else {}
+            super().log({**logs, **more}, *others)
+
+    arguments = {"logging_steps": 1, "eval_strategy": "steps" if is_evaluated else "no", "eval_steps": 1}
+    arguments["max_steps"] = 4
+    callback = LedgerCallback(stop=MarginalReturn(), resource="tokens")
+    with pytest.raises(BlueprintError, match="LedgerCallback keeps no log before it is added to a Trainer"):
+        callback.log  # noqa: B018
+    make_trainer(tmp_path, cls=Rewarded, callbacks=[callback], **arguments).train()
+    record = RunRecord.load(tmp_path)
+    assert (record.metric, record.direction) == ("eval_reward" if is_evaluated else "reward", "maximize")
+    assert [point.metrics[record.metric] for point in record.points] == [0.125, 0.25, 0.375, 0.5]
+    assert record.stopping["settings"]["direction"] == "maximize" and callback.log.decision.points is None  # too few
+
+
+@pytest.mark.parametrize("way", ["callbacks", "add_callback", "class"])
+def test_the_trainer_need_not_be_given(tmp_path, way):
+    """However the callback is added, it keeps the run's record, and leaves no hook on the model after an error."""
+    given = {"class": LedgerCallback, "callbacks": LedgerCallback()}.get(way)
+    trainer = make_trainer(tmp_path, callbacks=[given] * (given is not None), max_steps=1, eval_strategy="no")
+    if way == "add_callback":
+        trainer.add_callback(LedgerCallback())
+    trainer.train()
+    assert RunRecord.load(tmp_path).total("tokens").value > 0
+    trainer.data_collator = None
+    with pytest.raises(TypeError):
+        trainer.train()
+    assert not trainer.model._forward_pre_hooks
+
+
+def test_a_callback_outside_a_trainer_says_how_to_add_it(tmp_path):
+    """Whether it is asked for its Trainer, or a loop other than a Trainer's calls it."""
+    arguments = make_trainer(tmp_path).args
+    with pytest.raises(BlueprintError, match=r"has no Trainer yet. Add it: Trainer\(..., callbacks="):
+        LedgerCallback().trainer  # noqa: B018
+    with pytest.raises(BlueprintError, match=r"found no Trainer. Pass it: LedgerCallback\(trainer=trainer\)"):
+        LedgerCallback().on_train_begin(arguments, None, None)
 
 
 def test_wrong_arguments_are_errors_before_training(tmp_path):
