@@ -29,7 +29,10 @@ Row = dict[str, list[int]]
 MAX_LENGTH = 512
 BATCH_SIZE = 8  # rows that are put together where no batches are given
 _KEYS = {"completion", "messages", "text", "input_ids"}  # one of them is in every example
+_OTHER_KEYS = {"conversations", "output"}  # of ShareGPT and Alpaca
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _LOG = logging.getLogger(__name__)
+_OTHER = "\N{OBJECT REPLACEMENT CHARACTER}"  # another message in place of a chat's
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -135,11 +138,12 @@ def encode_one(
     """Tokenize one example, with label -100 where there is no target; None if its prompt leaves no room for one.
 
     Targets are the tokens of the completion, of the whole text, or of what a chat's template marks with
-    `{% generation %}`, otherwise of the last message. A prompt and its completion, and a text, end in the tokenizer's
-    end-of-text token.
+    `{% generation %}`, otherwise of the last message, unless the user wrote that. A prompt and its completion, and a text,
+    end in the tokenizer's end-of-text token.
 
     Args:
-        example: mapping with prompt and completion, messages, or text; or `input_ids` and `labels`.
+        example: mapping with prompt and completion, messages, or text; or `input_ids` and `labels`; or the columns of
+            Alpaca or ShareGPT, see `with_known_columns`.
         tokenizer: the model's, needed for texts.
         max_length: tokens after which it is cut.
         index: position in the data, for error messages.
@@ -164,6 +168,7 @@ def encode_one(
                 f"Label tokens without a target {IGNORED}."
             )
         return _cut(ids, labels, max_length)
+    example = with_known_columns(example, index)
     if (_KEYS - {"input_ids"}).isdisjoint(example):
         raise BlueprintError(
             f"Example {index} must have prompt and completion, messages, text, or input_ids and labels; it has "
@@ -174,14 +179,47 @@ def encode_one(
     if "messages" in example:
         return _cut(*_encode_chat(example["messages"], tokenizer, index), max_length)
     keys = ("prompt", "completion") if "completion" in example else ("text",)
-    texts = [_text(example, key, index) for key in keys]
-    plain = [_tokenize(text, key, tokenizer, index) for key, text in zip(keys, texts, strict=True)]
-    before, after = _special_tokens(next((text for text in texts if text), ""), tokenizer)
-    ids = [*before, *chain(*plain), *after]
+    *prompts, text = [_text(example, key, index) for key in keys]
+    ids, start = _tokenize("".join(prompts), text, " and ".join(keys), tokenizer, index)
+    before, after = _special_tokens("".join([*prompts, text]), tokenizer)
+    prompt = len(before) + start if prompts else 0
+    ids = [*before, *ids, *after]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    prompt = len(before) + len(plain[0]) if len(plain) > 1 else 0
     return _cut(ids, [IGNORED] * prompt + ids[prompt:], max_length)
+
+
+def with_known_columns(example: Example, index: int = 0) -> Example:
+    """Return an example in the columns of Alpaca or ShareGPT as prompt and completion, or messages; others unchanged.
+
+    Alpaca's prompt is the instruction and the input, if it has one, each with a line break at its end.
+
+    Raises:
+        BlueprintError: for a turn of a conversation that is not of a user, an assistant or the system.
+
+    Example:
+        >>> with_known_columns({"instruction": "Add.", "input": "1 + 1", "output": "2"})
+        {'prompt': 'Add.\\n1 + 1\\n', 'completion': '2'}
+        >>> with_known_columns({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+        {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
+    """
+    if not _KEYS.isdisjoint(example):
+        return example
+    if {"instruction", "output"} <= example.keys():
+        parts = [_text(example, key, index) for key in ("instruction", "input") if example.get(key) is not None]
+        return {"prompt": "".join(f"{part}\n" for part in parts if part), "completion": example["output"]}
+    if isinstance(turns := example.get("conversations"), list):
+        messages = []
+        for turn in turns:
+            role = _ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, Mapping) else None
+            if role is None:
+                raise BlueprintError(
+                    f"conversations of example {index} must have turns from {', '.join(_ROLES)}, got {turn!r}. Give "
+                    "messages instead."
+                )
+            messages.append({"role": role, "content": turn.get("value", turn.get("content"))})
+        return {"messages": messages}
+    return example
 
 
 def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
@@ -226,7 +264,7 @@ def _is_example(first: Any, is_expected: bool) -> bool:
     tensors = [value for value in first.values() if isinstance(value, Tensor)]
     if is_expected:
         return all(tensor.dim() < 2 for tensor in tensors)
-    return not tensors and not _KEYS.isdisjoint(first)
+    return not tensors and not (_KEYS | _OTHER_KEYS).isdisjoint(first)
 
 
 def _collated(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Batch]:
@@ -244,7 +282,9 @@ def _encoded(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | N
             found += 1
             yield row
     if not found:
-        raise BlueprintError(f"None of {count} examples has a target within {max_length} tokens. Increase max_length.")
+        raise BlueprintError(
+            f"None of {count} examples has a target within {max_length} tokens. Increase max_length, or add the answers."
+        )
     if found < count:
         _LOG.warning("Left out %d of %d examples without a target in %d tokens", count - found, count, max_length)
 
@@ -366,10 +406,23 @@ def _text(example: Example, key: str, index: int) -> str:
     return value
 
 
-def _tokenize(text: str, key: str, tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
-    """Return the text's tokens without special ones."""
+def _tokenize(
+    prompt: str, target: str, key: str, tokenizer: PreTrainedTokenizerBase, index: int
+) -> tuple[list[int], int]:
+    """Return the tokens of two texts in a row without special ones, and the place of the first of the second.
+
+    Many tokenizers put a space before a text, so that the second would have other tokens by itself. The two are taken
+    apart only where a token would have letters of both, and for tokenizers that do not tell tokens' places.
+    """
     try:
-        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+        if getattr(tokenizer, "is_fast", False):
+            found = tokenizer(prompt + target, add_special_tokens=False, return_offsets_mapping=True)
+            ids, places = cast(list[int], found["input_ids"]), found["offset_mapping"]
+            first = next((i for i, (_, end) in enumerate(places) if end > len(prompt)), len(ids))
+            if first == len(ids) or not prompt[places[first][0] :].strip():
+                return ids, first
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, target))
+        return [*before, *after], len(before)
     except Exception as error:  # a TypeError for surrogates; tokenizers in Rust raise bare Exceptions
         raise BlueprintError(
             f"{key!r} of example {index} cannot be tokenized: {first_line(error)}. Change or remove it."
@@ -396,7 +449,7 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
             marked: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         else:
             marked = {}
-        start = None if any(marked.get("assistant_masks", ())) else _find_answer(chat, whole, tokenizer)
+        start = None if marked else _find_answer(chat, whole, tokenizer)
     except Exception as error:  # a template is the model author's program and may raise anything
         if getattr(tokenizer, "chat_template", None) is None:
             raise BlueprintError(
@@ -422,23 +475,31 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
             f"The chat template changes the messages of example {index}, so it is unknown where the last one starts. Mark "
             "what the assistant says with {% generation %} in the template, or give prompt and completion."
         )
-    prompt, target = (_tokenize(part, "messages", tokenizer, index) for part in (whole[:start], whole[start:]))
-    return prompt + target, [IGNORED] * len(prompt) + target
+    ids, first = _tokenize(whole[:start], whole[start:], "messages", tokenizer, index)
+    if chat[-1].get("role") in ("user", "system"):
+        first = len(ids)  # no answer
+    return ids, [IGNORED] * first + ids[first:]
 
 
 def _find_answer(chat: list[Any], whole: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return where the last message starts in a chat's text; -1 if the template does not show it."""
+    """Return where the last message starts in a chat's text; -1 if the template does not show it.
 
-    def render(generates: bool) -> str:
-        return str(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=generates, tokenize=False))
+    It starts behind the generation prompt, or otherwise where the text changes with the message, if all that follows
+    stays the same when the messages before change.
+    """
 
-    prompt = render(True)
-    if whole.startswith(prompt):
+    def render(messages: list[Any], generates: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=generates, tokenize=False))
+
+    before, prompt = (render(chat[:-1], generates) for generates in (False, True))
+    if prompt != before and whole.startswith(prompt):
         return len(prompt)
-    answer, before = chat[-1].get("content"), render(False)
-    if not isinstance(answer, str) or not whole.startswith(before):
-        return -1
-    return whole.find(answer.strip(), len(before)) if answer.strip() else len(whole)
+    others = [{**m, "content": _OTHER} if isinstance(m.get("content"), str) else m for m in chat]
+    text, content = render([*chat[:-1], others[-1]]), str(chat[-1].get("content")).strip()
+    start = text.find(_OTHER)
+    if start >= 0 and whole[:start] == text[:start] and whole.startswith(content, start):
+        return start if render([*others[:-1], chat[-1]]).endswith(whole[start:]) else -1
+    return len(before) if prompt == before and whole.startswith(before) else -1
 
 
 def _require_chat(messages: Any, index: int) -> None:

@@ -10,8 +10,10 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
+from operator import index
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -21,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .._text import format_names, shape_str
-from ..blueprint import ADAPTABLE, Form, Submodule
+from ..blueprint import ADAPTABLE, Form, Submodule, name_expert
 from ..errors import BlueprintError, MismatchError
 from .bnb_cpu import undo_cpu_repack
 from .options import Include
@@ -30,6 +32,15 @@ from .options import Include
 # Heads are trained whole or not at all: PEFT adds these to modules_to_save for classification tasks.
 _CLASSIFIER_HEADS = {"classifier", "score", "qa_outputs", "classification_head"}
 _COMPARED = 64  # positions of a layer's input and output
+# settings of the number of experts that a token visits
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+    "top_k",
+)
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _STORED_AS_ANY_DTYPE = ("Params4bit", "Int8Params")  # quantized weights of bitsandbytes
 _SIZES = (
@@ -157,13 +168,14 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     return tuple(weights)
 
 
-def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[Submodule, ...]:
+def find_submodules(model: nn.Module, include: Include = "adaptable", experts: bool = False) -> tuple[Submodule, ...]:
     """Return the weights of a model in its order, without statistics.
 
     Args:
         model: with or without adapters.
         include: "adaptable" for weights that an adapter can be put on, which are linear layers and fused experts; "all"
             for embeddings, norms, biases, convolutions and heads too.
+        experts: list every expert of a fused parameter instead of the parameter, `…experts.17.gate_up_proj`.
 
     Example:
         >>> from peft_blueprint.testing import tiny_llama
@@ -189,7 +201,30 @@ def find_submodules(model: nn.Module, include: Include = "adaptable") -> tuple[S
                 quantized=is_quantized(weight.tensor) or _state_of_4bit(weight.module, weight.parameter) is not None,
             )
         )
-    return tuple(found)
+    return tuple(chain.from_iterable(map(_experts_of, found))) if experts else tuple(found)
+
+
+def _experts_of(submodule: Submodule) -> list[Submodule]:
+    """Return the rows of a fused parameter's experts; any other submodule itself."""
+    experts, *shape = submodule.shape or (0,)
+    names = [name_expert(submodule.name, i) for i in range(experts)] if submodule.form == "experts" else [None]
+    return [
+        submodule if name is None else replace(submodule, name=name, shape=tuple(shape), form="expert")
+        for name in names
+    ]
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the unwrapped model by name, without adapters."""
+    return {own.name: own.module for own in _modules_of(unwrap(model))}
+
+
+def top_k_of(model: nn.Module) -> int | None:
+    """Return how many experts a token visits by the model's config, or None."""
+    config = getattr(unwrap(model), "config", None)
+    text = getattr(config, "text_config", None)
+    found = (getattr(holder, name, None) for holder in (text, config) for name in EXPERTS_PER_TOKEN)
+    return next((value for value in found if isinstance(value, int) and value), None)
 
 
 def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = None) -> tuple[int, int]:
@@ -241,9 +276,7 @@ def shape_of(module: nn.Linear) -> tuple[int, int]:
     if is_conv1d(module):
         d_in, d_out = _size(module.weight)
         return d_out, d_in
-    sizes = _sizes_of(module)
-    assert sizes is not None
-    return sizes
+    return _sizes_of(module) or cast(tuple[int, int], _size(module.weight))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -412,11 +445,12 @@ def _packed_weight(module: nn.Module) -> str | None:
 
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """Return (d_out, d_in) of a layer that has them as attributes."""
+    """Return (d_out, d_in) of a layer that has them as attributes, also as tensors of one number."""
     for names in _SIZES:
         found = [getattr(module, name, None) for name in names]
-        if all(isinstance(value, int) for value in found):
-            return cast(tuple[int, int], tuple(found))
+        if not any(isinstance(value, Tensor) and value.is_meta for value in found):
+            with suppress(TypeError):
+                return index(found[0]), index(found[1])
     return None
 
 

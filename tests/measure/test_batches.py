@@ -3,9 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_blueprint import generate_blueprint, measure_influence
 from peft_blueprint.data.features import model_features
@@ -79,7 +82,7 @@ def test_special_tokens_stand_around_prompt_and_completion(tokenizer, form, eos,
         (f"{ASSISTANT} ", [6, 7, END]),
         (f"{ASSISTANT} {THINK} ", [6, 7, END]),  # not in the whole chat
         (f"{THINK} {END} {ASSISTANT} ", [6, 7, END]),
-        ("", [ASSISTANT, 6, 7, END]),
+        ("", [6, 7, END]),
     ],
 )
 def test_targets_are_the_last_message_whatever_the_generation_prompt(tokenizer, generation_prompt, targets):
@@ -105,15 +108,48 @@ def test_where_a_template_marks_generation_its_marks_are_the_targets(tokenizer, 
 @pytest.mark.parametrize(
     "template",
     [
-        f"{{{{ messages|length }}}} {HEADERS}{{% if add_generation_prompt %}}{THINK}{{% endif %}}",
+        f"{HEADERS.replace('in messages', 'in messages|reverse')}{{% if add_generation_prompt %}}{THINK}{{% endif %}}",
         f"{HEADERS.replace('m.content', 'm.content|replace(7, 8)')}{{% if add_generation_prompt %}}{THINK}{{% endif %}}",
     ],
 )
 def test_a_chat_whose_answer_cannot_be_found_is_refused(tokenizer, template):
-    """Because earlier messages, or the answer itself, are rendered otherwise."""
+    """Because it stands before the question, or the answer itself is rendered otherwise."""
     tokenizer.chat_template = template
     with pytest.raises(BlueprintError, match=r"changes the messages of example 1, .*\{% generation %\}"):
         encode([{"prompt": "1", "completion": "2"}, {"messages": LONG_CHAT}], tokenizer)
+
+
+@pytest.mark.parametrize("generation_prompt", ["", f"{ASSISTANT} {THINK} "])
+@pytest.mark.parametrize("answer", [str(ASSISTANT), "8", "1", ""])
+def test_an_answer_that_stands_in_a_header_or_the_question_too(tokenizer, generation_prompt, answer):
+    """The targets are the answer's own place, wherever else its words are; also behind a count of the messages."""
+    headers = f"{{{{ messages|length }}}} {HEADERS}"
+    tokenizer.chat_template = headers + f"{{% if add_generation_prompt %}}{generation_prompt}{{% endif %}}"
+    chat = [CHAT[0], {"role": "assistant", "content": answer}]
+    ids, found = words(encode_one({"messages": chat}, tokenizer))
+    assert ids == [2, USER, 1, 2, END, ASSISTANT, *map(int, answer.split()), END]
+    assert found == [None] * 6 + [*map(int, answer.split()), END]
+
+
+@pytest.mark.parametrize("template", [HEADERS, MARKED])
+def test_a_chat_without_an_answer_has_no_target(tokenizer, template):
+    """The question is none."""
+    tokenizer.chat_template = template
+    asked = {"messages": [CHAT[0], CHAT[0]]}
+    assert encode_one(asked, tokenizer) is None and len(encode([asked, {"messages": CHAT}], tokenizer)) == 1
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_prompt_and_its_answer_have_the_tokens_of_the_whole_text(tokenizer, scheme):
+    """Also where the tokenizer puts a space before each text; a token of a space and the answer is a target."""
+    letters = [*"▁abc", "▁a", "▁b"]
+    backend = Tokenizer(BPE({t: i for i, t in enumerate(letters)}, [("▁", "a"), ("▁", "b")]))
+    backend.pre_tokenizer = Metaspace(prepend_scheme=scheme)
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for prompt, answer, targets in (("a", "b", "b"), ("a", " b", "▁b"), ("a ", "b", "▁b"), ("a b", "c a", "c▁a")):
+        row = encode_one({"prompt": prompt, "completion": answer}, metaspace)
+        assert row["input_ids"] == metaspace(prompt + answer)["input_ids"]
+        assert "".join(letters[i] for i in row["labels"] if i != -100) == targets
 
 
 WRONG = [None, 3, 2.5, ["1", "2"], {"a": "1"}, [["1"]], b"1", "\ud800"]
