@@ -263,7 +263,7 @@ class RunLog:
         now, last = self.spent().get(self.resource), rule.last_resource
         if last is not None and (now is None or now < last):  # a meter failed, for example; the same in all processes
             with self.guarded(f"decisions by {self.resource}"):
-                raise BlueprintError(f"{last:g} was spent at the last check and {now} now")
+                raise BlueprintError(f"it fell from {last:g} at the last check to {now}")
             return None
 
         def ask() -> Decision:

@@ -223,7 +223,7 @@ def is_finite_number(value: object) -> TypeGuard[float]:
 def _combine(quantities: Iterable[Quantity], combine: Callable[[Iterable[float]], float]) -> Quantity:
     parts = tuple(quantities)
     if not parts:
-        raise BlueprintError("There are no quantities to combine. Give at least one.")
+        raise BlueprintError("Combining needs at least one quantity.")
     how = weakest(part.how for part in parts)
     deciding = parts if how != "absent" else [part for part in parts if part.how == "absent"]
     source = "; ".join(dict.fromkeys(piece for part in deciding for piece in part.source.split("; ") if piece))

@@ -215,7 +215,7 @@ def _file_of(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise BlueprintError(
-            f"There is no run at {path}. Give a folder with {RUN_FILE}, as LedgerCallback writes it, or with "
+            f"No run found at {path}. Give a folder with {RUN_FILE}, as LedgerCallback writes it, or with "
             f"{STATE_FILE}."
         )
     checkpoints = {int(found[1]): child for child in path.iterdir() if (found := _CHECKPOINT.fullmatch(child.name))}
@@ -225,7 +225,7 @@ def _file_of(path: Path) -> Path:
             if (folder / name).is_file():
                 return folder / name
     raise BlueprintError(
-        f"{path} has no {RUN_FILE} and no {STATE_FILE}, nor has a checkpoint in it. Train with "
+        f"{path} and its checkpoints hold neither {RUN_FILE} nor {STATE_FILE}. Train with "
         "SFTTrainer(..., callbacks=[LedgerCallback()]), or give the Trainer's output folder."
     )
 

@@ -162,7 +162,7 @@ def make_report(
         0.1
     """
     if not records:
-        raise BlueprintError("There is no run to report on. Give at least one folder of a run.")
+        raise BlueprintError("records must hold at least one run, got none. Give a run's folder.")
     if window < 2:
         raise BlueprintError(f"window must be at least 2 evaluations, got {window}.")
     records = _named_apart(records)
@@ -258,9 +258,9 @@ def _against(
         for row in rows
     ]
     if base.per_resource is None:
-        return compared, [f"No run is compared with {base.name}, because its gain per resource is not known."]
+        return compared, [f"Runs are not compared with {base.name}: its gain per resource is unknown."]
     if base.per_resource <= 0:
-        return compared, [f"No gain is given as a multiple of that of {base.name}, which did not improve."]
+        return compared, [f"Gains are not relative to {base.name}, which did not improve."]
     return compared, []
 
 
@@ -356,10 +356,10 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
         elif not math.isfinite(row.metric):
             notes.append(f"The last {metric} of {row.name} is not finite: the run diverged.")
         elif row.gain is None and sum(metric in point.metrics for point in row.record.points) > 1:
-            notes.append(f"The first {metric} of {row.name} is not finite, so its gain is not known.")
+            notes.append(f"The first {metric} of {row.name} is not finite, so its gain is unknown.")
         elif row.gain is None:
             notes.append(
-                f"{row.name} was evaluated only once, so its gain is not known. Evaluate before training too."
+                f"{row.name} was evaluated only once, so its gain is unknown. Evaluate before training too."
             )
     late = [row for row in rows if row.gain is not None and row.first_step]
     if late:

@@ -110,7 +110,7 @@ def test_what_is_wrong_is_said_in_one_line(folders, call):
     """No such run, a broken file, a run without evaluation, a place that cannot be written."""
     assert call("nowhere")[::2] == (
         2,
-        "error: There is no run at nowhere. Give a folder with run.json, as LedgerCallback writes it, or with "
+        "error: No run found at nowhere. Give a folder with run.json, as LedgerCallback writes it, or with "
         "trainer_state.json.\n",
     )
     (folders / "slow" / "run.json").write_text('{"schema_version": 1, "name": 3}')

@@ -220,7 +220,7 @@ def test_a_broken_trainers_state_says_where(tmp_path):
 
 def test_where_there_is_no_run_the_error_says_what_makes_one(tmp_path):
     """No folder, and a folder with nothing of the kind."""
-    with pytest.raises(BlueprintError, match="There is no run at"):
+    with pytest.raises(BlueprintError, match="No run found at"):
         RunRecord.load(tmp_path / "nowhere")
     with pytest.raises(BlueprintError, match="LedgerCallback"):
         RunRecord.load(tmp_path)
