@@ -1,4 +1,4 @@
-"""Merge blueprints whose norms are means over different examples of one model, and say what stays apart and why."""
+"""Merge blueprints whose norms are means over different examples of one model, and note why others are left out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
         BlueprintError: if there are none.
     """
     if not blueprints:
-        raise BlueprintError("There is nothing to merge: give at least one blueprint.")
+        raise BlueprintError("Merging needs at least one blueprint.")
     order = {name: i for i, name in enumerate(blueprints)}
     notes: list[str] = []
     kept: list[tuple[int, Blueprint]] = []
@@ -64,7 +64,7 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
             notes.append(f"{name} is the same as {first} and counts once.")
         else:
             kept.append((order[name], blueprint))
-            notes.append(f"{name} stays apart: {reason}.")
+            notes.append(f"{name} is not merged: {reason}.")
     for named in groups.values():
         for of_one_model in _by_weights(named, notes):
             for part in _by_data(of_one_model, notes):
@@ -142,9 +142,9 @@ def _by_weights(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]
             (same or fitting)[0].append((name, blueprint))
             continue
         if fitting:
-            notes.append(f"{name} stays apart: it could be of the weights of {' or '.join(m[0][0] for m in fitting)}.")
+            notes.append(f"{name} is not merged: it could be of the weights of {' or '.join(m[0][0] for m in fitting)}.")
         for members in found if not fitting else ():
-            notes.append(f"{name} stays apart from {members[0][0]}: {_clash(blueprint, members[0][1])}.")
+            notes.append(f"{name} is not merged with {members[0][0]}: {_clash(blueprint, members[0][1])}.")
         found.append([(name, blueprint)])
     return found
 
@@ -170,7 +170,7 @@ def _by_data(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
         else:
             apart.append([(name, blueprint)])
             notes.append(
-                f"{name} stays apart: part of its data is in {format_names([other for other, _ in common])} too."
+                f"{name} is not merged: part of its data is in {format_names([other for other, _ in common])} too."
             )
     names = {name for name, _ in together}
     return [[(name, blueprint) for name, blueprint in named if name in names], *apart]
@@ -214,7 +214,7 @@ def _differences(groups: Iterable[_Group]) -> list[str]:
         differing = [what for what in _Group._fields if len({getattr(group, what) for group in of_model}) > 1]
         if differing:
             shown = [_shown(what, [getattr(group, what) for group in of_model]) for what in differing]
-            said.append(f"Blueprints of {model_id!r} stay apart: they differ in {' and '.join(shown)}.")
+            said.append(f"Blueprints of {model_id!r} are not merged: they differ in {' and '.join(shown)}.")
     return said
 
 

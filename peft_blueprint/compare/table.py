@@ -201,7 +201,7 @@ def _each(
         raise BlueprintError(f"on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}.")
     named = _named([sources] if isinstance(sources, str | Path) else sources)
     if not named:
-        raise BlueprintError("There is nothing to aggregate: give at least one file, folder or repository id.")
+        raise BlueprintError("Aggregating needs at least one file, folder or repository id.")
     for name, source in progress_bar(named.items(), show=progress, desc="reading", unit=" blueprints", leave=False):
         try:
             yield name, source if isinstance(source, Blueprint) else _read(name, source)
@@ -330,7 +330,7 @@ def join_unique(values: Iterable[Any]) -> str | None:
 def _table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Return rows as an Arrow table, each column of one flat type."""
     if not rows:
-        raise BlueprintError("There are no rows to write: aggregate at least one blueprint.")
+        raise BlueprintError("The table has no rows: aggregate at least one blueprint.")
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         try:

@@ -34,7 +34,7 @@ def test_the_same_data_count_once():
     overlapping = Blueprint.merge([other, measured(UP, data="c")])
     merged, notes = merge_all({"both": both, "overlapping": overlapping})
     assert set(map(id, merged)) == {id(both), id(overlapping)}
-    assert notes == ("overlapping stays apart: part of its data is in 'both' too.",)
+    assert notes == ("overlapping is not merged: part of its data is in 'both' too.",)
 
 
 def test_one_name_of_the_data_twice_is_said():
@@ -77,12 +77,12 @@ def test_revisions_are_kept_apart_where_both_are_known():
     silent = measured(UP, data="c")
     merged, notes = merge_all({"first": first, "second": second})
     assert merged == (first, second), "the same data on two revisions are two measurements"
-    assert notes == ("second stays apart from first: model_revision 2222 is not 1111.",)
+    assert notes == ("second is not merged with first: model_revision 2222 is not 1111.",)
     merged, notes = merge_all({"silent": silent, "first": first})
     assert len(merged) == 1 and merged[0].model_revision == "1111" and merged[0]["0.q"].examples == 16
     assert notes[0] == "'silent' has no model_revision; taken to be that of the others."
     merged, notes = merge_all({"silent": silent, "first": first, "second": second})
-    assert len(merged) == 3 and "silent stays apart: it could be of the weights of first or second." in notes
+    assert len(merged) == 3 and "silent is not merged: it could be of the weights of first or second." in notes
 
 
 def test_private_blueprints_stay_apart():
