@@ -354,7 +354,7 @@ class CrossInfluence:
                 block = replace(block, values=norms, statistic=statistic)
             parts.append(block)
         if not parts:
-            raise MeasurementError("There is no data to measure. Give at least one batch.")
+            raise MeasurementError("batches is empty. Give at least one batch.")
         return cls.merge(parts)
 
     def coarsen(self, blocks: Sequence[int]) -> CrossInfluence:
@@ -614,7 +614,7 @@ class CrossInfluence:
     def _matrix(self) -> np.ndarray:
         """Return the values in double precision; raise MeasurementError for a single example."""
         if self.values.shape[1] < 2:
-            raise MeasurementError("There is only one example to choose from. Measure at least two.")
+            raise MeasurementError("Choosing needs at least two examples, got 1. Measure more.")
         return self.values.astype(float)
 
     def _total(self) -> float:

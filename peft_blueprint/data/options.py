@@ -120,7 +120,7 @@ class SelectionOptions:
     )
     count: int | None = _option(None, "Number of examples to keep, instead of a fraction.")
     epochs: int = _option(
-        1, "Epochs of the training on what is kept, whose cost q_star weighs against that of scoring."
+        1, "Epochs of training on the kept examples; q_star weighs their cost against that of scoring."
     )
     method: str = _option(DEFAULT_METHOD, f"How to score examples: {', '.join(METHODS)} or {ITERATIVE}.")
     columns: Mapping[str, str] | None = _option(
