@@ -55,7 +55,7 @@ def select_data(
     split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Stream the data in constant memory; a --fraction is then of what came so far."),
+        typer.Option("--stream", help="Stream the data in constant memory; a --fraction is then of the examples seen so far."),
     ] = False,
     unit: Annotated[
         _Unit,
@@ -70,7 +70,7 @@ def select_data(
         str | None, typer.Option(help="Score with this model, a smaller one, instead of the one to train.")
     ] = None,
     blueprint: Annotated[
-        str | None, typer.Option(help="Use the gradients of those submodules alone that this blueprint places.")
+        str | None, typer.Option(help="Use only the gradients of the submodules that this blueprint places.")
     ] = None,
     placement_fraction: Annotated[
         float | None, typer.Option(help="Share of the submodules in that placement; the default is that of `targets`.")

@@ -134,7 +134,7 @@ def coarsen(
         typer.Option(help="group for attention, cross-attention and feed-forward blocks; layer for whole layers."),
     ] = "group",
     out: Annotated[
-        Path | None, typer.Option(help="Also write it there: .json, .csv, .safetensors or a folder.")
+        Path | None, typer.Option(help="Also write it to this file: .json, .csv, .safetensors or a folder.")
     ] = None,
 ) -> None:
     """Sum a blueprint up to attention and feed-forward blocks, the form of the paper's example, or to layers."""

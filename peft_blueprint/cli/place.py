@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Trainer = Annotated[
     Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"] | None,
-    typer.Option("--for", help="Print the configuration of that trainer, to be pasted."),
+    typer.Option("--for", help="Print the placement as a configuration of this trainer."),
 ]
 
 
@@ -63,7 +63,7 @@ def targets(
     dtype: Dtype = "auto",
     load_in_4bit: In4Bit = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write the blueprint that the placement is by: of the domain, with the probe.")
+        Path | None, typer.Option(help="Write the blueprint that the placement uses, with the domain and the probe applied.")
     ] = None,
     trainer: Trainer = None,
     alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha with --for; twice the rank.")] = None,
@@ -139,7 +139,7 @@ def plan(
     ] = None,
     vram: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 12GiB.")] = None,
     reserve: Annotated[
-        str, typer.Option(help="Part of it for the CUDA context and what the allocator cannot use.")
+        str, typer.Option(help="Part of it to reserve for the CUDA context and fragmentation.")
     ] = "1GiB",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens in an example; with --data at most.")] = 1024,
@@ -147,7 +147,7 @@ def plan(
         int, typer.Option(min=0, help="Of these, tokens before the first target: answer-only adapters are priced.")
     ] = 0,
     data: Annotated[
-        str | None, typer.Option(help="Training examples, whose length and share of prompt tokens are then taken.")
+        str | None, typer.Option(help="Training examples, to take the length and the share of prompt tokens from.")
     ] = None,
     columns: Columns = "",
     epochs: Annotated[
@@ -202,7 +202,7 @@ def plan(
     if data is not None:
         if prompt:
             raise PlacementError(
-                f"--prompt {prompt} and --data {data} both tell the prompt's length: give one of them."
+                f"--prompt {prompt} and --data {data} both set the prompt's length: give one of them."
             )
         length, prompt, about = _prompt_share(model, data, columns, length)
     workload = place.Workload(
@@ -240,7 +240,7 @@ def plan(
             workload=load,
         )
     elif scoring_cost is not None:
-        raise PlacementError(f"--scoring-cost {scoring_cost:g} is of choosing data: give --delta.")
+        raise PlacementError(f"--scoring-cost {scoring_cost:g} needs --delta, the exponent of the data's gain.")
     placement = chosen.placement if joint is None else joint.placement
     assert placement is not None
     if picture is not None and record is not None:

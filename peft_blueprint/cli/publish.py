@@ -18,8 +18,8 @@ from .verbs import Source, Without, verb
 ModelFiles = Annotated[
     Path, typer.Argument(help="A .safetensors file, or the folder of a model in one file or in shards with an index.")
 ]
-Domain = Annotated[str | None, typer.Option(help="One of several side by side: the kind of data, such as math.")]
-Checkpoint = Annotated[float | None, typer.Option(help="Likewise: share of the model's training done, (0, 1].")]
+Domain = Annotated[str | None, typer.Option(help="Domain of the blueprint where a model has several, such as math.")]
+Checkpoint = Annotated[float | None, typer.Option(help="Share of the model's training done at the checkpoint, in (0, 1].")]
 
 
 @verb(
@@ -85,7 +85,7 @@ def embed(
     model: ModelFiles,
     source: Source,
     output: Output,
-    check: Annotated[bool, typer.Option(help="Require that the model has what the blueprint speaks of.")] = True,
+    check: Annotated[bool, typer.Option(help="Check that the model has the submodules that the blueprint names.")] = True,
 ) -> None:
     """Write a blueprint into the header of a model's safetensors, or its index; no tensor changes."""
     blueprint = records.Blueprint.from_pretrained(source)
@@ -100,7 +100,7 @@ def extract(
     model: ModelFiles,
     output: Output,
     out: Annotated[
-        Path | None, typer.Option(help="Also write it there: .json, .csv, .safetensors or a folder.")
+        Path | None, typer.Option(help="Also write it to this file: .json, .csv, .safetensors or a folder.")
     ] = None,
 ) -> None:
     """Show the blueprint that a model's header or index holds, numbers to four digits."""
@@ -113,7 +113,7 @@ def extract(
 
 @verb("Publish", examples=["peft-blueprint remove model-folder"])
 def remove(model: ModelFiles, output: Output) -> None:
-    """Take a blueprint out of a model's header and index again. Exit status 1 if there is none."""
+    """Remove a blueprint from a model's header and index. Exits with status 1 if the model has none."""
     changed = [str(path) for path in publishing.remove(model, progress=output.progress)]
     rows = [{"file": path} for path in changed]
     output.answer({"files": changed}, rows, changed, "Removed from" if changed else "No blueprint in these files")

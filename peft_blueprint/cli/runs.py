@@ -56,16 +56,16 @@ def report(
     output: Output,
     baseline: Annotated[str | None, typer.Option(help="Run to compare with: its name, or its folder.")] = None,
     resource: Annotated[
-        str | None, typer.Option(help=f"What counts as spent: {', '.join(RESOURCES)}; by default as the runs say.")
+        str | None, typer.Option(help=f"Resource to compare by: {', '.join(RESOURCES)}; by default the runs' own.")
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="What counts as gained; by default as the runs say.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare by; by default the runs' own.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Evaluations in the window of the recent gain.")] = 5,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page there (needs matplotlib).")
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Write results in the form of PEFT's method_comparison: a .json file, or a folder."),
+        typer.Option(help="Write results for PEFT's method_comparison to a .json file or a folder."),
     ] = None,
     markdown: Annotated[
         str | None, typer.Option(help="Write a Markdown section to a file; - prints it instead of the table.")

@@ -54,7 +54,7 @@ def test_the_learning_rate_says_its_rule(run, folder):
 
 def test_what_it_refuses(run, folder):
     for words, message in (
-        (("--prompt", 4, "--data", folder / "data.jsonl"), "both tell the prompt's length"),
+        (("--prompt", 4, "--data", folder / "data.jsonl"), "both set the prompt's length"),
         (("--prompt", 64, "--length", 64), "from 0 to 63"),
         (("--base-learning-rate", 0), "positive learning rate"),
     ):

@@ -170,7 +170,7 @@ def test_plan_reads_a_repository_on_the_hub(folder):
         (("--vram", "12GiB", "--budget", "8GiB"), "both limit the memory"),
         (("--vram", "a lot"), "Cannot read 'a lot'"),
         (("--picture", "x.png"), "give one with --blueprint"),
-        (("--scoring-cost", "0.1"), "is of choosing data: give --delta"),
+        (("--scoring-cost", "0.1"), "needs --delta"),
         (("--quantization", "gptq"), "quantization='gptq'"),
         (("--optimizer", "lion"), "optimizer='lion'"),
     ],
