@@ -90,7 +90,7 @@ class Publication:
 
     def __str__(self) -> str:
         if self.is_unchanged:
-            return "\n".join([f"{self.repo_id} has this blueprint already: there is nothing to send.", *self.notes])
+            return "\n".join([f"{self.repo_id} has this blueprint already: nothing to send.", *self.notes])
         kind = "pull request" if self.create_pr else "commit"
         created = f", a new {'private ' * self.private}repository" if self.creates_repository else ""
         diff = difflib.unified_diff(
@@ -214,7 +214,7 @@ def prepare(
             files[arrays] = to_arrays_bytes(to_dict(blueprint))
         picture: str | None = Path(name).with_suffix(".png").name if options.picture else None
         if picture in there.files and published is None:
-            notes.append(f"There is no picture: {there.id} has a {picture} that was not published with a blueprint.")
+            notes.append(f"No picture: {there.id} has a {picture} that was not published with a blueprint.")
             picture = None
         elif picture and (is_new or picture not in there.files):
             if (drawn := _draw(blueprint, notes)) is not None:
@@ -326,13 +326,13 @@ def _require_same_model(blueprint: Blueprint, published: bytes, where: str) -> N
 def _draw(blueprint: Blueprint, notes: list[str]) -> bytes | None:
     """Return a heat map as PNG, or None with a note that gives the reason."""
     if not any(entry.kind is not None and entry.depth is not None for entry in blueprint):
-        notes.append("There is no picture: the entries have no kind and depth.")
+        notes.append("No picture: the entries have no kind and depth.")
         return None
     drawn = io.BytesIO()
     try:
         plot_blueprint(blueprint).savefig(drawn, format="png", metadata={"Software": None})
     except ValueError as error:  # ours without matplotlib; matplotlib's for a kind that it takes for a formula
-        notes.append(f"There is no picture. {error}")
+        notes.append(f"No picture. {error}")
         return None
     return drawn.getvalue()
 

@@ -145,7 +145,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(
-            f"There is no adapter in {folder}: {CONFIG_NAME} cannot be read ({error}). Give a folder of save_pretrained."
+            f"{folder} holds no adapter: {CONFIG_NAME} cannot be read ({error}). Give a folder of save_pretrained."
         ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":

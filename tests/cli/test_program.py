@@ -70,7 +70,7 @@ def test_export_writes_an_adapter_of_one_rank(run, tmp_path):
     ]
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 8
     status, _, err = run("export", tmp_path, tmp_path / "two")
-    assert status == 2 and "There is no adapter in" in err
+    assert status == 2 and "holds no adapter" in err
 
 
 def test_targets_says_which_names_are_parameters(run, tmp_path):

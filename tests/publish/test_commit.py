@@ -243,7 +243,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_with_a_word(two_layers, mode
     assert put(bare, model_hub, picture=True, dry_run=True).files.keys() == {"blueprint.json", "README.md"}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     put(two_layers, model_hub, picture=True)
-    assert "There is no picture. Pictures need matplotlib" in caplog.text
+    assert "No picture. Pictures need matplotlib" in caplog.text
     assert "blueprint.png" not in model_hub.repository("tiny/llama").files()
 
 

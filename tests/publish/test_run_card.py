@@ -224,7 +224,7 @@ def test_an_adapters_card_is_updated_where_it_is(tmp_path):
     (tmp_path / "new").mkdir()
     made = ModelCard(update_card(tmp_path / "new", report, report.rows[0])[0].read_text())
     assert made.data.base_model == "HuggingFaceTB/SmolLM2-135M" and made.data.library_name == "peft"
-    with pytest.raises(BlueprintError, match="There is no folder"):
+    with pytest.raises(BlueprintError, match="The folder .* does not exist"):
         update_card(tmp_path / "nowhere", report, report.rows[0])
 
 
