@@ -262,7 +262,7 @@ def write_record(record: Mapping[str, Any], path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         if path.exists() and not _has_arrays(path):
             raise BlueprintError(
-                f"{path} holds a model, or another file's tensors, and is not written over. To put the blueprint into its "
+                f"{path} holds a model, or another file's tensors, and is not overwritten. To put the blueprint into its "
                 f"header, run `peft-blueprint embed {path} BLUEPRINT`; or choose another name."
             )
         write_atomically(path, to_arrays_bytes(record))
@@ -291,7 +291,7 @@ def _has_arrays(path: Path) -> bool:
 def _read_bytes(path: Path) -> bytes:
     size = path.stat().st_size
     if size > MAX_ARRAYS:
-        raise FormatError(f"{path} has {size:,} bytes; a blueprint of its own has at most {MAX_ARRAYS:,}.")
+        raise FormatError(f"{path} has {size:,} bytes; a separate blueprint has at most {MAX_ARRAYS:,}.")
     return path.read_bytes()
 
 
@@ -300,7 +300,7 @@ def _beside(known: Mapping[str, Any], cell: str | None, column: str) -> dict[str
     more = _cell(cell or "{}", column)
     twice = [key for key in more if key in known and known[key] != more[key]]
     if twice:
-        raise FormatError(f"{format_names(twice)} stand both in a column and, otherwise, in {column}; keep one.")
+        raise FormatError(f"{format_names(twice)} appear both as a column and, with other values, in {column}; keep one.")
     return more
 
 

@@ -40,7 +40,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
         UnicodeError,
         "The token or address for {repo!r} has characters that HTTP does not take. Copy it again, in ASCII.",
     ),
-    (LocalTokenNotFoundError, f"There is no token for {{repo!r}}. {LOG_IN}"),
+    (LocalTokenNotFoundError, f"No token found for {{repo!r}}. {LOG_IN}"),
     (GatedRepoError, "The repository {repo!r} needs permission: ask for it on its page, then run `hf auth login`."),
     (
         RevisionNotFoundError,
@@ -53,30 +53,30 @@ _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
     ),
     (
         EntryNotFoundError,
-        "The repository {repo!r} publishes no {file}, nor a blueprint in its model's header or index. Measure one with "
+        "The repository {repo!r} has no {file} and no blueprint in its model's header or index. Measure one with "
         "`peft-blueprint generate`.",
     ),
 )
 _BY_STATUS = {
     401: f"The Hub does not know your token, or it may not see {{repo!r}} (401). {{done}}{LOG_IN}",
     403: "You may not read {repo!r} (403: {said}). Ask its owner for access.",
-    404: "There is no repository {repo!r} on the Hub that you may see (404){here}. {done}Check the name; if it is "
+    404: "The Hub has no repository {repo!r} that you may see (404){here}. {done}Check the name; if it is "
     "private, log in with a token that may use it: `hf auth login`.",
     409: "{repo!r} is taken or is being changed at this moment (409: {said}). {done}Try again; if it stays so, a "
     "repository of that name exists that you may not see: choose another name.",
     412: "Somebody committed to {repo!r} at this moment (412). {done}Publish again.",
-    429: "The Hub takes no more requests about {repo!r} for now (429). {done}Try again {wait}.",
-    500: "The Hub has a fault of its own over {repo!r} ({status}: {said}). Try again later.",
+    429: "The Hub limits requests about {repo!r} for now (429). {done}Try again {wait}.",
+    500: "The Hub failed on a request about {repo!r} ({status}: {said}). Try again later.",
 }
 _OTHER_STATUS = "The Hub refused a request about {repo!r} ({status}: {said}). {done}Correct it and try again."
 _MAY_NOT_WRITE = (
     "You may not write to {repo!r} (403: {said}). {done}Use a token that may write; offer it as a pull request with "
     "--create-pr (create_pr=True); or publish to a repository of your own."
 )
-_OTHER = "The client of the Hub failed over {repo!r} ({said}). {done}Check the token and the address."
-_NO_CONNECTION = "The connection to the Hub failed over {repo!r} ({said}). {done}Try again later."
+_OTHER = "The client of the Hub failed on {repo!r} ({said}). {done}Check the token and the address."
+_NO_CONNECTION = "The connection to the Hub failed on {repo!r} ({said}). {done}Try again later."
 _CUT_CONNECTION = (
-    "The connection to the Hub failed over {repo!r} ({said}). Whether the commit was made is not known. Publish again: "
+    "The connection to the Hub failed on {repo!r} ({said}). Whether the commit was made is not known. Publish again: "
     "files that arrived are not sent twice. (A pull request would be: look on the repository's page first.)"
 )
 _BAD_CARD = (
@@ -151,7 +151,7 @@ def translated_hub_errors(
             file=file,
             status=status,
             said=_one_line(masked(said, [token])) or type(cause).__name__,
-            here="" if file is None else ", and there is no such file or folder here",
+            here="" if file is None else ", and no such file or folder exists here",
             done="" if file is not None else "Nothing was published. " if sending else "Nothing was sent. ",
             wait=_wait_of(cause),
         )

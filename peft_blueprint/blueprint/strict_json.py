@@ -54,7 +54,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES, what: str = "blueprint")
             )
         return content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise BlueprintError(f"There is no blueprint at {path}. Make one with `peft-blueprint generate`.") from None
+        raise BlueprintError(f"No blueprint found at {path}. Measure one with `peft-blueprint generate`.") from None
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not text ({error.reason} at byte {error.start}). Give a {what}.") from None
     except OSError as error:
@@ -102,7 +102,7 @@ def csv_rows(text: str) -> Iterator[dict[str | None, Any]]:
         _refuse_beyond(len(columns) * lines, MAX_CELLS, "cells")
         twice = _twice(column for column in columns if column)
         if twice is not None:
-            raise FormatError(f"the column {_quoted(twice)} stands twice; keep one.")
+            raise FormatError(f"the column {_quoted(twice)} appears twice; keep one.")
         yield from reader
     except csv.Error as error:
         raise FormatError(f"this is not valid CSV: {error}, line {reader.line_num}.") from error
@@ -174,11 +174,11 @@ def _whole_number(digits: str) -> int:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object for `json.JSONDecoder(object_pairs_hook=…)`; raise FormatError if a key stands twice."""
+    """Build an object for `json.JSONDecoder(object_pairs_hook=…)`; raise FormatError if a key appears twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = _twice(key for key, _ in pairs)
-        raise FormatError(f"the key {_quoted(str(twice))} stands twice in one object.")
+        raise FormatError(f"the key {_quoted(str(twice))} appears twice in one object.")
     return result
 
 

@@ -120,7 +120,7 @@ BAD_JSON = {
     "infinity in digits": (record().replace("2.0", "2e999"), "beyond a double's range.*[Mm]easure"),
     "a whole number beyond all": (record().replace("2.0", "9" * 400), "holds 9999.*[Mm]easure"),
     "more digits than Python reads": (record().replace("2.0", "9" * 5000), "holds 9999.*[Mm]easure"),
-    "a key twice": (record().replace('"id": "b"', '"id": "b", "id": "c"'), "'id' stands twice"),
+    "a key twice": (record().replace('"id": "b"', '"id": "b", "id": "c"'), "'id' appears twice"),
     "a list": ("[1, 2]", "JSON object with model_id and layers, not a list"),
     "no layers": ('{"model_id": "m", "weights": []}', "needs the keys model_id and layers.*'model_id', 'weights'"),
     "no model_id": (record(top_model_id=None), "needs the keys model_id and layers"),

@@ -44,7 +44,7 @@ HOSTILE = {
     "a number": (safetensors(META + '{"a":1}}'), "must hold text alone, and 'a' does not"),
     "an object": (safetensors(META + '{"a":{}}}'), "must hold text alone, and 'a' does not"),
     "no object": (safetensors(META + "[]}"), "must be an object"),
-    "a key twice": (safetensors(META + '{"a":"1","a":"2"}}'), "key 'a' stands twice"),
+    "a key twice": (safetensors(META + '{"a":"1","a":"2"}}'), "key 'a' appears twice"),
     "nested in the metadata": (safetensors(META + "[" * 10**7), "is nested"),
     "nested before": (safetensors('{"a":' + '{"a":' * 4_000_000), "at most 600,000"),
     "lists before": (safetensors('{"a":' + "[" * 10**7), "at most 300,000"),

@@ -55,7 +55,7 @@ def test_a_private_repository_needs_its_token(blueprint, folder, tmp_path):
     with loopback_hub({"org/name": folder}, token="hf_secret") as endpoint:
         wish = {"endpoint": endpoint, "cache_dir": tmp_path / "cache"}
         for token in (None, False, "hf_wrong"):
-            with pytest.raises(BlueprintError, match="no repository 'org/name' on the Hub that you may see.*hf auth"):
+            with pytest.raises(BlueprintError, match="no repository 'org/name' that you may see.*hf auth"):
                 Blueprint.from_pretrained("org/name", token=token, **wish)
         assert Blueprint.from_pretrained("org/name", token="hf_secret", **wish) == blueprint
     with loopback_hub({"org/name": folder}, token="hf_secret", gated=True) as endpoint:

@@ -147,7 +147,7 @@ def test_private_repositories_take_a_token(rounded, whole, tmp_path):
     with LoopbackHub({"org/whole": whole}, token="hf_right") as hub:
         hub.repository("org/whole").private = True
         settings = wish(hub, tmp_path)
-        with pytest.raises(BlueprintError, match="no repository 'org/whole' on the Hub that you may see"):
+        with pytest.raises(BlueprintError, match="no repository 'org/whole' that you may see"):
             Blueprint.from_pretrained("org/whole", token=False, **settings)
         assert Blueprint.from_pretrained("org/whole", token="hf_right", **settings) == rounded
 
@@ -209,7 +209,7 @@ def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
     """A server error names the repository and says what to do; a busy one is asked again."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.fail(500, times=None)
-    with pytest.raises(BlueprintError, match="(?s)The Hub has a fault of its own over .org/whole.*Try again later"):
+    with pytest.raises(BlueprintError, match="(?s)The Hub failed on a request about .org/whole.*Try again later"):
         Blueprint.from_pretrained("org/whole", **wish(hub, tmp_path))
 
 
@@ -219,5 +219,5 @@ def test_a_connection_that_is_always_cut_is_said(blueprint, tmp_path, monkeypatc
     folder = blueprint.save(tmp_path / "beside" / "blueprint.json").parent
     with LoopbackHub({"org/beside": folder}) as hub:
         hub.cut(1000, "GET .*blueprint.json", times=None)
-        with pytest.raises(BlueprintError, match="connection to the Hub failed over .org/beside"):
+        with pytest.raises(BlueprintError, match="connection to the Hub failed on .org/beside"):
             Blueprint.from_pretrained("org/beside", **wish(hub, tmp_path))

@@ -191,7 +191,7 @@ def test_generate_shares_the_work_among_processes(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show", "no/such-file.json"], "There is no blueprint at no/such-file.json"),
+        (["show", "no/such-file.json"], "No blueprint found at no/such-file.json"),
         (["generate", "nowhere", "--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
         (
             ["generate", "nowhere", "--data", "FILE", "--columns", "text=model_id"],

@@ -69,7 +69,7 @@ def test_each_refusal_says_what_to_do(two_layers, model_hub, status, where, head
 def test_a_connection_cut_within_the_commit_is_found_out_by_publishing_again(two_layers, model_hub):
     """The Hub made the commit, its answer got lost: the message says that this may be so, and again makes no second."""
     model_hub.cut(5, "POST .*/commit/", times=None)
-    with pytest.raises(BlueprintError, match="connection to the Hub failed over 'tiny/llama'.*Publish again"):
+    with pytest.raises(BlueprintError, match="connection to the Hub failed on 'tiny/llama'.*Publish again"):
         put(two_layers, model_hub)
     made = len(model_hub.repository("tiny/llama").commits())
     assert put(two_layers, model_hub).endswith(model_hub.repository("tiny/llama").refs["main"])
@@ -80,7 +80,7 @@ def test_a_hub_that_cannot_be_reached_or_may_not_be_asked(two_layers, model_hub,
     """Nobody listens; or offline mode is on."""
     with LoopbackHub() as gone:
         pass
-    with pytest.raises(BlueprintError, match="connection to the Hub failed over 'tiny/llama'.*Nothing was sent"):
+    with pytest.raises(BlueprintError, match="connection to the Hub failed on 'tiny/llama'.*Nothing was sent"):
         put(two_layers, gone)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BlueprintError, match="'tiny/llama' is out of reach: offline mode is on"):
