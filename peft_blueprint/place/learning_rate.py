@@ -140,7 +140,7 @@ def _of_model(model: nn.Module) -> tuple[int, int]:
 def _of_config(config: LoraConfig, model: nn.Module | None) -> tuple[int, int]:
     if model is None:
         raise PlacementError(
-            "A LoraConfig does not tell how many modules its targets match: give learning_rate_for the model as well, or "
+            "A LoraConfig does not say how many modules its targets match: give learning_rate_for the model as well, or "
             "the model with its adapters."
         )
     names = _adaptable(model)

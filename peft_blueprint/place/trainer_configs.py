@@ -104,7 +104,7 @@ def lora_settings(
         PlacementError: if the placement is empty, or a number is out of range.
     """
     if not (placement.lora or placement.unfreeze):
-        raise PlacementError(f"The placement for {placement.model_id!r} is empty: there is nothing to train.")
+        raise PlacementError(f"The placement for {placement.model_id!r} is empty: it names no module to train.")
     r = (placement.rank or DEFAULT_RANK) if r is None else r
     lora_alpha = 2 * r if lora_alpha is None else lora_alpha
     if r != int(r) or r < 1 or not (lora_alpha > 0 and math.isfinite(lora_alpha)) or not 0 <= lora_dropout < 1:
