@@ -583,7 +583,7 @@ def _require_activated(model: PeftModelForCausalLM) -> None:
     config = model.active_peft_config
     if not getattr(config, "alora_invocation_tokens", None):
         raise BlueprintError(
-            f"The adapter {model.active_adapter!r} is no activated LoRA. Give its config "
+            f"The adapter {model.active_adapter!r} is not an activated LoRA. Give its config "
             "alora_invocation_tokens=find_invocation_tokens(tokenizer)."
         )
     head = {id(parameter) for parameter in _head_weights(causal_model_of(model))}

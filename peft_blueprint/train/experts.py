@@ -187,7 +187,7 @@ def merge_experts(path: str | Path, model: str, out: str | Path) -> Path:
         >>> from peft_blueprint.train import merge_experts
         >>> merge_experts("no-such-file", "org/model", "merged")
         Traceback (most recent call last):
-        peft_blueprint.errors.FormatError: no-such-file is no file of experts: No such file or directory. Give what save_experts wrote.
+        peft_blueprint.errors.FormatError: no-such-file is not a file of experts: No such file or directory. Give a file that save_experts wrote.
     """
     _read(Path(path))
     out = Path(out)
@@ -369,7 +369,7 @@ def _split(key: str, path: Any) -> tuple[str, int, str]:
     """Return holder, number and own name of a saved tensor."""
     expert = split_expert(key)
     if expert is None:
-        raise FormatError(f"{key!r} in {path} is not an expert's parameter. Give what save_experts wrote.")
+        raise FormatError(f"{key!r} in {path} is not an expert's parameter. Give a file that save_experts wrote.")
     holder = expert.container
     return holder, expert.number, key.removeprefix(f"{holder}.{expert.number}.")
 
@@ -383,4 +383,4 @@ def _read(path: Path) -> dict[str, Tensor]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if isinstance(error, FileNotFoundError):
             reason = "No such file or directory"
-        raise FormatError(f"{path} is no file of experts: {reason}. Give what save_experts wrote.") from error
+        raise FormatError(f"{path} is not a file of experts: {reason}. Give a file that save_experts wrote.") from error

@@ -435,7 +435,7 @@ def _unmasked(forward):
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
 REFUSED = {
     "must be a PeftModelForCausalLM, got LlamaForCausalLM": tiny_llama,
-    "is no activated LoRA": lambda: adapted(alora_invocation_tokens=None),
+    "is not an activated LoRA": lambda: adapted(alora_invocation_tokens=None),
     "are trained on prompts too": lambda: adapted(modules_to_save=["model.layers.3.mlp"], target_modules=["q_proj"]),
     "are trained on prompts too, so": lambda: adapted(tiny_llama(attention_bias=True), bias="all"),
     "layers of kind": lambda: adapted(
