@@ -253,7 +253,7 @@ def fit_gamma(fractions: ArrayLike, mass: ArrayLike) -> tuple[float, float]:
 def _checked(values: ArrayLike) -> np.ndarray:
     array = np.asarray(values, dtype=float).ravel()
     if not array.size:
-        raise BlueprintError("There are no values. Give at least one.")
+        raise BlueprintError("values must not be empty.")
     for wrong, why in ((~np.isfinite(array), "is not finite"), (array < 0, "is negative")):
         if wrong.any():
             i = int(wrong.argmax())

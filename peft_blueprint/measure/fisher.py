@@ -146,7 +146,7 @@ def fisher_influence(
         raise MeasurementError(f"damping must be positive, got {damping}.")
     if not influence.projections.shape[2]:
         raise MeasurementError(
-            "There are no projections, which the Fisher matrix is made of. Measure with projection_size=251."
+            "The Fisher matrix needs projections, and none were measured. Measure with projection_size=251."
         )
     chosen = torch.arange(influence.examples) if examples is None else examples
     if len(chosen) < 2:

@@ -88,7 +88,7 @@ def generate_blueprint(
     options = from_keywords(GenerateOptions, options, keywords, MeasurementError)
     domains = batches if isinstance(batches, Mapping) else {"": batches}
     if not domains:
-        raise MeasurementError("There are no domains to measure: give batches, or a mapping of names to batches.")
+        raise MeasurementError("The mapping of domains is empty: give batches, or a mapping of names to batches.")
     is_guaranteed = privacy is not None and privacy.is_guaranteed
     if privacy is not None:
         privacy.require_library()  # before the expensive part

@@ -194,7 +194,7 @@ class Influence:
         """
         if not self.projections.shape[2]:
             raise MeasurementError(
-                "There are no projections, which alignments need. Measure with projection_size=251."
+                "Alignments need projections, and none were measured. Measure with projection_size=251."
             )
         sums = self.projections.sum(dim=1, keepdim=True)
         products = (self.projections * sums).sum(dim=2) - self.projections.square().sum(dim=2)

@@ -171,6 +171,6 @@ def _config(source: str, revision: str | None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise BlueprintError(
-            f"There is no model config in {source!r}: {str(error).strip().splitlines()[0]} Give a folder with a "
+            f"No model config found in {source!r}: {str(error).strip().splitlines()[0]} Give a folder with a "
             "config.json, or a repository id such as 'org/model'."
         ) from error

@@ -148,7 +148,7 @@ def measure_influence(
     settings = (structure_digest(rows), *(getattr(options, name) for name in _SAME_EVERYWHERE))
     found = processes.combine(own, settings)
     if not found.examples:
-        raise MeasurementError("There is nothing to measure: the batches are empty. Give at least one example.")
+        raise MeasurementError("The batches are empty. Give at least one example.")
 
     unmeasured = {i: why for i, why in recorder.unmeasured().items() if i not in found.sketches} | plan.unmeasured
     measured = [i for i in range(len(rows)) if i not in unmeasured]

@@ -174,7 +174,7 @@ def release(
     follows uses released numbers alone: the means are denoised (`shrink`) and kept positive.
 
     The noise of a guarantee comes from the operating system's entropy through OpenDP. No seed is honoured, because
-    whoever knows the seed can subtract the noise. Two attacks remain possible: the time that a measurement takes, and
+    anyone who knows the seed can subtract the noise. Two attacks remain possible: the time that a measurement takes, and
     whether it fails.
 
     Args:

@@ -289,13 +289,13 @@ def test_a_blueprint_carries_the_reports():
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        (lambda: tail_report([]), "There are no values. Give at least one"),
+        (lambda: tail_report([]), "values must not be empty"),
         (lambda: tail_report([1.0, math.nan]), "Value 1 is nan, which is not finite. Give measured norms"),
         (lambda: tail_report([1.0, 2.0, math.inf]), "Value 2 is inf, which is not finite"),
         (lambda: tail_report([1.0, -2.0]), "Value 1 is -2.0, which is negative"),
         (lambda: tail_report(np.zeros(5)), "All 5 values are zero.*Check the data"),
         (lambda: tail_report([1.0], resamples=99), "resamples must be at least 100, got 99"),
-        (lambda: entries_report([]), "There are no values"),
+        (lambda: entries_report([]), "values must not be empty"),
         (lambda: entries_report([[1.0, math.nan]]), "Value 1 is nan"),
         (lambda: entries_report(np.zeros((2, 3))), "All 6 values are zero"),
         (lambda: entries_report([1.0], sample=0), "sample must be a positive integer, got 0"),

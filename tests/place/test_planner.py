@@ -291,7 +291,7 @@ def test_an_empty_model_has_the_names_and_shapes_of_the_real_one(build):
 
 def test_a_source_without_a_config_is_named(tmp_path):
     """A folder without one, and a config that transformers builds nothing from."""
-    with pytest.raises(BlueprintError, match="There is no model config in .*Give a folder"):
+    with pytest.raises(BlueprintError, match="No model config found in .*Give a folder"):
         empty_model(str(tmp_path))
 
 
