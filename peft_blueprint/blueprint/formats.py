@@ -300,7 +300,9 @@ def _beside(known: Mapping[str, Any], cell: str | None, column: str) -> dict[str
     more = _cell(cell or "{}", column)
     twice = [key for key in more if key in known and known[key] != more[key]]
     if twice:
-        raise FormatError(f"{format_names(twice)} appear both as a column and, with other values, in {column}; keep one.")
+        raise FormatError(
+            f"{format_names(twice)} appear both as a column and, with other values, in {column}; keep one."
+        )
     return more
 
 
