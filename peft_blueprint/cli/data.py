@@ -18,8 +18,9 @@ from .._text import format_names
 from ..compare import ProbeOptions
 from ..data import SelectionOptions
 from ..errors import BlueprintError
+from ..measure import LoadOptions
 from .output import Output, say
-from .verbs import NF4, Columns, Dtype, In4Bit, Model, Only, parse_pairs, verb
+from .verbs import NF4, Columns, Dtype, In4Bit, Model, Only, Split, parse_pairs, verb
 
 
 _Unit = Literal["example", "block", "token"]
@@ -46,16 +47,19 @@ def select_data(
     out: Annotated[Path, typer.Option(help="File for the chosen examples: .jsonl, .csv or .parquet.")],
     options: SelectionOptions,
     probing: Annotated[ProbeOptions, Only("domain")],
+    loading: LoadOptions,
     output: Output,
     columns: Columns = "",
     target: Annotated[
         str | None, typer.Option(help="Examples of the wanted kind, for alignment and bm25: a file or a data set.")
     ] = None,
     target_examples: Annotated[int, typer.Option(min=1, help="Number of them to use.")] = 64,
-    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    split: Split = "train",
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Stream the data in constant memory; a --fraction is then of the examples seen so far."),
+        typer.Option(
+            "--stream", help="Stream the data in constant memory; a --fraction is then of the examples seen so far."
+        ),
     ] = False,
     unit: Annotated[
         _Unit,
@@ -112,7 +116,7 @@ def select_data(
     options = replace(options, columns=names)
     pool, tokenizer = table, None
     if unit == "block" or pack:
-        tokenizer = measure.load_tokenizer(model)
+        tokenizer = measure.load_tokenizer(model, loading)
         pool = selecting.cut_blocks(table, tokenizer, size=options.max_length, pack=pack, columns=names)
         present = pool.column_names
     taken = set(selecting.SCORE_COLUMNS) & set(present) if with_scores else set()
@@ -125,16 +129,18 @@ def select_data(
         first = range(0) if stream else range(min(len(pool), _TRIED))
         trial = islice(pool, 1) if stream else table.select(first) if pool is table else [pool[i] for i in first]
         selecting.require_storable(out, trial)
-    tokenizer = tokenizer or measure.load_tokenizer(model)
+    tokenizer = tokenizer or measure.load_tokenizer(model, loading)
     wanted = None if target is None else list(islice(selecting.read_table(target, split=split), target_examples))
     loaded = None
     if options.resolve_method(wanted is not None).uses_model:
-        loaded, own = measure.load_model(scorer or model, dtype, NF4 if load_in_4bit else None)
+        loaded, own = measure.load_model(
+            scorer or model, dtype, NF4 if load_in_4bit else None, loading if scorer is None else replace(loading, revision=None)
+        )
         if scorer is not None and unit != "example":
-            tokenizer = tokenizer or measure.load_tokenizer(model)
+            tokenizer = tokenizer or measure.load_tokenizer(model, loading)
             _require_one_vocabulary(own, tokenizer, scorer, model)
         tokenizer = tokenizer or own
-    tokenizer = tokenizer or measure.load_tokenizer(model)
+    tokenizer = tokenizer or measure.load_tokenizer(model, loading)
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
         "target": wanted,
@@ -177,6 +183,7 @@ def cross_influence(
     data: Annotated[
         str, typer.Option(help="Examples: a file such as train.jsonl, or a Hub data set: ID or ID:CONFIG.")
     ],
+    loading: LoadOptions,
     output: Output,
     k: Annotated[float, typer.Option(help="Share of the submodules to choose, of their parameters.")] = 0.2,
     q: Annotated[float, typer.Option(help="Share of the data to choose, of its examples.")] = 0.3,
@@ -191,7 +198,7 @@ def cross_influence(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File for the matrix, which holds values of single blocks.")] = None,
     columns: Columns = "",
-    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    split: Split = "train",
     limit: Annotated[int | None, typer.Option(min=2, help="Number of examples to read; all by default.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 512,
     dtype: Dtype = "auto",
@@ -202,7 +209,7 @@ def cross_influence(
         require_writable(out.parent)
         _require_distinct({"--out": out}, {"--data": data})
     examples = selecting.read_examples(data, parse_pairs(columns), split=split, limit=limit)
-    loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None)
+    loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None, loading)
     rows = measure.encode(examples, tokenizer, max_length)
     batches = measure.make_batches(rows, block, measure.get_pad_token_id(tokenizer))
     matrix = selecting.CrossInfluence.from_blocks(loaded, batches, 1, statistic)
