@@ -19,7 +19,9 @@ ModelFiles = Annotated[
     Path, typer.Argument(help="A .safetensors file, or the folder of a model in one file or in shards with an index.")
 ]
 Domain = Annotated[str | None, typer.Option(help="Domain of the blueprint where a model has several, such as math.")]
-Checkpoint = Annotated[float | None, typer.Option(help="Share of the model's training done at the checkpoint, in (0, 1].")]
+Checkpoint = Annotated[
+    float | None, typer.Option(help="Share of the model's training done at the checkpoint, in (0, 1].")
+]
 
 
 @verb(
@@ -85,7 +87,9 @@ def embed(
     model: ModelFiles,
     source: Source,
     output: Output,
-    check: Annotated[bool, typer.Option(help="Check that the model has the submodules that the blueprint names.")] = True,
+    check: Annotated[
+        bool, typer.Option(help="Check that the model has the submodules that the blueprint names.")
+    ] = True,
 ) -> None:
     """Write a blueprint into the header of a model's safetensors, or its index; no tensor changes."""
     blueprint = records.Blueprint.from_pretrained(source)
