@@ -142,7 +142,9 @@ def _by_weights(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]
             (same or fitting)[0].append((name, blueprint))
             continue
         if fitting:
-            notes.append(f"{name} is not merged: it could be of the weights of {' or '.join(m[0][0] for m in fitting)}.")
+            notes.append(
+                f"{name} is not merged: it could be of the weights of {' or '.join(m[0][0] for m in fitting)}."
+            )
         for members in found if not fitting else ():
             notes.append(f"{name} is not merged with {members[0][0]}: {_clash(blueprint, members[0][1])}.")
         found.append([(name, blueprint)])
