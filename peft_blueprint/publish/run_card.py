@@ -114,7 +114,9 @@ def update_card(folder: str | Path, report: Report, row: Row, *, license: str | 
     """
     path = Path(folder) / CARD_FILE
     if not path.parent.is_dir():
-        raise BlueprintError(f"The folder {path.parent} does not exist. Give the folder that the adapter was saved in.")
+        raise BlueprintError(
+            f"The folder {path.parent} does not exist. Give the folder that the adapter was saved in."
+        )
     try:
         card = path.read_bytes().decode() if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
