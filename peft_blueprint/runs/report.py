@@ -358,9 +358,7 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
         elif row.gain is None and sum(metric in point.metrics for point in row.record.points) > 1:
             notes.append(f"The first {metric} of {row.name} is not finite, so its gain is unknown.")
         elif row.gain is None:
-            notes.append(
-                f"{row.name} was evaluated only once, so its gain is unknown. Evaluate before training too."
-            )
+            notes.append(f"{row.name} was evaluated only once, so its gain is unknown. Evaluate before training too.")
     late = [row for row in rows if row.gain is not None and row.first_step]
     if late:
         names = ", ".join(f"{row.name} (step {row.first_step})" for row in late)
