@@ -383,4 +383,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if isinstance(error, FileNotFoundError):
             reason = "No such file or directory"
-        raise FormatError(f"{path} is not a file of experts: {reason}. Give a file that save_experts wrote.") from error
+        raise FormatError(
+            f"{path} is not a file of experts: {reason}. Give a file that save_experts wrote."
+        ) from error
