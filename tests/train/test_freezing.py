@@ -230,7 +230,10 @@ def _process(folder):
             trainer = make_trainer(
                 folder, ddp_find_unused_parameters=is_allowed, gradient_accumulation_steps=1, ddp_backend="gloo"
             )
-            callbacks = (FreezeFromBelow(trainer=trainer, every=1, threshold=10.0, strata=4), CacheFrozenPrefix("1MiB"))
+            callbacks = (
+                FreezeFromBelow(trainer=trainer, every=1, threshold=10.0, strata=4),
+                CacheFrozenPrefix("1MiB"),
+            )
             for callback in callbacks:
                 trainer.add_callback(callback)
             if not is_allowed:
