@@ -25,6 +25,7 @@ from .hooks import disable_dropout as disable_dropout
 from .hooks import measurement_mode as measurement_mode
 from .influence import Influence as Influence
 from .influence import joined_digest as joined_digest
+from .loading import LoadOptions as LoadOptions
 from .loading import dtype_of as dtype_of
 from .loading import empty_model as empty_model
 from .loading import join_processes as join_processes

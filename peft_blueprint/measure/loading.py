@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .._text import first_line
 from ..errors import BlueprintError
 from .bnb_cpu import disable_cpu_repack
 
@@ -28,8 +30,33 @@ from .bnb_cpu import disable_cpu_repack
 Loaded = TypeVar("Loaded")
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which revision of a model is loaded, with which attention, and where to.
+
+    Example:
+        >>> LoadOptions(revision="v1.0").trust_remote_code
+        False
+    """
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code in the model's repository, for models that need it."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers: eager, sdpa, flash_attention_2, …"}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Device of the weights, such as cuda:1 or cpu; by default the first accelerator."},
+    )
+
+
 def load_model(
-    name: str, dtype: str = "auto", quantization: Mapping[str, Any] | None = None
+    name: str,
+    dtype: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
+    options: LoadOptions | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer; a quantized model is frozen.
 
@@ -40,9 +67,10 @@ def load_model(
         name: folder or repository of the model.
         dtype: name of a torch dtype, or "auto", see `dtype_of`.
         quantization: fields of `BitsAndBytesConfig`.
+        options: revision, attention and device, see `LoadOptions`.
 
     Raises:
-        BlueprintError: if the model cannot be loaded, or the dtype is unknown.
+        BlueprintError: if the model cannot be loaded, or the dtype or device is unknown.
 
     Example:
         >>> import pathlib, tempfile
@@ -53,9 +81,12 @@ def load_model(
         torch.float32
     """
     kind = dtype_of(dtype, bool(quantization))
-    settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind}
-    if torch.cuda.is_available():
-        settings["device_map"] = {"": torch.cuda.current_device()}
+    options = options or LoadOptions()
+    settings: dict[str, Any] = {"dtype": "auto" if kind is None else kind, **_source(options)}
+    if options.attn_implementation is not None:
+        settings["attn_implementation"] = options.attn_implementation
+    if (device := _device(options.device)) is not None:
+        settings["device_map"] = {"": device}
 
     def load() -> PreTrainedModel:
         if quantization:
@@ -67,16 +98,17 @@ def load_model(
     if quantization:
         model.requires_grad_(False)
         disable_cpu_repack(model)
-    return model, load_tokenizer(name)
+    return model, load_tokenizer(name, options)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, options: LoadOptions | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from a folder or the Hub.
 
     Raises:
         BlueprintError: if it cannot be loaded.
     """
-    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
+    settings = _source(options or LoadOptions())
+    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name, **settings))
     return tokenizer
 
 
@@ -156,6 +188,28 @@ def join_processes() -> tuple[int, int]:
         return 0, 1
     state = PartialState(cpu=not torch.cuda.is_available())
     return int(state.process_index), int(state.num_processes)
+
+
+def _source(options: LoadOptions) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say what is read."""
+    given = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    return {key: value for key, value in given.items() if value}
+
+
+def _device(name: str | None) -> int | str | None:
+    """Return the device for a model's weights; None leaves them on the CPU."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.cuda.current_device()
+        return "xpu" if torch.xpu.is_available() else None  # MPS only where it is asked for: it has no float64
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise BlueprintError(
+            f"device={name!r} cannot be used: {first_line(error)} Give cpu, cuda, xpu or mps."
+        ) from error
+    return None if found.type == "cpu" else name
 
 
 def _loaded(name: str, load: Callable[[], Loaded]) -> Loaded:
