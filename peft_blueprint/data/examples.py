@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .._text import format_names
 from ..errors import BlueprintError
-from ..measure import Row, encode_one
+from ..measure import Row, encode_one, with_known_columns
 from .tables import COLUMN_SETS, read_table, require_columns
 
 
@@ -26,6 +26,7 @@ def read_examples(
     Args:
         source: path or dataset id, see `read_table`.
         columns: the file's own names of `prompt`, `completion`, `messages` or `text`, as `{"prompt": "question"}`.
+            Those of Alpaca and ShareGPT need none, see `measure.with_known_columns`.
         split: of a dataset on the Hub.
         limit: read only the first `limit` examples.
 
@@ -37,9 +38,11 @@ def read_examples(
     """
     table = read_table(source, split=split)
     names = {name: (columns or {}).get(name, name) for wanted in COLUMN_SETS for name in wanted}
+    chosen = table.select(range(min(limit or len(table), len(table))))
+    if not columns and with_known_columns(first := chosen[0]) is not first:
+        return [dict(with_known_columns(row, index)) for index, row in enumerate(chosen)]
     for wanted in COLUMN_SETS:
         if all(names[name] in table.column_names for name in wanted):
-            chosen = table.select(range(min(limit or len(table), len(table))))
             return [{name: row[names[name]] for name in wanted} for row in chosen]
     raise BlueprintError(
         f"{source!r} must have the columns prompt and completion, messages, or text; it has "
@@ -129,6 +132,8 @@ class Pool:
             BlueprintError: if the example is not a mapping, lacks a column, or holds neither text nor token ids.
         """
         is_encoded = not isinstance(example, Mapping) or {"input_ids", "labels"} <= example.keys()
+        if not is_encoded and not self._columns:
+            example = with_known_columns(example, index)
         texts = example if is_encoded else self._texts(index, example)
         row = None if texts is None else encode_one(texts, self._tokenizer, self._max_length, index)
         if row is None or texts is None:

@@ -8,8 +8,10 @@ from .batches import get_pad_token_id as get_pad_token_id
 from .batches import input_device as input_device
 from .batches import make_batches as make_batches
 from .batches import take_examples as take_examples
+from .batches import with_known_columns as with_known_columns
 from .bnb_cpu import disable_cpu_repack as disable_cpu_repack
 from .borrowing import borrowed as borrowed
+from .borrowing import restored_attributes as restored_attributes
 from .compatibility import check_fits as check_fits
 from .compatibility import check_weights as check_weights
 from .concentration import FRACTIONS as FRACTIONS

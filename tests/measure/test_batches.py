@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_blueprint import generate_blueprint, measure_influence
+from peft_blueprint.data import Pool, read_examples
 from peft_blueprint.data.features import model_features
 from peft_blueprint.errors import BlueprintError, MeasurementError
-from peft_blueprint.measure import Privacy, encode, encode_one, make_batches
+from peft_blueprint.measure import Privacy, as_batches, encode, encode_one, make_batches
 from peft_blueprint.testing import save_tiny_model, tiny_bert, tiny_llama, tiny_t5, tiny_vit, toy_batches
 
 
@@ -175,6 +176,37 @@ def test_a_bad_value_is_one_error_that_names_example_and_key(tokenizer, key, val
         encode([good, example], tokenizer)
     with pytest.raises(BlueprintError, match="example 1"):
         measure_influence(tiny_llama(1), [good, example], tokenizer=tokenizer, progress=False)
+
+
+ALPACA = {"instruction": "1 2", "input": "3", "output": "4", "text": "### 1 2 3 4"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "1 2"}, {"from": "gpt", "value": "3 4"}]}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (ALPACA, {"prompt": "1 2\n3\n", "completion": "4"}),
+        ({**ALPACA, "input": ""}, {"prompt": "1 2\n", "completion": "4"}),
+        (SHAREGPT, {"messages": CHAT}),
+    ],
+)
+def test_columns_of_alpaca_and_sharegpt_are_known(tokenizer, tmp_path, theirs, ours):
+    """In a list, a pool to choose from, and a file."""
+    tokenizer.chat_template = HEADERS
+    expected = encode_one(ours, tokenizer)
+    assert encode_one(theirs, tokenizer) == expected
+    assert Pool([theirs], tokenizer).encode(0, theirs).row == expected
+    Dataset.from_list([theirs]).to_json(tmp_path / "rows.jsonl")
+    assert read_examples(str(tmp_path / "rows.jsonl")) == [ours]
+    [batch] = as_batches(tiny_llama(2), [theirs], tokenizer=tokenizer)
+    assert batch["input_ids"].tolist() == [expected["input_ids"]]
+
+
+def test_a_turn_of_neither_user_nor_assistant_is_refused(tokenizer):
+    """Named with its example."""
+    turns = {"conversations": [{"from": "tool", "value": "1"}]}
+    with pytest.raises(BlueprintError, match="conversations of example 3 must have turns from human, user, gpt"):
+        encode_one(turns, tokenizer, index=3)
 
 
 def test_parts_that_a_template_prints_with_brackets_are_refused(tokenizer):
