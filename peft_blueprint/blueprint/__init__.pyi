@@ -5,6 +5,7 @@ from .blueprint import extract as extract
 from .blueprint import from_dict as from_dict
 from .blueprint import require_same_names as require_same_names
 from .blueprint import to_dict as to_dict
+from .bundled import bundled_blueprints as bundled_blueprints
 from .entry import ADAPTABLE as ADAPTABLE
 from .entry import NUMBERS as NUMBERS
 from .entry import Z95 as Z95

@@ -134,7 +134,10 @@ def select_data(
     loaded = None
     if options.resolve_method(wanted is not None).uses_model:
         loaded, own = measure.load_model(
-            scorer or model, dtype, NF4 if load_in_4bit else None, loading if scorer is None else replace(loading, revision=None)
+            scorer or model,
+            dtype,
+            NF4 if load_in_4bit else None,
+            loading if scorer is None else replace(loading, revision=None),
         )
         if scorer is not None and unit != "example":
             tokenizer = tokenizer or measure.load_tokenizer(model, loading)

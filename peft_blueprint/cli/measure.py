@@ -17,16 +17,16 @@ from .. import data as reading
 from .. import measure, publish
 from .._files import require_writable
 from ..errors import BlueprintError
-from ..measure import GenerateOptions
-from .output import Output, ranked
-from .verbs import NF4, Columns, Dtype, In4Bit, Model, Picture, Source, Without, parse_pairs, verb
+from ..measure import GenerateOptions, LoadOptions
+from .output import TOP, Output, ranked
+from .verbs import NF4, Columns, Dtype, In4Bit, Model, Picture, Source, Split, Without, parse_pairs, verb
 
 
 @verb(
     "Measure",
     examples=[
         "peft-blueprint generate org/model --data train.jsonl --columns prompt=question,completion=answer",
-        "peft-blueprint generate org/model --data math=train.jsonl --data law=other.jsonl --out domains.json",
+        "peft-blueprint generate org/model --data math=train.jsonl --data law=other.jsonl --device cpu --out domains.json",
     ],
 )
 def generate(
@@ -38,11 +38,13 @@ def generate(
         ),
     ],
     options: Annotated[GenerateOptions, Without("data", "command")],
+    loading: LoadOptions,
     output: Output,
     out: Annotated[Path, typer.Option(help="Where to write: .json, .csv, .safetensors or a folder.")] = Path(
         "blueprint.json"
     ),
     columns: Columns = "",
+    split: Split = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 512,
     dtype: Dtype = "auto",
@@ -63,10 +65,10 @@ def generate(
     rank, processes = measure.join_processes()
     names = parse_pairs(columns)
     examples = {
-        name: reading.read_examples(source, names, limit=options.max_examples)[rank::processes]
+        name: reading.read_examples(source, names, split=split, limit=options.max_examples)[rank::processes]
         for name, source in domains.items()
     }
-    loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None)
+    loaded, tokenizer = measure.load_model(model, dtype, NF4 if load_in_4bit else None, loading)
     pad = measure.get_pad_token_id(tokenizer)
     batches = {
         name: measure.make_batches(measure.encode(rows, tokenizer, max_length), batch_size, pad)
@@ -75,6 +77,7 @@ def generate(
     options = replace(
         options,
         model_id=options.model_id or model,
+        model_revision=options.model_revision or loading.revision,
         data=", ".join(data),
         command=shlex.join(["peft-blueprint", *sys.argv[1:]]),
     )

@@ -14,9 +14,10 @@ from .. import measure, place, publish
 from .._files import require_writable
 from ..compare import ProbeOptions
 from ..errors import PlacementError
+from ..measure import LoadOptions
 from ..place import PlacementOptions
 from .output import Output, say
-from .verbs import NF4, Columns, Dtype, In4Bit, Only, Picture, Source, parse_pairs, verb
+from .verbs import NF4, Columns, Dtype, In4Bit, Only, Picture, Source, Split, parse_pairs, verb
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def targets(
     source: Source,
     options: PlacementOptions,
     probing: ProbeOptions,
+    loading: LoadOptions,
     output: Output,
     probe: Annotated[
         str | None,
@@ -59,6 +61,7 @@ def targets(
         ),
     ] = None,
     columns: Columns = "",
+    split: Split = "train",
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a probed example; longer ones are cut.")] = 512,
     dtype: Dtype = "auto",
     load_in_4bit: In4Bit = False,
@@ -79,13 +82,14 @@ def targets(
     blueprint = comparing.read_for_domain(source, probing.domain)
     loaded: nn.Module | None = None
     if probe is not None:
-        loaded, tokenizer = measure.load_model(model or blueprint.model_id, dtype, NF4 if load_in_4bit else None)
-        examples = reading.read_examples(probe, parse_pairs(columns), limit=probing.probe_examples)
+        quantization = NF4 if load_in_4bit else None
+        loaded, tokenizer = measure.load_model(model or blueprint.model_id, dtype, quantization, loading)
+        examples = reading.read_examples(probe, parse_pairs(columns), split=split, limit=probing.probe_examples)
         rows = measure.encode(examples, tokenizer, max_length)
         batches = measure.make_batches(rows, 8, measure.get_pad_token_id(tokenizer))
         blueprint = _probed(blueprint, loaded, batches, probing, options.seed, probe, output)
     elif model is not None:
-        loaded = measure.empty_model(model)
+        loaded = measure.empty_model(model, revision=loading.revision)
     placement = place.plan_placement(blueprint, loaded, options=options)
     if out is not None:
         say(f"Written to {blueprint.save(out)}.")
@@ -150,6 +154,7 @@ def plan(
         str | None, typer.Option(help="Training examples, to take the length and the share of prompt tokens from.")
     ] = None,
     columns: Columns = "",
+    split: Split = "train",
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the data, with the frozen prefix cached from the second on.")
     ] = 1,
@@ -204,7 +209,7 @@ def plan(
             raise PlacementError(
                 f"--prompt {prompt} and --data {data} both set the prompt's length: give one of them."
             )
-        length, prompt, about = _prompt_share(model, data, columns, length)
+        length, prompt, about = _prompt_share(model, data, columns, split, length)
     workload = place.Workload(
         batch_size=batch_size,
         length=length,
@@ -280,10 +285,10 @@ def plan(
     )
 
 
-def _prompt_share(model: str, data: str, columns: str, longest: int) -> tuple[int, int, str]:
+def _prompt_share(model: str, data: str, columns: str, split: str, longest: int) -> tuple[int, int, str]:
     """Return the longest example's tokens, the prompt's share of it, and a sentence about the data."""
     tokenizer = measure.load_tokenizer(model)
-    rows = measure.encode(reading.read_examples(data, parse_pairs(columns)), tokenizer, longest)
+    rows = measure.encode(reading.read_examples(data, parse_pairs(columns), split=split), tokenizer, longest)
     length = max(len(row["input_ids"]) for row in rows)
     tokens = sum(len(row["labels"]) for row in rows)
     targets = sum(label != measure.IGNORED for row in rows for label in row["labels"])

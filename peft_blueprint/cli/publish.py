@@ -10,6 +10,8 @@ import typer
 
 from .. import blueprint as records
 from .. import publish as publishing
+from ..errors import BlueprintError
+from .. import train as training
 from ..publish import PublishOptions
 from .output import Output, say
 from .verbs import Source, Without, verb
@@ -64,7 +66,13 @@ def publish(
     output.answer({"url": result}, [{"url": result}], [result], f"Published to {repository}")
 
 
-@verb("Publish", examples=["peft-blueprint fetch org/model --domain math --out math.json"])
+@verb(
+    "Publish",
+    examples=[
+        "peft-blueprint fetch org/model --domain math --out math.json",
+        "peft-blueprint fetch HuggingFaceTB/SmolLM2-135M-Instruct --domain gsm8k",
+    ],
+)
 def fetch(
     source: Source,
     output: Output,
@@ -75,8 +83,20 @@ def fetch(
     domain: Domain = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Get a published blueprint, from a model's header, its index or beside it, and write it to a file."""
-    blueprint = records.Blueprint.from_pretrained(source, revision=revision, domain=domain, checkpoint=checkpoint)
+    """Get a blueprint that was published with a model, or that comes with this package, and write it to a file."""
+    own = records.bundled_blueprints(source)
+    if domain in own and revision is None and checkpoint is None:
+        blueprint = records.Blueprint.from_pretrained(own[domain])
+    else:
+        try:
+            blueprint = records.Blueprint.from_pretrained(
+                source, revision=revision, domain=domain, checkpoint=checkpoint
+            )
+        except BlueprintError as error:
+            if not own:
+                raise
+            choices = " or ".join(f"--domain {name}" for name in own)
+            raise type(error)(f"{error} Of this model, blueprints come with the package: {choices}.") from error
     written = blueprint.save(out)
     output.blueprint(blueprint, "gradient_norm", 10, bare=[str(written)])
     output.hint(f"Written to {written}. Next: peft-blueprint targets {written}")
@@ -122,3 +142,17 @@ def remove(model: ModelFiles, output: Output) -> None:
     rows = [{"file": path} for path in changed]
     output.answer({"files": changed}, rows, changed, "Removed from" if changed else "No blueprint in these files")
     raise typer.Exit(0 if changed else 1)
+
+
+@verb("Publish", examples=["peft-blueprint merge-experts experts.safetensors mixture-folder --out merged"])
+def merge_experts(
+    experts: Annotated[
+        Path, typer.Argument(help="File of trained experts, as save_experts writes it, or its folder.")
+    ],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model that they were trained in.")],
+    output: Output,
+    out: Annotated[Path, typer.Option(help="Folder for the full checkpoint; new or empty.")] = Path("merged"),
+) -> None:
+    """Write a full checkpoint of a mixture with experts that were trained whole."""
+    folder = str(training.merge_experts(experts, model, out))
+    output.answer({"folder": folder}, [{"folder": folder}], [folder], f"The experts of {experts} are merged in")

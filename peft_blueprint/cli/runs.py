@@ -30,10 +30,25 @@ if TYPE_CHECKING:
 STDOUT = "-"
 
 
-@verb("Runs", examples=["peft-blueprint train recipe.yaml"])
-def train(recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")], output: Output) -> None:
+@verb(
+    "Runs",
+    examples=[
+        "peft-blueprint train recipe.yaml --override training.max_steps=2",
+    ],
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    output: Output,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Set a key of the recipe, such as training.max_steps=2; may be repeated."
+        ),
+    ] = None,
+) -> None:
     """Run a recipe: probe, check drift, place, train, evaluate, save the adapter and its model card."""
-    report = asdict(training.run_recipe(training.Recipe.from_yaml(recipe), progress=output.progress))
+    read = training.Recipe.from_yaml(recipe, overrides=override or ())
+    report = asdict(training.run_recipe(read, progress=output.progress))
     found = running.make_report([running.RunRecord.load(report["output"])])
     publishing.update_card(report["output"], found, found.rows[0])
     rows = [{"what": key.replace("_", " "), "value": value} for key, value in report.items()]
@@ -115,7 +130,7 @@ def env(output: Output) -> None:
 
     packages = (
         *("peft-blueprint", "peft", "transformers", "torch", "accelerate", "datasets", "huggingface_hub"),
-        *("safetensors", "scipy", "bitsandbytes", "matplotlib"),
+        *("safetensors", "scipy", "bitsandbytes", "matplotlib", "deepspeed", "trl"),
     )
     found: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in packages:
@@ -123,7 +138,13 @@ def env(output: Output) -> None:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    found["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["CUDA or ROCm"] = ", ".join(gpus) or "none"
+    xpus = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    found["XPU"] = f"{', '.join(xpus)}; not tested" if xpus else "none"
+    has_mps = torch.backends.mps.is_available()
+    found["MPS"] = "available; not tested, taken only with --device mps" if has_mps else "none"
+    found["DeepSpeed"] = "ZeRO 1 and 2: supported; ZeRO 3: trains, and measuring and starting are refused"
     rows = [{"what": key, "value": value} for key, value in found.items()]
     output.answer(found, rows, [f"{key} {value}" for key, value in found.items()], "Environment")
 

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from .. import __version__
 from .output import Format, Output
 
 
 app = typer.Typer(
-    help="Measure where a model's gradient lives, and train less of the model for the same result.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
@@ -31,6 +30,7 @@ Picture = Annotated[
 ]
 
 Columns = Annotated[str, typer.Option(help="Names of the data's columns: prompt=question,completion=answer.")]
+Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Data type of the weights: auto, float32, bfloat16 or float16.")]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the weights to NF4 (needs bitsandbytes).")]
 
@@ -45,6 +45,21 @@ _FORMAT = inspect.Parameter(
         Format, typer.Option("--format", "-f", help="table for people, json for programs, quiet for pipelines.")
     ],
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"peft-blueprint {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Measure where a model's gradient lives, and train less of the model for the same result."""
 
 
 class Only:

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .._text import first_line
 from ..errors import BlueprintError
 from .bnb_cpu import disable_cpu_repack
 
@@ -207,7 +206,7 @@ def _device(name: str | None) -> int | str | None:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise BlueprintError(
-            f"device={name!r} cannot be used: {first_line(error)} Give cpu, cuda, xpu or mps."
+            f"device={name!r} is not on this machine. Give cpu, or an accelerator that `peft-blueprint env` shows."
         ) from error
     return None if found.type == "cpu" else name
 

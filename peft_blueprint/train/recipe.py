@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -147,18 +147,26 @@ class Recipe(ProbeOptions):
             self.placement = from_mapping(RecipePlacement, self.placement, "placement")
 
     @classmethod
-    def from_yaml(cls, path: str | Path, arguments: type[TrainingArguments] = TrainingArguments) -> Recipe:
+    def from_yaml(
+        cls,
+        path: str | Path,
+        arguments: type[TrainingArguments] = TrainingArguments,
+        overrides: Sequence[str] = (),
+    ) -> Recipe:
         """Read and check a recipe.
 
         Args:
             path: YAML 1.2 file whose keys are the fields of this class.
             arguments: class that `training` belongs to, such as TRL's `SFTConfig`.
+            overrides: `key=value` to set in the file's content, the value in YAML: `training.max_steps=2`.
 
         Raises:
             BlueprintError: naming the file and the key, for a file that cannot be read, a key that is missing, unknown
                 or of the wrong type, or keys that contradict each other.
         """
         data = _read_yaml(path)
+        for override in overrides:
+            _override(data, override)
         placement = data.pop("placement", {}) if isinstance(data, dict) else {}
         nested = isinstance(placement, Mapping)
         recipe = from_mapping(cls, data if nested else {**data, "placement": placement}, str(path))
@@ -349,17 +357,33 @@ def _has_8bit_adamw_on_cpu() -> bool:
         return False
 
 
+def _override(data: Any, override: str) -> None:
+    """Set one key of a recipe's content from `key=value`, or of a mapping in it from `key.key=value`."""
+    names, is_set, text = override.partition("=")
+    *outer, last = names.split(".")
+    if not is_set or not all((*outer, last)):
+        raise BlueprintError(f"--override must be KEY=VALUE such as training.max_steps=2, got {override!r}.")
+    for name in outer:
+        data = data.setdefault(name, {}) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise BlueprintError(f"--override {override}: {'.'.join(outer) or 'the recipe'} is not a mapping.")
+    data[last] = _parse_yaml(text, f"--override {override}")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise BlueprintError(f"{where} is not valid YAML: {why}.") from error
+
+
 def _read_yaml(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         why = "it is not a file" if path.exists() else "No such file or directory"
         raise BlueprintError(f"The recipe {path} cannot be read: {why}.")
-    text = read_text(path, MAX_BYTES, "recipe")
-    try:
-        data = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise BlueprintError(f"{path} is not valid YAML: {why}.") from error
+    data = _parse_yaml(read_text(path, MAX_BYTES, "recipe"), str(path))
     values = [data]
     for value in values:  # grows while it is read; aliases stand for whole values, and may for exponentially many
         if isinstance(value, Mapping | list):

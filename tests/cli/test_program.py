@@ -10,7 +10,9 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
+import peft_blueprint
 from peft_blueprint import Blueprint, generate_blueprint, plan_placement
+from peft_blueprint.blueprint import bundled_blueprints
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
 
 
@@ -235,3 +237,43 @@ def test_env_prints_versions(run):
     """For a bug report."""
     found = json.loads(run("env", "--format", "json")[1])
     assert found["peft-blueprint"] and found["torch"] and re.match(r"3\.\d+", found["python"])
+
+
+def test_the_program_tells_its_version_and_completes_its_verbs(run):
+    """By --version, and for the shells that Typer knows."""
+    assert run("--version")[:2] == (0, f"peft-blueprint {peft_blueprint.__version__}\n")
+    assert run("--version") == run("--version", "show")
+    out = run("--help")[1]
+    assert "--install-completion" in out and "Measure where a model's gradient lives" in out
+
+
+def test_a_model_is_loaded_as_the_flags_say(run, tmp_path, monkeypatch):
+    """Revision, trust, attention and device reach transformers; a device that is not there is named."""
+    from peft_blueprint.measure import loading
+
+    seen = []
+
+    def load(name, **settings):
+        seen.append(settings)
+        raise OSError("enough")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "1", "output": "2"}\n')
+    words = ("generate", save_tiny_model(tmp_path / "model"), "--data", rows, "--out", tmp_path / "b.json")
+    flags = ("--revision", "v2", "--trust-remote-code", "--attn-implementation", "eager", "--device", "meta")
+    assert run(*words, *flags)[0] == 2
+    asked = {"revision": "v2", "trust_remote_code": True, "attn_implementation": "eager", "device_map": {"": "meta"}}
+    assert seen == [{"dtype": "auto", **asked}]
+    status, _, err = run(*words, "--device", "cuda:99")
+    assert status == 2 and "device='cuda:99' is not on this machine" in err
+
+
+def test_a_blueprint_that_comes_with_the_package_is_fetched_by_its_models_id(run, tmp_path):
+    """Without a request; the whole table of a model that has some names them."""
+    model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert run("fetch", model, "--domain", "gsm8k", "--out", tmp_path / "b.json")[0] == 0
+    blueprint = Blueprint.from_pretrained(tmp_path / "b.json")
+    assert blueprint.model_id == model and len(blueprint) == 210
+    for path in bundled_blueprints(model).values():
+        assert Blueprint.from_pretrained(path).digest in (path.parent / "README.md").read_text(encoding="utf-8")

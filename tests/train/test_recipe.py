@@ -56,6 +56,21 @@ def test_the_recipes_that_come_along_are_sound(name):
     assert Recipe.from_yaml(ROOT / "recipes" / name).base_learning_rate == 1e-3
 
 
+def test_overrides_are_keys_of_the_file(tmp_path):
+    """Nested ones by dots, values in YAML; one that cannot be set is named."""
+    path = write(tmp_path, SOUND)
+    read = Recipe.from_yaml(path, overrides=["training.max_steps=3", "lora={r: 4}", "domain=a=1"])
+    assert (read.training["max_steps"], read.lora, read.domain) == (3, {"r": 4}, "a=1")
+    for override, message in (
+        ("training", "--override must be KEY=VALUE such as training.max_steps=2, got 'training'"),
+        ("model.name=x", "--override model.name=x: model is not a mapping"),
+        ("training.max_stepz=2", "training: .*max_stepz"),
+        ("lora={", "--override lora={ is not valid YAML"),
+    ):
+        with pytest.raises(BlueprintError, match=message):
+            Recipe.from_yaml(path, overrides=[override])
+
+
 def test_numbers_follow_yaml_1_2(tmp_path):
     """Unlike in YAML 1.1, 1e-4 is a number, and yes is a text."""
     required = "model: m\ntrain: t\noutput: o\n"
