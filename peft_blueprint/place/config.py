@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from ..compare import ProbeOptions, probe_options, read_for_domain
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
 from .cost import Workload, workload_of
+from .lora_fields import check_lora_fields, check_modules_to_save, peft_errors
 from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
 from .planner import plan_placement, refused_by_peft
@@ -140,8 +140,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         is_copy = self.peft_type == PeftType.LORA  # of a settled config, by `dataclasses.replace`
         if isinstance(self.placement, Mapping):
             self.placement = Placement.from_dict(self.placement)
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, Real):
-            raise PlacementError(f"lora_alpha must be a number, got {self.lora_alpha!r}.")
+        check_lora_fields(self)
         if not isinstance(self.workload, Workload | Mapping | None):
             raise PlacementError(f"workload must be a Workload or a dict of its fields, got {self.workload!r}.")
         if self.layer_replication is not None:
@@ -171,7 +170,8 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
                 name = "target_parameters" if self.target_modules is None else "target_modules"
                 self._refuse_targets(name, "a placement")
             self.placement = None  # PEFT copies configs with other targets (add_weighted_adapter)
-        LoraConfig.__post_init__(self)
+        with peft_errors(self):
+            LoraConfig.__post_init__(self)
         self.peft_type = PeftType.LORA
 
     def __repr__(self) -> str:
@@ -219,6 +219,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
             if (record := self._read()) is not None:
                 check_fits(record.expand(find_submodules(model)), model)
             _check_placement(self.placement, model, self)
+            check_modules_to_save(self, unwrap(model))
             self._check_initialization(self.placement, model)
         return self
 
@@ -554,9 +555,11 @@ def _checked_injection(inject: Any) -> Any:
     @functools.wraps(inject)
     def checked(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config[adapter_name]
-        if isinstance(config, BlueprintConfig):
-            config.resolve(model)
-        return inject(self, model, adapter_name, *args, **kwargs)
+        if not isinstance(config, BlueprintConfig):
+            return inject(self, model, adapter_name, *args, **kwargs)
+        config.resolve(model)
+        with peft_errors(config):
+            return inject(self, model, adapter_name, *args, **kwargs)
 
     return checked
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from peft_blueprint import BlueprintConfig, plan_placement
-from peft_blueprint.errors import PlacementError
+from peft_blueprint.errors import BlueprintError, PlacementError
 from peft_blueprint.testing import tiny_llama, toy_batches
 from tests.planning import BLUEPRINT
 
@@ -144,7 +144,7 @@ def test_ranks_of_the_user_are_obeyed_or_refused(pattern, options, is_obeyed):
     r = model.peft_config["default"].r
     layers = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     assert {m.r["default"] for m in layers.values()} == ({2, r} if pattern == "rank_pattern" else {r})
-    assert layers["v_proj"].lora_alpha["default"] == (r if pattern == "rank_pattern" else 2)
+    assert layers["v_proj"].lora_alpha["default"] == (2 * r if pattern == "rank_pattern" else 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*_config. is not specified")
@@ -159,8 +159,12 @@ def test_ranks_of_the_user_are_obeyed_or_refused(pattern, options, is_obeyed):
 )
 @pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
 def test_initialisations_that_cannot_start_the_ranks_are_refused(how, options, message):
-    """In words, instead of an error of torch or weights of another shape."""
-    config = BlueprintConfig(blueprint=BLUEPRINT, num_modules=6, init_lora_weights=how, **options)
+    """In words, instead of an error of torch or weights of another shape; a plan has no rank above the full one."""
+    placement = plan_placement(BLUEPRINT, num_modules=6, **options)
+    if message == "singular vectors":
+        assert max([placement.rank, *placement.ranks.values()]) <= 32
+        placement = dataclasses.replace(placement, rank=options["r"], ranks={})
+    config = BlueprintConfig(placement=placement, init_lora_weights=how)
     with pytest.raises(PlacementError, match=f"init_lora_weights='{how}'.*{message}"):
         get_peft_model(tiny_llama(layers=6), config)
 
@@ -176,9 +180,42 @@ def test_initialisations_start_planned_ranks(how, options):
     assert model(**toy_batches()[0]).loss.isfinite()
 
 
-@pytest.mark.parametrize("field, value", [("lora_alpha", "x"), ("lora_alpha", True), ("workload", 3)])
-def test_values_of_another_type_are_refused(field, value):
-    """By the field's name, before anything is computed from them."""
-    placement = plan_placement(BLUEPRINT, num_modules=3)
-    with pytest.raises(PlacementError, match=rf"^{field} must be .*, got {value!r}\.$"):
-        BlueprintConfig(placement=placement, **{field: value})
+WRONG = {
+    "workload": [3],
+    "lora_alpha": ["x", True, 0, -1.0, float("nan"), float("inf")],
+    "lora_dropout": [2, -0.1, 1.0, "x", None, float("nan")],
+    "bias": ["nope", None],
+    "init_lora_weights": [3, None],
+    "exclude_modules": [3, [3], {"q_proj": 1}],
+    "modules_to_save": ["lm_head", 3, [3]],
+    "layers_to_transform": ["0", True, [1.5], {0: 1}],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": 2.5}, {"(": 4}, [1], "q_proj"],
+    "alpha_pattern": [{"q_proj": 0}, {"q_proj": "x"}, {3: 4}],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, of in WRONG.items() for value in of], ids=str)
+def test_values_of_another_type_or_range_are_refused(field, value):
+    """By the field's name, before anything is computed from them; PEFT takes some silently."""
+    with pytest.raises(PlacementError, match=rf"^{field} must be .*, got {re.escape(repr(value))}\.$"):
+        BlueprintConfig(blueprint=BLUEPRINT, num_modules=3, r=8, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task_type": "nope"}, r"PEFT refuses the adapter: Invalid task type: 'nope'.* Correct task_type='nope'\.$"),
+        ({"init_lora_weights": "nope"}, r"Unknown initialization .* Correct init_lora_weights='nope'\.$"),
+        ({"trainable_token_indices": [1000]}, r"out of bounds .* Correct trainable_token_indices=\[1000\]\.$"),
+        ({"kasa_config": 3}, r"KasaConfig.* Correct kasa_config=3\.$"),
+        ({"layers_pattern": "layers"}, "^layers_pattern='layers' .* needs layers_to_transform"),
+        ({"modules_to_save": ["lm_head", "nope"]}, "modules_to_save names 'nope', and the model has no such module"),
+    ],
+    ids=str,
+)
+def test_what_peft_refuses_is_one_error_that_names_the_fields(fields, message):
+    """When the config is made, or when the adapter is put on."""
+    if not fields.keys() <= LoraConfig.__dataclass_fields__.keys():
+        pytest.skip("this PEFT does not have it")
+    with pytest.raises(BlueprintError, match=message):
+        get_peft_model(tiny_llama(layers=6), BlueprintConfig(blueprint=BLUEPRINT, num_modules=3, **fields))
