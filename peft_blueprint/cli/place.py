@@ -66,10 +66,14 @@ def targets(
     dtype: Dtype = "auto",
     load_in_4bit: In4Bit = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write the blueprint that the placement uses, with the domain and the probe applied.")
+        Path | None,
+        typer.Option(help="Write the blueprint that the placement uses, with the domain and the probe applied."),
     ] = None,
     trainer: Trainer = None,
-    alpha: Annotated[int | None, typer.Option(min=1, help="LoRA's alpha with --for; twice the rank.")] = None,
+    alpha: Annotated[
+        int | None,
+        typer.Option(min=1, help="LoRA's alpha at --rank, with --for; every adapter keeps alpha / r. Default: 2 r."),
+    ] = None,
     picture: Picture = None,
 ) -> None:
     """Print where adapters go: names for `target_modules` of any LoRA trainer (and `target_parameters`)."""
@@ -96,7 +100,7 @@ def targets(
     if picture:
         publish.save_plot(publish.plot_blueprint(blueprint, placement), picture)
     if trainer is not None:
-        _print_config(placement, trainer, alpha, output)
+        _print_config(placement, trainer, alpha, options.r or place.DEFAULT_RANK, output)
         return
     chosen = [
         {
@@ -113,7 +117,9 @@ def targets(
         output.hint(note)
     if not placement.unfreeze and trainer is None:
         rate = place.learning_rate_for(placement, base=1.0, rank=options.r or place.DEFAULT_RANK)
-        output.hint(f"Learning rate: {rate.scale:.2f} times all-linear LoRA's, by the root of the summed ranks.")
+        output.hint(
+            f"Learning rate: {rate.scale:.2f} times all-linear LoRA's at the same alpha / r, by the root of the summed ranks."
+        )
 
 
 @verb(
@@ -132,7 +138,7 @@ def plan(
         PlacementOptions,
         Only(
             *("mode", "fraction", "num_modules", "budget", "keep", "best", "overhead"),
-            *("r", "ranks", "rank_by", "coverage"),
+            *("r", "ranks", "rank_by", "coverage", "fused"),
         ),
     ],
     output: Output,
@@ -251,7 +257,7 @@ def plan(
     if picture is not None and record is not None:
         publish.save_plot(publish.plot_blueprint(record, placement), picture)
     if trainer is not None:
-        _print_config(placement, trainer, None, output)
+        _print_config(placement, trainer, None, workload.rank, output)
         return
     rows = [_row(setting, setting is chosen, dtype) for setting in settings]
     variants = place.step_variants(place.Structure.of(measure.empty_model(model)), load, placement)
@@ -314,7 +320,7 @@ def _variant_row(variant: place.Variant) -> dict[str, Any]:
     }
 
 
-@verb("Place", examples=["peft-blueprint export adapter served"])
+@verb("Place", examples=["peft-blueprint export adapter served", "peft-blueprint export adapter served --for vllm"])
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.")],
     out: Annotated[Path, typer.Argument(help="Folder to write to.")],
@@ -322,10 +328,32 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of every target; by default the adapter's largest.")
     ] = None,
+    server: Annotated[
+        Literal["vllm", "sglang", "tgi", "lorax", "llama.cpp", "ollama"] | None,
+        typer.Option("--for", help="Add the zeros that this server needs, and print the commands that start it."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of the base model, whose config is read for --for; by default the adapter's."
+        ),
+    ] = None,
 ) -> None:
-    """Write a LoRA adapter with one rank everywhere, for servers that ignore rank patterns (vLLM, llama.cpp)."""
-    written = str(publish.export_uniform_lora(adapter, out, rank=rank))
-    output.answer({"written": written}, [{"written": written}], [written], f"{adapter} with one rank")
+    """Write a LoRA adapter with one rank everywhere, for servers that ignore rank patterns."""
+    if server is None:
+        if model is not None:
+            raise PlacementError(f"--model {model} is for the zeros that a server needs: choose one with --for.")
+        written = str(publish.export_uniform_lora(adapter, out, rank=rank))
+        output.answer({"written": written}, [{"written": written}], [written], f"{adapter} with one rank")
+        return
+    served = publish.export_for_server(adapter, out, server, model=model, rank=rank)
+    path = str(served.path)
+    rows = [{"written": path, "rank": served.rank, "modules of zeros": len(served.added)}]
+    output.answer(served.to_dict(), rows, [path], f"{adapter} for {server}")
+    if output.format == "table":
+        print("\n".join(served.commands))
+    for note in served.notes:
+        output.hint(note)
 
 
 def _probed(
@@ -350,8 +378,10 @@ def _probed(
     return found.blueprint
 
 
-def _print_config(placement: Placement, trainer: Any, alpha: int | None, output: Output) -> None:
-    text = place.trainer_config(placement, trainer, lora_alpha=alpha)
+def _print_config(placement: Placement, trainer: Any, alpha: int | None, rank: int, output: Output) -> None:
+    """Print a trainer's configuration, in which every adapter has the scaling alpha / rank."""
+    own = None if alpha is None else alpha * (placement.rank or rank) / rank
+    text = place.trainer_config(placement, trainer, lora_alpha=own)
     if output.format == "json":
         output.answer({"trainer": trainer, "config": text}, [], [], "")
     else:

@@ -19,6 +19,7 @@ from .concentration import entries_report as entries_report
 from .concentration import fit_gamma as fit_gamma
 from .concentration import normalize_within as normalize_within
 from .concentration import tail_report as tail_report
+from .distributed import sum_over_processes as sum_over_processes
 from .fisher import FisherInfluence as FisherInfluence
 from .fisher import fisher_influence as fisher_influence
 from .generate import generate_blueprint as generate_blueprint

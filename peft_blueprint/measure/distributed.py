@@ -189,8 +189,10 @@ class Processes:
         with_answers = set.intersection(*answers) if answers else set()
         return RawMeasurement(
             statistics=ExampleStatistics.concatenate(theirs for _, _, theirs, _ in received),
-            sketches={row: _sum(own.sketches.get(row), all_shapes[row]) for row in sorted(all_shapes)},
-            answer_sketches={row: _sum(own.answer_sketches.get(row), all_shapes[row]) for row in sorted(with_answers)},
+            sketches={row: sum_over_processes(own.sketches.get(row), all_shapes[row]) for row in sorted(all_shapes)},
+            answer_sketches={
+                row: sum_over_processes(own.answer_sketches.get(row), all_shapes[row]) for row in sorted(with_answers)
+            },
             tokens=sum(tokens for _, _, tokens, _ in summaries),
             data_digest=joined_digest([digest for _, examples, _, digest in summaries if examples]),
         )
@@ -243,8 +245,15 @@ def _is_fully_sharded(model: nn.Module) -> bool:
     return sharded
 
 
-def _sum(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Sum a tensor over processes, on the CPU if their backend can, otherwise on this process's accelerator."""
+def sum_over_processes(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Sum a float32 tensor over processes, each of which must call this, and return it on the CPU.
+
+    The sum is taken on the CPU if their backend can, otherwise on this process's accelerator.
+
+    Args:
+        own: this process's part; None for zeros.
+        shape: of the tensor.
+    """
     on_cpu = "gloo" in str(dist.get_backend()) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     total = (torch.zeros(shape) if own is None else own.clone()).to(device)

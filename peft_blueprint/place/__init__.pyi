@@ -32,6 +32,8 @@ from .placement import Placement as Placement
 from .planner import plan_placement as plan_placement
 from .probe import Probed as Probed
 from .probe import probe_blueprint as probe_blueprint
+from .ranks import DEFAULT_ALPHA as DEFAULT_ALPHA
+from .ranks import SERVER_RANKS as SERVER_RANKS
 from .scores import CONTROLS as CONTROLS
 from .scores import SCORES as SCORES
 from .trainer_configs import Trainer as Trainer

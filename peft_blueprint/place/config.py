@@ -33,7 +33,8 @@ from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
 from .planner import plan_placement, refused_by_peft
 from .probe import probe_blueprint
-from .trainer_configs import lora_settings, whole_if_exact
+from .ranks import DEFAULT_ALPHA, alpha_of, scaling_of
+from .trainer_configs import lora_settings
 
 
 SIDECAR = "blueprint_config.json"
@@ -89,11 +90,12 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
     blend is saved in `blueprint_config.json`. To resume a run, load the saved adapter (`PeftModel.from_pretrained`), or
     give the same examples in the same order.
 
-    **Rank and scaling.** `lora_alpha / r` is the scaling as for LoRA on every linear layer, and each adapter keeps it
-    whatever its rank becomes. Once settled, `r` is the rank of the adapters (the largest, where they differ) and
-    `lora_alpha` follows. If `r` is left out, it counts as 16, or as the rank of a `placement` that is given; if
-    `lora_alpha` is left out as well, the scaling is 1, as in `LoraConfig`'s defaults. `rank_pattern` and
-    `alpha_pattern` work with `ranks="uniform"`, where no budget depends on the ranks.
+    **Rank and scaling.** `lora_alpha / r` is the scaling as for LoRA on every linear layer, with `use_rslora`
+    `lora_alpha / √r`, and each adapter keeps it whatever its rank becomes. If `r` is left out, it counts as 16, and if
+    `lora_alpha` is left out, as 2 · r: not as the 8 of `LoraConfig`. Once settled, `r` is the rank of the adapters (the
+    largest, where they differ) and `lora_alpha` follows. A `placement` that is given brings its rank: another `r` is an
+    error, but for the rank that `ranks="equal_parameters"` raised it from. `rank_pattern` and `alpha_pattern` work with
+    `ranks="uniform"`, where no budget depends on the ranks.
 
     Args:
         blueprint (`Blueprint | str | dict`, *optional*):
@@ -130,6 +132,9 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
     )
     workload: Workload | dict | None = field(
         default=None, metadata={"help": "Training step that costs are predicted for."}
+    )
+    lora_alpha: float | None = field(  # type: ignore[assignment]  # None until settled, as r
+        default=None, metadata={"help": "Alpha at rank r, of which every adapter has the scaling. Default: 2 · r."}
     )
     probe: InitVar[Any] = None  # no field, so that nothing that walks the fields logs or copies it
 
@@ -398,22 +403,15 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
             self.modules_to_save = [*already, *(name for name in placement.unfreeze if name not in already)]
 
     def _apply_ranks(self, placement: Placement, is_given: bool) -> None:
-        """Set ranks and alphas by the rule in the class's docstring.
-
-        An `r` beside a given placement replaces its rank, unless a budget depends on that or `ranks` is
-        "equal_parameters", where `r` is what the placement was planned from.
-        """
+        """Set ranks and alphas by the rule in the class's docstring."""
         load = asdict(self.workload) if isinstance(self.workload, Workload) else self.workload or {}
-        reference = self.r or load.get("rank") or (placement.rank if is_given else None) or DEFAULT_RANK
-        is_unscaled = self.r is None and self.lora_alpha == LoraConfig.__dataclass_fields__["lora_alpha"].default
+        reference = self.r or (placement.rank if is_given else None) or load.get("rank") or DEFAULT_RANK
         rank = placement.rank or reference
-        if is_given and self.r not in (None, rank) and self.ranks != "equal_parameters":
-            if {"memory", "time", "parameters"} & placement.selector.keys():
-                raise PlacementError(
-                    f"The placement for {placement.model_id!r} was planned for rank {rank}, got r={self.r}. Plan it again "
-                    f"with r={self.r}, or leave r out."
-                )
-            rank = reference
+        if is_given and reference != rank and self.ranks != "equal_parameters":
+            raise PlacementError(
+                f"The placement for {placement.model_id!r} has rank {rank}, got r={self.r}. Leave r out, or plan it again "
+                f"with r={self.r}."
+            )
         limits = sorted({"memory", "time", "parameters"} & placement.selector.keys())
         patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(self, name)]
         if patterns and (placement.ranks or rank != reference or limits):
@@ -422,13 +420,12 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
                 f"{' and '.join(patterns)} would change adapters that the placement for {placement.model_id!r} plans with "
                 f"{reason}. Leave the patterns out, or set ranks='uniform' and no such limit."
             )
-        alpha = rank if is_unscaled else whole_if_exact(self.lora_alpha * rank / reference)
-        self.r, self.lora_alpha = rank, alpha  # type: ignore[assignment]
-        if not placement.ranks:
-            return
-        settings = lora_settings(placement, r=rank, lora_alpha=alpha)
-        self.r, self.rank_pattern = settings.r, settings.rank_pattern
-        if not self.use_rslora:  # which scales by the root of the rank, with one alpha for all
+        given = DEFAULT_ALPHA * reference if self.lora_alpha is None else self.lora_alpha
+        scaling = scaling_of(reference, given, self.use_rslora)
+        self.r, self.lora_alpha = rank, alpha_of(rank, scaling, self.use_rslora)
+        if placement.ranks:
+            settings = lora_settings(placement, r=rank, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora)
+            self.r, self.rank_pattern = settings.r, settings.rank_pattern
             self.lora_alpha, self.alpha_pattern = settings.lora_alpha, settings.alpha_pattern  # type: ignore[assignment]
 
 

@@ -14,6 +14,8 @@ from .options import Coverage
 Score = Callable[[Submodule], float]
 Picker = Callable[[int], Sequence[Submodule]]  # number of entries to pick → those entries
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))  # of kernels in Unsloth and axolotl
+
 _DEPTH_STRATA = 6
 
 
@@ -115,6 +117,23 @@ def by_kind(entries: Sequence[Submodule]) -> dict[str | None, list[Submodule]]:
     for entry in entries:
         kinds.setdefault(entry.kind, []).append(entry)
     return kinds
+
+
+def fused_groups(entries: Sequence[Submodule]) -> list[list[Submodule]]:
+    """Group the entries of a layer that fused kernels adapt together; any other entry is by itself.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> names = [f"layers.0.{name}" for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj")]
+        >>> [len(group) for group in fused_groups([Submodule(name, 1.0) for name in names])]
+        [3, 1]
+    """
+    number = {kind: i for i, kinds in enumerate(FUSED) for kind in kinds}
+    groups: dict[object, list[Submodule]] = {}
+    for entry in entries:
+        parent, _, kind = entry.name.rpartition(".")
+        groups.setdefault((parent, number[kind]) if kind in number else entry.name, []).append(entry)
+    return list(groups.values())
 
 
 def _strata(entries: Sequence[Submodule], coverage: Coverage) -> list[Sequence[Submodule]]:

@@ -75,7 +75,8 @@ def learning_rate_for(
     Args:
         target: a placement; a `LoraConfig`, of which one that is no settled `BlueprintConfig` needs `model`; or a model
             with its adapters, of which those that are active count.
-        base: learning rate that suits LoRA on every linear layer with `rank`.
+        base: learning rate that suits LoRA on every linear layer with `rank`, at the scaling alpha / r that the
+            placement's adapters have.
         model: base model, also on the meta device.
         rank: of that LoRA.
         rule: "ranks" or "adam_gain".

@@ -107,6 +107,11 @@ class PlacementOptions:
     )
     per_cost: bool = _option(False, "Divide the score by the step time that an adapter takes; best does so too.")
     coverage: Coverage = _option("kind+depth", "What to spread the choice over; none is the paper's rule.")
+    fused: bool = _option(
+        False,
+        "Place q, k and v of a layer together, and gate, up and down, as the fused LoRA kernels of Unsloth and axolotl need; "
+        "num_modules and fraction still count adapters.",
+    )
     unfreeze_blocks: int | None = _option(None, "Number of blocks to unfreeze in mode lora+unfreeze. Default: 1.")
     r: int | None = _option(
         None,
@@ -161,6 +166,8 @@ class PlacementOptions:
             raise PlacementError(
                 f"unfreeze_blocks={self.unfreeze_blocks} needs mode='lora+unfreeze', got mode={self.mode!r}."
             )
+        if self.fused and self.mode == "unfreeze":
+            raise PlacementError("fused=True is for adapters, and mode='unfreeze' places none: leave fused out.")
         if self.budget is not None:
             Budget.of(self.budget)
 

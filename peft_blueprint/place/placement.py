@@ -35,7 +35,8 @@ class Placement:
         candidates: number of submodules, or blocks, to choose from.
         target_parameters: the names in `lora` that are parameters: experts fused into one.
         left_out: number of the blueprint's entries that take no adapter: embeddings, norms, biases, convolutions, heads.
-        rank: rank of each adapter that is not in `ranks`; None to leave it to the adapter's config.
+        rank: rank of each adapter that is not in `ranks`, with ranks="score" their mean; None without adapters, or to
+            leave it to the adapter's config.
         ranks: rank by full name, where ranks differ.
         learning_rate_scale: factor on the learning rate that suits LoRA on every linear layer; None without Adam's gain.
         gain_retained: predicted gain as a share of all-linear LoRA's, see `CoverGain`: of Adam's first-order gain if all
@@ -112,7 +113,8 @@ class Placement:
 
     def summary(self) -> str:
         """Return one line: how many of how many, by which score, at which rank."""
-        rank = f" of rank {self.rank}" if self.rank is not None and self.lora and not self.ranks else ""
+        ranks = sorted({self.ranks.get(name, self.rank) for name in self.lora} - {None})  # type: ignore[type-var]
+        rank = f" of rank {ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1) if ranks else ""
         adapted = [f"{len(self.lora)} adapters{rank}"] if self.lora else []
         adapted += [f"{len(self.unfreeze)} unfrozen modules"] if self.unfreeze else []
         spread = "not spread" if self.coverage == "none" else f"spread over {self.coverage}"
@@ -131,7 +133,10 @@ class Placement:
 
     def __str__(self) -> str:
         """Tables of the adapters by kind, and of the costs beside the next smaller and larger choices."""
-        console = Console(file=io.StringIO(), width=119, highlight=False, markup=False, emoji=False)
+        # in a notebook rich displays instead of writing to the file
+        console = Console(
+            file=io.StringIO(), width=119, force_jupyter=False, highlight=False, markup=False, emoji=False
+        )
         console.print(f"{self.model_id}: {self.summary()}")
         console.print(self._kind_table())
         if self.cost:
@@ -139,7 +144,9 @@ class Placement:
         if "trainable" in self.shares:
             console.print(f"Trains {_percent(self.shares['trainable'])} of the model's parameters.{self._saving()}")
         if self.learning_rate_scale is not None:
-            console.print(f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer.")
+            console.print(
+                f"Learning rate: {self.learning_rate_scale:.2f} times that of LoRA on every linear layer, at the same alpha / r."
+            )
         if self.cost:
             console.print("Costs are predicted. The step time is a share of all-linear LoRA's.")
         if self.gain_per_cost is not None and "best" in self.selector:

@@ -17,6 +17,7 @@ from ..measure import check_fits, empty_model, find_submodules, find_weights, un
 from .cost import CostModel, Structure, Workload, workload_of
 from .options import PlacementOptions, RankBy
 from .placement import Placement
+from .ranks import serving_note
 from .search import Choice
 from .solver import PlacementSolver, Selector
 
@@ -103,7 +104,6 @@ def plan_placement(
     assert chosen is not None
     lora = () if adapters is None else adapters.units
     rank, ranks = solver.rank_of(lora), solver.ranks_of(lora)
-    is_rank_planned = options.r is not None or selector.budget is not None or resolved.ranks != "uniform"
     return Placement(
         model_id=whole.model_id,
         lora=tuple(entry.name for entry in lora),
@@ -114,13 +114,13 @@ def plan_placement(
         candidates=len(solver.members) if options.mode == "unfreeze" else len(entries),
         target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
         left_out=len(whole) - len(entries),
-        rank=rank if is_rank_planned else None,
+        rank=rank if lora else None,
         ranks={name: own for name, own in ranks.items() if resolved.ranks == "score" or own != rank},
         learning_rate_scale=None if unfreeze else solver.learning_rate_scale(lora),
         gain_retained=chosen.gain,
         is_gain_measured=blueprint is not None and solver.is_gain_known,
         gain_per_cost=solver.ratio,
-        notes=(*solver.notes, *_unmeasured_time(selector, costs)),
+        notes=tuple(filter(None, (*solver.notes, *_unmeasured_time(selector, costs), serving_note(ranks.values())))),
         cost=chosen.costs,
         full_training=_full_training(costs),
         shares=solver.shares(lora, unfreeze),

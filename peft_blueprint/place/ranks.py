@@ -1,14 +1,24 @@
-"""Ranks of adapters: by score, with all-linear LoRA's parameters, or as k* asks for."""
+"""Ranks of adapters: by score, with all-linear LoRA's parameters, or as k* asks for; and the alpha that goes with them.
+
+One rule gives every adapter its alpha. LoRA on every linear layer, with rank r and `lora_alpha`, has the scaling
+alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). Each adapter of a placement keeps that
+scaling, whatever its own rank is. `lora_alpha` is 2 · r where it is left out. Learning rates are compared with those of
+all-linear LoRA at the same scaling.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..blueprint import Submodule
 
 
+SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # max_lora_rank of vLLM 0.33; other servers pad to any rank
+DEFAULT_ALPHA = 2  # times the rank
+
+_SERVED_BY_DEFAULT = 16  # max_lora_rank of vLLM where no flag is given
 _STEPS = 4  # in the mean rank
 _LARGEST = 4  # times the mean rank
 _LARGEST_RAISED = 8  # times all-linear LoRA's rank
@@ -52,8 +62,7 @@ def ranks_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Sub
 
     An adapter's time is spent on tensors as wide as the layer, hardly on its rank, so fewer adapters of a higher rank
     take less time. All have one rank, except where a weight's full rank is lower: the others share what that leaves.
-    Rounded down, to a multiple of 8 from 16 on; at least `rank` and at most eight times `rank`, but never above a full
-    rank.
+    Rounded down to one of `SERVER_RANKS`; at least `rank` and at most eight times `rank`, but never above a full rank.
 
     Args:
         chosen: entries that get an adapter.
@@ -74,9 +83,72 @@ def ranks_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Sub
             break
         left -= int(full_rank(entry)) * _width(entry)
         width -= _width(entry)
-    raised = min(_LARGEST_RAISED * rank, raised)
-    raised = max(rank, raised - raised % 8 if raised >= 16 else raised)
-    return {entry.name: int(min(raised, full_rank(entry))) for entry in chosen}
+    raised = max(rank, _servable(min(_LARGEST_RAISED * rank, raised)))
+    return {
+        entry.name: raised if raised <= (full := full_rank(entry)) else max(min(rank, int(full)), _servable(full))
+        for entry in chosen
+    }
+
+
+def uniform_ranks(chosen: Sequence[Submodule], rank: int) -> dict[str, int]:
+    """Return `rank` for every entry, or its weight's full rank where that is lower.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> uniform_ranks([Submodule("q", 1.0, shape=(64, 64)), Submodule("k", 1.0, shape=(8, 64))], 16)
+        {'q': 16, 'k': 8}
+    """
+    return {entry.name: int(min(rank, full_rank(entry))) for entry in chosen}
+
+
+def scaling_of(rank: int, alpha: float, use_rslora: bool = False) -> float:
+    """Return the factor on B·A: alpha / rank, or alpha / √rank with rsLoRA.
+
+    Example:
+        >>> scaling_of(16, 32), scaling_of(16, 16, use_rslora=True)
+        (2.0, 4.0)
+    """
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def alpha_of(rank: int, scaling: float, use_rslora: bool = False) -> float:
+    """Return the alpha that gives an adapter of this rank a scaling; an int if it is whole.
+
+    Example:
+        >>> alpha_of(64, 2.0), alpha_of(64, 4.0, use_rslora=True), alpha_of(5, 0.5)
+        (128, 32, 2.5)
+    """
+    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def serving_note(ranks: Collection[int]) -> str | None:
+    """Say which rank a server has to reserve for adapters, where that is above their largest rank; None otherwise.
+
+    Example:
+        >>> serving_note([104, 64])
+        'Rank 104 is none of the ranks 1, 8, 16, 32, 64, 128, 256, 320, 512 that vLLM reserves: it needs --max-lora-rank 128.'
+        >>> serving_note([64]) is None
+        True
+    """
+    largest = max(ranks, default=0)
+    if largest > SERVER_RANKS[-1]:
+        return (
+            f"Rank {largest} is above {SERVER_RANKS[-1]}, the largest that vLLM serves: choose a lower r, or merge the "
+            "adapter into the model to serve it."
+        )
+    reserved = next(rank for rank in SERVER_RANKS if rank >= largest)
+    if largest <= _SERVED_BY_DEFAULT or reserved == largest:
+        return None
+    return (
+        f"Rank {largest} is none of the ranks {', '.join(map(str, SERVER_RANKS))} that vLLM reserves: it needs "
+        f"--max-lora-rank {reserved}."
+    )
+
+
+def _servable(rank: float) -> int:
+    """Return the largest of `SERVER_RANKS` up to this rank."""
+    return max(served for served in SERVER_RANKS if served <= rank)
 
 
 def full_rank(entry: Submodule) -> float:

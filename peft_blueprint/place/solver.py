@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left
 from collections import defaultdict
@@ -16,10 +17,10 @@ from ..blueprint import Blueprint, Submodule, k_star_of, parameter_share
 from ..errors import PlacementError
 from .budget import Budget
 from .cost import CostModel
-from .coverage import Picker, by_kind, count_of, make_picker, nucleus
+from .coverage import Picker, by_kind, count_of, fused_groups, make_picker, nucleus
 from .gains import REACH, CoverGain, SetGain
 from .options import DEFAULT_RANK, K_STAR, Best, PlacementOptions
-from .ranks import k_star_rank, ranks_by_score, ranks_of_equal_parameters
+from .ranks import k_star_rank, ranks_by_score, ranks_of_equal_parameters, uniform_ranks
 from .scores import CONTROLS, comparable_across_kinds, score
 from .search import Choice, Search
 
@@ -129,6 +130,7 @@ class PlacementSolver:
         self.entries = entries
         self.rank_by = options.rank_by
         self.coverage = options.coverage
+        self.is_fused = options.fused
         self.ranks = options.ranks or "uniform"
         self.reference_rank = options.r or DEFAULT_RANK  # of the all-linear LoRA that adapters are compared with
         self.rank = self.reference_rank  # of adapters, before ranks are raised
@@ -141,6 +143,7 @@ class PlacementSolver:
         self.notes: list[str] = []  # on how they were chosen, in words
         self.ratio: float | None = None  # their gain per cost over that of all units
         self.members: dict[str, list[Submodule]] = _members_by_block(entries)
+        self._groups: dict[str, list[Submodule]] = {}  # entries placed together, by the name of the first
         self.is_greedy = self.rank_by in ("cover_gain", "set_gain")
         self.is_comparable = self.is_greedy or comparable_across_kinds(self.rank_by)
         self._times: list[float] | None = None  # step time of an adapter on each entry, to divide scores by
@@ -164,28 +167,44 @@ class PlacementSolver:
             raise PlacementError(
                 f"Unfreezing {format_names(unfrozen)} leaves no submodule for LoRA. Unfreeze fewer blocks."
             )
-        picker = self._greedy_picker if self.is_greedy else self._covering_picker(self.scores)
-        search = Search(free, picker, lambda units: self.price(units, unfrozen), self.gain_of, is_quick)
-        choice = self._choose(search, selector, self.scores)
+        units, scores = self._united(free)
+        search = Search(
+            units,
+            self._greedy_picker if self.is_greedy else self._covering_picker(scores),
+            lambda units: self.price(self._entries_of(units), unfrozen),
+            lambda units: self.gain_of(self._entries_of(units)),
+            is_quick,
+        )
+        choice = self._choose(search, selector, scores, [len(self._entries_of([unit])) for unit in units])
         if self.costs is not None:
             self.alternatives = search.neighbours(choice)
             self._compare(search, selector, choice)
-        return choice
+        return replace(choice, units=tuple(self._entries_of(choice.units)))
+
+    def _united(self, free: Sequence[Submodule]) -> tuple[Sequence[Submodule], Mapping[str, float]]:
+        """Return what is chosen at once, each named as its first entry, with scores: entries, or groups of fused ones."""
+        if not self.is_fused:
+            return free, self.scores
+        self._groups = {group[0].name: group for group in fused_groups(free)}
+        scores = {
+            name: self._combined([self.scores[entry.name] for entry in group]) for name, group in self._groups.items()
+        }
+        return [group[0] for group in self._groups.values()], scores
+
+    def _combined(self, scores: Sequence[float]) -> float:
+        """Return the score of entries together: the root of summed squares for norms, the first for controls."""
+        if self.rank_by in CONTROLS:
+            return scores[0]
+        return math.hypot(*scores) if self.rank_by.endswith("norm") or self.rank_by == "influence" else sum(scores)
 
     def blocks(self, selector: Selector) -> Choice:
         """Choose blocks to unfreeze.
 
-        A block's score is the root of its members' summed squares for norms, their sum for gains, and its first
-        member's for controls.
-
         Raises:
             PlacementError: if the selector cannot be met.
         """
-        is_norm = self.rank_by.endswith("norm") or self.rank_by == "influence"
-        combine: Callable[..., float] = math.hypot if is_norm else lambda *values: sum(values)
-        counted = 1 if self.rank_by in CONTROLS else None
         scores = {
-            block: combine(*(self.scores[entry.name] for entry in members[:counted]))
+            block: self._combined([self.scores[entry.name] for entry in members])
             for block, members in self.members.items()
         }
         units = [
@@ -213,7 +232,7 @@ class PlacementSolver:
         if self.ranks == "equal_parameters":
             return ranks_of_equal_parameters(units, self.entries, self.reference_rank)
         if self.ranks == "uniform":
-            return dict.fromkeys((unit.name for unit in units), self.rank)
+            return uniform_ranks(units, self.rank)
         scale = dict.fromkeys((unit.kind for unit in units), 1.0)
         if not self.is_comparable:
             scale |= {
@@ -225,9 +244,7 @@ class PlacementSolver:
 
     def rank_of(self, units: Sequence[Submodule]) -> int:
         """Return the rank of all adapters: the largest, where full ranks are lower; their mean with ranks="score"."""
-        if self.ranks != "equal_parameters":
-            return self.rank
-        return max(self.ranks_of(units).values(), default=self.rank)
+        return self.rank if self.ranks == "score" else max(self.ranks_of(units).values(), default=self.rank)
 
     def lower_rank(self, selector: Selector) -> None:
         """Take the highest of r, r / 2, … 1 at which a budget retains enough of the gain, or as much as at rank 1.
@@ -303,7 +320,10 @@ class PlacementSolver:
         own = {"kind": entry.kind, "depth": entry.depth, "score": self.scores[entry.name]}
         return own if k_star is None else {**own, "k_star_rank": k_star}
 
-    def _choose(self, search: Search, selector: Selector, scores: Mapping[str, float]) -> Choice:
+    def _choose(
+        self, search: Search, selector: Selector, scores: Mapping[str, float], sizes: Sequence[int] | None = None
+    ) -> Choice:
+        """Choose units by a selector; `sizes` says how many submodules each counts as, 1 by default."""
         if selector.keep is not None:
             return search.retaining(selector.keep, selector.budget)
         if selector.best is not None:
@@ -312,9 +332,15 @@ class PlacementSolver:
             return search.within(selector.budget)
         if K_STAR in selector.size:
             return search.choice(self._nearest_share(search, selector.size[K_STAR]))
-        count = count_of(selector.size, len(search.units))
+        count = count_of(selector.size, len(search.units) if sizes is None else sum(sizes))
         if count is not None:
-            return search.choice(search.make_picker(search.units)(count))
+            pick = search.make_picker(search.units)
+            if sizes is None or sum(sizes) == len(sizes):
+                return search.choice(pick(count))
+            size_of = {unit.name: size for unit, size in zip(search.units, sizes, strict=True)}
+            picks = [pick(number) for number in range(1, len(sizes) + 1)]
+            fitting = [picked for picked in picks if sum(size_of[unit.name] for unit in picked) <= count]
+            return search.choice(max(fitting or picks[:1], key=lambda picked: sum(size_of[u.name] for u in picked)))
         [(name, value)] = selector.size.items()
         if name == "top_p":
             return search.choice(nucleus(search.units, value, lambda unit: scores[unit.name], self.coverage))
@@ -367,20 +393,50 @@ class PlacementSolver:
         return pick(count)
 
     def _entries_of(self, units: Sequence[Submodule]) -> list[Submodule]:
-        """Return the entries of units: themselves, or the members of blocks."""
-        return [entry for unit in units for entry in self.members.get(unit.name, (unit,))]
+        """Return the entries of units: themselves, or the members of groups and blocks."""
+        return [
+            entry for unit in units for entry in self._groups.get(unit.name) or self.members.get(unit.name, (unit,))
+        ]
 
     def _covering_picker(self, scores: Mapping[str, float]) -> Callable[[Sequence[Submodule]], Picker]:
         score_of = None if self.rank_by == "even" else lambda unit: scores[unit.name]
         return lambda pool: make_picker(pool, score_of, self.coverage, self.is_comparable)
 
     def _greedy_picker(self, pool: Sequence[Submodule]) -> Picker:
-        """Pick the entry that adds the most gain at every step, which covers the model by itself."""
+        """Pick the unit that adds the most gain at every step, which covers the model by itself."""
+        if self._groups:
+            return self._greedy_groups(pool)
         times = None
         if self._times is not None:
             of_name = dict(zip((entry.name for entry in self.entries), self._times, strict=True))
             times = [of_name[unit.name] for unit in pool]
         order = [pool[i] for i in self._gain_over(pool).greedy(costs=times)]
+        return lambda count: order[:count]
+
+    def _greedy_groups(self, pool: Sequence[Submodule]) -> Picker:
+        """Pick the group that adds the most gain for each adapter, or for its step time, at every step.
+
+        A gain that was computed for fewer groups is an upper bound (Minoux 1978, doi:10.1007/BFb0006528), so few are
+        computed again at a step; for `SetGain`, which is not submodular, the order is approximate.
+        """
+        gain = self._gain_over(self._entries_of(pool))
+        time_of = dict(zip((e.name for e in self.entries), self._times or [1.0] * len(self.entries), strict=True))
+        names = [[entry.name for entry in self._entries_of([unit])] for unit in pool]
+        costs = [math.fsum(time_of[name] for name in group) for group in names]
+        bounds = [(-gain.of(group) / cost, i) for i, (group, cost) in enumerate(zip(names, costs, strict=True))]
+        heapq.heapify(bounds)
+        order: list[Submodule] = []
+        taken: list[str] = []
+        held = 0.0
+        while bounds:
+            _, i = heapq.heappop(bounds)
+            added = gain.of([*taken, *names[i]]) - held
+            if bounds and added / costs[i] < -bounds[0][0] * (1 - 1e-9):
+                heapq.heappush(bounds, (-added / costs[i], i))
+                continue
+            order.append(pool[i])
+            taken += names[i]
+            held += added
         return lambda count: order[:count]
 
     def _gain_over(self, pool: Sequence[Submodule]) -> CoverGain | SetGain:

@@ -20,6 +20,7 @@ from .._text import format_names
 from ..errors import PlacementError
 from .options import DEFAULT_RANK
 from .placement import Placement
+from .ranks import DEFAULT_ALPHA, alpha_of, scaling_of
 
 
 Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"]
@@ -58,13 +59,13 @@ def trainer_config(
 ) -> str:
     """Write a placement as a trainer's own configuration: Python for PEFT, TRL and Unsloth, otherwise YAML.
 
-    Ranks of the placement replace `r`, and every adapter keeps the scaling: alpha_i = r_i · lora_alpha / r.
+    Every adapter has the scaling lora_alpha / r, whatever its rank is: alpha_i = r_i · lora_alpha / r.
 
     Args:
         placement: what to adapt.
         trainer: "peft", "trl", "axolotl", "llamafactory" or "unsloth".
-        r: LoRA's rank; by default the placement's `rank`, or else 16.
-        lora_alpha: LoRA's alpha; by default 2 · r.
+        r: rank, of a placement that has none; by default 16.
+        lora_alpha: alpha at the placement's `rank`; by default 2 · r.
         lora_dropout: LoRA's dropout.
         task_type: PEFT's task type, for PEFT and TRL.
 
@@ -94,19 +95,36 @@ def trainer_config(
 
 
 def lora_settings(
-    placement: Placement, *, r: int | None = None, lora_alpha: float | None = None, lora_dropout: float = 0.0
+    placement: Placement,
+    *,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
 ) -> LoraSettings:
     """Return the arguments of PEFT's `LoraConfig` for a placement.
 
     Where ranks differ, `r` is the largest, because servers size their memory by it; patterns hold the others.
 
+    Args:
+        placement: what to adapt.
+        r: rank, of a placement that has none; by default 16.
+        lora_alpha: alpha at the placement's `rank`; by default 2 · r.
+        lora_dropout: LoRA's dropout.
+        use_rslora: whether alpha is over the root of the rank.
+
     Raises:
-        PlacementError: if the placement is empty, or a number is out of range.
+        PlacementError: if the placement is empty or has another rank, or a number is out of range.
     """
     if not (placement.lora or placement.unfreeze):
         raise PlacementError(f"The placement for {placement.model_id!r} is empty: it names no module to train.")
+    if placement.rank is not None and r not in (None, placement.rank):
+        raise PlacementError(
+            f"The placement for {placement.model_id!r} has rank {placement.rank}, got r={r}. Leave r out, or plan it again "
+            f"with r={r}."
+        )
     r = (placement.rank or DEFAULT_RANK) if r is None else r
-    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
+    lora_alpha = DEFAULT_ALPHA * r if lora_alpha is None else lora_alpha
     if r != int(r) or r < 1 or not (lora_alpha > 0 and math.isfinite(lora_alpha)) or not 0 <= lora_dropout < 1:
         raise PlacementError(
             f"r must be a positive integer, lora_alpha positive and lora_dropout in [0, 1), got r={r}, "
@@ -119,7 +137,7 @@ def lora_settings(
         )
     ranks = {name: placement.ranks.get(name, r) for name in placement.lora}
     largest = max(ranks.values(), default=r)
-    scaling = lora_alpha / r
+    scaling = scaling_of(r, lora_alpha, use_rslora)
     by_rank: dict[int, list[str]] = {}
     for name in sorted(ranks):
         if ranks[name] != largest:
@@ -127,13 +145,13 @@ def lora_settings(
     patterns = _patterns(by_rank)
     return LoraSettings(
         r=largest,
-        lora_alpha=whole_if_exact(scaling * largest),
+        lora_alpha=alpha_of(largest, scaling, use_rslora),
         lora_dropout=lora_dropout,
         target_modules=sorted(placement.target_modules) if placement.lora else NO_TARGETS,
         target_parameters=sorted(placement.target_parameters),
         modules_to_save=sorted(placement.unfreeze),
         rank_pattern=patterns,
-        alpha_pattern={pattern: whole_if_exact(scaling * rank) for pattern, rank in patterns.items()},
+        alpha_pattern={pattern: alpha_of(rank, scaling, use_rslora) for pattern, rank in patterns.items()},
     )
 
 
@@ -147,16 +165,14 @@ def _patterns(by_rank: Mapping[int, Sequence[str]]) -> dict[str, int]:
     return {"^(?:" + "|".join(map(re.escape, names)) + ")": rank for rank, names in by_rank.items()}
 
 
-def whole_if_exact(number: float) -> float:
-    """Return a whole number as an int; products of alpha and rank are exact to about 1e-12."""
-    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
-
-
 def _notes(placement: Placement) -> list[str]:
     lines = [f"peft_blueprint for {placement.model_id!r}: {placement.summary()}"]
     if placement.learning_rate_scale is not None:
         scale = placement.learning_rate_scale
-        lines.append(f"learning rate: start with about {scale:.3g} times that of LoRA on every linear layer")
+        lines.append(
+            f"learning rate: start with about {scale:.3g} times that of LoRA on every linear layer at the same scaling, "
+            "alpha / r"
+        )
     return lines
 
 

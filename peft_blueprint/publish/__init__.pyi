@@ -9,6 +9,9 @@ from .plots import plot_blueprint as plot_blueprint
 from .plots import save_plot as save_plot
 from .run_card import cost_section as cost_section
 from .run_card import update_card as update_card
+from .servers import ServedAdapter as ServedAdapter
+from .servers import Server as Server
+from .servers import export_for_server as export_for_server
 from .uniform_rank import export_uniform_lora as export_uniform_lora
 from .words import ABSENT as ABSENT
 from .words import RESOURCE_NAMES as RESOURCE_NAMES

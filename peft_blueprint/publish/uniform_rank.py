@@ -1,4 +1,4 @@
-"""Rewrite a LoRA adapter of several ranks as one of a single rank that computes the same, for serving."""
+"""Rewrite a LoRA adapter of several ranks as one of a single rank that computes the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as TENSORS_NAME
 from peft.utils.other import get_pattern_key
@@ -23,6 +24,8 @@ from .._files import replacing
 from .._text import format_names
 from ..errors import BlueprintError, FormatError
 
+
+Zeros = dict[str, tuple[int, int]]  # (d_out, d_in) of modules by full name
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
@@ -43,24 +46,38 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights th
 
 
 @dataclass(frozen=True)
-class _Pair:
+class PairOfFile:
     """A and B of one adapter.
 
     Args:
+        name: full name of the module in the base model.
         a: (rank, d_in); for fused experts (experts · rank, d_in).
         b: (d_out, rank); for fused experts (d_out, rank · experts).
         a_key: name of A in the file.
         b_key: name of B in the file.
         rank: rank of each expert.
         scaling: factor of B·A in PEFT.
+        is_of_experts: whether it is of fused experts.
     """
 
+    name: str
     a: Tensor
     b: Tensor
     a_key: str
     b_key: str
     rank: int
     scaling: float
+    is_of_experts: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Width of the layer's input."""
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the layer's output."""
+        return self.b.shape[0]
 
     def widened(self, rank: int, scaling: float) -> dict[str, Tensor]:
         """Return the same product at another rank and scaling; new rows and columns are zeros."""
@@ -78,7 +95,14 @@ class _Pair:
         }
 
 
-def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank: int | None = None) -> Path:
+def export_uniform_lora(
+    adapter_folder: str | Path,
+    out_folder: str | Path,
+    rank: int | None = None,
+    *,
+    zeros: Zeros | None = None,
+    full_names: bool = False,
+) -> Path:
     """Write a LoRA adapter with one rank and one scaling that computes the same as a saved one.
 
     Servers read one rank and one alpha: vLLM before 0.33 and llama.cpp ignore `rank_pattern` and `alpha_pattern`, and
@@ -87,12 +111,15 @@ def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank
     as an integer alpha comes to it). The result is exact up to rounding in the adapter's dtype, and PEFT loads it too.
 
     Adapters of fused experts are kept for vLLM, which needs both `gate_up_proj` and `down_proj` of a layer; llama.cpp
-    reads none. DoRA, `modules_to_save` and other features that vLLM or llama.cpp rejects are an error.
+    reads none. DoRA, `modules_to_save` and other features that vLLM or llama.cpp rejects are an error. To serve it,
+    `export_for_server` also adds what a server needs.
 
     Args:
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.
         out_folder: another folder; created if it does not exist.
         rank: common rank; by default the largest rank in the adapter.
+        zeros: (d_out, d_in) by full name of further modules, which get an adapter of zeros.
+        full_names: write the adapted modules' full names as `target_modules`, instead of endings or a pattern.
 
     Returns:
         The folder written.
@@ -117,10 +144,7 @@ def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank
     source, out = Path(adapter_folder), Path(out_folder)
     if out.exists() and source.exists() and out.samefile(source):
         raise BlueprintError(f"out_folder must not be the adapter's own folder, got {out}.")
-    config = _read_config(source)
-    _require_servable(config, source)
-    tensors, metadata = _read_tensors(source / TENSORS_NAME)
-    pairs = _pairs(tensors, config, source)
+    config, pairs, metadata = read_adapter(source)
     largest = max(pair.rank for pair in pairs)
     rank = largest if rank is None else rank
     if rank < largest:
@@ -130,6 +154,12 @@ def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank
     widened: dict[str, Tensor] = {}
     for pair in pairs:
         widened |= pair.widened(rank, alpha / rank)
+    for name, (d_out, d_in) in (zeros or {}).items():
+        for side, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
+            widened[f"{_PREFIX}{name}.lora_{side}.weight"] = torch.zeros(shape, dtype=pairs[0].a.dtype)
+    if zeros or full_names:
+        names = {*(zeros or ()), *(pair.name for pair in pairs if not pair.is_of_experts)}
+        config |= {"target_modules": sorted(names), "exclude_modules": None}
     config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     # both are written before either replaces an older file, so that a full disk leaves the older export whole
     with replacing(out / TENSORS_NAME) as tensors_file, replacing(out / CONFIG_NAME) as config_file:
@@ -137,6 +167,19 @@ def export_uniform_lora(adapter_folder: str | Path, out_folder: str | Path, rank
         tensors_file.flush()
         config_file.write(json.dumps(config, indent=2, sort_keys=True).encode())
     return out
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], list[PairOfFile], dict[str, str] | None]:
+    """Return a servable adapter's config, its A and B, and its file's metadata.
+
+    Raises:
+        FormatError, BlueprintError: as `export_uniform_lora`.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _require_servable(config, folder)
+    tensors, metadata = _read_tensors(folder / TENSORS_NAME)
+    return config, _pairs(tensors, config, folder), metadata
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -179,7 +222,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]
         ) from error
 
 
-def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> list[_Pair]:
+def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> list[PairOfFile]:
     """Return A and B of every adapter, with the rank and the scaling that PEFT gives it."""
     keys: dict[str, dict[str, str]] = {}
     others = []
@@ -212,7 +255,7 @@ def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Pat
                 "Save the adapter again."
             )
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        pairs.append(_Pair(a, b, sides["A"], sides["B"], rank, scaling))
+        pairs.append(PairOfFile(name, a, b, sides["A"], sides["B"], rank, scaling, parameter is not None))
     return pairs
 
 

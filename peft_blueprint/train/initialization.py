@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .._processes import of_every_process, process_count, process_rank
 from .._progress import progress_bar
 from .._text import format_names
 from ..errors import MeasurementError, PlacementError
@@ -19,6 +21,7 @@ from ..measure import (
     count_examples,
     is_sharded,
     measurement_mode,
+    sum_over_processes,
     take_examples,
 )
 
@@ -58,15 +61,16 @@ def initialize_along_gradient(
     In short runs, adapters on few submodules learned faster on GSM8K, but not on PubMedQA. All-linear LoRA of rank 16
     did not (RESULTS.md).
 
-    Call it once, after `get_peft_model` and before training. With several processes, call it before the model is
-    wrapped and give every process the same batches.
+    Call it once, after `get_peft_model` and before training. With several processes, call it in each before the model is
+    wrapped, with that process's own shard of the data: the gradient is that of all of them, and A is afterwards the
+    same in each.
 
     Args:
         model: a `PeftModel` with an untrained adapter.
         batches: training data, as batches or examples, see `measure_influence`.
         tokenizer: the model's, for examples with text.
         adapter_name: name of the adapter, which must be active.
-        max_examples: stop after this many examples; None for all.
+        max_examples: stop after this many examples, of all processes together; None for all.
         loss_fn: see `measure_influence`.
         seed: seed of Ψ. The global random state is left unchanged.
         progress: show a progress bar.
@@ -76,8 +80,8 @@ def initialize_along_gradient(
 
     Raises:
         PlacementError: if the model has no fresh, active LoRA adapter of that name on linear layers, or it is sharded.
-        MeasurementError: if there are no examples or no targets, or a gradient is infinite, NaN or zero everywhere. The
-            adapter is then left as it was.
+        MeasurementError: if there are no examples or no targets, a gradient is infinite, NaN or zero everywhere, or
+            another process failed or has another model or seed. The adapter is then left as it was.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -86,18 +90,21 @@ def initialize_along_gradient(
         >>> initialize_along_gradient(model, toy_batches(), progress=False)
         4
     """
-    if max_examples is not None and max_examples < 1:
-        raise MeasurementError(f"max_examples must be a positive integer or None, got {max_examples}.")
-    adapters = _fresh_adapters(model, adapter_name)
-    generator = torch.Generator().manual_seed(seed)
-    with measurement_mode(model, [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]):
-        for adapter in adapters:
-            adapter.a.data.zero_()
-            adapter.b.data.copy_(torch.randn(adapter.b.shape, generator=generator))
-            adapter.a.requires_grad_(True)
-        taken = take_examples(model, batches, max_examples, tokenizer=tokenizer, loss_fn=loss_fn)
-        _accumulate_gradients(model, taken, max_examples, loss_fn, progress)
-        sketches = [(adapter, adapter.a.grad) for adapter in adapters if adapter.a.grad is not None]
+    with _failing_together():
+        if max_examples is not None and max_examples < 1:
+            raise MeasurementError(f"max_examples must be a positive integer or None, got {max_examples}.")
+        adapters = _fresh_adapters(model, adapter_name)
+        generator = torch.Generator().manual_seed(seed)
+        with measurement_mode(model, [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]):
+            for adapter in adapters:
+                adapter.a.data.zero_()
+                adapter.b.data.copy_(torch.randn(adapter.b.shape, generator=generator))
+                adapter.a.requires_grad_(True)
+            share = _share(max_examples)
+            taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
+            found = _accumulate_gradients(model, taken, share, loss_fn, progress)
+            own = [adapter.a.grad for adapter in adapters]
+    sketches = list(zip(adapters, _united(adapters, own, found, seed), strict=True))
     if broken := [adapter.name for adapter, sketch in sketches if not sketch.isfinite().all()]:
         raise MeasurementError(
             f"The gradient of {format_names(broken)} is infinite or NaN. Look for NaN in the weights or the data; with "
@@ -108,10 +115,11 @@ def initialize_along_gradient(
         raise MeasurementError(
             "The gradient of every adapter is zero. Check that the loss depends on the model's output."
         )
-    before = [(adapter, adapter.a.detach().clone()) for adapter, _ in reached]
-    rotated = [(adapter, _rotated(adapter, sketch)) for adapter, sketch in reached]
+    before = [(adapter, adapter.a.detach().clone()) for adapter in adapters]
+    rotated = {adapter.name: _rotated(adapter, sketch) for adapter, sketch in reached}
+    after = [(adapter, _of_first_process(rotated.get(adapter.name, adapter.a))) for adapter in adapters]
     try:
-        _assign(rotated)
+        _assign(after)
         return len(reached)
     except BaseException:  # an interrupt
         _assign(before)
@@ -164,7 +172,8 @@ def _accumulate_gradients(
     max_examples: int | None,
     loss_fn: LossFunction | None,
     progress: bool,
-) -> None:
+) -> int:
+    """Add up the gradients of all examples, and return their number."""
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     found, objective = 0, Objective(model, loss_fn)
     with progress_bar(show=progress, total=max_examples, unit="example", desc="Initializing adapters") as bar:
@@ -172,8 +181,56 @@ def _accumulate_gradients(
             objective.map(batch, lambda part: (scale * objective.at_once(part)[0].sum()).backward())
             found += (seen := count_examples(batch))
             bar.update(seen)
-    if not found:
+    return found
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """Raise in every process if the block fails in one, so that none waits for another."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    messages = of_every_process(None if own is None else f"{type(own).__name__}: {own}")
+    if own is not None:
+        raise own
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise MeasurementError(f"Process {rank} of {len(messages)} failed, so the others stop: {message}")
+
+
+def _share(max_examples: int | None) -> int | None:
+    """Return this process's share of a number of examples, as even as possible."""
+    count = process_count()
+    return None if max_examples is None else max_examples // count + (process_rank() < max_examples % count)
+
+
+def _united(adapters: list[_Adapter], own: list[Tensor | None], found: int, seed: int) -> list[Tensor]:
+    """Return the sum over processes of every adapter's gradient; zeros where no gradient reached it."""
+    received = of_every_process((found, seed, [(adapter.name, tuple(adapter.a.shape)) for adapter in adapters]))
+    if not any(examples for examples, *_ in received):
         raise MeasurementError("The batches are empty. Give at least one example.")
+    for rank, theirs in enumerate(received):
+        if theirs[1:] != received[0][1:]:
+            raise MeasurementError(
+                f"Processes 0 and {rank} have other adapters or seeds: give every process the same model and seed."
+            )
+    if len(received) == 1:
+        return [
+            torch.zeros_like(adapter.a) if one is None else one for adapter, one in zip(adapters, own, strict=True)
+        ]
+    return [
+        sum_over_processes(None if one is None else one.float(), tuple(adapter.a.shape)).to(adapter.a.device)
+        for adapter, one in zip(adapters, own, strict=True)
+    ]
+
+
+def _of_first_process(a: Tensor) -> Tensor:
+    """Return the first process's A, which may have been drawn otherwise in each."""
+    if process_count() == 1:
+        return a
+    return sum_over_processes(a.detach().float() if process_rank() == 0 else None, tuple(a.shape)).to(a)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .._files import require_writable, write_atomically
+from .._processes import process_count, process_rank
 from .._progress import progress_bar
 from ..blueprint import Blueprint
 from ..compare import probe_options, read_for_domain
@@ -50,6 +51,7 @@ from ..measure import (
     take_examples,
 )
 from ..place import (
+    DEFAULT_ALPHA,
     BlueprintConfig,
     Budget,
     CostModel,
@@ -279,13 +281,14 @@ def initialize_adapters(
     Returns:
         Resources spent; empty if there was nothing to do.
     """
-    chosen = rows[: recipe.start_examples]
-    if not chosen:
+    count = min(len(rows), recipe.start_examples)
+    chosen = rows[process_rank() : count : process_count()]
+    if not count:
         return {}
     flops = modelled(4.0 * parameters_per_token(model)[0], "2 FLOP a weight forward, 2 backward")
     batches = make_batches(chosen, BATCH_SIZE, pad_token_id)
     with Ledger(flops_per_token=flops, carbon=carbon_factor(recipe.carbon)) as ledger:
-        initialize_along_gradient(model, batches, max_examples=len(chosen), seed=recipe.seed, progress=progress)
+        initialize_along_gradient(model, batches, max_examples=count, seed=recipe.seed, progress=progress)
         ledger.add(sum(batch["input_ids"].numel() for batch in batches))
     return ledger.quantities()
 
@@ -503,7 +506,7 @@ def _adapter_config(
 ) -> LoraConfig:
     lora = {"task_type": "CAUSAL_LM", **recipe.lora}
     if placement is None:
-        return LoraConfig(target_modules=ALL_LINEAR, **lora)
+        return LoraConfig(target_modules=ALL_LINEAR, **{"lora_alpha": DEFAULT_ALPHA * recipe.rank} | lora)
     options = vars(_placement_options(recipe))  # they are saved with the adapter
     return BlueprintConfig(blueprint=blueprint, placement=placement, workload=workload, **options | lora)
 

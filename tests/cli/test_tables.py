@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 from peft import LoraConfig
 
 from peft_blueprint import plan_placement
@@ -129,6 +130,15 @@ def test_targets_shows_the_rank_that_it_chose(words, rank, run, tagged):
     config = next(value for value in config.values() if isinstance(value, LoraConfig))
     assert status == 0 and int(shown["rank"]) == config.rank_pattern.get(shown["id"], config.r)
     assert rank is None or int(shown["rank"]) == rank
+    assert config.lora_alpha == 2 * config.r
+
+
+def test_alpha_is_that_of_all_linear_lora(run, tagged):
+    """At --rank; the adapters, whose rank is raised, keep alpha over rank, and --for and the comment agree on it."""
+    words = ("--ranks", "equal_parameters", "--rank", 4, "--num-modules", 3, "--alpha", 4, "--for", "axolotl")
+    text = run("targets", tagged, *words)[1]
+    config = yaml.safe_load(text)
+    assert config["lora_r"] == config["lora_alpha"] > 4 and f"3 adapters of rank {config['lora_r']} of" in text
 
 
 def defaults(blueprint, **options):

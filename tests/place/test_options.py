@@ -4,7 +4,8 @@ import json
 from dataclasses import fields, replace
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from typer.testing import CliRunner
 
 from peft_blueprint import BlueprintConfig, plan_placement
@@ -13,6 +14,7 @@ from peft_blueprint.cli import app
 from peft_blueprint.compare import ProbeOptions
 from peft_blueprint.errors import BlueprintError, PlacementError
 from peft_blueprint.place import PlacementOptions, Workload
+from peft_blueprint.testing import tiny_llama
 from peft_blueprint.train import run
 from peft_blueprint.train.recipe import Recipe, RecipePlacement
 from tests.planning import BLUEPRINT, LLAMA
@@ -86,19 +88,25 @@ def test_a_recipe_takes_k_star_and_the_best():
 @pytest.mark.parametrize(
     ("settings", "scaling"),
     [
-        ({}, 1),
-        ({"lora_alpha": 32}, 2),
+        ({}, 2),
+        ({"lora_alpha": 16}, 1),
         ({"r": 4}, 2),
         ({"r": 4, "lora_alpha": 4}, 1),
         ({"ranks": "equal_parameters", "r": 4, "lora_alpha": 12}, 3),
-        ({"budget": "6k parameters", "lora_alpha": 32}, 2),
+        ({"budget": "6k parameters", "lora_alpha": 16}, 1),
+        ({"ranks": "equal_parameters", "r": 4, "lora_alpha": 4, "use_rslora": True}, 2),
+        ({"ranks": "score", "r": 4, "lora_alpha": 4, "use_rslora": True}, 2),
     ],
     ids=str,
 )
 def test_every_adapter_keeps_the_scaling_of_all_linear_lora(settings, scaling):
-    """lora_alpha / r as given, r being 16 where it is left out; 1 where both are; whatever the rank becomes."""
-    config = BlueprintConfig(blueprint=BLUEPRINT, **settings).resolve(LLAMA)
-    assert config.r == config.placement.rank and config.lora_alpha / config.r == pytest.approx(scaling)
+    """lora_alpha / r, with rsLoRA over the root; r is 16 where it is left out and lora_alpha 2 · r; for every rank."""
+    config = BlueprintConfig(blueprint=BLUEPRINT, num_modules=None if "budget" in settings else 12, **settings)
+    model = get_peft_model(tiny_llama(layers=6), config)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    planned = config.placement
+    assert {layer.r["default"] for layer in layers} == {planned.ranks.get(n, planned.rank) for n in planned.lora}
+    assert [layer.scaling["default"] for layer in layers] == pytest.approx([scaling] * len(layers))
 
 
 @pytest.mark.parametrize(

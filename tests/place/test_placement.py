@@ -71,6 +71,13 @@ def test_selectors_by_hand(wish, expected):
     assert chosen(SMALL, **wish) == expected
 
 
+def test_a_placement_is_text_in_a_notebook_too(monkeypatch):
+    """Where rich would display what is printed, and leave the text empty."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("displayed"))
+    assert "2 adapters of rank 16 of 8 candidates" in str(plan_placement(SMALL, num_modules=2))
+
+
 def test_coverage_none_is_the_papers_rule():
     """Pooled top-k, which can leave a whole kind out."""
     blueprint = blueprint_of(q_proj=[1] * 10, up_proj=range(2, 12))

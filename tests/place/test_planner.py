@@ -3,12 +3,13 @@
 import json
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from peft_blueprint import Blueprint, BlueprintConfig, Placement, Submodule, plan_placement
@@ -18,9 +19,11 @@ from peft_blueprint.measure import empty_model
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.place.budget import Budget
 from peft_blueprint.place.cost import CostModel, Structure, Workload, workload_of
+from peft_blueprint.place.coverage import FUSED
 from peft_blueprint.place.gains import CoverGain
 from peft_blueprint.place.options import RankBy
 from peft_blueprint.place.scores import SCORES
+from peft_blueprint.place.trainer_configs import trainer_config
 from peft_blueprint.testing import quantize, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.fused import needs_fused
 from tests.planning import BLUEPRINT, LLAMA, measured
@@ -326,6 +329,30 @@ def test_a_model_of_another_shape_is_refused():
         plan_placement(BLUEPRINT, tiny_llama(layers=6, hidden_size=64), budget="0.7x")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"rank_by": "adam_gain"}, {"rank_by": "even"}, {"mode": "lora+unfreeze"}], ids=str
+)
+def test_fused_layers_are_placed_together(options):
+    """All of q, k, v or gate, up, down of a layer, or none; as many adapters as were asked for, or up to two fewer."""
+    for wish in ({"num_modules": 11}, {"fraction": 1.0}, {"budget": "0.8x"}, {"keep": 0.9}, {"num_modules": 1}):
+        placement = plan_placement(BLUEPRINT, LLAMA, fused=True, workload=LOAD, **options, **wish)
+        for kinds in FUSED:
+            of_layer = Counter(n.split(".")[2] for n in placement.lora if n.rpartition(".")[2] in kinds)
+            assert set(of_layer.values()) <= {3}
+        if "num_modules" in wish and options.get("rank_by") != "even":
+            assert max(1, wish["num_modules"] - 2) <= len(placement.lora) <= max(3, wish["num_modules"])
+        assert list(placement.lora) == [entry.name for entry in BLUEPRINT if entry.name in placement.lora]
+        cost = placement.cost["parameters"]
+        assert (
+            cost
+            == CostModel(Structure.of(LLAMA), LOAD)
+            .cost({name: placement.ranks.get(name, placement.rank) for name in placement.lora}, placement.unfreeze)
+            .trainable
+        )
+    with pytest.raises(PlacementError, match="fused=True is for adapters, and mode='unfreeze' places none"):
+        plan_placement(BLUEPRINT, fused=True, mode="unfreeze")
+
+
 class TestConfig:
     def test_a_budget_is_settled_on_the_model(self, tmp_path):
         """Until then nothing is placed; then within the budget, at the rank that `r` says, and saved as plain LoRA."""
@@ -347,13 +374,16 @@ class TestConfig:
         """Left out, r becomes the plan's with the scaling as it was; another r is an error that shows both."""
         placement = plan_placement(BLUEPRINT, LLAMA, budget="0.8x", r=16, workload=LOAD)
         config = BlueprintConfig(placement=placement)
-        plain = LoraConfig()
-        assert config.r == 16 and config.lora_alpha / config.r == plain.lora_alpha / plain.r
-        assert BlueprintConfig(placement=placement, r=16, lora_alpha=32).lora_alpha == 32
-        with pytest.raises(PlacementError, match="planned for rank 16, got r=64"):
-            BlueprintConfig(placement=placement, r=64)
-        free = plan_placement(BLUEPRINT, num_modules=10)
-        assert BlueprintConfig(placement=free).r == free.rank and BlueprintConfig(placement=free, r=8 * 3).r == 24
+        assert config.r == 16 and config.lora_alpha == 32
+        assert BlueprintConfig(placement=placement, r=16, lora_alpha=16).lora_alpha == 16
+        raised = plan_placement(BLUEPRINT, num_modules=10)
+        assert BlueprintConfig(placement=raised).r == raised.rank > 16
+        for planned in (placement, raised):
+            for use in (lambda p: BlueprintConfig(placement=p, r=24), lambda p: trainer_config(p, "peft", r=24)):
+                with pytest.raises(PlacementError, match=rf"'org/m' has rank {planned.rank}, got r=24. Leave r out"):
+                    use(planned)
+        config = BlueprintConfig(placement=raised, ranks="equal_parameters", r=16, lora_alpha=16)
+        assert (config.r, config.lora_alpha) == (raised.rank, raised.rank)
 
 
 class TestWorkload:

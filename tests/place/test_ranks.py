@@ -1,5 +1,6 @@
 """Ranks of a placement's adapters, and the learning rate that suits them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from peft import get_peft_model
 
 from peft_blueprint import BlueprintConfig, Submodule, plan_placement
 from peft_blueprint.errors import PlacementError
-from peft_blueprint.place.ranks import k_star_rank, ranks_by_score
+from peft_blueprint.place.ranks import SERVER_RANKS, k_star_rank, ranks_by_score
 from peft_blueprint.testing import tiny_llama
 from tests.planning import BLUEPRINT, LLAMA, measured
 
@@ -27,18 +28,26 @@ WIDE = tiny_llama(layers=6, **SIZES)  # k_proj and v_proj have rank 128 at most
 
 
 def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
-    """As near below all-linear LoRA's as multiples of 8 allow, at most eight times the rank; a given rank is kept."""
+    """As near below all-linear LoRA's as servers' ranks allow, at most eight times the rank; a given rank is kept."""
     blueprint = measured(WIDE)
     whole = plan_placement(blueprint, WIDE, fraction=1.0, r=16).cost["parameters"]
     for count in (4, 12, 30):
         placement = plan_placement(blueprint, WIDE, num_modules=count)
         each = placement.cost["parameters"] / placement.rank
-        assert placement.cost["parameters"] <= whole and placement.rank <= 128 and not placement.ranks
-        assert placement.rank == 128 or placement.rank % 8 == 0 and whole < (placement.rank + 8) * each
+        assert placement.cost["parameters"] <= whole and placement.rank in SERVER_RANKS and not placement.ranks
+        assert placement.rank == 128 or whole < next(r for r in SERVER_RANKS if r > placement.rank) * each
+        assert not placement.notes and f" of rank {placement.rank} of 42" in placement.summary()
     assert plan_placement(blueprint, WIDE, num_modules=4, r=16).rank == 16
+    one = measured(tiny_llama(layers=1, hidden_size=640, intermediate_size=640))
+    for r, said in (
+        (24, "none of the ranks .* needs --max-lora-rank 32"),
+        (600, "above 512, the largest that vLLM serves"),
+    ):
+        [note] = plan_placement(one, fraction=1.0, r=r).notes
+        assert re.match(f"Rank {r} is {said}", note)
 
 
-@pytest.mark.parametrize("ranks", ["equal_parameters", "score"])
+@pytest.mark.parametrize("ranks", ["uniform", "equal_parameters", "score"])
 @pytest.mark.parametrize("r", [1, 16, 48, 200])
 @pytest.mark.parametrize("count", [1, 8, 42])
 def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
@@ -50,22 +59,23 @@ def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
     assert all(1 <= rank <= min(shapes[name]) for name, rank in given.items())
     total = sum(rank * sum(shapes[name]) for name, rank in given.items())
     assert total == placement.cost["parameters"]
-    if ranks == "score":
+    if ranks != "equal_parameters":
         assert sum(given.values()) <= r * count
         return
     assert total <= r * sum(map(sum, shapes.values()))
     free = {name: rank for name, rank in given.items() if rank < min(shapes[name])}
-    assert len(set(free.values())) <= 1  # all others have one rank, which the parameters of one more step would exceed
     level = max(free.values(), default=None)
-    if level is not None and r < level < 8 * r and level >= 16:
-        raised = sum(min(level + 8, min(shapes[name])) * sum(shapes[name]) for name in given)
-        assert raised > r * sum(map(sum, shapes.values()))
+    if level is not None and r < level < 8 * r:  # the parameters of one more step would be too many
+        more = next(rank for rank in SERVER_RANKS if rank > level)
+        raised = sum(min(more, min(shapes[name])) * sum(shapes[name]) for name in given)
+        assert more > 8 * r or raised > r * sum(map(sum, shapes.values()))
 
 
 def test_adapters_get_the_capped_ranks_on_the_model():
     """Raised where it is possible, each with the scaling of all-linear LoRA."""
-    config = BlueprintConfig(blueprint=measured(WIDE), num_modules=12, r=48, ranks="equal_parameters", lora_alpha=96)
-    assert config.placement.ranks and set(config.placement.ranks.values()) == {128} and config.placement.rank > 128
+    config = BlueprintConfig(blueprint=measured(WIDE), num_modules=8, r=64, ranks="equal_parameters", lora_alpha=128)
+    assert set(config.placement.ranks.values()) == {128} and config.placement.rank == 256
+    assert "8 adapters of rank 128 to 256 of 42" in str(config.placement)
     layers = {
         n: m for n, m in get_peft_model(tiny_llama(layers=6, **SIZES), config).named_modules() if hasattr(m, "lora_A")
     }

@@ -227,7 +227,7 @@ def test_what_the_placement_says_is_the_default():
     assert "# learning rate: start with about 2.24 times that of LoRA on every linear layer" in text
     plain = trainer_config(placement(), "llamafactory")
     assert yaml.safe_load(plain)["lora_rank"] == 16 and "learning rate" not in plain
-    assert yaml.safe_load(trainer_config(placement(rank=8), "axolotl", r=4))["lora_alpha"] == 8
+    assert yaml.safe_load(trainer_config(placement(), "axolotl", r=4))["lora_alpha"] == 8
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -1,6 +1,9 @@
 """Initialize adapters along the gradient: A's directions, and that nothing else changes."""
 
+import re
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from peft_blueprint.testing import (
     tiny_vit,
     toy_batches,
 )
+from tests.processes import error_of, gloo_process, in_two_processes
 
 
 BASE = "base_model.model."
@@ -189,6 +193,35 @@ def test_with_a_blueprints_placement(blueprint):
     assert begin(model, max_examples=2) == len(config.target_modules) == 12
 
 
+def begin_in_one_of_two(folder):
+    """Begin on every second batch, with an A of this process's own; then with an error in one process, and two seeds."""
+    with gloo_process() as rank:
+        torch.manual_seed(3 + rank)
+        model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        begin(model, toy_batches()[rank::2], max_examples=None)
+        errors = [
+            error_of(lambda: begin(model, toy_batches() if rank else iter(()))),
+            error_of(lambda: begin(model, seed=rank)),
+        ]
+        torch.save((rows_of(model), errors), folder / f"{rank}.pt")
+
+
+def test_processes_share_the_examples_and_end_with_one_a(tmp_path):
+    """As one process with all examples; an error in one process ends the others too."""
+    in_two_processes(__file__, tmp_path)
+    torch.manual_seed(3)
+    alone = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    begin(alone, max_examples=None)
+    (first, own), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, rows in rows_of(alone).items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name].abs(), rows.abs(), atol=1e-4), name
+    assert re.search("yields nothing|are empty", own[0])
+    assert others[0] == f"MeasurementError: Process 0 of 2 failed, so the others stop: {own[0]}"
+    assert own[1] == others[1]
+    assert own[1].startswith("MeasurementError: Processes 0 and 1 have other adapters or seeds: give every process")
+
+
 def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
     """Another name, a trained, inactive or merged adapter, no data, NaN; the adapter stays as it was."""
     with pytest.raises(PlacementError, match=r"has no LoRA adapter 'default' on linear layers; its adapters: none"):
@@ -226,3 +259,7 @@ def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(PlacementError, match="B must be zero, and is not in .* was trained"):
         begin(randomize_adapters(model))
+
+
+if __name__ == "__main__":
+    begin_in_one_of_two(Path(sys.argv[1]))
