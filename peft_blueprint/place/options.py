@@ -50,7 +50,7 @@ class PlacementOptions:
     """How many submodules to choose, by which score, and with which ranks.
 
     Give at most one of the selectors `fraction`, `num_modules`, `top_p` and `threshold`; or `budget` with `keep` or
-    `best`, or one of these. Without any, adapters go on a seventh of the submodules, about one to a block, with as many parameters as LoRA on
+    `best`, or one of these. Without any, adapters go on a seventh of the submodules, about one to a block, with at most the parameters of LoRA on
     every linear layer. That default needs Adam's gain in the blueprint, shapes, `coverage="kind+depth"`, and neither
     `r` nor `ranks`; otherwise it is `keep=0.95`, and `fraction=0.2` for blocks, for another coverage and for blueprints
     without shapes.
@@ -120,7 +120,7 @@ class PlacementOptions:
     )
     ranks: Ranks | None = _option(
         None,
-        "uniform; equal_parameters, raised to the parameters of all-linear LoRA of rank r; or score, higher where the "
+        "uniform; equal_parameters, the highest rank of vLLM's list within the parameters of all-linear LoRA of rank r; or score, higher where the "
         "score is, r on average. Default: equal_parameters in mode lora if shapes are known and neither r nor a budget of "
         "parameters is given, otherwise uniform.",
     )

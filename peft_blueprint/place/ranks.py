@@ -58,7 +58,7 @@ def ranks_by_score(entries: Sequence[Submodule], scores: Mapping[str, float], ra
 
 
 def ranks_of_equal_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> dict[str, int]:
-    """Return the ranks at which adapters on `chosen` have as many parameters as adapters of `rank` on all entries.
+    """Return the ranks at which adapters on `chosen` have about the parameters of adapters of `rank` on all entries.
 
     An adapter's time is spent on tensors as wide as the layer, hardly on its rank, so fewer adapters of a higher rank
     take less time. All have one rank, except where a weight's full rank is lower: the others share what that leaves.
