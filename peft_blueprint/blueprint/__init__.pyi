@@ -15,9 +15,12 @@ from .entry import Submodule as Submodule
 from .entry import norm_of as norm_of
 from .entry import score_of as score_of
 from .entry import unit_of as unit_of
+from .experts import ROUTING as ROUTING
 from .experts import ExpertName as ExpertName
+from .experts import expert_scores as expert_scores
 from .experts import name_expert as name_expert
 from .experts import split_expert as split_expert
+from .experts import top_p_experts as top_p_experts
 from .formats import FILE_NAME as FILE_NAME
 from .formats import SUFFIXES as SUFFIXES
 from .formats import blueprint_files as blueprint_files

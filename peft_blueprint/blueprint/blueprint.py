@@ -6,15 +6,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .._text import format_names
+from .._text import data_frame, format_names, html_table
 from ..errors import BlueprintError, FormatError, MismatchError
 from .coarsening import coarse_entry
 from .entry import Z95, Level, Submodule, check_numbers, norm_of, score_of, unit_of
+from .experts import split_expert
 from .formats import SUFFIXES, file_name, read_record, write_record
 from .model_files import read_embedded
 from .schema import DIGEST, fields_of, record_of
@@ -78,10 +79,11 @@ class Blueprint:
         return iter(self.submodules)
 
     def __getitem__(self, name: str) -> Submodule:
-        for entry in self.submodules:
-            if entry.name == name:
-                return entry
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Submodule]:
+        return {entry.name: entry for entry in self.submodules}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,6 +149,35 @@ class Blueprint:
     def __repr__(self) -> str:
         """One line: the model, and how many entries of which level; `to_dict` has all of it."""
         return f"<Blueprint of {self.model_id!r}: {len(self.submodules)} {self.level}s>"
+
+    def _repr_html_(self) -> str:
+        """Show the entries of largest norm in a notebook."""
+        columns = ("kind", "depth", "gradient_norm", "adam_gain", "alpha", "k_star")
+        entries = sorted(self.submodules, key=lambda entry: -(entry.gradient_norm or 0.0))
+        rows = [{"id": e.name} | {c: v for c in columns if (v := getattr(e, c)) is not None} for e in entries]
+        return html_table(repr(self)[1:-1], rows)
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for every entry and a column for every statistic.
+
+        Raises:
+            BlueprintError: without pandas.
+
+        Example:
+            >>> Blueprint("org/model", (Submodule("attn.0", 0.052),), level="group").to_pandas().to_dict("records")
+            [{'id': 'attn.0', 'gradient_norm': 0.052}]
+        """
+        return data_frame(to_dict(self)["layers"])
+
+    def plot(self, placement: Any = None, by: str | None = None) -> Any:
+        """Draw the entries by layer and kind, see `publish.plot_blueprint`.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+        """
+        from ..publish import plot_blueprint  # with push_to_hub, the one import of a room above
+
+        return plot_blueprint(self, placement, by)
 
     @property
     def digest(self) -> str:
@@ -227,6 +258,30 @@ class Blueprint:
             for name, members in units.items()
         ]
         return _derived([self], "coarsen", coarse, level=level)
+
+    def join_experts(self) -> Blueprint:
+        """Sum the entries of single experts up to those of their fused parameters, `…experts.gate_up_proj`.
+
+        Statistics add as in `coarsen`. Entries of linear layers stay, and so do experts in lists of modules.
+
+        Example:
+            >>> names = ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
+            >>> entries = [Submodule(name, n, shape=(4, 2), form="expert") for name, n in zip(names, (3.0, 4.0))]
+            >>> joined = Blueprint("org/model", tuple(entries)).join_experts()["mlp.experts.up_proj"]
+            >>> joined.gradient_norm, joined.shape
+            (5.0, (2, 4, 2))
+        """
+        units: dict[str, list[Submodule]] = {}
+        for entry in self.submodules:
+            expert = split_expert(entry.name) if entry.form == "expert" else None
+            units.setdefault(entry.name if expert is None else expert.parameter, []).append(entry)
+        if tuple(units) == self.names:
+            return self
+        joined = [
+            members[0] if members[0].name == name else _joined(name, members, self.costs)
+            for name, members in units.items()
+        ]
+        return _derived([self], "join_experts", joined)
 
     def for_domain(self, domain: str | Mapping[str, float]) -> Blueprint:
         """Return the blueprint of another domain, or of a mixture of domains, by the entries' `domain_tags`.
@@ -389,6 +444,18 @@ class Blueprint:
             for members in by_kind.values()
             for rank, entry in enumerate(sorted(members, key=lambda e: -score_of(e, by)), start=1)
         }
+
+
+def _joined(name: str, members: Sequence[Submodule], costs: Mapping[str, Any]) -> Submodule:
+    """Return the entry of a fused parameter from those of its experts."""
+    first = members[0]
+    return replace(
+        coarse_entry(name, members, "group", costs),
+        kind=first.kind,
+        group=first.group,
+        shape=None if first.shape is None else (len(members), *first.shape),
+        form="experts",
+    )
 
 
 def to_dict(blueprint: Blueprint) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from .privacy import bounded as bounded
 from .privacy import choose_scale as choose_scale
 from .privacy import gaussian_sigma as gaussian_sigma
 from .privacy import release as release
+from .submodules import EXPERTS_PER_TOKEN as EXPERTS_PER_TOKEN
 from .submodules import class_of as class_of
 from .submodules import find_submodules as find_submodules
 from .submodules import find_weights as find_weights

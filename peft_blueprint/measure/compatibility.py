@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._text import format_names, shape_str
-from ..blueprint import Blueprint
+from ..blueprint import Blueprint, split_expert
 from ..errors import MismatchError
 from .submodules import find_submodules, find_weights, is_quantized, is_sharded, structure_digest, unwrap
 
@@ -23,7 +23,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
     """Require that every entry of a blueprint is a submodule of the model with the same shape.
 
-    Embeddings and heads may have another number of rows: a resized vocabulary, where no adapter goes.
+    Embeddings, heads and biases may have another number of rows: a resized vocabulary, where no adapter goes.
 
     Warns if the blueprint fits but the model has other submodules too, another repository id or another revision.
 
@@ -31,6 +31,10 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
         MismatchError: if an entry is missing in the model or has another shape.
     """
     shapes = {weight.name: weight.shape for weight in find_weights(model)}
+    for entry in blueprint:  # of single experts
+        expert = split_expert(entry.name) if entry.form == "expert" else None
+        if expert is not None and expert.number < shapes.get(expert.parameter, (0,))[0]:
+            shapes[entry.name] = shapes[expert.parameter][1:]
     missing = [entry.name for entry in blueprint if entry.name not in shapes]
     if missing:
         raise MismatchError(
@@ -40,8 +44,7 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
             "generate_blueprint(model, batches)."
         )
     for entry in blueprint:
-        skipped = 1 if entry.form in ("embedding", "head") else 0  # rows, one a token
-        if entry.shape is not None and entry.shape[skipped:] != shapes[entry.name][skipped:]:
+        if entry.shape is not None and not entry.fits(shapes[entry.name]):
             raise MismatchError(
                 f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r} and "
                 f"{shape_str(shapes[entry.name])} in this model, which has another size. Use this model's own blueprint, or "

@@ -26,6 +26,8 @@ class ExampleStatistics(NamedTuple):
         norms: (rows, examples) float32.
         errors: (rows, examples) float32, relative errors of the norms.
         projections: (rows, examples, m) float32.
+        routing: (rows, examples, 2) float32, share of tokens and mean weight of the router, NaN where they are not known;
+            (rows, examples, 0) if they are not measured.
         losses: (examples,) float32.
         target_tokens: (examples,) int64.
     """
@@ -33,20 +35,22 @@ class ExampleStatistics(NamedTuple):
     norms: Tensor
     errors: Tensor
     projections: Tensor
+    routing: Tensor
     losses: Tensor
     target_tokens: Tensor
 
     @classmethod
-    def empty(cls, rows: int, projection_size: int) -> ExampleStatistics:
+    def empty(cls, rows: int, projection_size: int, routing: int) -> ExampleStatistics:
         """Return the statistics of no examples."""
         empty = torch.empty(rows, 0)
-        return cls(empty, empty, torch.empty(rows, 0, projection_size), empty[0], torch.empty(0, dtype=torch.long))
+        projections, routed = torch.empty(rows, 0, projection_size), torch.empty(rows, 0, routing)
+        return cls(empty, empty, projections, routed, empty[0], torch.empty(0, dtype=torch.long))
 
     @classmethod
     def concatenate(cls, parts: Iterable[ExampleStatistics]) -> ExampleStatistics:
         """Join the statistics of different examples."""
-        norms, errors, projections, *by_example = zip(*parts, strict=True)
-        by_row = (torch.cat(tensors, dim=1) for tensors in (norms, errors, projections))
+        norms, errors, projections, routing, *by_example = zip(*parts, strict=True)
+        by_row = (torch.cat(tensors, dim=1) for tensors in (norms, errors, projections, routing))
         return cls(*by_row, *(torch.cat(tensors) for tensors in by_example))
 
 

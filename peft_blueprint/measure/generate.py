@@ -16,7 +16,17 @@ from torch import nn
 
 from .._options import from_keywords
 from .._processes import of_first_process, process_count
-from ..blueprint import ADAPTABLE, FIXED_COST, VARIABLE_COST, Blueprint, Level, Submodule, best_share, norm_of
+from ..blueprint import (
+    ADAPTABLE,
+    FIXED_COST,
+    VARIABLE_COST,
+    Blueprint,
+    Level,
+    Submodule,
+    best_share,
+    norm_of,
+    split_expert,
+)
 from ..errors import MeasurementError
 from ..runs import Ledger, modelled
 from .batches import Batch, Example, as_batches
@@ -25,7 +35,7 @@ from .fisher import FisherInfluence, fisher_influence
 from .influence import Influence
 from .losses import LossFunction
 from .measurement import measure_influence
-from .options import GenerateOptions, Include, MeasureOptions
+from .options import GenerateOptions, MeasureOptions
 from .privacy import Privacy, one_by_one, release_domains
 from .submodules import (
     Weight,
@@ -36,6 +46,7 @@ from .submodules import (
     is_conv1d,
     parameters_per_token,
     structure_digest,
+    top_k_of,
     unwrap,
 )
 from .summary import concentration, rows_by_unit, summarize, summarize_units, unit_norms, weight_gradient
@@ -118,7 +129,7 @@ def generate_blueprint(
         reference, influence = next(iter(influences.items()))
         entries = _with_weights(summarize(influence, options), model, influence)
         found = None
-        if influence.examples > 1 and options.projection_size:
+        if influence.examples > 1 and influence.projections.shape[2]:
             found = fisher_influence(influence, options.damping)
             entries = _with_influence(entries, found)
         if options.level != "submodule":
@@ -133,12 +144,13 @@ def generate_blueprint(
         measured = {
             **_measured(influences),
             **({"estimates": estimated} if (estimated := influence.estimates) else {}),
-            "projection_size": options.projection_size,
+            "projection_size": 0 if options.experts else options.projection_size,
             "bootstrap": options.bootstrap,
+            **({"experts_per_token": top_k_of(model)} if options.experts and top_k_of(model) else {}),
             "spent": of_first_process(spent) if processes > 1 else spent,
         }
     else:
-        entries, measured = _released(influences, model, options.include, privacy, processes)
+        entries, measured = _released(influences, model, options, privacy, processes)
         if options.level != "submodule":
             entries = Blueprint("model", entries).coarsen(options.level).submodules
     config = getattr(unwrap(model), "config", None)
@@ -206,7 +218,7 @@ def _measured(influences: Mapping[str, Influence]) -> dict[str, Any]:
 
 
 def _released(
-    influences: Mapping[str, Influence], model: nn.Module, include: Include, privacy: Privacy, processes: int
+    influences: Mapping[str, Influence], model: nn.Module, options: MeasureOptions, privacy: Privacy, processes: int
 ) -> tuple[tuple[Submodule, ...], dict[str, Any]]:
     """Make entries and provenance from released norms, the model and the numbers of examples alone.
 
@@ -215,7 +227,9 @@ def _released(
     reference, influence = next(iter(influences.items()))
     # under a guarantee, the rows must not depend on which of them the examples reached
     measurable = [
-        row for row in find_submodules(model, include) if row.form in ("linear", "head") or not row.quantized
+        row
+        for row in find_submodules(model, options.include, options.experts)
+        if row.form in ("linear", "head") or not row.quantized
     ]
     rows = measurable if privacy.is_guaranteed else list(influence.submodules)
     parts = {name: (part.submodules, part.norms.double().numpy()) for name, part in influences.items()}
@@ -237,9 +251,17 @@ def _with_weights(
     """Add the norm of every weight and, given the measurement, its product with the gradient if it is adaptable."""
     weights = {weight.name: weight for weight in find_weights(model)}
     gradient_rows = influence.row_norms if influence is not None else ()
+    fused: dict[str, np.ndarray | None] = {}  # row norms of all experts of a parameter
     completed = []
     for i, entry in enumerate(entries):
-        rows = _row_norms(weights[entry.name])
+        expert = split_expert(entry.name) if entry.form == "expert" else None
+        if expert is None:
+            rows = _row_norms(weights[entry.name])
+        else:
+            if expert.parameter not in fused:
+                fused = {expert.parameter: _row_norms(weights[expert.parameter])}
+            of_all, count = fused[expert.parameter], (entry.shape or (1,))[0]
+            rows = None if of_all is None else of_all[expert.number * count :][:count]
         if rows is None:
             completed.append(entry)
             continue

@@ -26,7 +26,7 @@ Keep = Callable[[int, Tensor], tuple[str, tuple[Tensor, ...]]]
 Record = Callable[[int, str, tuple[Tensor, ...], Tensor], None]
 
 
-class _OutputHook(torch.autograd.Function):
+class OutputHook(torch.autograd.Function):
     """The identity on a layer's output, whose backward passes the output's gradient to `record`.
 
     Tensors are saved with `save_for_backward`, so that gradient checkpointing and offloading of saved tensors apply.
@@ -80,7 +80,7 @@ def hook_output(
         if not output.requires_grad:  # the first layers of the graph, if nothing before them requires a gradient
             output.requires_grad_()
         label, kept = keep(index, inputs.detach())
-        return _OutputHook.apply(output, index, record, label, *kept)
+        return OutputHook.apply(output, index, record, label, *kept)
 
     module.forward = hooked
 

@@ -57,6 +57,9 @@ class Influence:
         data_digest: `sha256:…` of the model's inputs, in order.
         answer_sketches: the part of every sketch that comes from positions from the first prediction of a target on;
             None, or empty, where positions are not known: models that predict no next token, vectors, experts.
+        routing: (submodules, examples, 2) float32, of rows of experts: share of the example's routing choices that fall on
+            the expert, and mean over its tokens of the router's weight (ESFT, arXiv:2407.01906, eq. 6 and 7); NaN where it
+            is not known. None if experts were not measured.
     """
 
     submodules: tuple[Submodule, ...]
@@ -73,6 +76,7 @@ class Influence:
     unmeasured: tuple[tuple[str, str], ...]
     data_digest: str
     answer_sketches: tuple[Tensor | None, ...] = ()
+    routing: Tensor | None = None
 
     @property
     def examples(self) -> int:
@@ -262,6 +266,7 @@ class Influence:
                 for i in range(len(first.submodules))
             ),
             answer_sketches=_merged_answers(parts, total),
+            routing=_merged_routing(parts),
             tokens=sum(part.tokens for part in parts),
             data_digest=joined_digest([part.data_digest for part in parts]),
         )
@@ -313,6 +318,11 @@ def _merged_answers(parts: Sequence[Influence], total: int) -> tuple[Tensor | No
         ]
         merged.append(torch.stack(known).sum(dim=0) if len(known) == len(parts) else None)
     return tuple(merged)
+
+
+def _merged_routing(parts: Sequence[Influence]) -> Tensor | None:
+    known = [part.routing for part in parts if part.routing is not None]
+    return torch.cat(known, dim=1) if len(known) == len(parts) else None
 
 
 def joined_digest(digests: Sequence[str]) -> str:

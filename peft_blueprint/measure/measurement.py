@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from .._options import from_keywords
 from .._progress import progress_bar
 from .._text import format_names
-from ..blueprint import Submodule
+from ..blueprint import Submodule, split_expert
 from ..errors import MeasurementError
 from .batches import Batch, Example, input_device, take_examples
 from .borrowing import restored
 from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
+from .experts import Stack, groupable, hook_experts, stacks_of
 from .hooks import disable_dropout, hook_gradients, hook_output, measurement_mode
 from .influence import Influence
 from .losses import (
@@ -46,9 +47,11 @@ from .submodules import (
     Weight,
     find_submodules,
     find_weights,
+    named_modules,
     require_model,
     select_submodules,
     structure_digest,
+    top_k_of,
     unwrap,
     without_ddp,
 )
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FP16_LOSS_SCALE = 2.0**14
-_SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "seed")
+_SAME_EVERYWHERE = ("include", "method", "sketch_size", "projection_size", "experts", "seed")
 
 
 @torch.inference_mode(False)
@@ -131,13 +134,15 @@ def measure_influence(
     model = without_ddp(model)
     processes = Processes(model, reduce)
     weights = {weight.name: weight for weight in find_weights(model)}
-    rows = select_submodules(find_submodules(model, options.include), submodules)
+    if options.experts:
+        options = replace(options, projection_size=0)
+    rows = select_submodules(find_submodules(model, options.include, options.experts), submodules)
     plan = _Plan.of(rows, weights)
-    if not plan.by_output and not plan.by_gradient:
+    if not plan.by_output and not plan.by_gradient and not plan.stacks:
         raise MeasurementError(
             f"{type(unwrap(model)).__name__} has no linear submodules to measure; give a transformers model."
         )
-    recorder = Recorder(rows, options)
+    recorder = Recorder(rows, options, plan.stacks)
     with processes.share_errors():
         passes = _Passes(model, recorder, Objective(model, loss_fn, checks), processes, plan.one_at_a_time)
         share = processes.share(options.max_examples)
@@ -155,7 +160,7 @@ def measure_influence(
     if not measured:
         reasons = sorted(set(unmeasured.values()))
         raise MeasurementError(f"None of the {len(rows)} submodules could be measured: {reasons}.")
-    norms, errors, projections, losses, target_tokens = found.statistics
+    norms, errors, projections, routing, losses, target_tokens = found.statistics
     norms = norms[measured]
     measured_rows = tuple(rows[i] for i in measured)
     broken = [s.name for s, row in zip(measured_rows, norms, strict=True) if not torch.isfinite(row).all()]
@@ -170,12 +175,14 @@ def measure_influence(
             f"The loss of examples {wrong[:5]} of {len(losses)} is infinite or NaN. Look at their labels, and for NaN in the "
             "weights or the data."
         )
-    known = weights.keys() if submodules is not None else {row.name for row in rows}
+    known = {row.name for row in rows} | {stack.weight.name for stack in plan.stacks}
+    known = known | weights.keys() if submodules is not None else known
     return Influence(
         submodules=measured_rows,
         norms=norms,
         norm_errors=errors[measured],
         projections=projections if len(measured) == len(rows) else projections[measured],
+        routing=routing[measured] if options.experts else None,
         losses=losses,
         target_tokens=target_tokens,
         sketches=tuple(found.sketches[i] / found.examples for i in measured),
@@ -197,16 +204,25 @@ def _measure(
 ) -> RawMeasurement:
     """Measure all rows on this process's batches."""
     model, recorder, processes = passes.model, passes.recorder, passes.processes
-    parts = [ExampleStatistics.empty(len(recorder.submodules), recorder.projection_size)]
+    routing = 2 if recorder.experts.options.experts else 0
+    parts = [ExampleStatistics.empty(len(recorder.submodules), recorder.projection_size, routing)]
     tokens, digest = 0, hashlib.sha256()
     with ExitStack() as stack:
         stack.callback(reshard, model)  # before `measurement_mode` restores what it froze
         for index, weight in plan.by_output.items():
             hook_output(weight.module, index, recorder.keep, recorder.record, recorder.called, recorder.refused)
-        rows, parameters = tuple(plan.by_gradient), tuple(plan.by_gradient.values())
+        grouped = groupable(plan.stacks)
+        stack.enter_context(hook_experts(dict(named_modules(model)), grouped, recorder.experts, top_k_of(model)))
+        others = {i: each.weight for i, each in enumerate(plan.stacks) if i not in grouped}
+        passes.one_at_a_time |= bool(others)
+        rows = (*plan.by_gradient, *others)
+        parameters = (*plan.by_gradient.values(), *others.values())
 
         def record(i: int, gradient: Tensor) -> None:
-            recorder.record_gradient(rows[i], gradient.mT if parameters[i].is_transposed else gradient)
+            gradient = gradient.mT if parameters[i].is_transposed else gradient
+            (recorder.record_gradient if i < len(plan.by_gradient) else recorder.experts.record_gradient)(
+                rows[i], gradient
+            )
 
         stack.enter_context(hook_gradients([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
@@ -224,15 +240,13 @@ def _measure(
                 digest.update(batch[key].cpu().flatten().view(torch.uint8).numpy().tobytes())
         while processes.must_idle():
             passes.idle()
-    unreached = recorder.unmeasured()
+    sketches = recorder.sketches()
+    for i in recorder.refused:
+        sketches.pop(i, None)
     return RawMeasurement(
         statistics=ExampleStatistics.concatenate(parts),
-        sketches={i: recorder.sketch(i) for i in range(len(recorder.submodules)) if i not in unreached},
-        answer_sketches={
-            i: sketch
-            for i in range(len(recorder.submodules))
-            if i not in unreached and (sketch := recorder.answer_sketch(i)) is not None
-        },
+        sketches=sketches,
+        answer_sketches={i: sketch for i in sketches if (sketch := recorder.answer_sketch(i)) is not None},
         tokens=tokens,
         data_digest=f"sha256:{digest.hexdigest()}",
     )
@@ -244,19 +258,26 @@ class _Plan:
 
     by_output: dict[int, Weight]
     by_gradient: dict[int, Weight]
+    stacks: tuple[Stack, ...]
     unmeasured: dict[int, str]
     one_at_a_time: bool
 
     @classmethod
     def of(cls, submodules: Sequence[Submodule], weights: Mapping[str, Weight]) -> _Plan:
-        others = [i for i, s in enumerate(submodules) if s.form not in ("linear", "head")]
-        quantized = {i: "quantized, and not a linear layer" for i in others if submodules[i].quantized}
+        others = [i for i, s in enumerate(submodules) if s.form not in ("linear", "head", "expert")]
+        quantized = {
+            i: "quantized, and not a linear layer"
+            for i, s in enumerate(submodules)
+            if s.quantized and s.form not in ("linear", "head")
+        }
         return cls(
-            by_output={i: weights[s.name] for i, s in enumerate(submodules) if i not in others},
+            by_output={i: weights[s.name] for i, s in enumerate(submodules) if s.form in ("linear", "head")},
             by_gradient={i: weights[submodules[i].name] for i in others if i not in quantized},
+            stacks=stacks_of(submodules, weights),
             unmeasured=quantized,
-            # experts receive tokens in an order that does not say which example they belong to
-            one_at_a_time=len(others) > len(quantized) or any("experts." in name for name in weights),
+            # experts in lists receive tokens in an order that does not say which example they belong to
+            one_at_a_time=any(i not in quantized for i in others)
+            or any(weight.form == "linear" and split_expert(name) is not None for name, weight in weights.items()),
         )
 
 
@@ -354,10 +375,12 @@ class _Passes:
         examples = count_examples(batch)
         lengths = {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
         answers = answer_positions(batch) if self.objective.form == NEXT_TOKEN else None
+        mask = batch.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         while True:
             repeated = set(recorder.repeated)
-            recorder.is_mixed = False
-            recorder.begin(examples, lengths, scale, answers)
+            recorder.is_mixed = recorder.experts.is_mixed = False
+            recorder.begin(examples, lengths, scale, answers, mask)
             try:
                 with self.processes.step(UnknownObjective):
                     losses, tokens = self.objective.at_once(batch)
@@ -372,16 +395,17 @@ class _Passes:
                 if examples > 1:
                     return None
                 continue
-            if recorder.is_mixed:
+            recorder.refuse_repeated()
+            if recorder.is_mixed or recorder.experts.is_mixed:
                 return None
             if recorder.repeated != repeated:
                 continue
-            norms, errors, projections = recorder.finish()
+            norms, errors, projections, routing = recorder.finish()
             if scale > 1 and not torch.isfinite(norms).all():
                 scale /= 4
                 continue
             recorder.commit()
-            return ExampleStatistics(norms, errors, projections, losses.detach().float().cpu(), tokens.cpu())
+            return ExampleStatistics(norms, errors, projections, routing, losses.detach().float().cpu(), tokens.cpu())
 
 
 def _left_out(weight: Weight) -> str:

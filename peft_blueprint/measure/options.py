@@ -61,6 +61,13 @@ class MeasureOptions:
             "help": "adaptable: weights that an adapter can be put on. all: embeddings, norms, biases and heads too."
         },
     )
+    experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure every expert of fused experts as an entry of its own, and for each expert the share of tokens "
+            "and the mean gate weight. No projections are kept."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of sketches, projections and bootstrap resamples."})
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..blueprint import Submodule
 from . import gradients
+from .experts import ExpertRecorder, Stack
 from .options import SKETCH_SIZE, MeasureOptions
 
 
@@ -22,9 +23,10 @@ class Recorder:
     Args:
         submodules: the rows.
         options: method, sketch size, projection size and seed.
+        stacks: the fused parameters whose experts are rows.
     """
 
-    def __init__(self, submodules: Sequence[Submodule], options: MeasureOptions):
+    def __init__(self, submodules: Sequence[Submodule], options: MeasureOptions, stacks: Sequence[Stack] = ()):
         self.submodules = submodules
         self.projection_size = options.projection_size
         self._fold = (
@@ -42,6 +44,7 @@ class Recorder:
         self._answer_sketches: dict[int, Tensor] = {}
         self._without_answers: set[int] = set()  # submodules whose positions are not known in some batch
         self._matrices: dict[tuple[int, int | None, torch.device, torch.dtype], Tensor | None] = {}
+        self.experts = ExpertRecorder(submodules, options, stacks, self._matrix)
         self.begin(0)
 
     def begin(
@@ -50,12 +53,15 @@ class Recorder:
         lengths: Collection[int] = (),
         loss_scale: float = 1.0,
         answers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """Discard the current batch, if any, and start one of so many examples, of one of these lengths.
 
-        `answers`, (examples, tokens), marks positions from each example's first prediction of a target on.
+        `answers`, (examples, tokens), marks positions from each example's first prediction of a target on; `mask` those
+        that are not padding.
         """
         self.examples, self.lengths, self.loss_scale, self.answers = examples, lengths, loss_scale, answers
+        self.experts.begin(examples, lengths, loss_scale, mask)
         self._batch_answers: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._errors: dict[int, Tensor] = {}
@@ -128,8 +134,9 @@ class Recorder:
             self._norms[index], _ = gradients.norms_of(product, rows.shape[1])
             self._batch_sketches[index] = self._sketched(product[0], rows.shape[1])
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return norms and relative errors (submodules, examples) and projections (submodules, examples, m) of a batch.
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return norms and relative errors (submodules, examples), projections (submodules, examples, m) and routing
+        (submodules, examples, 2) of a batch.
 
         Call it after the backward pass. Rows that no gradient reached are zero.
         """
@@ -139,10 +146,12 @@ class Recorder:
             self._batch_sketches[index] = self._sketched(product.sum(dim=0), d_in)
         self._shared = _SharedInput(torch.empty(0), None)
         projections = self._matrix_of(self._projections, self.projection_size)
-        return self._matrix_of(self._norms), self._matrix_of(self._errors), projections
+        norms, errors = self._matrix_of(self._norms), self._matrix_of(self._errors)
+        return norms, errors, projections, self.experts.fill(norms, errors)
 
     def commit(self) -> None:
         """Accept the batch: add its sketches to those of earlier batches."""
+        self.experts.commit()
         for index, sketch in self._batch_sketches.items():
             self._sketches[index] = self._sketches[index] + sketch if index in self._sketches else sketch
             part = self._batch_answers.get(index)
@@ -152,21 +161,28 @@ class Recorder:
                 known = self._answer_sketches.get(index)
                 self._answer_sketches[index] = part if known is None else known + part
 
+    def refuse_repeated(self) -> None:
+        """Refuse fused experts that a pass calls several times, whose gradients sum."""
+        for stack in self.experts.repeated:
+            rows = self.experts.stacks[stack].rows.values()
+            self.refused |= dict.fromkeys(rows, "the model calls these experts several times in a pass")
+
     def unmeasured(self) -> dict[int, str]:
         """Return the reason by index for rows that no gradient reached."""
         reason = (
             "no gradient reached it: the loss does not depend on its output, or the model reads it without calling it"
         )
-        unreached = {i: reason for i in range(len(self.submodules)) if i not in self._sketches}
-        return unreached | self.refused
+        return dict.fromkeys(set(range(len(self.submodules))) - self.sketches().keys(), reason) | self.refused
 
-    def sketch(self, index: int) -> Tensor:
-        """Return the sketch summed over all examples, (d_out, s)."""
-        return self._sketches[index].cpu()
+    def sketches(self) -> dict[int, Tensor]:
+        """Return the sketches summed over all examples, (d_out, s), by row; zeros for an expert that no token visits."""
+        found = {i: sketch.cpu() for i, sketch in self._sketches.items()} | self.experts.sketches()
+        return found | self.experts.unvisited(found)
 
     def answer_sketch(self, index: int) -> Tensor | None:
-        """Return the part of `sketch` that comes from answer positions; None where positions were not known."""
-        return None if index in self._without_answers else self._answer_sketches[index].cpu()
+        """Return the part of a row's sketch that comes from answer positions; None where positions were not known."""
+        found = None if index in self._without_answers else self._answer_sketches.get(index)
+        return None if found is None else found.cpu()
 
     def _record_answers(self, index: int, kept: Tensor, dy: Tensor) -> None:
         """Sketch the part of the batch's gradient that comes from answer positions."""

@@ -42,11 +42,12 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
     intervals = bootstrap_intervals(norms, options.bootstrap, influence.seed)
     signals, scales = influence.signal_norms.tolist(), influence.noise_scales.tolist()
     adaptable = [i for i, submodule in enumerate(influence.submodules) if submodule.form in ADAPTABLE]
-    shown = [i for i in adaptable if influence.shows_rank(i, ENERGY_RANK)]
+    shown = [i for i in adaptable if influence.shows_rank(i, ENERGY_RANK) and influence.submodules[i].form != "expert"]
     energies = dict(zip(shown, influence.singular_energy(ENERGY_RANK, shown).tolist(), strict=True)) if shown else {}
     alignments = _rounded_factor(influence)
     row_norms = influence.row_norms
     prompt, prompt_adam = (_as_shares(x) for x in (influence.prompt_shares, influence.prompt_adam_shares))
+    routing = _routing(influence)
     entries = []
     for i, submodule in enumerate(influence.submodules):
         rows = row_norms[i].double().numpy()
@@ -60,6 +61,8 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
                 singular_energy=min(energies[i], 1.0) if i in energies else None,
                 prompt_share=prompt[i],
                 prompt_adam_share=prompt_adam[i],
+                token_share=routing[i][0],
+                gate_weight=routing[i][1],
                 alignment=alignments[i] if alignments else None,
                 examples=influence.examples,
                 **_of_norms(norms[i], intervals[i]),
@@ -72,6 +75,14 @@ def summarize(influence: Influence, options: GenerateOptions | None = None) -> t
 def _as_shares(values: Tensor) -> list[float | None]:
     """Return shares in [0, 1], None for NaN."""
     return [None if math.isnan(value) else min(max(value, 0.0), 1.0) for value in values.tolist()]
+
+
+def _routing(influence: Influence) -> list[list[float | None]]:
+    """Return each row's share of tokens and mean gate weight over examples; None where they are not known."""
+    if influence.routing is None:
+        return [[None, None]] * len(influence.submodules)
+    means = influence.routing.double().mean(dim=1).tolist()
+    return [[None if math.isnan(value) else value for value in row] for row in means]
 
 
 def rows_by_unit(submodules: Sequence[Submodule], level: Level) -> dict[str, list[int]]:

@@ -119,7 +119,10 @@ class Columns:
         self.is_matrix: Mask = np.array([part.is_matrix for part in parts])
         self.reads_attention: Mask = np.array([part.reads_attention for part in parts])
         self.is_norm: Mask = np.array([part.form == "norm" for part in parts])
-        self.is_quantized: Mask = np.array([part.is_quantizable for part in parts]) & bool(workload.quantization)
+        held = np.array([part.is_quantizable for part in parts])
+        if workload.quantized_experts:
+            held |= np.array([part.form in ("experts", "expert") for part in parts])
+        self.is_quantized: Mask = held & bool(workload.quantization)
         self.experts: Array = np.where(self.is_fused, [part.shape[0] if part.shape else 1 for part in parts], 1.0)
         # FLOPs of the product with one token, over all visits
         one = np.where(self.is_fused, self.d_in * self.d_out, self.numel)

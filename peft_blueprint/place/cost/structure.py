@@ -16,7 +16,7 @@ from torch import nn
 
 from ...blueprint import ADAPTABLE, Blueprint, Form, Submodule
 from ...errors import MismatchError
-from ...measure import class_of, find_submodules, find_weights, linear_modules, unwrap
+from ...measure import EXPERTS_PER_TOKEN, class_of, find_submodules, find_weights, linear_modules, unwrap
 
 
 # Stages of a unit (the attention or a feed-forward part of a block) in the order of computation.
@@ -24,7 +24,6 @@ _NORM, _IN, _CORE, _OUT, _STAGES = 0, 1, 2, 3, 4
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"experts\.(\d+)(\.|$)")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
-_VISITED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts", "top_k")
 _FUNCTIONS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "feed_forward_proj")
 _VISITED_BY_DEFAULT = 2
 
@@ -121,11 +120,12 @@ class Structure:
     is_whole: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> Structure:
+    def of(cls, model: nn.Module, blueprint: Blueprint | None = None) -> Structure:
         """Read the structure of a model, with or without adapters, on any device, also meta.
 
         The number of heads, the experts that a token visits and the activation function come from the config of a
-        transformers model.
+        transformers model. A blueprint of single experts splits fused experts, and its token shares say how many tokens
+        visit each; without them tokens spread evenly.
 
         Example:
             >>> from peft_blueprint.testing import tiny_llama
@@ -133,12 +133,14 @@ class Structure:
             >>> len(structure.adaptable), structure.stages, structure.is_whole
             (14, 19, True)
         """
-        weights, entries = find_weights(model), find_submodules(model, include="all")
+        is_split = blueprint is not None and any(entry.form == "expert" for entry in blueprint)
+        weights, entries = find_weights(model), find_submodules(model, include="all", experts=is_split)
         settings = _settings(model)
         linear = {name for name, _ in linear_modules(model)} - {w.name for w in weights if w.form == "head"}
         norms = {w.name: class_of(w.module) is not nn.LayerNorm for w in weights if w.form == "norm"}
         head = _head_of(model)
-        built = _Builder(entries, linear, norms, settings, _causality(model)).build()
+        shares = {} if blueprint is None else _token_shares(blueprint)
+        built = _Builder(entries, linear, norms, settings, _causality(model), shares).build()
         is_tied = head is not None and not any(part.form == "head" for part in built.parts)
         d_out, d_in = (0, 0) if head is None else head
         return replace(built, vocabulary=d_out or built.vocabulary, head=d_in if is_tied else 0, is_whole=True)
@@ -147,8 +149,8 @@ class Structure:
     def of_blueprint(cls, blueprint: Blueprint) -> Structure:
         """Read from a blueprint as much of the structure as predicts ratios of time, but not bytes.
 
-        Assumes a norm before each attention and feed-forward part, and that a token visits two of the fused experts.
-        Counts the head if the blueprint has an entry for it (`include="all"`).
+        Assumes a norm before each attention and feed-forward part. A token visits as many experts as the provenance
+        says, otherwise two. Counts the head if the blueprint has an entry for it (`include="all"`).
 
         Raises:
             MismatchError: if entries have no shapes, like those of groups and layers.
@@ -162,7 +164,8 @@ class Structure:
                 "blueprint.expand(find_submodules(model)), or use Structure.of(model)."
             )
         linear = {entry.name for entry in entries if entry.form == "linear"}
-        return _Builder(entries, linear).build()
+        settings = {EXPERTS_PER_TOKEN[0]: blueprint.provenance.get("experts_per_token")}
+        return _Builder(entries, linear, settings=settings, shares=_token_shares(blueprint)).build()
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -179,6 +182,7 @@ class _Builder:
     norms: Mapping[str, bool] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     causality: Mapping[str, bool] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)  # of tokens, by the expert's unit
     parts: dict[str, Part] = field(default_factory=dict)
     sources: dict[tuple[int, str, bool, int], int] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
@@ -217,11 +221,13 @@ class _Builder:
             if entry.form in ADAPTABLE or (entry.form == "parameter" and entry.name in self.linear):
                 units.setdefault(_unit_of(entry.name), []).append(entry)
         experts = [unit for unit in units if _EXPERT.search(unit)]  # all at one stage, after the others
-        steps = [unit for unit in units if unit not in experts] + experts[:1]
+        steps = [unit for unit in units if not _EXPERT.search(unit)] + experts[:1]
         start = {unit: stage + _STAGES * i for i, unit in enumerate(steps)}
         start |= dict.fromkeys(experts, stage + _STAGES * (len(steps) - 1))
         for unit, linears in units.items():
-            self._add_unit(unit, linears, block, start[unit], self._visited / len(experts) if unit in experts else 1.0)
+            is_expert = _EXPERT.search(unit) is not None
+            share = self.shares.get(unit, 1 / len(experts)) if is_expert else 1.0
+            self._add_unit(unit, linears, block, start[unit], share * self._visited if is_expert else 1.0)
         width = next((_shape(linears[0])[-1] for linears in units.values()), 0)
         self._add_rest(members, block, [start[unit] for unit in steps] or [stage], width)
         self.operations += [Operation("residual", block, start[unit] + _OUT, width) for unit in steps]
@@ -320,7 +326,7 @@ class _Builder:
 
     @property
     def _visited(self) -> int:
-        return self._setting(_VISITED, int, _VISITED_BY_DEFAULT)
+        return self._setting(EXPERTS_PER_TOKEN, int, _VISITED_BY_DEFAULT)
 
     def _setting(self, names: Sequence[str], kind: type[_Setting], default: _Setting) -> _Setting:
         """Return the first of the config's settings that is given."""
@@ -357,6 +363,15 @@ def _unit_of(name: str) -> str:
         return f"{block}.shared_expert"
     is_router = len(path) > 1 and path[-1] in ("gate", "router", "shared_expert_gate")
     return f"{block}.router" if is_router else f"{block}.feed_forward"
+
+
+def _token_shares(blueprint: Blueprint) -> dict[str, float]:
+    """Return the share of tokens that visit each expert by its unit, where the blueprint has it."""
+    return {
+        _unit_of(entry.name): entry.token_share
+        for entry in blueprint
+        if entry.token_share is not None and _EXPERT.search(entry.name)
+    }
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Workload:
         length: tokens in an example, with padding.
         dtype: of unquantised base weights and of activations: "bfloat16", "float16" or "float32".
         quantization: of linear layers that are neither trained whole nor the head: "nf4", "fp4", "int8" or None.
+        quantized_experts: whether fused experts are held in `quantization` too, as MXFP4 checkpoints and Unsloth do;
+            bitsandbytes leaves them in `dtype`.
         double_quant: whether 4-bit scales are held in 8 bits.
         checkpointing: whether activations are recomputed in the backward pass, block by block.
         optimizer: "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit" or "sgd" (without momentum).
@@ -81,6 +83,7 @@ class Workload:
     length: int = 512
     dtype: str = "bfloat16"
     quantization: str | None = None
+    quantized_experts: bool = False
     double_quant: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
@@ -115,7 +118,7 @@ class Workload:
         is_number = isinstance(constant, int | float) and not isinstance(constant, bool)
         if constant is not None and not (is_number and 0 < constant < math.inf):  # type: ignore[operator]
             raise PlacementError(f"Workload's flops_per_byte must be a positive number, got {constant!r}.")
-        for name in ("master_weights", "head_on_targets", "answer_only"):
+        for name in ("quantized_experts", "master_weights", "head_on_targets", "answer_only"):
             if not isinstance(getattr(self, name), bool):
                 raise PlacementError(f"Workload's {name} must be true or false, got {getattr(self, name)!r}.")
         for name in ("batch_size", "length", "rank", "epochs"):
