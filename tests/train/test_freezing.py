@@ -8,7 +8,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_blueprint import BlueprintError
 from peft_blueprint.testing import tiny_llama, toy_batches
 from peft_blueprint.train import CacheFrozenPrefix, FreezeFromBelow, freeze_below, read_schedule
+from tests.fused import HAS_FUSED
 from tests.processes import error_of, gloo_process, in_two_processes
+from tests.train import test_experts
 
 
 LAYERS, EXAMPLES, STEPS = 4, 8, 2  # steps of an epoch
@@ -220,7 +222,10 @@ def test_options_it_refuses(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Under DDP with unused parameters found, both freeze alike and hold equal weights; without, it is refused."""
+    """Under DDP with unused parameters found, both freeze alike and hold equal weights; without, it is refused.
+
+    The same two processes train experts that the tokens of one of them do not reach.
+    """
     in_two_processes(__file__, tmp_path)
 
 
@@ -246,6 +251,8 @@ def _process(folder):
             both = [torch.zeros_like(own) for _ in range(2)]
             torch.distributed.all_gather(both, own)
             assert torch.equal(*both)
+        if HAS_FUSED:
+            test_experts.in_processes()
 
 
 if __name__ == "__main__":
