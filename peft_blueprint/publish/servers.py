@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -117,7 +118,7 @@ def export_for_server(
         rank=largest,
         added=tuple(zeros),
         commands=_commands(server, base, path, largest, kinds),
-        notes=tuple(_notes(server, largest, pairs)),
+        notes=tuple(_notes(server, path, largest, pairs)),
     )
 
 
@@ -188,7 +189,7 @@ def _commands(server: Server, base: str, path: Path, rank: int, kinds: list[str]
     return convert, modelfile, f"ollama create {name} -f Modelfile"
 
 
-def _notes(server: Server, rank: int, pairs: list[PairOfFile]) -> list[str]:
+def _notes(server: Server, path: Path, rank: int, pairs: list[PairOfFile]) -> list[str]:
     notes = []
     if server == "vllm" and rank > _SMALL_RANK:
         reserved = next(served for served in SERVER_RANKS if served >= rank)
@@ -199,7 +200,8 @@ def _notes(server: Server, rank: int, pairs: list[PairOfFile]) -> list[str]:
     if server in ("tgi", "lorax") and rank > _FAST_RANK:
         notes.append(f"Above rank {_FAST_RANK} no fused kernel is used, which is slower.")
     if server == "lorax":
-        notes.append('Requests name the adapter: {"adapter_id": "FOLDER", "adapter_source": "local"}.')
+        request = json.dumps({"adapter_id": str(path), "adapter_source": "local"})
+        notes.append(f"Requests name the adapter in their parameters: {request}.")
     if server in ("llama.cpp", "ollama"):
         notes.append(
             "convert_lora_to_gguf.py is a script of llama.cpp's repository; it reads the base model's config."
