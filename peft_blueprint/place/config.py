@@ -7,6 +7,7 @@ PEFT's operations on LoRA work, and a saved adapter loads where this package is 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -481,6 +482,11 @@ def _check_placement(placement: Placement, model: nn.Module, config: BlueprintCo
         )
     others = [name for name in config.modules_to_save or () if name not in placement.unfreeze]
     for name in placement.unfreeze:
+        if "x" in inspect.signature(ModulesToSaveWrapper.forward).parameters and "att" in name.rpartition(".")[2]:
+            raise PlacementError(
+                f"Unfreezing {name!r} needs PEFT 0.20 or newer: the copy that older ones train cannot be called with keywords "
+                "alone, as attention blocks are. Update PEFT, or place adapters only (mode='lora')."
+            )
         inside = [n for n in modules if n.startswith(name + ".")]
         saved = [n for n in inside if n.endswith(tuple(others))]
         kept = [n for n in inside if _is_excluded(n, config.exclude_modules)]

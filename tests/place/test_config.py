@@ -19,11 +19,13 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.hotswap import hotswap_adapter
 
 from peft_blueprint import Blueprint, BlueprintConfig, BlueprintError, plan_placement
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure.submodules import linear_modules
+from peft_blueprint.place import Placement
 from peft_blueprint.place.config import extend_peft_type
 from peft_blueprint.testing import randomize_adapters, tiny_gpt2, tiny_llama, toy_batches
 
@@ -367,3 +369,16 @@ def test_a_blueprint_object_and_its_file_give_the_same_config(blueprint, tmp_pat
     }
     assert len(selections) == 1
     assert Blueprint.from_pretrained(tmp_path) == blueprint
+
+
+def test_an_attention_block_is_not_unfrozen_by_a_peft_that_cannot_call_its_copy(monkeypatch):
+    """As before PEFT 0.20; feed-forward blocks are, and adapters anywhere."""
+    monkeypatch.setattr(ModulesToSaveWrapper, "forward", lambda self, x, *args, **kwargs: self.original_module(x))
+
+    def config(**kind):
+        return BlueprintConfig(placement=Placement("m", kind.get("lora", ()), kind.get("unfreeze", ()), "even", "none"))
+
+    block = "model.layers.1.self_attn"
+    with pytest.raises(PlacementError, match=f"Unfreezing '{block}' needs PEFT 0.20 or newer"):
+        get_peft_model(tiny_llama(), config(unfreeze=(block,)))
+    get_peft_model(tiny_llama(), config(unfreeze=("model.layers.1.mlp",), lora=(f"{block}.q_proj",)))
