@@ -427,7 +427,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         if placement.ranks:
             settings = lora_settings(placement, r=rank, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora)
             self.r, self.rank_pattern = settings.r, settings.rank_pattern
-            self.lora_alpha, self.alpha_pattern = settings.lora_alpha, settings.alpha_pattern  # type: ignore[assignment]
+            self.lora_alpha, self.alpha_pattern = settings.lora_alpha, settings.alpha_pattern
 
 
 def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:

@@ -395,7 +395,7 @@ class PlacementSolver:
     def _entries_of(self, units: Sequence[Submodule]) -> list[Submodule]:
         """Return the entries of units: themselves, or the members of groups and blocks."""
         return [
-            entry for unit in units for entry in self._groups.get(unit.name) or self.members.get(unit.name, (unit,))
+            entry for unit in units for entry in self._groups.get(unit.name) or self.members.get(unit.name, [unit])
         ]
 
     def _covering_picker(self, scores: Mapping[str, float]) -> Callable[[Sequence[Submodule]], Picker]:
