@@ -84,17 +84,32 @@ class Quantity:
 
 
 def measured(value: float, source: str) -> Quantity:
-    """Return a quantity read from a clock, a counter or a meter."""
+    """Return a quantity read from a clock, a counter or a meter.
+
+    Example:
+        >>> measured(3.2, "clock").how
+        'measured'
+    """
     return Quantity(value, "measured", source)
 
 
 def modelled(value: float, source: str) -> Quantity:
-    """Return a quantity that a model or an assumption is involved in."""
+    """Return a quantity that a model or an assumption is involved in.
+
+    Example:
+        >>> modelled(4e12, "CostModel").how
+        'modelled'
+    """
     return Quantity(value, "modelled", source)
 
 
 def absent(why: str) -> Quantity:
-    """Return a quantity without a value, and the reason."""
+    """Return a quantity without a value, and the reason.
+
+    Example:
+        >>> absent("no energy meter").value is None
+        True
+    """
     return Quantity(None, "absent", why)
 
 
@@ -123,6 +138,10 @@ def largest(quantities: Iterable[Quantity]) -> Quantity:
 
     Raises:
         BlueprintError: if there are none.
+
+    Example:
+        >>> largest([measured(2.0, "first process"), measured(3.0, "second process")]).value
+        3.0
     """
     return _combine(quantities, max)
 
@@ -214,7 +233,12 @@ def format_number(value: float | None) -> str:
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite int or float, and not a bool."""
+    """Whether a value is a finite int or float, and not a bool.
+
+    Example:
+        >>> is_finite_number(1.5), is_finite_number(True), is_finite_number(float("nan"))
+        (True, False, False)
+    """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max  # math.isfinite fails for integers beyond it

@@ -193,7 +193,12 @@ def direction_of(metric: str) -> Direction:
 
 
 def jsonable(value: Any) -> Any:
-    """Convert a value to plain JSON: sets sorted, enumerations by value, other objects as text, NaN as null."""
+    """Convert a value to plain JSON: sets sorted, enumerations by value, other objects as text, NaN as null.
+
+    Example:
+        >>> jsonable({"targets": {"v_proj", "q_proj"}, "loss": float("nan")})
+        {'targets': ['q_proj', 'v_proj'], 'loss': None}
+    """
     if isinstance(value, enum.Enum):
         return jsonable(value.value)
     if value is None or isinstance(value, str | bool | int):

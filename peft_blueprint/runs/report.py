@@ -190,14 +190,26 @@ def make_report(
 
 
 def series(record: RunRecord, resource: str | None, metric: str) -> tuple[tuple[float, float], ...]:
-    """Return (spent, metric) of each evaluation that has both, finite; (step, metric) if the resource is None."""
+    """Return (spent, metric) of each evaluation that has both, finite; (step, metric) if the resource is None.
+
+    Example:
+        >>> points = (Point(0, {}, {"loss": 3.0}), Point(9, {"seconds": 6.0}, {"loss": 2.1}))
+        >>> series(RunRecord("a", "loss", "minimize", "seconds", points=points), "seconds", "loss")
+        ((0.0, 3.0), (6.0, 2.1))
+    """
     return tuple((x, y) for x, y, _ in series_with_errors(record, resource, metric))
 
 
 def series_with_errors(
     record: RunRecord, resource: str | None, metric: str
 ) -> tuple[tuple[float, float, float | None], ...]:
-    """Return what `series` does, and the metric's standard error at each evaluation; None where it has none."""
+    """Return what `series` does, and the metric's standard error at each evaluation; None where it has none.
+
+    Example:
+        >>> points = (Point(9, {"seconds": 6.0}, {"loss": 2.1, "loss_stderr": 0.1}),)
+        >>> series_with_errors(RunRecord("a", "loss", "minimize", "seconds", points=points), "seconds", "loss")
+        ((6.0, 2.1, 0.1),)
+    """
     if resource is not None and not any(resource in point.spent for point in record.points):
         return ()  # otherwise the untrained model alone would have a point
     found = ((_spent_at(point, resource), point.metrics.get(metric), point) for point in record.points)
