@@ -138,6 +138,17 @@ def reconcile(
     Raises:
         DriftError: under the policy `error`.
         BlueprintError: for an unknown policy.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> norms = {"local": [1.0, 2.0, 3.0, 4.0], "published": [2.0, 4.0, 6.0, 8.0]}
+        >>> both = {
+        ...     name: Blueprint("org/m", tuple(Submodule(f"layers.{i}.q_proj", n, kind="q_proj") for i, n in enumerate(values)))
+        ...     for name, values in norms.items()
+        ... }
+        >>> blended = reconcile(both["published"], both["local"], weight=0.5)
+        >>> [entry.gradient_norm for entry in blended]
+        [2.0, 4.0, 6.0, 8.0]
     """
     if policy not in ("warn", "error", "refresh", "coarsen"):
         raise BlueprintError(f"policy must be warn, error, refresh or coarsen, got {policy!r}.")

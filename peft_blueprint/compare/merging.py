@@ -48,6 +48,13 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
 
     Raises:
         BlueprintError: if there are none.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> one = Blueprint("org/m", (Submodule("layers.0.q_proj", 1.0, examples=10),))
+        >>> merged, notes = merge_all({"one": one, "other": one})  # neither has a data digest
+        >>> len(merged), len(notes)
+        (1, 2)
     """
     if not blueprints:
         raise BlueprintError("Merging needs at least one blueprint.")
@@ -74,7 +81,12 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
 
 
 def parts_of(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the provenances of a merged blueprint's parts, or a blueprint's own in a list."""
+    """Return the provenances of a merged blueprint's parts, or a blueprint's own in a list.
+
+    Example:
+        >>> parts_of({"data": "math.jsonl"})
+        [{'data': 'math.jsonl'}]
+    """
     merged = provenance.get("merged")
     if not isinstance(merged, Sequence) or not merged or not all(isinstance(part, Mapping) for part in merged):
         return [provenance]
@@ -87,7 +99,12 @@ def has_privacy(blueprint: Blueprint) -> bool:
 
 
 def reference_of(part: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return name and data digest of a measurement's first domain, which its norms are over; None where unknown."""
+    """Return name and data digest of a measurement's first domain, which its norms are over; None where unknown.
+
+    Example:
+        >>> reference_of({"domains": {"math": {"data_digest": "sha256:1"}}})
+        ('math', 'sha256:1')
+    """
     domains = part.get("domains")
     if not isinstance(domains, Mapping) or not domains:
         return None, None

@@ -131,13 +131,27 @@ def read_sources(
     Raises:
         BlueprintError: naming the source that is missing or not a blueprint; if there are no sources, or none is a
             blueprint; for an unknown `on_error`.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint import Submodule
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Blueprint("org/m", (Submodule("layers.0.q_proj", 1.0),)).save(folder)
+        ...     blueprints, skipped = read_sources(str(path))
+        >>> len(blueprints), skipped
+        (1, {})
     """
     skipped: dict[str, str] = {}
     return dict(_each(sources, on_error, skipped, progress)), skipped
 
 
 def describe_skipped(skipped: Mapping[str, str]) -> str:
-    """Return a text that names the skipped sources and the reasons."""
+    """Return a text that names the skipped sources and the reasons.
+
+    Example:
+        >>> describe_skipped({"broken.json": "it is not valid JSON"})
+        'Sources skipped: 1. it is not valid JSON'
+    """
     return f"Sources skipped: {len(skipped)}. " + " ".join(skipped.values())
 
 
@@ -158,6 +172,12 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     Raises:
         BlueprintError: for another suffix, no rows, a column of several types or of nested values, or if the file
             cannot be written; the old file is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_table([{"id": "a", "gradient_norm": 1.5}], f"{folder}/table.csv").read_text().split()
+        ['"id","gradient_norm"', '"a",1.5']
     """
     path = Path(path)
     require_table_format(path)
@@ -188,7 +208,11 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
 
 def require_table_format(path: Path) -> None:
-    """Raise BlueprintError, with a list of the formats, unless a path's suffix names one."""
+    """Raise BlueprintError, with a list of the formats, unless a path's suffix names one.
+
+    Example:
+        >>> require_table_format(Path("table.parquet"))
+    """
     if path.suffix not in FORMATS:
         raise BlueprintError(f"A table's file name must end in {', '.join(FORMATS)}, got {str(path)!r}.")
 
@@ -322,7 +346,12 @@ def _largest(privacy: Iterable[Any], key: str) -> float | None:
 
 
 def join_unique(values: Iterable[Any]) -> str | None:
-    """Join values as text, each once."""
+    """Join values as text, each once.
+
+    Example:
+        >>> join_unique(["math", "law", "math", None])
+        'math; law'
+    """
     texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values if value]
     return "; ".join(dict.fromkeys(texts)) or None
 
