@@ -17,6 +17,7 @@ Form = Literal["linear", "experts", "expert", "embedding", "convolution", "norm"
 
 
 ADAPTABLE = ("linear", "experts", "expert")  # the forms that an adapter is put on
+_BY_TOKEN = ("embedding", "head", "bias")  # forms whose rows may be tokens or classes
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 
@@ -123,6 +124,26 @@ class Submodule:
     def d_in(self) -> int:
         """Columns of the gradient as a matrix, the weight's last dimension; 1 for a vector."""
         return self.shape[-1] if self.shape is not None and len(self.shape) > 1 else 1
+
+    def fits(self, shape: tuple[int, ...], in_any_order: bool = False) -> bool:
+        """Return whether a model's weight of this shape may be this entry's; any may if the entry has no shape.
+
+        Embeddings, heads and biases may have another number of rows, one for each token, class or position: no adapter
+        goes there, and a resized vocabulary changes it.
+
+        Args:
+            shape: of the weight.
+            in_any_order: whether its dimensions may be stored the other way round.
+
+        Example:
+            >>> Submodule("embed_tokens", shape=(97, 32), form="embedding").fits((128, 32))
+            True
+        """
+        if self.shape is None or self.shape == shape:
+            return True
+        if self.form in _BY_TOKEN and len(self.shape) == len(shape) and self.shape[1:] == shape[1:]:
+            return True
+        return in_any_order and sorted(self.shape) == sorted(shape)
 
     @property
     def parameters(self) -> int | None:

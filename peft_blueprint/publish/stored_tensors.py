@@ -27,7 +27,7 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     """Require that a model's stored tensors include every entry of a blueprint, in the same shape.
 
     A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantised, or as
-    one tensor per expert. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of
+    one tensor per expert; embeddings, heads and biases may have another number of rows. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of
     groups or layers must have no more blocks than the model.
 
     Args:
@@ -64,7 +64,7 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
         found_shape = tensors[stored] if stored is not None else None
         if entry.shape is None or found_shape is None or found_shape[0] not in _PLAIN:
             continue
-        if sorted(entry.shape) != sorted(found_shape[1]):
+        if not entry.fits(found_shape[1], in_any_order=True):
             raise MismatchError(
                 f"{entry.name!r} is {shape_str(entry.shape)} in the blueprint of {blueprint.model_id!r}, and "
                 f"{stored!r} is {shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. "

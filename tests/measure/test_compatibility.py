@@ -5,12 +5,41 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
-from peft_blueprint import BlueprintConfig, generate_blueprint
+from peft_blueprint import Blueprint, BlueprintConfig, generate_blueprint
 from peft_blueprint.blueprint.entry import Submodule
 from peft_blueprint.errors import MismatchError
+from peft_blueprint.measure import find_submodules
 from peft_blueprint.measure.compatibility import WEIGHTS_DIGEST, check_fits, check_weights, weights_digest
-from peft_blueprint.testing import quantize, tiny_llama, toy_batches
+from peft_blueprint.publish import embed
+from peft_blueprint.testing import quantize, random_model, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, toy_batches
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+RESIZABLE = {  # with an untied, a tied and a shared table, with a head's bias, and stored under other names
+    "tiny_llama": tiny_llama,
+    "tied": lambda: tiny_llama(1, tie_word_embeddings=True),
+    "tiny_gpt2": tiny_gpt2,
+    "tiny_t5": tiny_t5,
+    "Phi": lambda: random_model(PhiForCausalLM, PhiConfig(vocab_size=97, pad_token_id=0, **SMALL)),
+    "BERT": lambda: random_model(BertForMaskedLM, BertConfig(vocab_size=97, **SMALL)),
+    "LLaVA": lambda: random_model(
+        LlavaForConditionalGeneration,
+        LlavaConfig(
+            text_config=LlamaConfig(vocab_size=97, **SMALL), vision_config=CLIPVisionConfig(image_size=16, **SMALL)
+        ),
+    ),
+}
 
 
 def named(name, commit=None):
@@ -89,18 +118,27 @@ def test_an_entry_that_is_none_of_the_models_is_named(blueprint):
         check_fits(odd, tiny_llama(layers=12))
 
 
-@pytest.mark.parametrize("tokens", [90, 128])
-def test_a_resized_vocabulary_fits(tokens):
-    """No adapter goes on embeddings and heads, whose rows are tokens; another width is another model."""
-    model = tiny_llama()
-    blueprint = generate_blueprint(model, toy_batches(examples=2), include="all", bootstrap=20, progress=False)
-    model.resize_token_embeddings(tokens)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The blueprint of .* other submodules")
-        check_fits(blueprint, model)
+@pytest.mark.parametrize("build", RESIZABLE.values(), ids=RESIZABLE)
+def test_a_resized_vocabulary_fits(build, tmp_path):
+    """The model and its files: no adapter goes on embeddings and heads, whose rows are tokens; another width is not."""
+    model = build()
+    entries = tuple(replace(row, gradient_norm=1.0) for row in find_submodules(model, include="all"))
+    blueprint = Blueprint("org/model", entries)
     wide = tuple(
         replace(entry, shape=(entry.shape[0], 2 * entry.shape[1])) if entry.form == "embedding" else entry
         for entry in blueprint
     )
-    with pytest.raises(MismatchError, match="embed_tokens.*another size"):
-        check_fits(replace(blueprint, submodules=wide), model)
+    for tokens in (90, 128):
+        model.resize_token_embeddings(tokens)
+        check_fits(blueprint, model)
+        model.save_pretrained(tmp_path)
+        embed(blueprint, tmp_path, progress=False)
+    for check in (lambda of: check_fits(of, model), lambda of: embed(of, tmp_path, progress=False)):
+        with pytest.raises(MismatchError, match="another size|does not fit"):
+            check(replace(blueprint, submodules=wide))
+
+
+def test_another_number_of_classes_fits():
+    """Of a classifier, whose rows and bias are classes."""
+    entries = tuple(replace(row, gradient_norm=1.0) for row in find_submodules(tiny_bert(labels=3), include="all"))
+    check_fits(Blueprint("org/model", entries), tiny_bert(labels=5))
