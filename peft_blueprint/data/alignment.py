@@ -145,6 +145,13 @@ def find_rows(influence: Influence, submodules: Sequence[str] | None) -> list[in
 
     Raises:
         MismatchError: for a name that was not measured.
+
+    Example:
+        >>> from peft_blueprint.measure import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> influence = measure_influence(tiny_llama(layers=1), toy_batches(examples=2), progress=False)
+        >>> find_rows(influence, ["model.layers.0.self_attn.v_proj"])
+        [2]
     """
     if submodules is None:
         return list(range(len(influence.submodules)))

@@ -90,6 +90,12 @@ def train_briefly(
 
     Raises:
         MeasurementError: if no parameter requires a gradient.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+        >>> train_briefly(tiny_llama(), rows, 2, batch_size=1, pad_token_id=0)  # tokens
+        6
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:

@@ -35,6 +35,15 @@ def read_examples(
 
     Raises:
         BlueprintError: if the file does not exist, cannot be read, or lacks these columns.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "train.jsonl"
+        ...     _ = path.write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}))
+        ...     read_examples(str(path))
+        [{'prompt': '1 + 1 =', 'completion': ' 2'}]
     """
     table = read_table(source, split=split)
     names = {name: (columns or {}).get(name, name) for wanted in COLUMN_SETS for name in wanted}

@@ -196,13 +196,21 @@ def continue_table(path: Path, rows: Iterable[Mapping[str, Any]], done: int = 0)
 
 
 def require_format(path: Path) -> None:
-    """Raise BlueprintError if `write_table` does not know the file's ending."""
+    """Raise BlueprintError if `write_table` does not know the file's ending.
+
+    Example:
+        >>> require_format(Path("chosen.jsonl"))
+    """
     if path.suffix not in WRITABLE:
         raise BlueprintError(f"{path} must end in one of {', '.join(WRITABLE)}.")
 
 
 def require_storable(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Raise BlueprintError if `write_table` could not write these rows there; writes nothing."""
+    """Raise BlueprintError if `write_table` could not write these rows there; writes nothing.
+
+    Example:
+        >>> require_storable(Path("chosen.csv"), [{"text": "one"}])
+    """
     require_format(path)
     _write(BytesIO(), path, rows)
 
@@ -213,6 +221,9 @@ def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = No
     Args:
         columns: the data's own names, as `{"prompt": "question"}`.
         there: the data's columns, where they are known.
+
+    Example:
+        >>> require_columns({"prompt": "question"}, there=["question", "answer"])
     """
     known = [name for names in COLUMN_SETS for name in names]
     unknown = [str(key) for key in columns if key not in known]
