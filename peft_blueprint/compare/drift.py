@@ -143,7 +143,7 @@ def reconcile(
         >>> from peft_blueprint import Submodule
         >>> norms = {"local": [1.0, 2.0, 3.0, 4.0], "published": [2.0, 4.0, 6.0, 8.0]}
         >>> both = {
-        ...     name: Blueprint("org/m", tuple(Submodule(f"layers.{i}.q_proj", n, kind="q_proj") for i, n in enumerate(values)))
+        ...     name: Blueprint("m", tuple(Submodule(f"layers.{i}.q", n, kind="q") for i, n in enumerate(values)))
         ...     for name, values in norms.items()
         ... }
         >>> blended = reconcile(both["published"], both["local"], weight=0.5)

@@ -52,7 +52,7 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
     Example:
         >>> from peft_blueprint import Submodule
         >>> one = Blueprint("org/m", (Submodule("layers.0.q_proj", 1.0, examples=10),))
-        >>> merged, notes = merge_all({"one": one, "other": one})  # neither has a data digest
+        >>> merged, notes = merge_all({"one": one, "same": one})
         >>> len(merged), len(notes)
         (1, 2)
     """
