@@ -147,15 +147,16 @@ class Search:
         smallest = [self._smallest(pool, is_enough) for pool in self._pools()]
         found = [choice for choice in smallest if choice is not None and fits(choice)]
         if not found:
-            found = [c for c in (*self._fitting(fits), *self._everything()) if is_enough(c) and fits(c)]
+            fitting = [choice for choice in (*self._fitting(fits), *self._everything()) if fits(choice)]
+            found = [choice for choice in fitting if is_enough(choice)]
         if not found:
             assert budget is not None  # all units together retain everything
-            most = self.within(budget)
             nearest = _nearest([choice for choice in self._everything() if is_enough(choice)], budget)
+            most = max((choice.gain for choice in fitting), default=0.0)
+            advice = f"Lower keep to {_rounded_down(most)}, or raise the budget" if most else "Raise the budget"
             raise PlacementError(
-                f"keep={share:g} cannot be met within {budget}, which allows {most.gain:.1%} of the predicted gain. Lower "
-                f"keep to {_rounded_down(most.gain)}, or raise the budget to at least "
-                f"{_written(nearest, budget.exceeded(nearest.costs))}."
+                f"keep={share:g} cannot be met within {budget}, which allows {most:.1%} of the predicted gain. {advice} to "
+                f"at least {_written(nearest, budget.exceeded(nearest.costs))}."
             )
         return min(found, key=lambda choice: (choice.costs["time"], choice.costs["parameters"]))
 
