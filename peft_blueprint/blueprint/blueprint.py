@@ -497,12 +497,28 @@ def extract(path: str | Path) -> Blueprint:
     Raises:
         BlueprintError: if there is none, or a file is missing.
         FormatError: if it is not a blueprint.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from peft_blueprint.publish import embed
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = save_tiny_model(Path(folder) / "model")
+        ...     written = embed(Blueprint("org/m", (Submodule("model.layers.0.mlp.up_proj", 1.0),)), model, progress=False)
+        ...     extract(model).names
+        ('model.layers.0.mlp.up_proj',)
     """
     return from_dict(*read_embedded(path))
 
 
 def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
-    """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries."""
+    """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries.
+
+    Example:
+        >>> one = Blueprint("org/model", (Submodule("layers.0.q_proj", 1.0),))
+        >>> require_same_names(one, one, "compared")
+    """
     only_a = [n for n in a.names if n not in set(b.names)]
     only_b = [n for n in b.names if n not in set(a.names)]
     if only_a or only_b:

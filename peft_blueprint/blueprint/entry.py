@@ -184,7 +184,12 @@ _ROUNDING = 1e-6  # relative, of the bootstrap's sums
 
 
 def norm_of(entry: Submodule) -> float:
-    """Return the entry's gradient norm, which every entry of a `Blueprint` has."""
+    """Return the entry's gradient norm, which every entry of a `Blueprint` has.
+
+    Example:
+        >>> norm_of(Submodule("layers.0.q_proj", 1.5))
+        1.5
+    """
     assert entry.gradient_norm is not None
     return entry.gradient_norm
 
@@ -302,7 +307,12 @@ def check_text(text: str, what: str, limit: int = MAX_NAME) -> None:
 
 
 def unit_of(entry: Submodule, level: Level) -> str:
-    """Return the id of the entry's group or layer, or its own name where it belongs to none."""
+    """Return the id of the entry's group or layer, or its own name where it belongs to none.
+
+    Example:
+        >>> unit_of(Submodule("layers.0.q_proj", 1.5, depth=0, group="attn.0"), "group")
+        'attn.0'
+    """
     if level == "group" and entry.group is not None:
         return entry.group
     if level == "layer":

@@ -72,6 +72,11 @@ def metadata_of_prefix(data: bytes, source: str, size: int | None = None) -> tup
     Raises:
         FormatError: for a length beyond the file or `HEADER_LIMIT`, invalid JSON, metadata other than text by text, a
             key twice.
+
+    Example:
+        >>> from safetensors.numpy import save
+        >>> metadata_of_prefix(save({}, {"format": "pt"}), "model.safetensors")[0]
+        {'format': 'pt'}
     """
     if len(data) < 8:
         if size is not None and size < 8:
@@ -141,6 +146,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         BlueprintError: if the file does not exist or cannot be read.
         FormatError: as `metadata_of_prefix`.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({}, f"{folder}/m.safetensors", {"format": "pt"})
+        ...     read_metadata(f"{folder}/m.safetensors")
+        {'format': 'pt'}
     """
     with _opened(Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
@@ -199,6 +212,15 @@ def replace_metadata(path: str | Path, changes: Mapping[str, str | None], progre
             keep its owner, the disk has no room for it twice, or its header would pass `HEADER_LIMIT`; it is unchanged
             then.
         FormatError: as `read_header`.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({}, f"{folder}/m.safetensors", {"format": "pt", "old": "1"})
+        ...     changed = replace_metadata(f"{folder}/m.safetensors", {"old": None, "new": "2"}, progress=False)
+        ...     changed, read_metadata(f"{folder}/m.safetensors")
+        (True, {'new': '2', 'format': 'pt'})
     """
     path = Path(path)
     with _opened(path) as file:

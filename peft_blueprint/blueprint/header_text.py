@@ -44,6 +44,10 @@ def from_header_text(text: str, source: str = "the header") -> Any:
 
     Raises:
         FormatError: if it is not JSON or its lists do not fit together; names `source`.
+
+    Example:
+        >>> from_header_text('{"model_id": "org/model", "layers": []}')["model_id"]
+        'org/model'
     """
     record = loads(text, source)
     if has_arrays(record):
@@ -144,6 +148,10 @@ def rounded(record: Mapping[str, Any], digits: int = 4) -> dict[str, Any]:
 
     Raises:
         BlueprintError: for digits outside 1 to 17.
+
+    Example:
+        >>> rounded({"layers": [{"id": "a", "gradient_norm": 1.23456789}]}, digits=3)["layers"]
+        [{'id': 'a', 'gradient_norm': 1.23}]
     """
     if not 1 <= digits <= 17:
         raise BlueprintError(f"digits must be from 1 to 17, got {digits}. A double has at most 17 significant digits.")

@@ -91,6 +91,9 @@ def require_token(repo_id: str, token: str | bool | None) -> None:
     Args:
         repo_id: repository named in the message.
         token: as for `huggingface_hub`: a token, True or None for the saved one, False for none.
+
+    Example:
+        >>> require_token("org/model", "hf_example")
     """
     try:
         headers = build_hf_headers(token=token)
@@ -166,7 +169,14 @@ def _texts_of(error: BaseException | None) -> Iterator[str]:
 
 
 def status_of(error: HfHubHTTPError) -> int:
-    """Return the HTTP status of an answer, or 0 without one."""
+    """Return the HTTP status of an answer, or 0 without one.
+
+    Example:
+        >>> import httpx
+        >>> answer = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
+        >>> status_of(HfHubHTTPError("not found", response=answer))
+        404
+    """
     response = error.response
     return 0 if response is None else int(response.status_code)
 

@@ -41,6 +41,13 @@ def find_model_files(path: Path) -> ModelFiles:
     Raises:
         BlueprintError: if there is no model in safetensors.
         FormatError: if the index is not one.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     find_model_files(save_tiny_model(Path(folder) / "model")).tensors.name
+        'model.safetensors'
     """
     if path.is_dir():
         if (path / MODEL_FILE).exists():

@@ -43,6 +43,13 @@ def read_text(path: str | Path, limit: int = MAX_BYTES, what: str = "blueprint")
     Raises:
         BlueprintError: if the file does not exist or cannot be read.
         FormatError: if it is too large, a device or a pipe, or no text.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     file.write("{}") and file.flush()
+        ...     read_text(file.name)
+        '{}'
     """
     path = Path(path)
     try:
@@ -70,6 +77,10 @@ def loads(text: str, source: str = "the text") -> Any:
 
     Raises:
         FormatError: if it is not such JSON; names `source`.
+
+    Example:
+        >>> loads('{"gradient_norm": 1.5}')
+        {'gradient_norm': 1.5}
     """
     try:
         return _parse(text)
