@@ -52,6 +52,15 @@ def embed(
         BlueprintError: if a file is missing, is the Hub's cache's, cannot be written, or the text is longer than 8 MB.
         MismatchError: if the blueprint is not of this model.
         FormatError: if a file is not a safetensors file or index.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint import Submodule
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> blueprint = Blueprint("org/model", (Submodule("model.layers.0.mlp.up_proj", 1.0),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in embed(blueprint, save_tiny_model(Path(folder) / "model"), progress=False)]
+        ['model.safetensors']
     """
     files = find_model_files(Path(path))
     if check:
@@ -87,6 +96,17 @@ def remove(path: str | Path, *, progress: bool = True) -> list[Path]:
     Raises:
         BlueprintError: if a file is missing, is the Hub's cache's, or cannot be written.
         FormatError: if a file is not a safetensors file or index.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint import Submodule
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> blueprint = Blueprint("org/model", (Submodule("model.layers.0.mlp.up_proj", 1.0),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = save_tiny_model(Path(folder) / "model")
+        ...     written = embed(blueprint, model, progress=False)
+        ...     [path.name for path in remove(model, progress=False)], remove(model, progress=False)
+        (['model.safetensors'], [])
     """
     return _write(find_model_files(Path(path)), {JSON_KEY: None, VERSION_KEY: None}, progress)
 

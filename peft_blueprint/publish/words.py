@@ -64,12 +64,24 @@ def format_rate(value: float | None, report: Report) -> str:
 
 
 def rate(value: float | None, report: Report) -> float | None:
-    """Convert an improvement per base unit of the resource, as in `Row`, to that per `per_unit`."""
+    """Convert an improvement per base unit of the resource, as in `Row`, to that per `per_unit`.
+
+    Example:
+        >>> from peft_blueprint.runs import RunRecord, make_report, measured
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", totals={"seconds": measured(605.0, "clock")})
+        >>> rate(0.002, make_report([run]))  # of a second, to that of a minute
+        0.12
+    """
     return None if value is None else value * _unit(report)[0]
 
 
 def format_multiple(value: float | None) -> str:
-    """Format a ratio, such as `1.80 ×`; `–` for None."""
+    """Format a ratio, such as `1.80 ×`; `–` for None.
+
+    Example:
+        >>> format_multiple(1.8), format_multiple(None)
+        ('1.80 ×', '–')
+    """
     return ABSENT if value is None else f"{value:.2f} ×" if abs(value) < 100 else f"{value:,.0f} ×"
 
 
@@ -199,7 +211,15 @@ def describe_run(row: Row, report: Report) -> str:
 
 
 def describe_stop(row: Row) -> list[str]:
-    """Return the stopping rule's decision, its reason and its proposal as sentences; none for a run without a rule."""
+    """Return the stopping rule's decision, its reason and its proposal as sentences; none for a run without a rule.
+
+    Example:
+        >>> from peft_blueprint.runs import RunRecord, make_report
+        >>> stopping = {"stopped": True, "step": 600, "reason": "Below the threshold."}
+        >>> run = RunRecord("lora", "eval_loss", "minimize", "seconds", stopping=stopping)
+        >>> describe_stop(make_report([run]).rows[0])
+        ['Stopped at step 600.', 'Below the threshold.']
+    """
     stopping = row.record.stopping
     if not stopping:
         return []
