@@ -44,7 +44,14 @@ def take_examples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     loss_fn: LossFunction | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield batches as `as_batches` does, on the model's device, until `max_examples` were taken."""
+    """Yield batches as `as_batches` does, on the model's device, until `max_examples` were taken.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> taken = take_examples(tiny_llama(), toy_batches(examples=8), max_examples=4)
+        >>> sum(len(batch["input_ids"]) for batch in taken)
+        4
+    """
     device, left = input_device(model), max_examples
     if left == 0:  # another process has them all
         return
@@ -114,7 +121,13 @@ def as_batches(
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's inputs; None if its own hooks move them, because its weights are offloaded."""
+    """Return the device of a model's inputs; None if its own hooks move them, because its weights are offloaded.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> input_device(tiny_llama())
+        device(type='cpu')
+    """
     is_elsewhere = any(
         p.is_meta or is_sharded(p) and p.device.type != p.device_mesh.device_type for p in model.parameters()
     )
@@ -128,6 +141,16 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
 
     Raises:
         BlueprintError: if no example is left, or one cannot be encoded.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from transformers import AutoTokenizer
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(Path(folder) / "model"))
+        >>> encode([{"prompt": "1 2", "completion": " 3"}], tokenizer)[0]["labels"][:2]
+        [-100, -100]
     """
     return list(_encoded(examples, tokenizer, max_length))
 

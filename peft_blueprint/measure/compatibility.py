@@ -29,6 +29,11 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
 
     Raises:
         MismatchError: if an entry is missing in the model or has another shape.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> check_fits(Blueprint("org/m", (Submodule("model.layers.0.self_attn.q_proj", 1.0),)), tiny_llama())
     """
     shapes = {weight.name: weight.shape for weight in find_weights(model)}
     missing = [entry.name for entry in blueprint if entry.name not in shapes]

@@ -242,6 +242,11 @@ def fit_gamma(fractions: ArrayLike, mass: ArrayLike) -> tuple[float, float]:
 
     Raises:
         BlueprintError: without a fraction below 1.
+
+    Example:
+        >>> gamma, residual = fit_gamma([0.25, 0.5, 1.0], [0.5, 0.25**0.25, 1.0])
+        >>> round(gamma, 6), residual < 1e-9
+        (0.5, True)
     """
     log_k, log_mass = (np.log(np.asarray(values, dtype=float)) for values in (fractions, mass))
     if not log_k.any():

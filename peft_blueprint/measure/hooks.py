@@ -151,6 +151,13 @@ def measurement_mode(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterato
     Raises:
         MeasurementError: if the model is being measured already, or its weights are on the meta device or were made in
             inference mode.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = tiny_llama()
+        >>> with measurement_mode(model):
+        ...     any(parameter.requires_grad for parameter in model.parameters())
+        False
     """
     _require_weights(model)
     with borrowed(model, values, is_exclusive=True):
@@ -172,7 +179,14 @@ def measurement_mode(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterato
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Set a module's rates of dropped values and layers to zero, and those of its configuration."""
+    """Set a module's rates of dropped values and layers to zero, and those of its configuration.
+
+    Example:
+        >>> dropout = nn.Dropout(0.1)
+        >>> disable_dropout(dropout)
+        >>> dropout.p
+        0.0
+    """
     holders: list[Any] = [module]
     if isinstance(getattr(module, "config", None), PretrainedConfig):  # a copy, because modules share it
         module.config = copy.copy(module.config)

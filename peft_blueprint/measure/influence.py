@@ -326,7 +326,12 @@ def _merged_routing(parts: Sequence[Influence]) -> Tensor | None:
 
 
 def joined_digest(digests: Sequence[str]) -> str:
-    """Combine the digests of several parts of the data, in order; a single digest stays."""
+    """Combine the digests of several parts of the data, in order; a single digest stays.
+
+    Example:
+        >>> joined_digest(["sha256:1"]), joined_digest(["sha256:1", "sha256:2"])[:7]
+        ('sha256:1', 'sha256:')
+    """
     if len(digests) == 1:
         return digests[0]
     return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"

@@ -105,6 +105,15 @@ def load_tokenizer(name: str, options: LoadOptions | None = None) -> PreTrainedT
 
     Raises:
         BlueprintError: if it cannot be loaded.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tokenizer = load_tokenizer(str(save_tiny_model(Path(folder) / "model")))
+        >>> tokenizer.vocab_size > 90
+        True
     """
     settings = _source(options or LoadOptions())
     tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name, **settings))
@@ -160,6 +169,10 @@ def dtype_of(name: str, is_quantized: bool) -> torch.dtype | None:
 
     Raises:
         BlueprintError: if the dtype is unknown.
+
+    Example:
+        >>> dtype_of("bfloat16", is_quantized=False)
+        torch.bfloat16
     """
     if name != "auto":
         found = getattr(torch, name, None)
@@ -174,7 +187,12 @@ def dtype_of(name: str, is_quantized: bool) -> torch.dtype | None:
 
 
 def quantization_of(settings: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Complete the fields of `BitsAndBytesConfig`: compute in `dtype` unless they name another one."""
+    """Complete the fields of `BitsAndBytesConfig`: compute in `dtype` unless they name another one.
+
+    Example:
+        >>> quantization_of({"load_in_4bit": True}, torch.bfloat16)
+        {'load_in_4bit': True, 'bnb_4bit_compute_dtype': torch.bfloat16}
+    """
     completed = dict(settings)
     if completed.get("bnb_4bit_compute_dtype", "auto") == "auto":
         completed["bnb_4bit_compute_dtype"] = dtype
@@ -182,7 +200,12 @@ def quantization_of(settings: Mapping[str, Any], dtype: torch.dtype | None) -> d
 
 
 def join_processes() -> tuple[int, int]:
-    """Initialize torch.distributed under `torchrun` or `accelerate launch`; return the rank and number of processes."""
+    """Initialize torch.distributed under `torchrun` or `accelerate launch`; return the rank and number of processes.
+
+    Example:
+        >>> join_processes()  # without torchrun
+        (0, 1)
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     state = PartialState(cpu=not torch.cuda.is_available())

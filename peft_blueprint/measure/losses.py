@@ -385,7 +385,12 @@ def answer_positions(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def count_examples(batch: Mapping[str, Any]) -> int:
-    """Return the number of examples of a batch: rows of its labels, its tokens or its first tensor."""
+    """Return the number of examples of a batch: rows of its labels, its tokens or its first tensor.
+
+    Example:
+        >>> count_examples({"labels": torch.zeros(3, 7)})
+        3
+    """
     named = [batch[key] for key in ("labels", "input_ids") if isinstance(batch.get(key), Tensor)]
     rows = [len(value) for value in (*named, *batch.values()) if isinstance(value, Tensor) and value.dim()]
     if 0 in rows[:1]:
@@ -419,6 +424,10 @@ def split_examples(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
     Raises:
         MeasurementError: if a value does not have one row for each example.
+
+    Example:
+        >>> [len(part["labels"]) for part in split_examples({"labels": torch.zeros(3, 7)})]
+        [1, 1, 1]
     """
     examples = count_examples(batch)
     if examples == 1:

@@ -146,6 +146,11 @@ def choose_scale(lengths: np.ndarray, epsilon: float) -> float:
     The score of a scale is minus the distance of the number of lengths up to it from n/2. One example moves the score
     by at most 1. A prior ∝ 1/(1 + log₁₀² scale) that depends on no data is added to the scores. OpenDP's noisy max
     chooses among them (permute-and-flip, McKenna and Sheldon 2020, arXiv:2010.12603).
+
+    Example:
+        >>> scale = choose_scale(np.full(1000, 2.0), epsilon=5.0)
+        >>> 1.5 < scale < 2.5
+        False
     """
     dp = _opendp()
     space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.linf_distance(T=float)
@@ -235,7 +240,12 @@ def release(
 
 
 def bounded(norms: np.ndarray, clip: float | None) -> np.ndarray:
-    """Scale columns (n_sub, n) down to length `clip`, or without it to length one; columns of zeros stay."""
+    """Scale columns (n_sub, n) down to length `clip`, or without it to length one; columns of zeros stay.
+
+    Example:
+        >>> bounded(np.array([[3.0], [4.0]]), clip=2.5).tolist()
+        [[1.5], [2.0]]
+    """
     lengths = np.linalg.norm(norms, axis=0)
     safe = np.where(lengths > 0, lengths, 1.0)
     return norms / safe if clip is None else norms * np.minimum(1.0, clip / safe)

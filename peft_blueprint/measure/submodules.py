@@ -59,7 +59,13 @@ _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # children of activatio
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a `DistributedDataParallel`, `torch.compile` and a `PeftModel`; any other unchanged."""
+    """Return the model inside a `DistributedDataParallel`, `torch.compile` and a `PeftModel`; any other unchanged.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> unwrap(torch.compile(model)) is model
+        True
+    """
     model = without_ddp(model)
     peft = sys.modules.get("peft")  # a PeftModel cannot exist before peft was imported
     if peft is None:
@@ -81,7 +87,12 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class, before FSDP2 replaced it by a subclass."""
+    """Return a module's class, before FSDP2 replaced it by a subclass.
+
+    Example:
+        >>> class_of(nn.Linear(2, 3)).__name__
+        'Linear'
+    """
     return cast(type[nn.Module], next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule)))
 
 
@@ -99,6 +110,11 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield every linear module with its name in the unwrapped model, without adapters' own matrices.
 
     These are `nn.Linear` and its subclasses, GPT-2's `Conv1D`, and quantized layers of any class.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> next(name for name, _ in linear_modules(tiny_llama()))
+        'model.layers.0.self_attn.q_proj'
     """
     for own in _modules_of(unwrap(model)):
         if _is_linear(own.module):
@@ -137,6 +153,12 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     """Return every weight of a model once, in the model's order, without adapters; a tied one under its first name.
 
     A `weight` has the name of its module. Other parameters, and fused experts, have their own.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> weight = find_weights(tiny_llama())[1]
+        >>> weight.name, weight.form
+        ('model.layers.0.self_attn.q_proj', 'linear')
     """
     require_model(model)
     base = cast(Any, unwrap(model))
@@ -234,6 +256,11 @@ def parameters_per_token(model: nn.Module, submodules: Sequence[str] | None = No
 
     Returns:
         The number of all of them, and of those from the first of `submodules` on (of all by default).
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> parameters_per_token(tiny_llama(layers=1), ["model.layers.0.self_attn.q_proj"])
+        (10784, 10784)
     """
     weights = [w for w in find_weights(model) if w.form in ("linear", "head", "experts")]
     counts = [math.prod(weight.shape) for weight in weights]
@@ -272,7 +299,12 @@ def select_submodules(submodules: Sequence[Submodule], names: Collection[str] | 
 
 
 def shape_of(module: nn.Linear) -> tuple[int, int]:
-    """Return (d_out, d_in) of a linear module, also if it is quantized or a `Conv1D`."""
+    """Return (d_out, d_in) of a linear module, also if it is quantized or a `Conv1D`.
+
+    Example:
+        >>> shape_of(nn.Linear(2, 3))
+        (3, 2)
+    """
     if is_conv1d(module):
         d_in, d_out = _size(module.weight)
         return d_out, d_in
@@ -289,6 +321,10 @@ def is_quantized(weight: Tensor) -> bool:
     """Return whether a weight is stored in at most 8 bits a number, which cannot take a gradient.
 
     Its dtype shows it, or for torchao's subclasses of Tensor the dtypes of the tensors inside.
+
+    Example:
+        >>> is_quantized(torch.zeros(2, 2)), is_quantized(torch.zeros(2, 2, dtype=torch.uint8))
+        (False, True)
     """
     if type(weight).__name__ in _STORED_AS_ANY_DTYPE or not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return True
@@ -298,7 +334,12 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
-    """Return whether this is a DTensor, of which every process holds a part."""
+    """Return whether this is a DTensor, of which every process holds a part.
+
+    Example:
+        >>> is_sharded(torch.zeros(2, 2))
+        False
+    """
     return isinstance(weight, DTensor)
 
 
@@ -391,7 +432,12 @@ def difference_from_linear(module: nn.Linear, inputs: Tensor, output: Any) -> st
 
 
 def structure_digest(submodules: Sequence[Submodule]) -> str:
-    """Return `sha256:…` over the names and shapes of a model's submodules, independent of quantization."""
+    """Return `sha256:…` over the names and shapes of a model's submodules, independent of quantization.
+
+    Example:
+        >>> structure_digest([Submodule("a", shape=(2, 3))])[:7]
+        'sha256:'
+    """
     lines = sorted(f"{s.name} {shape_str(s.shape)}\n" for s in submodules if s.shape is not None)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
