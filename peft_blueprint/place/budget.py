@@ -90,7 +90,12 @@ class Budget:
 
 
 def format_cost(name: str, value: float) -> str:
-    """Format a limit, or a cost of the same name, with its unit."""
+    """Format a limit, or a cost of the same name, with its unit.
+
+    Example:
+        >>> format_cost("memory", 12 * 2**30), format_cost("time", 0.7)
+        ('12 GiB', "0.700 of all-linear LoRA's step time")
+    """
     if name == "memory":
         return format_quantity(value, "B")
     if name == "time":
