@@ -99,6 +99,13 @@ def alignment_scores(influence: Influence, target: Target, similarity: Similarit
 
     Raises:
         MismatchError: if the two were not measured alike.
+
+    Example:
+        >>> from peft_blueprint.measure import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> influence = measure_influence(tiny_llama(layers=1), toy_batches(examples=4), projection_size=64, progress=False)
+        >>> alignment_scores(influence, make_target(influence)).shape
+        (4,)
     """
     require_choice("similarity", similarity, get_args(Similarity))
     rows = find_rows(influence, target.submodules)
