@@ -291,6 +291,11 @@ def stopping_rule(stop: Mapping[str, Any] | None) -> tuple[MarginalReturn | None
 
     Raises:
         BlueprintError: for a key that is unknown, of the wrong type or out of range.
+
+    Example:
+        >>> rule, options = stopping_rule({"resource": "tokens", "worth": 0.01})
+        >>> rule.worth, options
+        (0.01, {'resource': 'tokens'})
     """
     if stop is None:
         return None, {}

@@ -404,7 +404,16 @@ class StderrProgress(ProgressCallback):
 
 
 def keep_stdout_clean(trainer: Trainer) -> None:
-    """Let a Trainer log to stderr, so that stdout holds the result alone."""
+    """Let a Trainer log to stderr, so that stdout holds the result alone.
+
+    Example:
+        >>> import tempfile
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> trainer = Trainer(tiny_llama(), TrainingArguments(tempfile.mkdtemp(), report_to="none"))
+        >>> keep_stdout_clean(trainer)
+        >>> any(type(callback) is PrinterCallback for callback in trainer.callback_handler.callbacks)
+        False
+    """
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StderrProgress)
