@@ -24,11 +24,13 @@ from torch import nn
 
 from .._files import write_atomically
 from .._text import format_names
-from ..blueprint import ADAPTABLE, Blueprint, from_dict, to_dict
+from ..blueprint import ADAPTABLE, Blueprint, from_dict, split_expert, to_dict
 from ..compare import ProbeOptions, probe_options, read_for_domain
 from ..errors import BlueprintError, MismatchError, PlacementError
 from ..measure import check_fits, find_submodules, find_weights, is_quantized, unwrap
 from .cost import Workload, workload_of
+from .expert_adapters import prepare_injection
+from .experts import experts_of, with_whole_parameters
 from .lora_fields import check_lora_fields, check_modules_to_save, peft_errors
 from .options import DEFAULT_RANK, PlacementOptions
 from .placement import Placement
@@ -204,6 +206,11 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         """Full names of submodules with an adapter and of unfrozen modules; empty until the config is settled."""
         return (*self.placement.lora, *self.placement.unfreeze) if isinstance(self.placement, Placement) else ()
 
+    @property
+    def chosen_experts(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of the experts with an adapter, by fused parameter; parameters that are adapted whole are left out."""
+        return experts_of(self.placement.target_parameters) if isinstance(self.placement, Placement) else {}
+
     def resolve(self, model: nn.Module) -> BlueprintConfig:
         """Settle the targets on a model and check that they fit it. PEFT calls this when it puts the adapter on.
 
@@ -224,7 +231,8 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         if isinstance(self.placement, Placement):
             if (record := self._read()) is not None:
                 check_fits(record.expand(find_submodules(model)), model)
-            _check_placement(self.placement, model, self)
+            _check_experts(self.placement, self.chosen_experts, model)
+            _check_placement(with_whole_parameters(self.placement), model, self)
             check_modules_to_save(self, unwrap(model))
             self._check_initialization(self.placement, model)
         return self
@@ -234,8 +242,9 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         if isinstance(self.placement, Placement) and self.placement.lora and self._is_as_placed(self.placement):
             # PEFT abbreviates the live config's targets to suffixes that are right only for a model of this depth
-            values["target_modules"] = sorted(self.placement.target_modules)
-            values["target_parameters"] = sorted(self.placement.target_parameters) or None
+            whole = with_whole_parameters(self.placement)
+            values["target_modules"] = sorted(whole.target_modules)
+            values["target_parameters"] = sorted(whole.target_parameters) or None
         return LoraConfig(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -351,7 +360,9 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
                 f"exclude_modules={rules['exclude_modules']!r} is not a regular expression: {error}. Give one, or a list of names."
             ) from error
         endings = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in names}), **rules)
-        return [name for name in names if check_target_module_exists(endings, name)]
+        # the layer's number in a name has to be the only one
+        fused = {name: expert.parameter for name in names if (expert := split_expert(name)) is not None}
+        return [name for name in names if check_target_module_exists(endings, fused.get(name, name))]
 
     def _check_initialization(self, placement: Placement, model: nn.Module) -> None:
         """Raise unless `init_lora_weights` can start adapters of these ranks on these weights."""
@@ -394,7 +405,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         self.placement = placement
         self.target_modules, self.target_parameters = _targets(placement)
         self.layers_to_transform = self.layers_pattern = None  # the full names meet them
-        self._apply_ranks(placement, is_given)
+        self._apply_ranks(with_whole_parameters(placement), is_given)
         if isinstance(self.blueprint, Blueprint | dict):
             record = self._read()
             assert record is not None
@@ -432,6 +443,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
 
 def _targets(placement: Placement) -> tuple[list[str] | str, list[str] | None]:
     """Return PEFT's `target_modules` and `target_parameters`."""
+    placement = with_whole_parameters(placement)
     modules, parameters = list(placement.target_modules), list(placement.target_parameters)
     return (modules if modules or parameters else DUMMY_TARGET_MODULES), parameters or None
 
@@ -505,6 +517,23 @@ def _check_placement(placement: Placement, model: nn.Module, config: BlueprintCo
             )
 
 
+def _check_experts(placement: Placement, chosen: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raise unless the model has the chosen experts, fused into parameters in floating point."""
+    weights = {weight.name: weight for weight in find_weights(model) if weight.form == "experts"} if chosen else {}
+    for name, experts in chosen.items():
+        has = weights[name].shape[0] if name in weights else 0
+        if has <= max(experts):
+            raise MismatchError(
+                f"The placement for {placement.model_id!r} adapts expert {max(experts)} of {name!r}, and this "
+                f"{type(unwrap(model)).__name__} has {f'{has} there' if has else 'no such parameter'}. Plan a placement for "
+                "this model."
+            )
+        if is_quantized(weights[name].tensor):
+            raise PlacementError(
+                f"{name!r} is held in 8 bits or fewer, where single experts cannot be adapted. Load the model in bfloat16."
+            )
+
+
 def _check_beside_other_adapters(placement: Placement, modules: Mapping[str, nn.Module]) -> None:
     """Raise if another adapter trains a module whole in which this one has targets, or the other way round.
 
@@ -561,6 +590,8 @@ def _checked_injection(inject: Any) -> Any:
         if not isinstance(config, BlueprintConfig):
             return inject(self, model, adapter_name, *args, **kwargs)
         config.resolve(model)
+        if config.chosen_experts:
+            prepare_injection(model, config, config.chosen_experts)
         with peft_errors(config):
             return inject(self, model, adapter_name, *args, **kwargs)
 

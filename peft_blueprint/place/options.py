@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from .._options import require_types
 from ..errors import PlacementError
 from .budget import Budget
+from .experts import ExpertCount, ExpertsBy
 
 
 Mode = Literal["lora", "unfreeze", "lora+unfreeze"]
@@ -112,6 +113,16 @@ class PlacementOptions:
         "Place q, k and v of a layer together, and gate, up and down, as the fused LoRA kernels of Unsloth and axolotl need; "
         "num_modules and fraction still count adapters.",
     )
+    experts: str | float | None = _option(
+        None,
+        "Experts to adapt in each layer of a mixture, beside the other adapters: a number, a share below 1, or top_p=0.9, the "
+        "fewest that hold this share. Default, for a blueprint of single fused experts: as many as the budget allows, or 0.1.",
+    )
+    experts_by: ExpertsBy | None = _option(
+        None,
+        "Score of experts: token_share or gate_weight of the routing (ESFT), adam_gain or gradient_norm. Default: the first that "
+        "was measured.",
+    )
     unfreeze_blocks: int | None = _option(None, "Number of blocks to unfreeze in mode lora+unfreeze. Default: 1.")
     r: int | None = _option(
         None,
@@ -130,9 +141,11 @@ class PlacementOptions:
         self._check_fraction()
         require_types(self, PlacementOptions, PlacementError)
         choices = {"mode": Mode, "coverage": Coverage, "ranks": Ranks, "rank_by": RankBy, "best": Best}
+        choices["experts_by"] = ExpertsBy
         for name, literal in choices.items():
             value = getattr(self, name)
-            if value not in get_args(literal) and not (value is None and name in ("ranks", "rank_by", "best")):
+            is_optional = name in ("ranks", "rank_by", "best", "experts_by")
+            if value not in get_args(literal) and not (value is None and is_optional):
                 *others, last = get_args(literal)
                 raise PlacementError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
         sizes = [f"{name}={value}" for name, value in self.selector.items()]
@@ -168,6 +181,13 @@ class PlacementOptions:
             )
         if self.fused and self.mode == "unfreeze":
             raise PlacementError("fused=True is for adapters, and mode='unfreeze' places none: leave fused out.")
+        if self.experts is not None:
+            ExpertCount.of(self.experts)
+            if self.mode != "lora":
+                raise PlacementError(
+                    f"experts={self.experts} is for mode='lora', got mode={self.mode!r}. Train experts whole with "
+                    "peft_blueprint.train.unfreeze_experts."
+                )
         if self.budget is not None:
             Budget.of(self.budget)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,10 +11,11 @@ from transformers import PretrainedConfig
 
 from .._options import from_keywords
 from .._text import format_names
-from ..blueprint import ADAPTABLE, Blueprint, Submodule
+from ..blueprint import ADAPTABLE, Blueprint, Submodule, split_expert
 from ..errors import PlacementError
 from ..measure import check_fits, empty_model, find_submodules, find_weights, unwrap
 from .cost import CostModel, Structure, Workload, workload_of
+from .experts import DEFAULT_EXPERTS, choose_experts, expert_entries, expert_shares
 from .options import PlacementOptions, RankBy
 from .placement import Placement
 from .ranks import serving_note
@@ -68,7 +69,10 @@ def plan_placement(
     """
     options = from_keywords(PlacementOptions, options, keywords, PlacementError)
     whole, structure = _prepare(blueprint, model)
-    entries = tuple(entry for entry in whole if entry.form in ADAPTABLE)
+    adaptable = tuple(entry for entry in whole if entry.form in ADAPTABLE)
+    experts = _experts_of(adaptable, options)
+    names = {entry.name for entry in experts}
+    entries = tuple(entry for entry in adaptable if entry.name not in names) or adaptable
     workload = workload or workload_of(model)
     if options.r is not None:
         workload = replace(workload, rank=options.r)
@@ -86,12 +90,16 @@ def plan_placement(
         ranks=options.ranks or ("equal_parameters" if is_rank_free and not limits_parameters else "uniform"),
         r=workload.rank,
     )
-    selector = selector.or_default(
+    default = Selector().or_default(
         has_costs=costs is not None and covers,
         is_sparse=resolved.rank_by == "cover_gain" and resolved.ranks == "equal_parameters",
     )
+    selector = selector if selector.size or selector.needs_costs else default
     solver = PlacementSolver(entries, resolved, costs)
-    if is_rank_free and limits_parameters:
+    is_filled = bool(experts) and options.experts is None and selector.budget is not None
+    if not is_filled and (experts or options.experts is not None):
+        solver.experts = _chosen_experts(experts, options)
+    if is_rank_free and limits_parameters and not experts:
         solver.lower_rank(selector)
 
     blocks: Choice | None = None
@@ -99,22 +107,30 @@ def plan_placement(
         size = Selector({"num_modules": options.unfreeze_blocks or 1})
         blocks = solver.blocks(selector if options.mode == "unfreeze" else size)
     unfreeze = () if blocks is None else solver.modules_of(blocks.units)
-    adapters = None if options.mode == "unfreeze" else solver.adapters(selector, unfreeze)
+    adapters: Choice | None = None
+    if options.mode != "unfreeze":
+        is_alone = len(names) == len(adaptable)
+        adapters = Choice((), {}, 0.0) if is_alone else solver.adapters(default if is_filled else selector, unfreeze)
+        if is_filled and selector.budget is not None:
+            adapters = solver.add_experts(adapters, selector, _by_share(experts, options))
+        elif is_alone:
+            adapters = Choice((), solver.price((), ()), solver.gain_of(solver.experts))
     chosen = adapters or blocks
     assert chosen is not None
     lora = () if adapters is None else adapters.units
-    rank, ranks = solver.rank_of(lora), solver.ranks_of(lora)
+    rank, ranks = solver.rank_of(lora), solver.ranks_of(lora) | solver.expert_ranks()
+    placed = {entry.name for entry in (*lora, *solver.experts)}
     return Placement(
         model_id=whole.model_id,
-        lora=tuple(entry.name for entry in lora),
+        lora=tuple(entry.name for entry in adaptable if entry.name in placed),
         unfreeze=unfreeze,
         rank_by=f"{resolved.rank_by} per cost" if options.per_cost or options.best else str(resolved.rank_by),
         coverage=options.coverage,
-        selector=selector.to_dict(),
-        candidates=len(solver.members) if options.mode == "unfreeze" else len(entries),
-        target_parameters=tuple(entry.name for entry in lora if entry.form == "experts"),
-        left_out=len(whole) - len(entries),
-        rank=rank if lora else None,
+        selector=selector.to_dict() | ({} if options.experts is None else {"experts": options.experts}),
+        candidates=len(solver.members) if options.mode == "unfreeze" else len(adaptable),
+        target_parameters=tuple(e.name for e in adaptable if e.name in placed and e.form in ("experts", "expert")),
+        left_out=len(whole) - len(adaptable),
+        rank=rank if placed else None,
         ranks={name: own for name, own in ranks.items() if resolved.ranks == "score" or own != rank},
         learning_rate_scale=None if unfreeze else solver.learning_rate_scale(lora),
         gain_retained=chosen.gain,
@@ -123,10 +139,38 @@ def plan_placement(
         notes=tuple(filter(None, (*solver.notes, *_unmeasured_time(selector, costs), serving_note(ranks.values())))),
         cost=chosen.costs,
         full_training=_full_training(costs),
-        shares=solver.shares(lora, unfreeze),
-        details={entry.name: solver.details_of(entry) for entry in lora},
+        shares=solver.shares(lora, unfreeze, adaptable),
+        details={entry.name: solver.details_of(entry) for entry in (*lora, *solver.experts)},
         alternatives=tuple({**other.costs, "gain_retained": other.gain} for other in solver.alternatives),
     )
+
+
+def _experts_of(entries: Sequence[Submodule], options: PlacementOptions) -> list[Submodule]:
+    """Return the weights of single experts that are chosen by expert, not like other submodules."""
+    return expert_entries(entries, is_fused=options.experts is None) if options.mode == "lora" else []
+
+
+def _chosen_experts(entries: Sequence[Submodule], options: PlacementOptions) -> tuple[Submodule, ...]:
+    wish = DEFAULT_EXPERTS if options.experts is None else options.experts
+    chosen = choose_experts(entries, wish, options.experts_by)
+    found = ((entry, split_expert(entry.name)) for entry in entries)
+    return tuple(entry for entry, e in found if e is not None and e.number in chosen[e.container])
+
+
+def _by_share(entries: Sequence[Submodule], options: PlacementOptions) -> list[list[Submodule]]:
+    """Return the weights of each expert, experts with the largest share of their layer's score first."""
+    weights: dict[tuple[str, int], list[Submodule]] = {}
+    for entry in entries:
+        if (expert := split_expert(entry.name)) is not None:
+            weights.setdefault((expert.container, expert.number), []).append(entry)
+    shares = expert_shares(entries, options.experts_by)
+    return sorted(weights.values(), key=lambda own: -_share_of(own[0], shares))
+
+
+def _share_of(entry: Submodule, shares: Mapping[str, Mapping[int, float]]) -> float:
+    expert = split_expert(entry.name)
+    assert expert is not None
+    return shares[expert.container][expert.number]
 
 
 def _unmeasured_time(selector: Selector, costs: CostModel | None) -> tuple[str, ...]:
@@ -163,7 +207,7 @@ def _prepare(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Struct
     structure: Structure | None = None
     if model is not None:
         model = as_module(model)
-        structure = Structure.of(model)
+        structure = Structure.of(model, blueprint)
         found = find_submodules(model)
         blueprint = (_without_measurement(model, found) if blueprint is None else blueprint).expand(found)
         check_fits(blueprint, model)
@@ -171,7 +215,7 @@ def _prepare(blueprint: Blueprint | None, model: Any) -> tuple[Blueprint, Struct
         forms |= dict.fromkeys(
             refused_by_peft(model, [n for n, form in forms.items() if form == "linear"]), "parameter"
         )
-        blueprint = replace(blueprint, submodules=tuple(replace(e, form=forms[e.name]) for e in blueprint))
+        blueprint = replace(blueprint, submodules=tuple(replace(e, form=forms.get(e.name, e.form)) for e in blueprint))
     assert blueprint is not None
     if blueprint.level != "submodule":
         raise PlacementError(

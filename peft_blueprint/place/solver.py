@@ -13,7 +13,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .._text import format_names, is_inside
-from ..blueprint import Blueprint, Submodule, k_star_of, parameter_share
+from ..blueprint import Blueprint, Submodule, k_star_of, parameter_share, split_expert
 from ..errors import PlacementError
 from .budget import Budget
 from .cost import CostModel
@@ -139,6 +139,7 @@ class PlacementSolver:
         self.gains = [entry.adam_gain or 0.0 for entry in entries] if self.is_gain_known else [1.0] * len(entries)
         self.reach = reach
         self.cover = CoverGain(entries, self.gains if any(self.gains) else [1.0] * len(entries), reach)
+        self.experts: tuple[Submodule, ...] = ()  # weights of single experts, adapted beside the entries
         self.alternatives: list[Choice] = []  # to the adapters that were chosen last
         self.notes: list[str] = []  # on how they were chosen, in words
         self.ratio: float | None = None  # their gain per cost over that of all units
@@ -268,10 +269,10 @@ class PlacementSolver:
 
     def price(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
         """Return the costs of such a placement by name, as far as they are known."""
-        modules = len(adapters) + len(unfrozen)
+        modules = len(adapters) + len(self.experts) + len(unfrozen)
         if self.costs is None:
             return {"modules": modules}
-        cost = self.costs.cost(self.ranks_of(adapters), unfrozen)
+        cost = self.costs.cost(self.ranks_of(adapters) | self.expert_ranks(), unfrozen)
         return {
             "modules": modules,
             "time": self.costs.time_ratio(cost),
@@ -281,15 +282,42 @@ class PlacementSolver:
             **({"memory": cost.bytes} if self.costs.structure.is_whole else {}),
         }
 
-    def shares(self, adapters: Sequence[Submodule], unfrozen: Sequence[str]) -> dict[str, float]:
-        """Return what a placement reaches and trains, as in `Placement.shares`."""
-        names = {entry.name for entry in adapters}
-        reached = [e for e in self.entries if e.name in names or any(is_inside(e.name, u) for u in unfrozen)]
-        found = {"submodules": len(reached) / len(self.entries)}
-        if (parameters := parameter_share(reached, self.entries)) is not None:
+    def expert_ranks(self) -> dict[str, int]:
+        """Return the rank of each adapter on a single expert by name."""
+        return uniform_ranks(self.experts, self.rank)
+
+    def add_experts(self, adapters: Choice, selector: Selector, ranked: Sequence[Sequence[Submodule]]) -> Choice:
+        """Add as many experts to adapters as a budget allows; choose fewer adapters if it does not allow even these.
+
+        Raises:
+            PlacementError: if nothing meets the budget.
+        """
+        assert selector.budget is not None
+        low, high = 0, len(ranked)
+        if adapters.units and selector.budget.exceeded(adapters.costs):
+            return self.adapters(selector)
+        while low < high:
+            middle = (low + high + 1) // 2
+            self.experts = tuple(entry for weights in ranked[:middle] for entry in weights)
+            low, high = (low, middle - 1) if selector.budget.exceeded(self.price(adapters.units, ())) else (middle, high)
+        self.experts = tuple(entry for weights in ranked[:low] for entry in weights)
+        self.alternatives = []
+        costs = self.price(adapters.units, ())
+        if not (adapters.units or self.experts):
+            raise PlacementError(f"The budget {selector.budget} is too small for an adapter on one expert. Raise it.")
+        return Choice(adapters.units, costs, adapters.gain or self.gain_of(self.experts))
+
+    def shares(
+        self, adapters: Sequence[Submodule], unfrozen: Sequence[str], entries: Sequence[Submodule]
+    ) -> dict[str, float]:
+        """Return what a placement reaches and trains of all entries, as in `Placement.shares`."""
+        names = {entry.name for entry in (*adapters, *self.experts)}
+        reached = [e for e in entries if e.name in names or any(is_inside(e.name, u) for u in unfrozen)]
+        found = {"submodules": len(reached) / len(entries)}
+        if (parameters := parameter_share(reached, entries)) is not None:
             found["parameters"] = parameters
         if self.costs is not None and self.costs.structure.is_whole:
-            trainable = self.costs.cost(self.ranks_of(adapters), unfrozen).trainable
+            trainable = self.costs.cost(self.ranks_of(adapters) | self.expert_ranks(), unfrozen).trainable
             found["trainable"] = trainable / self.costs.full().trainable
         return found
 
@@ -317,7 +345,7 @@ class PlacementSolver:
     def details_of(self, entry: Submodule) -> dict[str, Any]:
         """Return kind, depth, score and, if the blueprint has k*, the rank that it asks for."""
         k_star = k_star_rank(entry)
-        own = {"kind": entry.kind, "depth": entry.depth, "score": self.scores[entry.name]}
+        own = {"kind": entry.kind, "depth": entry.depth, "score": self.scores.get(entry.name)}
         return own if k_star is None else {**own, "k_star_rank": k_star}
 
     def _choose(
@@ -485,4 +513,7 @@ def _innermost_holder(modules: Sequence[str]) -> str:
 
 def _module_of(entry: Submodule) -> str:
     """Return the module that is unfrozen for an entry; fused experts are a parameter of theirs."""
+    expert = split_expert(entry.name) if entry.form == "expert" else None
+    if expert is not None:
+        return expert.container
     return entry.name.rpartition(".")[0] if entry.form == "experts" else entry.name
