@@ -1,9 +1,11 @@
 """Tiny mixtures of experts: the families of transformers, and experts in a list as older models have them."""
 
+import numpy as np
 import torch
 from torch import nn
 
-from peft_blueprint import testing
+from peft_blueprint import Blueprint, testing
+from peft_blueprint.blueprint import Submodule
 
 
 class ListedMixture(nn.Module):
@@ -51,3 +53,41 @@ MIXTURES = {
     "olmoe": testing.tiny_olmoe,
     "listed": tiny_listed,
 }
+
+
+def blueprint_of_experts(
+    layers: int = 12, experts: int = 128, seed: int = 0, model_id: str = "org/mixture"
+) -> Blueprint:
+    """A made-up blueprint of single experts, with routing that is concentrated on few."""
+    draw = np.random.default_rng(seed)
+    entries = []
+    for depth in range(layers):
+        shares = draw.dirichlet(np.full(experts, 0.3))
+        block = f"model.layers.{depth}"
+        kinds = [(f"{block}.self_attn.{key}_proj", f"{key}_proj", (64, 64), "linear", None) for key in "qkvo"]
+        for key, shape in (("gate_up_proj", (96, 64)), ("down_proj", (64, 48))):
+            names = (f"{block}.mlp.experts.{number}.{key}" for number in range(experts))
+            kinds += [
+                (name, f"experts.{key}", shape, "expert", float(s)) for name, s in zip(names, shares, strict=True)
+            ]
+        for name, kind, shape, form, share in kinds:
+            norm = float(draw.lognormal())
+            entries.append(
+                Submodule(
+                    name,
+                    norm,
+                    kind=kind,
+                    depth=depth,
+                    group=f"{'attn' if share is None else 'ffn'}.{depth}",
+                    shape=shape,
+                    form=form,
+                    norm_interval=(0.9 * norm, 1.1 * norm),
+                    signal_norm=norm / 2,
+                    adam_gain=norm,
+                    weight_norm=1.0,
+                    examples=64,
+                    token_share=share,
+                    gate_weight=share,
+                )
+            )
+    return Blueprint(model_id, tuple(entries), provenance={"experts_per_token": 8})

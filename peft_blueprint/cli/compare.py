@@ -32,6 +32,7 @@ _TOP = 20  # submodules of a movement that are shown
         "peft-blueprint compare one.json other.json",
         "peft-blueprint compare one.json org/model --top 5",
         "peft-blueprint compare groups.json other.json --model org/model",
+        "peft-blueprint compare experts_math.json experts_law.json --experts 0.9",
     ],
 )
 def compare(
@@ -45,9 +46,25 @@ def compare(
             help="Expand groups or layers to the submodules of this model, a folder or Hub id; reads its config."
         ),
     ] = None,
+    experts: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOP_P",
+            help="Compare single experts by layer: the fewest that hold this share of a layer's scores, such as 0.9.",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="With --experts, score experts by token_share (default), gate_weight, adam_gain, …"),
+    ] = None,
 ) -> None:
-    """Compare two blueprints of one model: norms, and ranks within each kind."""
+    """Compare two blueprints of one model: norms and ranks within each kind, or which experts two tasks share."""
     a, b = records.Blueprint.from_pretrained(first), records.Blueprint.from_pretrained(second)
+    if experts is not None:
+        _compare_experts(a, b, by or "token_share", experts, output)
+        return
+    if by is not None:
+        raise BlueprintError("--by scores experts: give --experts, such as --experts 0.9, as well.")
     if model is not None:
         submodules = measure.find_submodules(measure.empty_model(model))
         a, b = a.expand(submodules), b.expand(submodules)
@@ -67,6 +84,28 @@ def compare(
     rows.sort(key=lambda row: -abs(row["rank_first"] - row["rank_second"]))  # type: ignore[operator]
     shown = rows[: top or None]
     output.answer(rows, shown, [str(row["id"]) for row in shown], f"{a.model_id} and {b.model_id}")
+
+
+def _compare_experts(a: Blueprint, b: Blueprint, by: str, top_p: float, output: Output) -> None:
+    found = comparing.compare_experts(a, b, by, top_p)
+    rows = [
+        {
+            "layer": layer.layer,
+            "experts": layer.experts,
+            "first": len(layer.first),
+            "second": len(layer.second),
+            "shared": len(layer.shared),
+            "jaccard": layer.jaccard,
+            "chance": layer.chance,
+            "correlation": layer.correlation,
+        }
+        for layer in found.layers
+    ]
+    title = (
+        f"experts that hold {100 * top_p:g} % of {by}: Jaccard {found.jaccard:.3f} (by chance {found.chance:.3f}), rank "
+        f"correlation {found.correlation:.3f}"
+    )
+    output.answer(found.to_dict(), rows, [f"{found.jaccard:.4f}"], title)
 
 
 @verb("Compare", examples=["peft-blueprint drift local.json org/model"])

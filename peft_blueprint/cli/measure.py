@@ -109,7 +109,9 @@ def show(
     by: Annotated[
         str, typer.Option(help="Statistic to sort by: gradient_norm, gamma, k_star, domain_tags.bio, …")
     ] = "gradient_norm",
-    top: Annotated[int, typer.Option(min=0, help="Number of entries; 0 for all.")] = 20,
+    top: Annotated[
+        int | None, typer.Option(min=0, help="Number of entries, 0 for all; by default 20, or experts by layer.")
+    ] = None,
     domain: Annotated[
         str | None, typer.Option(help="Show another of its domains, or a mixture such as math=1,law=3.")
     ] = None,
@@ -118,8 +120,15 @@ def show(
     """Show a blueprint: its model, how concentrated the gradient is, and its strongest submodules."""
     blueprint = comparing.read_for_domain(source, domain)
     if picture:
-        publish.save_plot(publish.plot_blueprint(blueprint, by=by), picture)
-    output.blueprint(blueprint, by, top, bare=[entry.name for entry in ranked(blueprint, by)[: top or None]])
+        has_experts = any(records.split_expert(entry.name) for entry in blueprint)
+        draw = publish.plot_experts if has_experts else publish.plot_blueprint
+        publish.save_plot(draw(blueprint, by=by), picture)
+    output.blueprint(
+        blueprint,
+        by,
+        top,
+        bare=[entry.name for entry in ranked(blueprint, by)[: (TOP if top is None else top) or None]],
+    )
 
 
 @verb(

@@ -27,6 +27,8 @@ Format = Literal["table", "json", "quiet"]
 # Statistics that a table of a blueprint shows where an entry has them, beside the one that it is sorted by.
 _SHOWN = ("gradient_norm", "norm_interval", "signal_norm", "adam_gain", "alpha", "gamma", "k_star", "domain_tags")
 _MOST_TAGS = 4  # of an entry
+_MOST_EXPERTS = 4  # of a layer
+TOP = 20  # entries
 _UNLIMITED = 10_000  # characters of a line
 _TAG = "domain_tags."  # before a domain's name
 _HEADINGS = {"norm_interval": "95 %"}
@@ -78,9 +80,13 @@ class Output:
             print(printable(title))
             _print_table(rows, optional)
 
-    def blueprint(self, blueprint: Blueprint, by: str, top: int, bare: Sequence[str]) -> None:
-        """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON."""
-        entries = ranked(blueprint, by)[: top or None]
+    def blueprint(self, blueprint: Blueprint, by: str, top: int | None, bare: Sequence[str]) -> None:
+        """Answer with a blueprint: its `top` entries by a statistic (0 for all), or the whole record as JSON.
+
+        Without `top` it is 20 entries, or a line for each layer of single experts.
+        """
+        summary = experts_by_layer(blueprint, by) if top is None and self.format == "table" else []
+        entries = ranked(blueprint, by)[: (TOP if top is None else top) or None]
         shown = [name for name in _SHOWN if any(getattr(entry, name) not in (None, {}) for entry in entries)]
         rows = [
             {"id": entry.name, "kind": entry.kind}
@@ -93,6 +99,9 @@ class Output:
             f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{_best_share(blueprint)}"
             f"{_influence(blueprint)}"
         )
+        if summary:
+            self.answer(None, summary, bare, f"{title}; experts by {by}")
+            return
         if len(entries) < len(blueprint):
             title += f"; the {len(entries)} largest by {by}"
         optional = [column for column in _OPTIONAL if column != by]
@@ -102,6 +111,31 @@ class Output:
         """Tell a person what to do next; programs and pipelines are not told."""
         if self.format == "table":
             say(text)
+
+
+def experts_by_layer(blueprint: Blueprint, by: str) -> list[dict[str, Any]]:
+    """Summarize single experts by layer: how many hold half and nine tenths of a statistic, and the largest.
+
+    Empty without single experts, or for a statistic that does not add up over the weights of an expert.
+    """
+    try:
+        scores = records.expert_scores(blueprint, by)
+    except BlueprintError:  # another statistic
+        return []
+    rows = []
+    for layer, of_layer in scores.items():
+        total = math.fsum(of_layer.values()) or 1.0
+        largest = records.top_p_experts(of_layer, 1.0)[:_MOST_EXPERTS]
+        rows.append(
+            {
+                "layer": layer,
+                "experts": len(of_layer),
+                **{f"hold {p:.0%}": len(records.top_p_experts(of_layer, p)) for p in (0.5, 0.9)},
+                "unused": sum(not score for score in of_layer.values()),
+                "largest": ", ".join(f"{expert} ({of_layer[expert] / total:.1%})" for expert in largest),
+            }
+        )
+    return rows
 
 
 def ranked(blueprint: Blueprint, by: str) -> list[Submodule]:

@@ -2,6 +2,9 @@ from .drift import Drift as Drift
 from .drift import check_drift as check_drift
 from .drift import reconcile as reconcile
 from .drift import spearman as spearman
+from .experts import ExpertOverlap as ExpertOverlap
+from .experts import LayerOverlap as LayerOverlap
+from .experts import compare_experts as compare_experts
 from .merging import merge_all as merge_all
 from .merging import parts_of as parts_of
 from .merging import reference_of as reference_of

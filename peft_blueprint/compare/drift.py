@@ -16,6 +16,7 @@ from .options import DRIFT_THRESHOLD, Policy
 
 
 _SMALLEST_KIND = 4  # entries
+_FEWEST_DRAWS = 100  # of blueprints with very many entries
 _MANY = 100  # degrees of freedom from which Fisher's z is normal enough
 _COARSER: dict[Level, Level] = {"submodule": "group", "group": "layer"}
 
@@ -72,7 +73,7 @@ def check_drift(
         local: a probe on your own data.
         published: the blueprint that came with the model.
         threshold: see `Drift`.
-        draws: simulated correlations behind the interval.
+        draws: simulated correlations behind the interval; fewer, down to 100, for more than 1,000 entries.
         seed: of the draws.
 
     Raises:
@@ -99,6 +100,7 @@ def check_drift(
     norms = [np.array([[norm_of(a), norm_of(b)] for a, b in pairs]).T for pairs in usable.values()]
     errors = [np.array([[a.norm_error, b.norm_error] for a, b in pairs], float).T for pairs in usable.values()]
     correlation = float(_pooled(norms))
+    draws = min(draws, max(_FEWEST_DRAWS, 1_000_000 // len(local)))
     if any(np.isnan(error).any() for error in errors):  # None became NaN
         interval = _interval_over_entries(correlation, [pair.shape[1] for pair in norms], draws, seed)
     else:

@@ -6,6 +6,7 @@ from .method_comparison import method_comparison_json as method_comparison_json
 from .options import PublishOptions as PublishOptions
 from .page import save_page as save_page
 from .plots import plot_blueprint as plot_blueprint
+from .plots import plot_experts as plot_experts
 from .plots import save_plot as save_plot
 from .run_card import cost_section as cost_section
 from .run_card import update_card as update_card

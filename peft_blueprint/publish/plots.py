@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._text import is_inside
-from ..blueprint import Blueprint, Submodule, score_of
+from ..blueprint import Blueprint, Submodule, expert_scores, score_of
+from ..compare import compare_experts
 from ..errors import BlueprintError
 from ..place import CONTROLS, SCORES, CoverGain
 
@@ -126,6 +127,67 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
         placed += f"; hatched: {len(unfreeze)} unfrozen" if unfreeze else ""
         axes.set_title(f"{_cut(blueprint.model_id)}: {what}{placed}", fontsize=10)
     return figure
+
+
+def plot_experts(
+    blueprint: Blueprint, other: Blueprint | None = None, by: str = "token_share", top_p: float = 0.9
+) -> Figure:
+    """Draw the experts of every layer, shaded by their share of the layer's scores.
+
+    Args:
+        blueprint: of single experts, as `generate_blueprint(experts=True)` measures it.
+        other: on another kind of data: drawn beside it. The experts that are in both top-p sets are outlined.
+        by: statistic that scores an expert, see `expert_scores`.
+        top_p: share of a layer's scores that the outlined experts hold; of one blueprint its own top-p set.
+
+    Raises:
+        BlueprintError: without matplotlib, single experts or this statistic.
+        MismatchError: if the two name different experts.
+
+    Example:
+        >>> from peft_blueprint.blueprint import Submodule
+        >>> names = [f"layers.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(4)]
+        >>> entries = [Submodule(name, 1.0, token_share=0.25) for name in names]
+        >>> plot_experts(Blueprint("org/model", tuple(entries))).axes[0].get_xlabel()
+        'expert'
+    """
+    overlap = compare_experts(blueprint, blueprint if other is None else other, by, top_p)
+    shown = [blueprint] if other is None else [blueprint, other]
+    width = max(layer.experts for layer in overlap.layers)
+    outlined = [(expert, row) for row, layer in enumerate(overlap.layers) for expert in layer.shared]
+    with drawing_style():
+        from matplotlib.collections import PatchCollection
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        size = len(shown) * max(4.0, 1.5 + 0.09 * width), max(2.5, 1.2 + 0.14 * len(overlap.layers))
+        figure = Figure(figsize=(min(size[0], MAX_INCHES), min(size[1], MAX_INCHES)), layout="constrained", dpi=150)
+        pictures = [_shares_of_experts(one, by, width) for one in shown]
+        largest = max(float(np.nanmax(picture)) for picture in pictures)
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, one, picture in zip(panels, shown, pictures, strict=True):
+            image = axes.imshow(picture, cmap="Blues", vmin=0, vmax=largest or 1, aspect="auto", interpolation="none")
+            boxes = [Rectangle((x - 0.5, y - 0.5), 1, 1) for x, y in outlined]
+            axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=_OUTLINE, linewidth=0.6))
+            axes.set_xlabel("expert")
+            axes.set_title(_cut(one.model_id), fontsize=9)
+        panels[0].set_ylabel("layer with experts")
+        figure.colorbar(image, ax=list(panels), label=f"share of the layer's {by.replace('_', ' ')}", pad=0.02)
+        of_what = "of both" if other is not None else "that hold"
+        figure.suptitle(f"outlined: experts {of_what} top {100 * top_p:g} %", fontsize=9)
+    return figure
+
+
+def _shares_of_experts(blueprint: Blueprint, by: str, width: int) -> np.ndarray:
+    """Return every expert's share of its layer's scores, (layers, experts); NaN where a layer has fewer."""
+    scores = expert_scores(blueprint, by)
+    shares = np.full((len(scores), width), np.nan)
+    for row, of_layer in enumerate(scores.values()):
+        total = sum(of_layer.values()) or 1.0
+        for expert, score in of_layer.items():
+            if expert < width:
+                shares[row, expert] = score / total
+    return shares
 
 
 def _scores(

@@ -9,8 +9,8 @@ from torch import nn
 from peft_blueprint import Blueprint, generate_blueprint, measure_influence
 from peft_blueprint.blueprint import name_expert, split_expert
 from peft_blueprint.errors import MismatchError
-from peft_blueprint.measure import check_fits, experts, find_submodules
-from peft_blueprint.measure.summary import adam_gain
+from peft_blueprint.measure import GenerateOptions, check_fits, experts, find_submodules
+from peft_blueprint.measure.summary import adam_gain, summarize
 from peft_blueprint.testing import tiny_llama, tiny_mixtral, toy_batches
 from tests.fused import HAS_FUSED, needs_fused
 from tests.mixtures import MIXTURES, tiny_listed
@@ -85,6 +85,7 @@ def assert_exact(model, batches, found):
         of_examples = expected[row.name]
         torch.testing.assert_close(found.norms[i], of_examples.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found.sketches[i], of_examples.mean(dim=0), rtol=1e-3, atol=1e-6)
+    return expected
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -95,12 +96,10 @@ def test_measures_every_expert_exactly(family):
     )
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     found = measure_influence(model, batches, **EXACT)
-    assert_exact(model, batches, found)
-    blueprint = generate_blueprint(model, batches, **EXACT)
-    expected = gradients(model, found.submodules, batches)
+    expected = assert_exact(model, batches, found)
     shares = routing(model, batches)
     containers = dict.fromkeys(shares, 0)
-    for entry in blueprint:
+    for entry in summarize(found, GenerateOptions(bootstrap=10)):
         mean = expected[entry.name].mean(dim=0)
         noise = (expected[entry.name] - mean).square().sum() / (5 * 6)
         signal = (mean.square().sum() - noise).clamp_min(0).sqrt().item()
@@ -113,7 +112,7 @@ def test_measures_every_expert_exactly(family):
         share, weight = shares[expert.container][expert.number].tolist()
         assert entry.token_share == pytest.approx(share, abs=1e-6)
         assert entry.gate_weight == pytest.approx(weight, abs=1e-6)
-        assert entry.weight_norm is not None and entry.alignment is None
+        assert entry.alignment is entry.singular_energy is None
         containers[expert.container] += entry.token_share / 2  # of two weights
     assert all(total == pytest.approx(1) for total in containers.values()) and len(containers) >= 1
     after = dict(model.named_parameters())
@@ -136,7 +135,7 @@ def test_measures_the_same_whatever_computes_the_experts(implementation):
 @needs_fused
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_falls_back_to_the_gradient_of_a_parameter(family, monkeypatch):
-    batches, model = toy_batches(4), MIXTURES[family](LAYERS)
+    batches, model = toy_batches(4), MIXTURES[family](1)
     expected = measure_influence(model, batches, **EXACT | {"sketch_size": 4})
     monkeypatch.setattr(experts, "can_group", lambda module: False)
     found = measure_influence(model, batches, **EXACT | {"sketch_size": 4})
@@ -147,7 +146,7 @@ def test_falls_back_to_the_gradient_of_a_parameter(family, monkeypatch):
 
 @needs_fused
 def test_refuses_to_group_experts_that_compute_something_else(monkeypatch):
-    model, batches = tiny_mixtral(LAYERS), toy_batches(4)
+    model, batches = tiny_mixtral(1), toy_batches(4)
     own = type(model.model.layers[0].mlp.experts)
     forward = own.forward
     monkeypatch.setattr(own, "forward", lambda self, *args: 2 * forward(self, *args))
@@ -156,7 +155,7 @@ def test_refuses_to_group_experts_that_compute_something_else(monkeypatch):
 
 @needs_fused
 def test_recomputes_experts_under_gradient_checkpointing():
-    model, batches = tiny_mixtral(LAYERS), toy_batches(4)
+    model, batches = tiny_mixtral(1), toy_batches(4)
     expected = measure_influence(model, batches, **EXACT)
     model.train().gradient_checkpointing_enable()
     found = measure_influence(model, batches, **EXACT)
@@ -179,7 +178,7 @@ def test_estimates_norms_from_sketches_with_their_error():
 
 @needs_fused
 def test_experts_add_up_to_their_fused_parameter():
-    model, batches = tiny_mixtral(LAYERS), toy_batches(4)
+    model, batches = tiny_mixtral(1), toy_batches(4)
     apart = measure_influence(model, batches, **EXACT)
     together = measure_influence(model, batches, **EXACT | {"experts": False})
     names = [row.name for row in together.submodules]
@@ -220,11 +219,15 @@ def test_leaves_models_without_experts_as_they_are():
 
 @needs_fused
 def test_a_blueprint_of_experts_fits_its_model():
-    model = tiny_mixtral(LAYERS)
+    model = tiny_mixtral(1)
     blueprint = generate_blueprint(model, toy_batches(4), experts=True, progress=False)
     check_fits(blueprint, model)
+    own = model.model.layers[0].mlp.experts.down_proj[2]
+    entry = blueprint["model.layers.0.mlp.experts.2.down_proj"]
+    assert entry.weight_norm == pytest.approx(own.norm().item(), rel=1e-5) and entry.weight_gradient > 0
+    assert blueprint.provenance["experts_per_token"] == 2
     with pytest.raises(MismatchError, match=r"experts\.3\.gate_up_proj"):
-        check_fits(blueprint, tiny_mixtral(LAYERS, num_local_experts=3))
+        check_fits(blueprint, tiny_mixtral(1, num_local_experts=3))
     assert not blueprint.influence and blueprint.provenance["projection_size"] == 0
 
 

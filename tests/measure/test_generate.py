@@ -106,7 +106,7 @@ def test_a_measured_blueprint_holds_no_nan(examples):
     assert all((e.norm_interval is None) == (examples == 1) for e in blueprint)
     if examples == 8:
         empty = {f.name for f in fields(Submodule) if all(getattr(e, f.name) in (None, {}) for e in blueprint)}
-        assert empty == {"domain_tags", "extra"}
+        assert empty == {"domain_tags", "extra", "token_share", "gate_weight"}
 
 
 def test_the_retained_mass_curve_is_that_of_the_norms():
