@@ -505,7 +505,8 @@ def extract(path: str | Path) -> Blueprint:
         >>> from peft_blueprint.testing import save_tiny_model
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model = save_tiny_model(Path(folder) / "model")
-        ...     written = embed(Blueprint("org/m", (Submodule("model.layers.0.mlp.up_proj", 1.0),)), model, progress=False)
+        ...     blueprint = Blueprint("org/m", (Submodule("model.layers.0.mlp.up_proj", 1.0),))
+        ...     written = embed(blueprint, model, progress=False)
         ...     extract(model).names
         ('model.layers.0.mlp.up_proj',)
     """

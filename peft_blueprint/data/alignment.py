@@ -103,7 +103,8 @@ def alignment_scores(influence: Influence, target: Target, similarity: Similarit
     Example:
         >>> from peft_blueprint.measure import measure_influence
         >>> from peft_blueprint.testing import tiny_llama, toy_batches
-        >>> influence = measure_influence(tiny_llama(layers=1), toy_batches(examples=4), projection_size=64, progress=False)
+        >>> batches = toy_batches(examples=4)
+        >>> influence = measure_influence(tiny_llama(layers=1), batches, projection_size=64, progress=False)
         >>> alignment_scores(influence, make_target(influence)).shape
         (4,)
     """

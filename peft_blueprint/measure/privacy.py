@@ -148,9 +148,9 @@ def choose_scale(lengths: np.ndarray, epsilon: float) -> float:
     chooses among them (permute-and-flip, McKenna and Sheldon 2020, arXiv:2010.12603).
 
     Example:
-        >>> scale = choose_scale(np.full(1000, 2.0), epsilon=5.0)
+        >>> scale = choose_scale(np.linspace(1.0, 3.0, 1000), epsilon=5.0)
         >>> 1.5 < scale < 2.5
-        False
+        True
     """
     dp = _opendp()
     space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.linf_distance(T=float)
