@@ -171,6 +171,15 @@ def read_header(path: str | Path) -> Header:
     Raises:
         BlueprintError: if the file does not exist or cannot be read.
         FormatError: as `parse_header`.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"w": np.zeros((2, 3))}, f"{folder}/m.safetensors")
+        ...     read_header(f"{folder}/m.safetensors").tensors
+        {'w': ('F64', (2, 3))}
     """
     with _opened(Path(path)) as file:
         return _header_of(file, str(path))
