@@ -76,6 +76,57 @@ def borrowed(model: nn.Module, values: Iterable[Tensor] = (), *, is_exclusive: b
         loan.end()
 
 
+@contextmanager
+def restored_attributes(modules: Iterable[nn.Module], *names: str, after_errors_only: bool = False) -> Iterator[None]:
+    """Restore attributes of modules, and the content of dictionaries and lists such as hooks, as `borrowed` does.
+
+    It may surround a training step: gradients, buffers and random states stay as the step leaves them.
+
+    Args:
+        modules: whose attributes are restored.
+        names: of the attributes. One that a module lacks is removed again.
+        after_errors_only: whether the attributes stay as they are if the block ends normally.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = tiny_llama()
+        >>> with restored_attributes([model], "loss_scale", "_forward_hooks"):
+        ...     model.loss_scale = 2.0
+        ...     _ = model.register_forward_hook(print)
+        >>> hasattr(model, "loss_scale"), len(model._forward_hooks)
+        (False, 0)
+    """
+    known = [
+        (vars(module), {name: vars(module)[name] for name in names if name in vars(module)}) for module in modules
+    ]
+    contents = [
+        (value, value.copy()) for _, held in known for value in held.values() if isinstance(value, dict | list)
+    ]
+    stays = False
+
+    def restore() -> None:
+        for now, held in known:
+            for name in names:
+                if name in held:
+                    now[name] = held[name]
+                else:
+                    now.pop(name, None)
+        for collection, content in contents:
+            _restore(collection, content)
+
+    # A second `finally`, because an interrupt may end the first one.
+    try:
+        try:
+            yield
+            stays = after_errors_only
+        finally:
+            if not stays:
+                restore()
+    finally:
+        if not stays:
+            restore()
+
+
 class _Loan:
     """Modules that one thread has borrowed."""
 

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .._text import format_names
 from ..errors import BlueprintError
-from ..measure import IGNORED, borrowed, disable_dropout
+from ..measure import IGNORED, borrowed, disable_dropout, restored_attributes
 from .invocation import Answer, Turns, find_answers
 from .prompt_cache import Prompt, PromptCache, PromptStates, model_digest
 from .target_head import causal_model_of, change_class, head_on_targets, shifted
@@ -33,6 +33,10 @@ _SHORTEST_SHARED = 16  # tokens that a batch's prompts must share to be computed
 _ATTENTION = ("full_attention", "sliding_attention")
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of the loss, relative; 2 % in half precision
 _SETUP = "_answer_only"
+_PEFT_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_is_full_backward_hook"),
+    "_peft_gradient_checkpointing_forward_hooks",
+)
 _CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -169,7 +173,7 @@ class _AnswerOnly:
         if not setup.is_checked:
             _check_first(model, batch)
             setup.is_checked = True
-        return _forward(model, batch)
+        return _forward(model, batch, setup)
 
 
 @dataclass(frozen=True)
@@ -282,9 +286,9 @@ class _Batch:
         )
 
 
-def _forward(model: Any, batch: _Batch) -> Any:
+def _forward(model: Any, batch: _Batch, setup: _Setup) -> Any:
     """Return the model's output for a batch, computed from its prompts' states."""
-    base, setup = causal_model_of(model), model._answer_only
+    base = causal_model_of(model)
     prompts = [batch.prompt(answer) for answer in batch.answers]
     is_fused = bool(batch.others.get("fused_lm_head"))
     inert = sum(int((prompt.targets != IGNORED).sum()) for prompt in prompts if prompt.targets is not None)
@@ -325,7 +329,10 @@ def _forward(model: Any, batch: _Batch) -> Any:
     if count is not None:
         keywords["num_items_in_batch"] = count
     wanted = targets.to(batch.device)
+    hooked: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer | GradientCheckpointingLayer)]
     with ExitStack() as stack:
+        # an error would leave PEFT's hooks behind; after a pass those for checkpointing stay until the backward pass
+        stack.enter_context(restored_attributes(hooked, *_PEFT_HOOKS, after_errors_only=True))
         if cache is not None:
             stack.enter_context(_checkpointed_with(base, cache))
             keywords |= {"past_key_values": cache, "use_cache": False}
@@ -337,11 +344,11 @@ def _forward(model: Any, batch: _Batch) -> Any:
             alora_offsets=_Everywhere([width] * rows),
             **keywords,
         )
-    if hasattr(outputs, "past_key_values"):
-        outputs.past_key_values = None
-    if losses:
-        outputs.loss = outputs.loss + torch.stack(losses).sum().to(outputs.loss.device) / count
-    return outputs
+        if hasattr(outputs, "past_key_values"):
+            outputs.past_key_values = None
+        if losses:
+            outputs.loss = outputs.loss + torch.stack(losses).sum().to(outputs.loss.device) / count
+        return outputs
 
 
 def _states(base: PreTrainedModel, prompts: Sequence[Prompt], setup: _Setup) -> list[PromptStates]:
@@ -483,35 +490,25 @@ def _prefix(states: Sequence[PromptStates], lengths: Sequence[int], base: PreTra
 def _without_checkpointing(base: nn.Module) -> Iterator[None]:
     """Switch gradient checkpointing off, which would drop a cache."""
     on = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+    with restored_attributes(on, "gradient_checkpointing"):
         for module in on:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
 
 
 @contextmanager
 def _checkpointed_with(base: nn.Module, cache: DynamicCache) -> Iterator[None]:
     """Let checkpointed layers read the cache, which transformers takes from them."""
-    found = []
-    for module in base.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            accepted = list(inspect.signature(module.forward).parameters)
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    with restored_attributes(layers, "_gradient_checkpointing_func", "_can_checkpoint_with_cache"):
+        for layer in layers:
+            accepted = list(inspect.signature(layer.forward).parameters)
             name = next((name for name in _CACHE_NAMES if name in accepted), "past_key_values")
             place = accepted.index(name) if name in accepted else len(accepted)
-            checkpoint: Any = module._gradient_checkpointing_func
-            found.append((module, checkpoint))
-            with_cache: Any = partial(_checkpoint, checkpoint, cache, name, place)
-            module._gradient_checkpointing_func = with_cache
-            module._can_checkpoint_with_cache = True
-    try:
+            with_cache: Any = partial(_checkpoint, layer._gradient_checkpointing_func, cache, name, place)
+            layer._gradient_checkpointing_func = with_cache
+            layer._can_checkpoint_with_cache = True
         yield
-    finally:
-        for module, checkpoint in found:
-            module._gradient_checkpointing_func = checkpoint
-            del module._can_checkpoint_with_cache
 
 
 def _checkpoint(checkpoint: Any, cache: DynamicCache, name: str, place: int, layer: Any, *args: Any) -> Any:
@@ -537,19 +534,15 @@ def _check_first(model: Any, batch: _Batch) -> None:
     ids, wanted = example.input_ids.to(batch.device), example.targets.to(batch.device)
     if batch.takes_positions:
         keywords["position_ids"] = example.positions.to(batch.device)
-    base, setup = causal_model_of(model), model._answer_only
-    cache, setup.cache = setup.cache, None
-    try:
-        with borrowed(model), _without_checkpointing(base), torch.no_grad():
-            for module in model.modules():
-                disable_dropout(module)
-            split = float(_forward(model, example).loss)
-            whole = super(_AnswerOnly, model).forward(
-                input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted, shift_labels=wanted, **keywords
-            )
-            expected = float(whole.loss)
-    finally:
-        setup.cache = cache
+    base = causal_model_of(model)
+    with borrowed(model), _without_checkpointing(base), torch.no_grad():
+        for module in model.modules():
+            disable_dropout(module)
+        split = float(_forward(model, example, replace(model._answer_only, cache=None)).loss)
+        whole = super(_AnswerOnly, model).forward(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted, shift_labels=wanted, **keywords
+        )
+        expected = float(whole.loss)
     tolerance = _TOLERANCE.get(whole.logits.dtype, 0.02) * max(1.0, abs(expected))
     if not abs(split - expected) <= tolerance:
         raise BlueprintError(

@@ -6,10 +6,9 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .._text import format_names
 from ..errors import BlueprintError
-from ..measure import is_sharded, unwrap
+from ..measure import is_sharded, restored_attributes, unwrap
 from ..place import Budget
 from .state_store import StateDtype, StateStore
 
@@ -74,21 +73,32 @@ class _Pass:
     is_check: bool = False
 
 
-class PrefixCache:
+class PrefixCache(ExitStack):
     """Cache of the hidden states below the lowest trained layer; made by `cache_frozen_prefix`.
 
     Use it as a context manager, or call `close`, to have the model as it was.
     """
 
     def __init__(
-        self, model: nn.Module, budget: int, dtype: StateDtype = "auto", folder: str | Path | None = None
+        self,
+        model: nn.Module,
+        budget: int,
+        dtype: StateDtype = "auto",
+        folder: str | Path | None = None,
+        allow_empty: bool = False,
     ) -> None:
+        super().__init__()
         self.model = unwrap(model)
         self._name, self._stack = _find_stack(self.model)
         self._decoder = self.model.get_submodule(self._name.rpartition(".")[0])
         self._signature = inspect.signature(self._decoder.forward)
         self._of_layer = inspect.signature(self._stack[0].forward)
         _check_model(self.model)
+        if self.lowest == 0 and not allow_empty:
+            raise BlueprintError(
+                "Layer 0 is trained, so nothing below it can be cached. Place adapters from a higher layer on, freeze the "
+                "lower ones (FreezeFromBelow), or give allow_empty=True."
+            )
         self.store = StateStore(budget, dtype, folder)
         self._pass: _Pass | None = None
         self._changes: tuple[Any, ...] | None = None
@@ -97,19 +107,18 @@ class PrefixCache:
         self._is_checked = self._is_closed = False
         self._rows_read = self._rows_computed = 0
         self._homes: dict[nn.Module, torch.device] = {}  # of offloaded layers
-        self._replaced: list[tuple[nn.Module, Any]] = []
-        self._original = self._replace(self._decoder, self._forward)
-        self._layers: list[Callable[..., Any]] = []
-        for i, layer in enumerate(self._stack):
-            self._layers.append(self._replace(layer, self._layer_forward(i)))
-
-    def __enter__(self) -> PrefixCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._replaced = [(module, vars(module).get("forward")) for module in (self._decoder, *self._stack)]
+        self._original: Callable[..., Any] = self._decoder.forward
+        self._layers: list[Callable[..., Any]] = [layer.forward for layer in self._stack]
+        for _ in range(2):  # the second goes on where an interrupt ended the first
+            self.callback(self._remove)
+        try:
+            self._decoder.forward = self._forward
+            for i, layer in enumerate(self._stack):
+                layer.forward = self._layer_forward(i)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def lowest(self) -> int:
@@ -166,26 +175,23 @@ class PrefixCache:
 
     def close(self) -> None:
         """Remove the cache from the model, bring offloaded layers back and delete the file."""
+        super().close()
+
+    def _remove(self) -> None:
         if self._is_closed:
             return
-        self._is_closed = True
         self.restore()
         for module, forward in self._replaced:
             if forward is None:
-                del module.forward
+                vars(module).pop("forward", None)
             else:
                 module.forward = forward
         self.store.close()
-
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Replace a module's `forward` on the instance; return the one it had."""
-        original: Callable[..., Any] = module.forward
-        self._replaced.append((module, vars(module).get("forward")))
-        module.forward = forward
-        return original
+        self._is_closed = True
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder: in training with lower layers from the cache, otherwise as it was."""
+        self._pass = None  # an interrupted pass may have left it
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         current = self._begin(given)
@@ -210,15 +216,14 @@ class PrefixCache:
         """Send a batch through the layers, without gradient checkpointing where nothing is to be recomputed."""
         without = self._stack if current.is_check else self._stack[: current.lowest]
         checkpointed = [layer for layer in without if getattr(layer, "gradient_checkpointing", False)]
-        for layer in checkpointed:
-            layer.gradient_checkpointing = False  # type: ignore[assignment]
-        self._pass = current
-        try:
-            yield
-        finally:
-            self._pass = None
+        with restored_attributes(checkpointed, "gradient_checkpointing"):
             for layer in checkpointed:
-                layer.gradient_checkpointing = True  # type: ignore[assignment]
+                layer.gradient_checkpointing = False  # type: ignore[assignment]
+            try:
+                self._pass = current
+                yield
+            finally:
+                self._pass = None
 
     def _begin(self, given: Mapping[str, Any]) -> _Pass | None:
         """Find a batch's rows in the cache; None for a pass that the cache has no part in."""
@@ -452,14 +457,7 @@ def cache_frozen_prefix(
         >>> cache.lowest, cache.statistics.rows_read
         (3, 8)
     """
-    cache = PrefixCache(model, _bytes_of(budget), dtype, folder)
-    if cache.lowest == 0 and not allow_empty:
-        cache.close()
-        raise BlueprintError(
-            "Layer 0 is trained, so nothing below it can be cached. Place adapters from a higher layer on, freeze the "
-            "lower ones (FreezeFromBelow), or give allow_empty=True."
-        )
-    return cache
+    return PrefixCache(model, _bytes_of(budget), dtype, folder, allow_empty)
 
 
 class CacheFrozenPrefix(TrainerCallback):

@@ -114,12 +114,12 @@ class StateStore:
         if entry is None and self.used + len(packed) > self.budget:
             self.refused += 1
             return False
+        self._entries.pop(key, None)  # until its bytes are whole
         try:
             self._file.seek(offset)
             self._file.write(packed)
             self._file.flush()
         except OSError:  # the disk is full
-            self._entries.pop(key, None)
             self.refused += 1
             return False
         self._width = states.shape[-1]

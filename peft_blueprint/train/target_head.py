@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BlueprintError
-from ..measure import IGNORED
+from ..measure import IGNORED, restored_attributes
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +93,7 @@ def selected_targets(model: PreTrainedModel, targets: Tensor) -> Iterator[None]:
     Raises:
         BlueprintError: if the model computes its loss in another way.
     """
-    base_loss, own_loss = model.loss_function, model.__dict__.get("_loss_function")
+    base_loss = model.loss_function
     name = type(model).__name__
     if "shift_labels" not in inspect.signature(base_loss).parameters:
         raise BlueprintError(
@@ -123,16 +123,9 @@ def selected_targets(model: PreTrainedModel, targets: Tensor) -> Iterator[None]:
         keywords["shift_labels"] = targets[chosen].unsqueeze(0).to(logits.device)
         return base_loss(logits=logits, labels=None, vocab_size=vocab_size, **keywords)
 
-    hook = head.register_forward_pre_hook(select)
-    model.loss_function = loss
-    try:
+    with head.register_forward_pre_hook(select), restored_attributes([model], "_loss_function"):
+        model.loss_function = loss
         yield
-    finally:
-        hook.remove()
-        if own_loss is None:
-            del model._loss_function
-        else:
-            model.loss_function = own_loss
     if calls != ["head", "loss"]:
         raise BlueprintError(
             f"{name} does not compute its loss from its head's output with its loss_function, so the head cannot be "

@@ -19,7 +19,15 @@ from peft_blueprint.data.features import model_features
 from peft_blueprint.errors import MeasurementError
 from peft_blueprint.measure import borrowed
 from peft_blueprint.testing import tiny_llama, toy_batches
-from peft_blueprint.train import check_adapters, held_out_loss, initialize_along_gradient
+from peft_blueprint.train import (
+    PromptCache,
+    answer_only,
+    cache_frozen_prefix,
+    check_adapters,
+    head_on_targets,
+    held_out_loss,
+    initialize_along_gradient,
+)
 
 
 PACKAGE = str(Path(peft_blueprint.__file__).parent)
@@ -120,8 +128,8 @@ def lines_run(act):
     return interrupted(act, at=None)
 
 
-def interrupted(act, at):
-    """Call, raising KeyboardInterrupt at line number `at` of the package; return the number of lines."""
+def interrupted(act, at, lines=None):
+    """Call, raising KeyboardInterrupt at line number `at` of the package; return the number of lines, and append them."""
     seen = 0
 
     def trace(frame, event, _):
@@ -130,6 +138,8 @@ def interrupted(act, at):
             return None
         if event == "line":
             seen += 1
+            if lines is not None:
+                lines.append((frame.f_code.co_filename, frame.f_lineno))
             if seen == at:
                 raise KeyboardInterrupt
         return trace
@@ -190,6 +200,82 @@ def test_new_adapters_are_gone_after_an_interrupt_at_any_line():
         with pytest.raises(KeyboardInterrupt):
             interrupted(train, place)
         assert state_of(model) == before, f"line {place} of {count}"
+
+
+def answering(checkpointed):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8], use_rslora=True
+    )
+    model = answer_only(get_peft_model(tiny_llama(1), config), cache=PromptCache("1MiB")).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def answer(model):
+    model(
+        input_ids=torch.tensor([[5, 6, 9, 7, 8, 10, 11]]), labels=torch.tensor([[-100] * 5 + [10, 11]])
+    ).loss.backward()
+    model.zero_grad()
+
+
+def cached_prefix(model):
+    with cache_frozen_prefix(model, budget="1MiB"):
+        [model(**BATCHES[0]) for _ in range(2)]
+
+
+STEPS = {
+    "answer-only": (lambda: answering(False), answer),
+    "head on targets": (lambda: head_on_targets(tiny_llama(1)).train(), lambda model: model(**BATCHES[0])),
+    "frozen prefix": (lambda: get_peft_model(tiny_llama(2), LoraConfig(target_modules="lm_head")), cached_prefix),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a temporary file closed late
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_leaves_nothing_on_the_model_after_an_interrupt(name):
+    """No hook, forward, checkpointing flag, loss function or missing cache, at any line of train/; a later step works."""
+    make, act = STEPS[name]
+
+    def attributes(model):
+        setup = getattr(model, "_answer_only", None)
+        return [
+            {
+                key: list(value.items()) if isinstance(value, dict) else value
+                for key, value in vars(m).items()
+                if key != "_answer_only" and not isinstance(value, torch.Tensor)
+            }
+            for m in model.modules()
+        ] + [None if setup is None else setup.cache]
+
+    model, lines = make(), []
+    model.train()
+    interrupted(lambda: act(model), None, lines)
+    last = {place: i for i, place in enumerate(lines, 1) if os.sep + "train" + os.sep in place[0]}
+    count = min(len(last), 5 * PLACES)
+    for place in [*random.Random(name).sample(sorted(last.values()), count), *sorted(last.values())[-PLACES:]]:
+        model = make()
+        model.train()
+        before = attributes(model)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(lambda model=model: act(model), place)
+        assert attributes(model) == before, lines[place - 1]
+    act(model)
+
+
+def test_a_checkpointed_step_works_after_an_interrupted_one():
+    """PEFT's hooks for the second forward pass, which no backward pass removes, are gone."""
+    model = answering(True)
+
+    def interrupt(*_):
+        hook.remove()
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.lm_head.register_forward_pre_hook(interrupt)
+    model._answer_only.is_checked = True  # so that the interrupt comes in the step itself
+    with pytest.raises(KeyboardInterrupt):
+        answer(model)
+    answer(model)
 
 
 def test_two_borrowers_at_once_are_refused_and_leave_nothing():
