@@ -22,6 +22,12 @@ def disable_cpu_repack(model: nn.Module) -> list[nn.Module]:
 
     Returns:
         The layers that would have repacked.
+
+    Example:
+        >>> from peft_blueprint.testing import quantize, tiny_llama
+        >>> layers = disable_cpu_repack(quantize(tiny_llama(layers=1), "nf4"))
+        >>> len(layers)
+        7
     """
     switched = [module for module in model.modules() if vars(module).get(_REPACKS)]
     for module in switched:
