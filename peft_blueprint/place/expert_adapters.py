@@ -129,7 +129,14 @@ class ParamWrapper(lora.ParamWrapper):
 
 
 def reach(result: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Add zero times the parameters, so that those that no token reached get a gradient of zero, which DDP waits for."""
+    """Add zero times the parameters, so that those that no token reached get a gradient of zero, which DDP waits for.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> reach(torch.zeros(1, requires_grad=True), [weight]).sum().backward()
+        >>> weight.grad
+        tensor([0., 0.])
+    """
     empty = [p.flatten()[:0].sum() for p in parameters if p.requires_grad]
     return result + sum(empty[1:], empty[0]).to(result) if empty else result
 
