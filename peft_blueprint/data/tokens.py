@@ -57,6 +57,12 @@ def head_features(
 
     Raises:
         BlueprintError: for a model whose objective is not the loss of the next token, or that has no head.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> features, positions = head_features(tiny_llama(), toy_batches(examples=2), size=4)
+        >>> len(features), features[0].shape[1], positions > 0
+        (1, 12, True)
     """
     base = cast(Any, unwrap(model))
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
