@@ -19,6 +19,7 @@ from ..blueprint import (
     metadata_of_prefix,
     parse_index,
     read_header,
+    read_metadata,
     read_text,
     replace_metadata,
     to_dict,
@@ -154,6 +155,13 @@ def _write(files: ModelFiles, changes: dict[str, str | None], progress: bool) ->
         replace = _replace_in_index if target == files.index else replace_metadata
         if replace(target, changes, progress):
             changed.append(target)
+    if changed and files.index is not None:
+        held = (read_metadata(files.tensors), parse_index(read_text(files.index), str(files.index))["metadata"])
+        if any(metadata.get(key) != value for metadata in held for key, value in changes.items()):
+            raise BlueprintError(
+                f"{files.tensors} or {files.index} was replaced by another program meanwhile, so one of them lacks the "
+                "change. Try again."
+            )
     return sorted(changed, key=targets.index)
 
 

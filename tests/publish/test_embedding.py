@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -147,6 +147,24 @@ def test_an_index_that_is_replaced_meanwhile_stays(blueprint, saved, tmp_path, m
     with pytest.raises(BlueprintError, match="index.json was replaced or changed by another program"):
         embed(blueprint, folder, progress=False)
     assert index.read_text().endswith("\n\n") and "blueprint.json" not in index.read_text()
+
+
+def test_a_shard_that_is_replaced_before_the_index_is_written_is_noticed(blueprint, saved, tmp_path, monkeypatch):
+    """Another program saved the model again between the two, so that only the index has the blueprint."""
+    folder = copied(saved / "sharded", tmp_path / "copy")
+    move = os.replace
+
+    def then(source, target):
+        move(source, target)
+        if target.suffix == ".safetensors":
+            target.write_bytes((saved / "sharded" / target.name).read_bytes())
+
+    monkeypatch.setattr(os, "replace", then)
+    with pytest.raises(BlueprintError, match="was replaced by another program meanwhile.*Try again"):
+        embed(blueprint, folder, progress=False)
+    monkeypatch.undo()
+    embed(blueprint, folder, progress=False)
+    assert extract(folder) == rounded(blueprint)
 
 
 def test_removing_gives_back_the_index(blueprint, saved, tmp_path):
@@ -321,11 +339,24 @@ def test_check_false_embeds_anyway(blueprint, tmp_path):
     assert extract(tmp_path) == rounded(blueprint)
 
 
-def test_an_adapter_file_carries_it_too(blueprint, tmp_path):
-    """An adapter_model.safetensors as PEFT writes it, given by its path."""
-    get_peft_model(tiny_llama(layers=12), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"]),
+        IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_an_adapter_of_any_method_carries_it_too(config, blueprint, tmp_path):
+    """An adapter_model.safetensors as PEFT writes it, given by its path; another model's is refused."""
+    get_peft_model(tiny_llama(layers=12), config).save_pretrained(tmp_path)
     embed(blueprint, tmp_path / "adapter_model.safetensors", progress=False)
     assert extract(tmp_path / "adapter_model.safetensors") == rounded(blueprint)
+    with pytest.raises(MismatchError, match="adapts"):
+        embed(of(tiny_gpt2()), tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("how", ["a link", "a link out of the cache", "a copy in the cache"])
