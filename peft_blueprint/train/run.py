@@ -165,6 +165,18 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
 
     Raises:
         BlueprintError: for data, a blueprint or options that cannot be used. Nothing is written then.
+
+    Example:
+        >>> import json, tempfile
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data = Path(folder) / "train.jsonl"
+        ...     _ = data.write_text(json.dumps({"prompt": "1 2", "completion": " 3"}))
+        ...     model = save_tiny_model(Path(folder) / "model")
+        ...     recipe = Recipe(str(model), str(data), f"{folder}/out", probe_examples=1, training={"max_steps": 1})
+        ...     report = run_recipe(recipe, progress=False)
+        >>> report.steps, report.placed > 0
+        (1, True)
     """
     recipe.check()  # before anything is loaded
     try:
@@ -233,6 +245,19 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
 
     Raises:
         BlueprintError: for data, a blueprint or options that cannot be used.
+
+    Example:
+        >>> import json, tempfile
+        >>> from peft_blueprint.testing import save_tiny_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data = Path(folder) / "train.jsonl"
+        ...     _ = data.write_text(json.dumps({"prompt": "1 2", "completion": " 3"}))
+        ...     model = save_tiny_model(Path(folder) / "model")
+        ...     recipe = Recipe(str(model), str(data), f"{folder}/out", placement="all-linear", start_examples=0)
+        ...     arguments = TrainingArguments(f"{folder}/out", report_to="none")
+        ...     prepared = prepare(recipe, arguments, progress=False)
+        >>> prepared.placement is None, len(prepared.rows)
+        (True, 1)
     """
     recipe.check(type(arguments))
     examples = read_examples(recipe.train, recipe.columns)
@@ -280,6 +305,13 @@ def initialize_adapters(
 
     Returns:
         Resources spent; empty if there was nothing to do.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+        >>> recipe = Recipe(model="org/model", train="train.jsonl", output="out", start_examples=0)
+        >>> initialize_adapters(model, recipe, [], pad_token_id=0)  # the recipe asks for none
+        {}
     """
     count = min(len(rows), recipe.start_examples)
     chosen = rows[process_rank() : count : process_count()]
