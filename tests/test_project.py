@@ -1,7 +1,10 @@
 """pytest tests/test_project.py: what the project says of itself is true."""
 
 import re
+import runpy
+import sys
 import tomllib
+from types import ModuleType
 
 from tests import ROOT
 
@@ -16,3 +19,18 @@ def test_each_declared_bound_is_the_version_that_the_oldest_tests_use():
     )
     del bounds["torch"]
     assert bounds == {name: pins.get(name) for name in bounds}
+
+
+def test_a_releases_readme_has_absolute_links(monkeypatch):
+    """To files of the repository, pictures raw; other addresses and places in the page stay."""
+    names = ("hatchling", "hatchling.metadata", "hatchling.metadata.plugin", "hatchling.metadata.plugin.interface")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]].MetadataHookInterface = object
+    absolute = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"]
+    text = "![a](docs/a.png) [b](docs/b.md) [c](#c) [d](https://d.org/x)"
+    assert absolute(text, "https://h/o") == (
+        "![a](https://h/o/raw/main/docs/a.png) [b](https://h/o/blob/main/docs/b.md) [c](#c) [d](https://d.org/x)"
+    )
+    targets = re.findall(r"\]\(([^)]+)\)", absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://h/o"))
+    assert targets and all(target.startswith(("https:", "#")) for target in targets)

@@ -9,10 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
 from .. import blueprint as records
 from .._files import replacing
 from .._progress import progress_bar
@@ -21,6 +17,13 @@ from ..blueprint import NUMBERS, SUFFIXES, Blueprint, Submodule, from_dict, to_c
 from ..errors import BlueprintError
 from .merging import has_privacy, parts_of, reference_of
 
+
+try:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+except ImportError as error:
+    raise BlueprintError("Tables of blueprints need pyarrow: pip install 'peft-blueprint[data]'.") from error
 
 OnError = Literal["raise", "skip"]
 Sources = Mapping[str, Blueprint | str | Path] | Iterable[str | Path]

@@ -90,8 +90,7 @@ def read_table(source: str, *, split: str = "train", stream: bool = False) -> An
         >>> read_table(str(path))[0]
         {'prompt': '1 + 1', 'completion': 'two'}
     """
-    from datasets import get_dataset_config_names, load_dataset
-
+    datasets = _datasets()
     path = Path(source)
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in COMPRESSED:
@@ -107,14 +106,14 @@ def read_table(source: str, *, split: str = "train", stream: bool = False) -> An
     try:
         if kind:
             module, options = kind
-            table = load_dataset(module, data_files=str(path), split="train", streaming=stream, **options)
+            table = datasets.load_dataset(module, data_files=str(path), split="train", streaming=stream, **options)
         else:
-            table = load_dataset(name, config or None, split=split, streaming=stream)
+            table = datasets.load_dataset(name, config or None, split=split, streaming=stream)
     except Exception as error:  # datasets raises a dozen types
         if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
             raise _empty(source) from error
         if "Config name is missing" in str(error):
-            configs = get_dataset_config_names(name)
+            configs = datasets.get_dataset_config_names(name)
             raise BlueprintError(
                 f"The data {source!r} has several configurations: {format_names(configs, 8)}. Name one, as in "
                 f"'{source}:{configs[0]}'."
@@ -237,8 +236,17 @@ def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = No
         )
 
 
+def _datasets() -> Any:
+    """Import datasets, which a machine that only places adapters need not have."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise BlueprintError("Data is read with datasets: pip install 'peft-blueprint[data]'.") from error
+    return datasets
+
+
 def _write(file: BinaryIO, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    from datasets import Dataset
+    Dataset = _datasets().Dataset
     from pyarrow import ArrowException
 
     try:
