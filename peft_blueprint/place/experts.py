@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .._text import format_names
 from ..blueprint import Blueprint, Submodule, split_expert
@@ -51,13 +51,12 @@ class ExpertCount:
                     raise PlacementError(f"top_p of experts must be in (0, 1], got {number:g}; {_EXAMPLES}.")
                 return cls(top_p=number)
             value = number
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        count = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        if not 0 < count < math.inf:
             raise PlacementError(f"experts must be a number, a share or top_p=…, got {value!r}; {_EXAMPLES}.")
-        if value < 1:
-            return cls(share=float(value))
-        if value != int(value):
+        if count >= 1 and count != int(count):
             raise PlacementError(f"experts must be a whole number, or a share below 1, got {value}; {_EXAMPLES}.")
-        return cls(number=int(value))
+        return cls(share=count) if count < 1 else cls(number=int(count))
 
 
 def choose_experts(
@@ -109,22 +108,22 @@ def expert_shares(
             "The blueprint has no entry of a single expert. Measure it with generate_blueprint(…, experts=True) on a "
             "mixture of experts."
         )
-    order: tuple[ExpertsBy, ...] = ("token_share", "gate_weight", "adam_gain", "gradient_norm")
-    if by is None:
-        by = next((name for name in order if all(getattr(e, name) is not None for e in entries)), order[-1])
-    elif by not in order:
+    order = get_args(ExpertsBy)
+    measured = [name for name in order if all(getattr(entry, name) is not None for entry in entries)]
+    score = str(by or next(iter(measured), order[-1]))
+    if score not in order:
         raise PlacementError(f"experts_by must be one of {', '.join(order)}, got {by!r}.")
-    if missing := [entry.name for entry in entries if getattr(entry, by) is None]:
+    if missing := [entry.name for entry in entries if getattr(entry, score) is None]:
         raise PlacementError(
-            f"{len(missing)} of {len(entries)} experts' weights have no {by} ({format_names(missing)}). Measure the blueprint "
+            f"{len(missing)} of {len(entries)} experts' weights have no {score} ({format_names(missing)}). Measure the blueprint "
             "with generate_blueprint(…, experts=True), or choose another of experts_by."
         )
     values: dict[str, dict[int, list[float]]] = {}
     for entry in entries:
         expert = split_expert(entry.name)
         assert expert is not None
-        values.setdefault(expert.container, {}).setdefault(expert.number, []).append(getattr(entry, by))
-    combine = {"adam_gain": math.fsum, "gradient_norm": lambda norms: math.hypot(*norms)}.get(by, max)
+        values.setdefault(expert.container, {}).setdefault(expert.number, []).append(getattr(entry, score))
+    combine = {"adam_gain": math.fsum, "gradient_norm": lambda norms: math.hypot(*norms)}.get(score, max)
     shares = {}
     for holder, experts in values.items():
         scores = {number: combine(own) for number, own in experts.items()}
@@ -145,7 +144,7 @@ def _chosen(holder: str, shares: dict[int, float], count: ExpertCount) -> tuple[
         if wanted > len(ranked):
             raise PlacementError(f"experts={wanted}: {holder!r} has only {len(ranked)}. Give at most {len(ranked)}.")
         return tuple(ranked[:wanted])
-    held, chosen = 0.0, []
+    held, chosen = 0.0, list[int]()
     for number in ranked:
         if chosen and held >= count.top_p * (1 - 1e-12):
             break

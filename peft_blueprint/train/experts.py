@@ -58,7 +58,7 @@ def unfreeze_experts(
         >>> unfreeze_experts(model, {"model.layers.0.mlp.experts": [1, 3]})
         4608
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad][0]
-        'model.layers.0.mlp.experts.trained_experts.1.gate_up_proj'
+        'model.layers.0.mlp.experts.trained_experts.1.down_proj'
     """
     chosen = _found(unwrap(model), _numbers(experts))
     for name, (module, numbers) in chosen.items():
@@ -259,8 +259,10 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     """After a forward pass, also a failed one: take them out again."""
     for name in _stacked(module):
         vars(module).pop(name, None)
-    if isinstance(output, Tensor) and torch.is_grad_enabled() and torch.distributed.is_initialized():
-        return reach(output, list(_slices_of(module).parameters()))  # DDP waits for experts that no token reached
+    if isinstance(output, Tensor) and torch.is_grad_enabled():
+        # no token may have reached a trained expert: backward() needs a graph, and DDP waits for every gradient
+        if torch.distributed.is_initialized() or not output.requires_grad:
+            return reach(output, list(_slices_of(module).parameters()))
     return output
 
 
@@ -280,9 +282,9 @@ def _merge(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -
             )
 
 
-def _take(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Take the slices to load from the whole parameters."""
-    for key, _ in _slices_of(module).named_parameters():
+    for key in dict(_slices_of(module).named_parameters()):
         number, _, name = key.partition(".")
         whole = state_dict.get(prefix + name)
         if whole is not None and whole.dim() > 1 and len(whole) > int(number):

@@ -149,7 +149,9 @@ def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
     for name, module in own.items():
         a, b = module.lora_A[adapter_name], module.lora_B[adapter_name]
         if isinstance(a, nn.Linear) and isinstance(b, nn.Linear):
-            adapters.append(_Adapter(name, a.weight, b.weight, getattr(module, "num_experts", 1)))
+            chosen = getattr(module, "chosen", {}).get(adapter_name)  # experts, of which only these have an adapter
+            groups = getattr(module, "num_experts", 1) if chosen is None else len(chosen)
+            adapters.append(_Adapter(name, a.weight, b.weight, groups))
     if not adapters:
         raise PlacementError(
             f"The adapter {adapter_name!r} is only on {format_names(list(own))}, which are not linear layers."

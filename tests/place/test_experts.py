@@ -11,7 +11,15 @@ from transformers import Trainer, TrainingArguments
 from peft_blueprint import Blueprint, BlueprintConfig, plan_placement
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure import find_submodules
-from peft_blueprint.place import CostModel, Placement, Structure, choose_experts, narrow_experts, trainer_config
+from peft_blueprint.place import (
+    CostModel,
+    Placement,
+    Structure,
+    Workload,
+    choose_experts,
+    narrow_experts,
+    trainer_config,
+)
 from peft_blueprint.place.expert_adapters import gather, scatter
 from peft_blueprint.place.expert_weights import ExpertStack, LowRank, UpdatedMatrix
 from peft_blueprint.testing import randomize_adapters, tiny_mixtral, toy_batches
@@ -67,11 +75,12 @@ def relative(found, expected):
 @pytest.mark.parametrize("family", [name for name in MIXTURES if name != "listed"])
 def test_outputs_and_gradients_are_those_of_pefts_adapter_on_all_experts(family, tmp_path):
     """In every implementation of experts; plain PEFT loads what was saved, and both merge to the same output."""
+    layers = 1 if family != "deepseek_v3" else 2  # of which the first is dense
     for implementation in ("eager", "batched_mm", "grouped_mm"):
-        base = MIXTURES[family](layers=LAYERS)
+        base = MIXTURES[family](layers=layers)
         ours = randomize_adapters(adapted(base))
         ours.save_pretrained(tmp_path)
-        theirs = PeftModel.from_pretrained(MIXTURES[family](layers=LAYERS), tmp_path, is_trainable=True)
+        theirs = PeftModel.from_pretrained(MIXTURES[family](layers=layers), tmp_path, is_trainable=True)
         assert type(theirs.peft_config["default"]) is LoraConfig
         for model in (ours, theirs):
             model.get_base_model().set_experts_implementation(implementation)
@@ -96,7 +105,7 @@ def test_only_the_chosen_experts_have_parameters_gradients_and_optimizer_states(
     r, layer = 2, (32 + 48) + (24 + 32)
     assert sum(p.numel() for p in own) == LAYERS * r * layer
     placement = model.peft_config["default"].placement
-    costs = CostModel(Structure.of(model.get_base_model(), measured(tiny_mixtral(LAYERS))))
+    costs = CostModel(Structure.of(model.get_base_model(), measured(tiny_mixtral(LAYERS))), Workload())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert costs.cost(dict.fromkeys(placement.lora, r)).trainable == trainable
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -184,15 +193,15 @@ def test_experts_in_a_list_are_ordinary_targets(tmp_path):
 def test_products_with_a_stack_are_those_of_the_computed_weight(transposed):
     """However experts are computed: one by one, gathered, grouped, all at once, or in a way that nobody foresaw."""
     torch.manual_seed(0)
-    base, left, right = torch.randn(4, 6, 8), torch.randn(6, 2, requires_grad=True), torch.randn(2, 8)
-    stack = ExpertStack(base, {2: UpdatedMatrix(base[2], [LowRank(left, right, 0.5)]), 0: torch.randn(6, 8)})
+    base, left, right = torch.randn(4, 8, 12), torch.randn(8, 2, requires_grad=True), torch.randn(2, 12)
+    stack = ExpertStack(base, {2: UpdatedMatrix(base[2], [LowRank(left, right, 0.5)]), 0: torch.randn(8, 12)})
     dense = stack.dense()
-    stack, dense, width = (stack.mT, dense.mT, 8) if transposed else (stack, dense, 6)
+    stack, dense, width = (stack.mT, dense.mT, 12) if transposed else (stack, dense, 8)
     tokens, ids = torch.randn(5, width), torch.tensor([2, 0, 1, 2, 3])
     ends = torch.tensor([2, 2, 4, 5], dtype=torch.int32)
     for product in (
         lambda w: tokens @ w[2] + torch.nn.functional.linear(tokens, w[torch.tensor(2)].mT),
-        lambda w: tokens @ w[1] + tokens @ w[-4],
+        lambda w: tokens @ w[1] + tokens @ w[-4] + tokens @ w[-2],
         lambda w: (
             torch.bmm(tokens[:, None], w[ids])[:, 0] + torch.bmm(w[ids].transpose(-2, -1), tokens[..., None])[..., 0]
         ),
@@ -204,9 +213,12 @@ def test_products_with_a_stack_are_those_of_the_computed_weight(transposed):
         found, expected = product(stack), product(dense)
         torch.testing.assert_close(found, expected)
         gradients = [
-            torch.autograd.grad(value.square().sum(), left, allow_unused=True)[0] for value in (found, expected)
+            torch.autograd.grad(value.square().sum(), left, allow_unused=True, retain_graph=True)[0]
+            for value in (found, expected)
         ]
-        torch.testing.assert_close(*[torch.zeros_like(left) if g is None else g for g in gradients])
+        torch.testing.assert_close(
+            *[torch.zeros_like(left) if g is None else g for g in gradients], rtol=1e-4, atol=1e-4
+        )
     assert (stack.shape, stack.dtype, stack.dim()) == (dense.shape, dense.dtype, 3)
 
 

@@ -12,7 +12,13 @@ from peft_blueprint.errors import BlueprintError, FormatError, MismatchError, Pl
 from peft_blueprint.place import Placement
 from peft_blueprint.place.config import BlueprintConfig
 from peft_blueprint.testing import save_tiny_model, tiny_gpt_oss, tiny_llama, tiny_mixtral, toy_batches
-from peft_blueprint.train import load_experts, merge_experts, save_experts, unfreeze_experts
+from peft_blueprint.train import (
+    initialize_along_gradient,
+    load_experts,
+    merge_experts,
+    save_experts,
+    unfreeze_experts,
+)
 from tests.fused import needs_fused
 from tests.mixtures import MIXTURES, tiny_listed
 
@@ -184,12 +190,27 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(FormatError, match="'lm_head.weight' in .* is not an expert's parameter"):
         load_experts(model, path)
     path.write_bytes(b"{}")
-    with pytest.raises(FormatError, match="is no file of experts"):
+    with pytest.raises(FormatError, match="is not a file of experts"):
         load_experts(model, path)
     assert_equal(state(model), before, 0)
     save_experts(model, path)
     with pytest.raises(BlueprintError, match="exists and is not an empty folder"):
         merge_experts(path, "org/model", tmp_path)
+
+
+@needs_fused
+def test_adapters_on_chosen_experts_start_along_the_gradient():
+    """Each expert's A gets its own leading directions, which are orthogonal; B stays zero."""
+    name = [f"{HOLDERS[0]}.{number}.gate_up_proj" for number in (0, 1, 3)]
+    placement = Placement("tiny", tuple(name), (), "token_share", "none", target_parameters=tuple(name), rank=2)
+    model = get_peft_model(tiny_mixtral(1), BlueprintConfig(placement=placement))
+    assert initialize_along_gradient(model, toy_batches(), progress=False) == 1
+    [(a, b)] = [
+        (m.lora_A["default"].weight, m.lora_B["default"].weight) for m in model.modules() if hasattr(m, "chosen")
+    ]
+    rows = a.detach().unflatten(0, (3, 2))
+    products = rows @ rows.mT
+    assert (products[:, 0, 1].abs() < 1e-5 * products[:, 0, 0]).all() and not b.any()
 
 
 def in_processes():
