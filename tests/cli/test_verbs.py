@@ -14,16 +14,17 @@ import typer
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from peft_blueprint.blueprint import file_name
+from peft_blueprint.blueprint import file_name, split_expert
 from peft_blueprint.cli import program
 from peft_blueprint.cli.program import FAILURES, app
 from peft_blueprint.cli.verbs import EXAMPLES
 from peft_blueprint.compare import ProbeOptions
 from peft_blueprint.data import SelectionOptions
 from peft_blueprint.errors import BlueprintError, DriftError
-from peft_blueprint.measure import GenerateOptions
+from peft_blueprint.measure import GenerateOptions, find_submodules
 from peft_blueprint.place import PlacementOptions
-from peft_blueprint.testing import save_tiny_model, tiny_llama
+from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral
+from peft_blueprint.train import save_experts, unfreeze_experts
 from tests import ROOT
 from tests.hub.loopback import LoopbackHub
 from tests.made_up_runs import made_up_run
@@ -74,6 +75,12 @@ def workshop(tmp_path, monkeypatch, blueprint):
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "org" / "model", layers=12)
     shutil.copytree(tmp_path / "org" / "model", tmp_path / "model-folder")
+    mixture = tiny_mixtral(layers=1)
+    shutil.copytree(tmp_path / "org" / "model", tmp_path / "mixture-folder")
+    mixture.save_pretrained(tmp_path / "mixture-folder")
+    experts = filter(None, (split_expert(row.name) for row in find_submodules(mixture, experts=True)))
+    unfreeze_experts(mixture, {next(experts).container: [1]})
+    save_experts(mixture, tmp_path)
     rows = [{"question": f"1 2 {i}", "answer": f"{i} 5", "prompt": f"1 {i}", "completion": f"{i} 7"} for i in range(9)]
     for name in ("train", "few", "other"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
