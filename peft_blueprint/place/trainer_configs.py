@@ -18,6 +18,7 @@ import yaml
 
 from .._text import format_names
 from ..errors import PlacementError
+from .experts import experts_of
 from .options import DEFAULT_RANK
 from .placement import Placement
 from .ranks import DEFAULT_ALPHA, alpha_of, scaling_of
@@ -118,6 +119,11 @@ def lora_settings(
     """
     if not (placement.lora or placement.unfreeze):
         raise PlacementError(f"The placement for {placement.model_id!r} is empty: it names no module to train.")
+    if single := list(experts_of(placement.target_parameters)):
+        raise PlacementError(
+            f"The placement adapts single experts of {format_names(single)}, and a LoraConfig adapts all experts of a "
+            "parameter. Use BlueprintConfig(placement=…), or plan without experts."
+        )
     if placement.rank is not None and r not in (None, placement.rank):
         raise PlacementError(
             f"The placement for {placement.model_id!r} has rank {placement.rank}, got r={r}. Leave r out, or plan it again "
