@@ -185,6 +185,12 @@ def entries_report(gradient: ArrayLike, *, sample: int = 5000, resamples: int = 
 
     Raises:
         BlueprintError: as `tail_report`, or for a sample below 1.
+
+    Example:
+        >>> gradient = np.random.default_rng(0).standard_normal((40, 50))
+        >>> report = entries_report(gradient, resamples=100)
+        >>> type(report).__name__
+        'TailReport'
     """
     if sample < 1:
         raise BlueprintError(f"sample must be a positive integer, got {sample}.")

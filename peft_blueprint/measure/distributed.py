@@ -257,6 +257,14 @@ def sum_over_processes(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     Args:
         own: this process's part; None for zeros.
         shape: of the tensor.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        ...     sum_over_processes(torch.ones(2), (2,)).tolist()
+        ...     torch.distributed.destroy_process_group()
+        [1.0, 1.0]
     """
     on_cpu = "gloo" in str(dist.get_backend()) or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()

@@ -194,6 +194,14 @@ def release(
     Raises:
         MeasurementError: for fewer than 2 examples, delta of 1/n or more, or norms that are negative or not finite.
         BlueprintError: for a generator with a guarantee, or a guarantee without OpenDP.
+
+    Example:
+        >>> from peft_blueprint.measure import find_submodules
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> found = find_submodules(tiny_llama(layers=1))
+        >>> means, statement = release(np.ones((len(found), 50)), found, Privacy(epsilon=4.0, delta=1e-5))
+        >>> means.shape == (len(found),), statement["epsilon"]
+        (True, 4.0)
     """
     norms = np.asarray(norms, dtype=float)
     _check(norms, submodules, privacy)
