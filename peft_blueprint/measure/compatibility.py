@@ -81,6 +81,13 @@ def check_weights(blueprint: Blueprint, model: nn.Module) -> None:
 
     Raises:
         MismatchError: if it was measured on others, or holds no digest of the weights.
+
+    Example:
+        >>> from peft_blueprint import generate_blueprint
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> model = tiny_llama(layers=1)
+        >>> blueprint = generate_blueprint(model, toy_batches(examples=2), digest_weights=True, progress=False)
+        >>> check_weights(blueprint, model)
     """
     written = blueprint.provenance.get(WEIGHTS_DIGEST)
     if not isinstance(written, str):
