@@ -1,18 +1,26 @@
-"""Short texts for messages: names, shapes and causes, without secrets and control characters."""
+"""Short texts for messages: names, shapes and causes, without secrets and control characters; tables for notebooks."""
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, unquote
+
+from .errors import BlueprintError
 
 
 _SECRETS = re.compile(
-    r"(?<=://)[^/?#\s'\"]*@"  # user and password in an address
-    r"|\bhf_\w+|(?<=Bearer )[^'\"]+|(?<=Basic )[\w+/=]+"
+    r"(?<=://)[^/?#\s]*@|(?<=://)[^/?#\s:@]*:(?!\d+/)[^\s@]*@"  # user and password in an address, also unescaped
+    r"|\b(?:hf|api_org)_\w+|(?<=Basic )[\w+/=]+|(?i:(?<=bearer )[^'\"]+|(?<=n: basic )[\w+/=]+|(?<=api-key: )[^\s'\"]+)"
+    r"|(?i:(?<=[?&])[\w-]*(?:token|key|secret|password|signature|credential|auth)[\w-]*=[^&\s'\"#]+)"
 )
-_ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")  # of environment variables
+_ADDRESS_NAMES = re.compile(r"(?:ENDPOINT|PROXY|URL)$")  # that may hold a password
+_SHORTEST_SECRET = 8  # characters of a variable that is not known to be a secret
 
 
 def shape_str(shape: Sequence[int]) -> str:
@@ -47,18 +55,29 @@ def masked(text: str, secrets: Iterable[object] = ()) -> str:
 
     Args:
         text: message that may quote a request, an address or a header.
-        secrets: further tokens, beside those of the environment, in headers, in addresses and of the form `hf_…`.
+        secrets: further tokens, beside those in environment variables, headers and addresses, and of the form `hf_…`.
 
     Example:
         >>> masked("https://me:secret@hub.example/org/model: Illegal header value b'Bearer my-token\\n'")
         "https://***@hub.example/org/model: Illegal header value b'Bearer ***'"
     """
-    tokens = [*secrets, *(os.environ.get(name) for name in _ENVIRONMENT)]
+    tokens = [*secrets, *_secrets_of_environment()]
     # a message may quote a part between line ends, or escapes of these
     parts = {part for token in tokens if isinstance(token, str) for part in (token, *token.split()) if len(part) > 3}
     for part in sorted(parts, key=len, reverse=True):
-        text = text.replace(part, "***").replace(repr(part)[1:-1], "***")
+        for form in (part, repr(part)[1:-1], quote(part, safe="")):
+            text = text.replace(form, "***")
     return _SECRETS.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
+
+
+def _secrets_of_environment() -> list[str]:
+    found = []
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name.upper()) and (name.startswith("HF_") or len(value) >= _SHORTEST_SECRET):
+            found.append(value)
+        elif _ADDRESS_NAMES.search(name.upper()) and (user := re.search(r"://[^/?#\s:@]*:(.*)@", value)):
+            found += [user[1], unquote(user[1])]
+    return found
 
 
 def find_unprintable(text: str) -> str | None:
@@ -78,3 +97,38 @@ def printable(text: str) -> str:
     if find_unprintable(text) is None:
         return text
     return "".join(c if c == "\n" or find_unprintable(c) is None else ascii(c)[1:-1] for c in text)
+
+
+def html_table(title: str, rows: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
+    """Return rows as an HTML table for a notebook, with a count of those left out.
+
+    Example:
+        >>> html_table("2 rows", [{"id": "a<b", "norm": 0.51234}, {"id": "c"}], limit=1)
+        '<p>2 rows</p><table><tr><th>id</th><th>norm</th></tr><tr><td>a&lt;b</td><td>0.5123</td></tr></table><p>1 more</p>'
+    """
+    columns = list(dict.fromkeys(key for row in rows[:limit] for key in row))
+    cells = [[row.get(key) for key in columns] for row in rows[:limit]]
+    shown = [
+        [f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
+        for row in cells
+    ]
+    lines = [("th", columns), *(("td", row) for row in shown)]
+    body = "".join(
+        "<tr>" + "".join(f"<{tag}>{html.escape(printable(text))}</{tag}>" for text in row) + "</tr>"
+        for tag, row in lines
+    )
+    more = f"<p>{len(rows) - limit} more</p>" if len(rows) > limit else ""
+    return f"<p>{html.escape(printable(title))}</p><table>{body}</table>{more}"
+
+
+def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Return rows as a `pandas.DataFrame`.
+
+    Raises:
+        BlueprintError: without pandas.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise BlueprintError("Data frames need pandas: pip install 'peft-blueprint[data]'.") from error
+    return pandas.DataFrame(list(rows))

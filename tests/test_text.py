@@ -16,6 +16,12 @@ LEAKS = {
     "a token that was given": "the value 'plain-token-42' is wrong",
     "the escape of a token that was given": r"the value 'plain-token\n42' is wrong",
     "the environment's token": "refused: env-token-77",
+    "the environment's token in an address": "no file at https://hub.example/x?t=env%20token%2078",
+    "a password that is not escaped": "cannot reach https://me:secret9876/'#x@hub.example/api",
+    "a header in small letters": "authorization: bearer secret9876",
+    "a key of another service": "the tracker answers that other-key-99 is unknown",
+    "a password of the environment's proxy": "failed: ConnectionError(host='me:proxy/pass')",
+    "a signed address": "cannot load https://cdn.example/x?Expires=1&Signature=secret9876&Key-Pair-Id=K1",
 }
 
 
@@ -23,11 +29,16 @@ LEAKS = {
 def test_secrets_are_masked(text, monkeypatch):
     """Whatever the form: known tokens, headers and addresses; the rest of the text stays."""
     monkeypatch.setenv("HF_TOKEN", "env-token-77\n")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "env token 78")
+    monkeypatch.setenv("TRACKER_API_KEY", "other-key-99")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:proxy%2Fpass@proxy.example:8080")
     found = masked(text, ["plain-token-42", "plain-token\n42", None, True])
-    for secret in ("hf_abc", "hf-pass", "secret9876", "c2Vj", "plain-token-42", r"token\n42", "env-token"):
+    secrets = ("hf_abc", "hf-pass", "secret9876", "c2Vj", "plain-token-42", r"token\n42", "env-token", "token%20")
+    for secret in (*secrets, "other-key", "proxy/pass"):
         assert secret not in found
     assert found.startswith(text.split()[0]) and "***" in found
-    assert masked("org/model at https://hub.example/a@b is fine") == "org/model at https://hub.example/a@b is fine"
+    for fine in ("org/model at https://hub.example/a@b", "http://localhost:8080/a@b?revision=1", "Set HF_TOKEN."):
+        assert masked(fine) == fine
 
 
 CONTROLS = [
