@@ -1,5 +1,8 @@
 """README and docs say what is true: code runs, verbs, links and rooms exist. Run: pytest tests/test_docs.py"""
 
+import dataclasses
+import importlib.util
+import json
 import re
 import shlex
 
@@ -10,13 +13,16 @@ from transformers import Trainer, TrainingArguments
 
 from peft_blueprint import Blueprint
 from peft_blueprint.cli.program import app
+from peft_blueprint.place import PlacementOptions
 from peft_blueprint.publish import embed
 from peft_blueprint.testing import save_tiny_model, tiny_llama, toy_batches
+from peft_blueprint.train import Recipe
 from tests import ROOT
 
 
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").rglob("*.md"))]}
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 OWN_TESTS = ("docs/how-to/long_prompts.md", "docs/how-to/frozen_prefix.md")  # of the functions they show
 SETTINGS = {
     "num_train_epochs": 2,
@@ -68,23 +74,70 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     assert "trainable params: " in capsys.readouterr().out and "trainable params: " in README.read_text()
 
 
-def test_verbs_and_options_exist():
+def module_of(path: str):
+    """Load a Python file beside the pages."""
+    specification = importlib.util.spec_from_file_location("beside", ROOT / "docs" / path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict:
+    """Pages that MkDocs adds to those on disk."""
+    return module_of("generated.py").generated()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch, generated):
+    """Every cell, with the kinds of output that are stored; the tutorial's page shows its text and pictures."""
+    monkeypatch.chdir(tmp_path)
+    found = module_of("notebooks/execute.py").execute(path)
+    stored = [c["outputs"] for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    kinds = [[sorted(output.get("data", output)) for output in outputs] for outputs in stored]
+    assert kinds == [[sorted(output.get("data", output)) for output in outputs] for outputs in found]
+    page = generated[f"tutorials/{path.stem}.md"]
+    assert page.count("```text") + page.count("![") == sum(map(len, stored)) > 3
+    assert all(f"tutorials/{name}" in generated for name in re.findall(r"!\[.*?\]\((.*?)\)", page))
+
+
+def test_the_generated_reference_is_complete(generated):
+    """Every verb with every flag, and every key of a recipe with its meaning."""
+    text = generated["reference/cli.md"]
+    sections = dict(re.findall(r"^## `peft-blueprint (\S+)`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    for verb, command in typer.main.get_command(app).commands.items():
+        flags = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+        assert all(f"{flag}`" in sections[verb] or f"{flag} " in sections[verb] for flag in flags), verb
+    keys = dict(re.findall(r"^\| `(\w+)` \|.*\| (.+?) \|$", generated["reference/recipe.md"], re.MULTILINE))
+    fields = [
+        f.name for cls in (Recipe, PlacementOptions) for f in dataclasses.fields(cls) if f.init and f.name != "r"
+    ]
+    assert all(len(keys[name]) > 10 for name in [*fields, "memory", "batch_size", "patience", "resource"])
+
+
+def test_verbs_and_options_exist(generated):
     """Each `$ peft-blueprint` line parses against the program, and no verb goes unmentioned."""
     command = typer.main.get_command(app)
     mentioned = set()
-    for page in PAGES.values():
-        for line in re.findall(r"^\$ peft-blueprint (.*?)(?:\s+#.*)?$", page.read_text(), re.MULTILINE):
+    tutorials = [text for path, text in generated.items() if path.startswith("tutorials/") and path.endswith(".md")]
+    for text in [*tutorials, *(page.read_text() for page in PAGES.values())]:
+        for line in re.findall(r"^\$ peft-blueprint (.*?)(?:\s+#.*)?$", text, re.MULTILINE):
             verb, *words = shlex.split(line)
             command.commands[verb].make_context(verb, words)
             mentioned.add(verb)
     assert mentioned == set(command.commands)
 
 
-def test_links_lead_somewhere():
+def test_links_lead_somewhere(generated):
     """Relative links of every page, pictures too."""
-    for name, page in PAGES.items():
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{name}: {link}"
+    docs = ROOT / "docs"
+    texts = {path: path.read_text() for path in PAGES.values()}
+    texts |= {docs / path: text for path, text in generated.items() if isinstance(text, str)}
+    made = {docs / path for path in generated}
+    for page, text in texts.items():
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            target = (page.parent / link).resolve()
+            assert link.startswith("https://") or target.exists() or target in made, f"{page}: {link}"
 
 
 def test_make_targets_exist():
