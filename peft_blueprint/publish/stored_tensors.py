@@ -15,6 +15,7 @@ Tensors = Mapping[str, tuple[str, Shape] | None]  # dtype and shape by name, Non
 
 _PLAIN = ("F64", "F32", "F16", "BF16")  # not quantised: the stored shape is the weight's
 _ENDINGS = (".weight", "", ".qweight", ".weight_packed", "_blocks")  # those of GPTQ and AWQ, compressed-tensors, MXFP4
+_OF_PEFT = "base_model.model."  # before the names of every method's tensors
 _ADAPTER = re.compile(
     r"(?:base_model\.model\.)?(.+?)\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.|$)"
 )
@@ -45,11 +46,13 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     if blueprint.level != "submodule":
         _check_depth(blueprint, tensors, source)
         return
-    adapted = {found[1] for name in tensors if (found := _ADAPTER.match(name))}
+    lora = {found[1] for name in tensors if (found := _ADAPTER.match(name))}
+    adapted = lora or {name.removeprefix(_OF_PEFT) for name in tensors if name.startswith(_OF_PEFT)}
     if adapted:
         wanted = set(blueprint.names)  # an adapter on experts has the name of the module that holds them
         wanted |= {entry.name.rpartition(".")[0] for entry in blueprint if entry.form == "experts"}
-        if not any(_without_prefix(name, wanted) for name in adapted):
+        modules = adapted | {parent for name in adapted - lora for parent in _parents(name)}
+        if not any(_without_prefix(name, wanted) for name in modules):
             raise _mismatch(blueprint, blueprint.names, sorted(adapted), source, "adapts")
         return
     experts = {found[1] for name in tensors if (found := _EXPERT.match(name))}
@@ -110,6 +113,11 @@ def _missing(blueprint: Blueprint, tensors: Tensors, experts: set[str], rename: 
 def _stored(entry: Submodule, tensors: Tensors, rename: Rename) -> str | None:
     """Return the name under which an entry's weight is stored."""
     return next((name for ending in _ENDINGS if (name := rename(entry.name) + ending) in tensors), None)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _without_prefix(name: str, wanted: Iterable[str]) -> bool:
