@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -231,18 +231,16 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     where = f"{entry.name!r} in the blueprint of {model_id!r}"
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
-    numbers: dict[str, float | None] = {name: getattr(entry, name) for name in NUMBERS}
-    numbers |= {f"domain_tags[{tag!r}]": value for tag, value in entry.domain_tags.items()}
-    numbers |= {f"norm_interval[{i}]": value for i, value in enumerate(entry.norm_interval or ())}
-    for name, value in numbers.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+    for name, value in _numbers_of(entry):
         most = 1 if name in _SHARES else MAX_NUMBER
-        if value is not None and not (value <= most and (value > 0 or name not in _POSITIVE)):
-            raise FormatError(
-                f"{where} has {name}={value}; it must be {'positive and ' if name in _POSITIVE else ''}at most {most:g}. "
-                "Measure it again."
-            )
+        if value is None or (0 <= value <= most and (value > 0 or name not in _POSITIVE)):
+            continue
+        if not (math.isfinite(value) and value >= 0):
+            raise FormatError(f"{where} has {name}={value}; it must be finite and not negative. Measure it again.")
+        raise FormatError(
+            f"{where} has {name}={value}; it must be {'positive and ' if name in _POSITIVE else ''}at most {most:g}. "
+            "Measure it again."
+        )
     wrong = next((value for value in entry.alignment or () if not abs(value) <= MAX_NUMBER), None)
     if wrong is not None:
         raise FormatError(
@@ -258,6 +256,15 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
                 f"{where} has gradient_norm={entry.gradient_norm} outside its norm_interval={entry.norm_interval}. "
                 "Measure it again."
             )
+
+
+def _numbers_of(entry: Submodule) -> Iterator[tuple[str, float | None]]:
+    for name in NUMBERS:
+        yield name, getattr(entry, name)
+    for tag, value in entry.domain_tags.items():
+        yield f"domain_tags[{tag!r}]", value
+    for i, value in enumerate(entry.norm_interval or ()):
+        yield f"norm_interval[{i}]", value
 
 
 def check_bounds(entry: Submodule, model_id: str) -> None:
