@@ -131,13 +131,13 @@ def table(rows: Any) -> str:
 
 
 def tutorial(path: Path) -> dict[str, str | bytes]:
-    """Return a notebook's page and pictures."""
+    """Return a notebook's page and pictures; links to other notebooks become links to their pages."""
     name = path.stem
     parts, files = [], {}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -149,5 +149,6 @@ def tutorial(path: Path) -> dict[str, str | bytes]:
             else:
                 text = "".join(output.get("text", data.get("text/plain", "")))
                 parts.append(f"```text\n{text.rstrip()}\n```")
-    parts.insert(1, f"[Download this page as a notebook.](../notebooks/{path.name})")
+    title, _, text = parts[0].partition("\n")
+    parts[0] = f"{title}\n\n[Download this page as a notebook.](../notebooks/{path.name})\n{text}"
     return {f"tutorials/{name}.md": "\n\n".join(parts) + "\n", **files}

@@ -92,7 +92,7 @@ def generated() -> dict:
 def test_a_notebook_runs(path, tmp_path, monkeypatch, generated):
     """Every cell, with the kinds of output that are stored; the tutorial's page shows its text and pictures."""
     monkeypatch.chdir(tmp_path)
-    found = module_of("notebooks/execute.py").execute(path)
+    found = module_of("execute.py").execute(path)
     stored = [c["outputs"] for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
     kinds = [[sorted(output.get("data", output)) for output in outputs] for outputs in stored]
     assert kinds == [[sorted(output.get("data", output)) for output in outputs] for outputs in found]

@@ -1,4 +1,4 @@
-"""Run notebooks with this Python, without Jupyter, and store what they show: python docs/notebooks/execute.py [FILE …]
+"""Run notebooks with this Python, without Jupyter, and store what they show: python docs/execute.py [FILE …]
 
 A cell's output is its printed text, and its last expression: a matplotlib figure as a picture, anything else by `repr`.
 Files that a notebook writes go into a temporary folder.
@@ -59,7 +59,11 @@ def _outputs(source: str, namespace: dict[str, Any], name: str) -> list[dict[str
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append(
-            {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}
+            {
+                "output_type": "stream",
+                "name": "stdout",
+                "text": printed.getvalue().splitlines(keepends=True),
+            }
         )
     if value is not None:
         outputs.append({"output_type": "display_data", "metadata": {}, "data": _shown(value)})
@@ -81,5 +85,5 @@ def _shown(value: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent / "notebooks"
     main([Path(name).resolve() for name in sys.argv[1:]] or sorted(folder.glob("*.ipynb")))
