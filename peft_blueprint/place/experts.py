@@ -178,13 +178,14 @@ def with_whole_parameters(placement: Placement) -> Placement:
     parameters = {name: e.parameter for name in placement.target_parameters if (e := split_expert(name)) is not None}
     if not parameters:
         return placement
-    if twice := sorted(set(parameters.values()) & set(placement.target_parameters)):
+    fused = set(parameters.values())
+    if twice := sorted(fused & set(placement.target_parameters)):
         raise PlacementError(f"{format_names(twice)} are placed whole and by single experts: leave one of them out.")
     ranks: dict[str, int] = {}
     for name in placement.lora:
         rank, own = placement.ranks.get(name), parameters.get(name, name)
         rank = placement.rank if rank is None else rank
-        if own in parameters.values() and ranks.setdefault(own, rank or 0) != (rank or 0):
+        if own in fused and ranks.setdefault(own, rank or 0) != (rank or 0):
             raise PlacementError(
                 f"Experts of {own!r} have ranks {ranks[own]} and {rank}, and PEFT gives all experts of a parameter one. "
                 "Set ranks='uniform'."

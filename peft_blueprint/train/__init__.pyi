@@ -1,5 +1,6 @@
 from .answer_only import answer_only as answer_only
 from .blueprint_callback import BlueprintCallback as BlueprintCallback
+from .experts import ExpertCheckpoints as ExpertCheckpoints
 from .experts import load_experts as load_experts
 from .experts import merge_experts as merge_experts
 from .experts import save_experts as save_experts

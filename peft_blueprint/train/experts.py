@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import replacing, require_writable
 from .._text import format_names, shape_str
@@ -208,6 +209,41 @@ def merge_experts(path: str | Path, model: str, out: str | Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+class ExpertCheckpoints(TrainerCallback):
+    """Save the trained experts with every checkpoint of a Trainer, and load them when it resumes.
+
+    Transformers 5 saves fused experts one by one, under other names, and its Trainer does not fuse them again when it
+    resumes: it warns of missing keys, and goes on from the base model's experts.
+
+    Args:
+        resume_from: checkpoint to resume from; by default the one of the Trainer's step in its output folder.
+
+    Example:
+        >>> from peft_blueprint.train import ExpertCheckpoints
+        >>> callbacks = [ExpertCheckpoints()]  # of Trainer(…, callbacks=callbacks)
+    """
+
+    def __init__(self, resume_from: str | Path | None = None):
+        self.resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Load the experts of the checkpoint that training resumes from.
+
+        Raises:
+            FormatError, MismatchError: as `load_experts`.
+        """
+        if state.global_step:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            load_experts(kwargs["model"], folder if self.resume_from is None else self.resume_from)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the experts beside a checkpoint."""
+        if state.is_world_process_zero:
+            save_experts(kwargs["model"], Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 
 
 class _Slices(nn.Module):

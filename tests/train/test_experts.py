@@ -6,13 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_blueprint.errors import BlueprintError, FormatError, MismatchError, PlacementError
 from peft_blueprint.place import Placement
 from peft_blueprint.place.config import BlueprintConfig
 from peft_blueprint.testing import save_tiny_model, tiny_gpt_oss, tiny_llama, tiny_mixtral, toy_batches
 from peft_blueprint.train import (
+    ExpertCheckpoints,
     initialize_along_gradient,
     load_experts,
     merge_experts,
@@ -124,6 +125,36 @@ def test_a_state_dict_resumes_and_a_moved_model_keeps_what_was_trained():
     resumed(**BATCH)
     assert own.data_ptr() == resumed.get_submodule(HOLDERS[0]).down_proj[3].data_ptr()
     assert torch.equal(state(resumed)[f"{HOLDERS[0]}.down_proj"][3], own)
+
+
+@needs_fused
+def test_a_trainer_resumes_with_the_experts_of_its_checkpoint(tmp_path):
+    """Transformers' own checkpoint does not bring fused experts back; without the callback's file it is an error."""
+
+    def trainer(steps):
+        model = tiny_mixtral(1)
+        unfreeze_experts(model, OF_ONE)
+        data = [{key: value[0] for key, value in batch.items()} for batch in toy_batches(4, 12, 1)]
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=1,
+            lr_scheduler_type="constant",
+            learning_rate=0.01,
+            per_device_train_batch_size=2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        return Trainer(model, arguments, train_dataset=data, callbacks=[ExpertCheckpoints()])
+
+    whole, resumed = trainer(2), trainer(2)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(state(resumed.model), state(whole.model))
+    (tmp_path / "checkpoint-1" / "experts.safetensors").unlink()
+    with pytest.raises(FormatError, match="No such file"):
+        trainer(2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @needs_fused
