@@ -21,6 +21,7 @@ from .memory import checkpoint_above as checkpoint_above
 from .memory import share_base as share_base
 from .prompt_cache import PromptCache as PromptCache
 from .recipe import Recipe as Recipe
+from .recipe import stopping_rule as stopping_rule
 from .recipe import training_settings as training_settings
 from .run import HeldOut as HeldOut
 from .run import Report as Report

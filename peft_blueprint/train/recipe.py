@@ -299,7 +299,8 @@ def stopping_rule(stop: Mapping[str, Any] | None) -> tuple[MarginalReturn | None
     """
     if stop is None:
         return None, {}
-    check_fields({**get_type_hints(MarginalReturn.__init__), "metric": str, "resource": str}, stop, "stop")
+    hints = {key: hint for key, hint in get_type_hints(MarginalReturn.__init__).items() if key != "return"}
+    check_fields({**hints, "metric": str, "resource": str}, stop, "stop")
     options = {key: stop[key] for key in ("metric", "resource") if key in stop}
     try:
         return MarginalReturn(**{key: value for key, value in stop.items() if key not in options}), options
