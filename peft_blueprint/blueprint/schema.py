@@ -22,6 +22,7 @@ from .theory import gamma_from_alpha
 
 SCHEMA_VERSION = 1
 DIGEST = "digest"  # of the record itself
+OF_MEASURING = ("created", "command", "spent", "versions")  # in the provenance: when and how it was measured
 # An entry's keys except its id, the paper's first
 _PAPER_KEYS = ("gradient_norm", "alpha", "gamma", "k_star", "domain_tags")
 ENTRY_KEYS = (
@@ -64,6 +65,9 @@ def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 def content_digest(record: Mapping[str, Any]) -> str:
     """Return `sha256:…` over a record without its `digest`, the same for any layout of the JSON.
 
+    Date, command, cost and versions in the provenance do not count, so that two measurements of one model on the same
+    data and seed have one digest where their numbers agree.
+
     The order of keys, white space and whether a whole number is written 1 or 1.0 do not count; the order of entries
     does.
 
@@ -72,7 +76,10 @@ def content_digest(record: Mapping[str, Any]) -> str:
     """
     found = hashlib.sha256()
     try:
-        for piece in _canonical({key: value for key, value in record.items() if key != DIGEST}):
+        content = {key: value for key, value in record.items() if key != DIGEST}
+        if isinstance(origin := content.get("provenance"), Mapping):
+            content["provenance"] = {key: value for key, value in origin.items() if key not in OF_MEASURING}
+        for piece in _canonical(content):
             found.update(piece.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(

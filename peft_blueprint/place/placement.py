@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._text import format_names
+from .._text import data_frame, format_names
 from ..errors import PlacementError
 from ..runs import format_quantity
 
@@ -130,6 +131,22 @@ class Placement:
     def __repr__(self) -> str:
         """One line: the model and the summary; `print` shows the tables, and `to_dict` all of it."""
         return f"<Placement for {self.model_id!r}: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """Show the tables in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for every adapter and unfrozen block.
+
+        Raises:
+            BlueprintError: without pandas.
+        """
+        adapters = [
+            {"id": name, "as": "adapter", "rank": self.ranks.get(name, self.rank), **self.details.get(name, {})}
+            for name in self.lora
+        ]
+        return data_frame([*adapters, *({"id": name, "as": "unfrozen"} for name in self.unfreeze)])
 
     def __str__(self) -> str:
         """Tables of the adapters by kind, and of the costs beside the next smaller and larger choices."""

@@ -496,3 +496,26 @@ def test_a_coarse_norm_is_a_lower_bound(examples):
     truth = sum(math.hypot(*norms) for norms in examples) / count
     assert coarse <= truth + 1e-9
     assert count > 1 or coarse == pytest.approx(truth)
+
+
+def test_two_measurements_of_the_same_have_one_digest():
+    """Whenever, on whatever and by whatever command: these are no content; data, seed and numbers are."""
+    ours = blueprint_of([1, 2], provenance={"seed": 0, "data_digest": "a", "created": "2026", "spent": {"seconds": 1}})
+    theirs = {"seed": 0, "data_digest": "a", "created": "2027", "command": "generate", "versions": {"torch": "3"}}
+    assert replace(ours, provenance=theirs).digest == ours.digest
+    for other in ({"seed": 1}, {"data_digest": "b"}):
+        assert replace(ours, provenance={**theirs, **other}).digest != ours.digest
+    assert blueprint_of([1, 3], provenance=theirs).digest != ours.digest
+
+
+def test_a_notebook_shows_the_strongest_entries_and_pandas_has_all(blueprint):
+    """The table is short for any model; names are escaped; the picture is that of publishing."""
+    page = blueprint._repr_html_()
+    strongest = max(blueprint.submodules, key=lambda entry: entry.gradient_norm)
+    assert page.count("<tr>") == 21 and strongest.name in page and f"<p>{len(blueprint) - 20} more</p>" in page
+    assert "&lt;b&gt;" in replace(blueprint, model_id="<b>")._repr_html_()
+    frame = blueprint.to_pandas()
+    assert list(frame["id"]) == list(blueprint.names) and {"gradient_norm", "kind", "shape"} <= set(frame)
+    placement = plan_placement(blueprint, num_modules=3)
+    assert len(placement.to_pandas()) == 3 and placement._repr_html_().startswith("<pre>")
+    assert blueprint.model_id in blueprint.plot(placement).axes[0].get_title()

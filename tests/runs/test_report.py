@@ -165,3 +165,12 @@ def test_on_the_front_is_what_no_other_beats(pairs):
 
     expected = tuple(known[i] and not is_beaten(i) for i in range(len(pairs)))
     assert pareto_front([cost for cost, _ in pairs], [worth for _, worth in pairs]) == expected
+
+
+def test_a_report_is_short_in_a_notebook_and_whole_in_pandas():
+    """One line, a row for each run, and a column for each figure."""
+    report = make_report([BASE, FAST], baseline="base")
+    assert repr(report) == "<Report of 2 runs: eval_loss by seconds>"
+    assert report._repr_html_().count("<tr>") == 3
+    frame = report.to_pandas().set_index("run")
+    assert list(frame.index) == ["base", "fast"] and frame.loc["fast", "relative"] == report.rows[1].relative
