@@ -96,6 +96,8 @@ def rows_of(cls: type) -> Iterator[tuple[str, str, str, str]]:
         if not field.init:
             continue
         default = "required" if field.default is dataclasses.MISSING else f"`{field.default}`"
+        if isinstance(field.default, bool):
+            default = f"`{str(field.default).lower()}`"  # as in YAML
         if field.default_factory is not dataclasses.MISSING or field.default is None:
             default = ""
         text = field.metadata.get("help") or described[field.name]
