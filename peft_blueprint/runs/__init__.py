@@ -1,4 +1,4 @@
-"""What a training run spent and gained, and when to stop it."""
+"""Track the cost and gain of a training run, and decide when to stop it."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Count what a piece of work spends: time, tokens, operations, memory, energy and carbon."""
+"""Count the cost of a piece of work: time, tokens, operations, memory, energy and carbon."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _State:
 
 
 class Ledger:
-    """Counts what is spent between `start` and `pause`, or inside a `with`; several ledgers may run at once.
+    """Counts the resources spent between `start` and `pause`, or inside a `with`; several ledgers may run at once.
 
     `add` counts the tokens of a step and does little else. Memory and meters are read when quantities are asked for, at
     a pause, and once a minute by `add`, so that no energy counter wraps around unseen. Only a pause waits for the

@@ -1,4 +1,4 @@
-"""Keep the record of a running training loop: what it spent and gained, and whether to go on."""
+"""Keep the record of a running training loop: costs, gains, and whether to go on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RunLog:
                         break
 
     With several processes, each passes its own tokens to `step`, and all must call `evaluate`, `settle` and the end of
-    the `with`, where they add up what they spent and take over the first process's decision. Only the first process
+    the `with`, where they add up their costs and take over the first process's decision. Only the first process
     writes. An error in the bookkeeping is a warning and never ends the run.
 
     Args:
@@ -337,7 +337,7 @@ class RunLog:
         self._next_save = end + TIME_BETWEEN_SAVES * (end - start)
 
     def summary(self) -> str:
-        """Return what the run spent and gained, with one line per quantity, its label and its source."""
+        """Return the run's gain and costs, with one line per quantity, its label and its source."""
         head = self.name
         values = [(p.step, p.metrics[self.metric]) for p in self.points if self.metric in p.metrics]
         if values:

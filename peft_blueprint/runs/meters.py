@@ -212,7 +212,7 @@ def local_processes() -> int:
 class HighWater:
     """Reads peak memory since the last reading: of GPUs, from torch's allocator, or of this process, from Linux.
 
-    Reading resets the system's mark, so all active readers share what one of them reads.
+    Reading resets the system's mark, so all active readers share the value that one of them reads.
 
     Args:
         gpus: torch's indices; empty for the resident memory of this process.

@@ -1,4 +1,4 @@
-"""Record what one run spent and gained, as a file that reports read."""
+"""Record the costs and gains of one run, as a file that reports read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare runs: what each gained for what it spent, as the tables of a report."""
+"""Compare the gains and costs of runs, as the tables of a report."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Report:
         return UNITS[self.resource]
 
     def __repr__(self) -> str:
-        """One line: the runs and what they are compared by; `to_dict` has all of it."""
+        """One line: the runs, their metric and their resource; `to_dict` has all of it."""
         count = f"{len(self.rows)} run{'s' * (len(self.rows) != 1)}"
         return f"<Report of {count}: {self.metric} by {self.resource}>"
 
@@ -113,7 +113,7 @@ class Report:
         return html_table(repr(self)[1:-1], self._rows())
 
     def to_pandas(self) -> Any:
-        """Return a `pandas.DataFrame` with a row for every run: the metric, its gain, and what was spent.
+        """Return a `pandas.DataFrame` with a row for every run: the metric, its gain, and the amounts spent.
 
         Raises:
             BlueprintError: without pandas.

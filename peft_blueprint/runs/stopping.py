@@ -69,7 +69,7 @@ class _Point(NamedTuple):
 
 
 class _Return(NamedTuple):
-    """The marginal return at a check, and what it is compared with."""
+    """The marginal return at a check, and the threshold that it is compared with."""
 
     fit: Trend | None  # of the window; None for too few evaluations
     side: Side  # of the threshold; "open" if noise is too large to tell

@@ -114,7 +114,7 @@ def windows(shortest: int, available: int) -> list[int]:
 
 
 def phase(rates: Sequence[float | None]) -> Phase:
-    """Tell what the learning rate did over these evaluations: rising to the last, steady, or past its highest."""
+    """Classify the learning rate over these evaluations: rising to the last, steady, or past its highest."""
     known = [rate for rate in rates if rate is not None]
     if not known or rates[-1] is None:
         return "unknown"
