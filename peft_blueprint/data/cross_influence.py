@@ -360,7 +360,7 @@ class CrossInfluence:
     def coarsen(self, blocks: Sequence[int]) -> CrossInfluence:
         """Sum the columns of each block of data: a gradient summary map (§4.4).
 
-        Sums over blocks are those over their examples, so that shares of whole blocks stay what they were. A choice among
+        Sums over blocks are those over their examples, so that shares of whole blocks do not change. A choice among
         blocks is a choice of examples in which some come only together; it captures at most as much. Give `sizes` as
         `example_costs`, so that a share of the data is one of its examples.
 

@@ -277,7 +277,7 @@ def _build_token_score(scan: Scan, method: Method, targets: Sequence[Candidate])
 
     scan.learn(measure_one, featurize_one, len(HEAD_SCALARS), logarithmic=method.measure == "norm")
     predictor = scan.predictor
-    scan.known = {}  # what was measured is of one token
+    scan.known = {}  # the measurements are of single tokens
     if predictor is None:
         return measure
 

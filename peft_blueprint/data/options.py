@@ -102,7 +102,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """Options of `select_examples`; each field's help text says what it does.
+    """Options of `select_examples`; each field's help text describes it.
 
     Raises:
         BlueprintError: for an unknown method or choice, or a number out of range.

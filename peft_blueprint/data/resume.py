@@ -119,7 +119,7 @@ class TopK:
         return -self._order[0][1] if len(self) == self.count else None
 
     def would_keep(self, score: float, index: int) -> bool:
-        """Whether `offer` would change what is kept.
+        """Return whether `offer` would change the kept elements.
 
         Raises:
             BlueprintError: if the score is not finite or the position negative.

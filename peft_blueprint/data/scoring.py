@@ -1,4 +1,4 @@
-"""Score examples with a model, shared among processes, and count what it costs."""
+"""Score examples with a model, shared among processes, and count the cost."""
 
 from __future__ import annotations
 

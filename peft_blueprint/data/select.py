@@ -172,7 +172,7 @@ def select_examples(
 
     A list or `datasets.Dataset` is scored whole; a stream in memory that grows with `count` alone, and with `small` where
     scores are predicted. Both give the same selection, with two exceptions: a predictor learns from about the first 1000
-    examples of a stream; and a stream's near-duplicates are compared with what is kept at the time. Under `torchrun` or
+    examples of a stream; and a stream's near-duplicates are compared with the examples kept at the time. Under `torchrun` or
     `accelerate launch` call it on every process with all the data: the work is divided, and all choose the same.
 
     Args:
@@ -351,7 +351,7 @@ def _measure_target(scan: Scan, targets: Sequence[Candidate]) -> Target:
 
 
 def _best_share(scan: Scan, scores: Scores, model: nn.Module | None) -> DataShare:
-    """Find q* from the scores, and from what they cost over a training pass of the whole model."""
+    """Find q* from the scores and their cost relative to a training pass of the whole model."""
     assert model is not None  # which every method takes that q_star goes with
     forward, backward = parameters_per_token(model, scan.scorer.submodules)
     training = 2 * (forward + backward) * scan.progress.notes["tokens"]

@@ -24,7 +24,7 @@ class DataShare:
         ratio: gain per cost over that of training on all of them without scoring; below 1 scoring cost more than it saves.
         delta: exponent δ of q^δ, fitted to the curve of retained scores (eq. 29); None for a single example.
         scoring_cost: of an example, over that of training on it for one epoch.
-        epochs: of training on what is chosen.
+        epochs: passes of training over the chosen data.
     """
 
     q: float

@@ -36,7 +36,7 @@ def only_target(candidate: Candidate, position: int) -> Candidate:
 def head_features(
     model: nn.Module, batches: Iterable[Batch], *, size: int = SIZE, seed: int = 0
 ) -> tuple[list[np.ndarray], int]:
-    """Compute features of every target token in one forward pass, and a backward pass through what follows the head.
+    """Compute features of every target token in one forward pass, and a backward pass through the operations after the head.
 
     Scalars are the loss and its logarithm; the entropy of the prediction; the logarithms of the error ‖∂ℓ/∂z‖, for z the
     head's output (‖p − y‖ if nothing follows the head, the EL2N score of Paul et al. 2021, arXiv:2107.07075), of the norm
@@ -93,7 +93,7 @@ class _HeadReader:
         self._is_checked = False
 
     def take(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Keep what the head reads, and let the graph begin at what it computes."""
+        """Keep the head's input, and let the graph begin at its output."""
         self._state = args[0].detach()
         self._output = output.detach().requires_grad_()
         return self._output
