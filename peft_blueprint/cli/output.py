@@ -1,4 +1,4 @@
-"""What a verb prints: one answer on stdout as a table, JSON or bare lines, and everything else on stderr."""
+"""Print a verb's answer on stdout as a table, JSON or bare lines, and everything else on stderr."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _fail(error: Exception) -> int:
     kind = MemoryError if is_memory else type(error)
     failure = next((failure for failure in FAILURES if issubclass(kind, failure.kind)), None)
     if failure is None:
-        raise error  # a fault of this package: its traceback is what a report needs
+        raise error  # a fault of this package, whose traceback a bug report needs
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     say(f"error: {_message(error)}")
     if failure.next is not None:

@@ -1,4 +1,4 @@
-"""Verbs about runs: `train` one recipe, `report` what runs gained for what they spent, `env` for a bug report."""
+"""Verbs about runs: `train` one recipe, `report` gains and costs of runs, `env` for a bug report."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def report(
         str | None, typer.Option(help="License of the adapter, for --card, such as apache-2.0.")
     ] = None,
 ) -> None:
-    """Report what runs gained for what they spent, beside each other."""
+    """Compare the gains and costs of runs."""
     if markdown == STDOUT and output.format == "json":
         raise BlueprintError("--markdown - and --format json both print to stdout: name a file for one of them.")
     for path in (html, results, None if markdown in (None, STDOUT) else Path(str(markdown))):
@@ -191,7 +191,7 @@ def _row_of(folder: Path, paths: Sequence[Path], report: Report, baseline: str |
         if len(candidates) == 1:
             return candidates[0]
     raise BlueprintError(
-        f"--card {folder}: which of the runs {', '.join(row.name for row in report.rows)} made this adapter cannot be told. "
+        f"--card {folder}: several runs ({', '.join(row.name for row in report.rows)}) may have made this adapter. "
         "Give that run alone, with --baseline for another."
     )
 
