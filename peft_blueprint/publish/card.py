@@ -28,9 +28,9 @@ def card_section(
     top: int = 10,
     repo_id: str | None = None,
 ) -> str:
-    """Describe a blueprint in Markdown: how to use it, what was measured, the largest submodules, the limits.
+    """Describe a blueprint in Markdown: how to use it, the measurement, the largest submodules, the limits.
 
-    The section is the same for the same record, and whatever comes from the record is escaped.
+    The section is the same for the same record. Text from the record is escaped.
 
     Args:
         blueprint: the record.

@@ -14,7 +14,7 @@ MAX_CHARACTERS = 400  # of one value of a record
 _MARK = re.compile(r"<!--[ \t]*(gradient-blueprint[ \t]+\S+|peft-blueprint[ \t]+cost)[ \t]+(begin|end)[ \t]*-->")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CODE = re.compile(r"[A-Za-z0-9 .:/,=+@%'\"()\[\]{}#?!;*&~^$_-]+")
-# whatever could begin a tag, a link, an emphasis or a cell of Markdown; an underscore within a word does not
+# everything that could begin a tag, a link, an emphasis or a cell of Markdown; an underscore within a word does not
 _SPECIAL = re.compile(r"[^\w\s,;%()/'=+.:×–±₂⁻-]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 

@@ -59,7 +59,7 @@ class Publication:
         repo_id: the repository.
         files: content of the changed files by path; empty if the repository has everything already.
         card: the new model card.
-        previous_card: the model card that is there; None if there is none.
+        previous_card: the present model card; None without one.
         title: title of the commit.
         description: description of the commit.
         create_pr: whether it is a pull request.

@@ -148,7 +148,7 @@ def _write(files: ModelFiles, changes: dict[str, str | None], progress: bool) ->
             raise BlueprintError(f"The file {target} does not exist. Download the whole model, or check the path.")
         _require_own(target)
         require_writable(target.parent)
-    # readers warn of a header that holds what the index does not, which is what a kill in between leaves
+    # readers warn if the header holds a blueprint and the index does not, as after a kill in between
     is_removed = None in changes.values()
     changed = []
     for target in reversed(targets) if is_removed else targets:

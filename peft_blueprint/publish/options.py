@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """What is published with a blueprint, under which name, and how it is committed.
+    """Options of `publish`: the files, their names, and the commit.
 
     Args:
         domain: kind of data that the file is named after, such as "math".

@@ -151,7 +151,7 @@ def save_page(report: Report, path: str | Path) -> Path:
 
 
 def draw_curve(report: Report, resource: str | None, of_losses: bool = False) -> Picture | None:
-    """Draw the metric of every run against what it had spent, or against steps if the resource is None.
+    """Draw the metric of every run against the resource spent, or against steps if the resource is None.
 
     Evaluations with a standard error have a bar of ± 1 of it. A training loss of many steps is drawn thin, and its
     running mean over a twentieth of them on top.

@@ -53,14 +53,14 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
     """Draw a statistic by layer and kind, with the placed submodules outlined.
 
     A statistic is shaded relative to the largest value of its kind, because kinds do not compare. That value is written
-    at the row's end. A placement that covers the model (`cover_gain`, `even`) is shaded by what it covers instead: 1
+    at the row's end. A placement that covers the model (`cover_gain`, `even`) is shaded by its coverage instead: 1
     where an adapter is, less the farther the next one is (`CoverGain.covered`).
 
     Args:
         blueprint: at submodule level, with kinds and depths.
         placement: its LoRA submodules are outlined, with their ranks if those differ; the submodules of unfrozen blocks
             are hatched.
-        by: statistic, such as "gradient_norm" or "adam_gain"; by default what the placement was chosen by, or the
+        by: statistic, such as "gradient_norm" or "adam_gain"; by default the placement's score, or the
             gradient norm.
 
     Returns:

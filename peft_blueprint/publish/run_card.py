@@ -1,4 +1,4 @@
-"""Write what a run cost and reached into its model card: a section, emissions and evaluation results."""
+"""Write a run's cost and results into its model card: a section, emissions and evaluation results."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _COUNTRY = re.compile(r"CodeCarbon [^,;]+, ([A-Z]{3})\b")
 
 
 def cost_section(report: Report, row: Row | None = None) -> str:
-    """Describe in Markdown what a run gained and spent, with a label for every figure, and compare the runs.
+    """Describe a run's gain and cost in Markdown, with a label for every figure, and compare the runs.
 
-    The section is the same for the same records, and whatever comes from a record is escaped.
+    The section is the same for the same records. Text from a record is escaped.
 
     Args:
         report: of one run or several.
@@ -82,7 +82,7 @@ def cost_section(report: Report, row: Row | None = None) -> str:
 
 
 def update_card(folder: str | Path, report: Report, row: Row, *, license: str | None = None) -> tuple[Path, list[str]]:
-    """Describe a run in the `README.md` of its adapter: how it trained, what it cost, and metadata for the Hub.
+    """Describe a run in the `README.md` of its adapter: how it trained, its cost, and metadata for the Hub.
 
     The description is one marked section, which a later call replaces. A card that is missing, or PEFT's template with
     nothing filled in, is written anew with a quick start. In any other card the text around the section stays.
@@ -152,7 +152,7 @@ def with_run_metadata(card: str, data: ModelCardData) -> tuple[str, list[str]]:
 
     Args:
         card: text of a `README.md`.
-        data: from `run_metadata`; what it lacks is removed, if it is ours.
+        data: from `run_metadata`; our own values that it lacks are removed.
 
     Returns:
         The card, and notes for its owner.

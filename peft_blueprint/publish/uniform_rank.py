@@ -112,7 +112,7 @@ def export_uniform_lora(
 
     Adapters of fused experts are kept for vLLM, which needs both `gate_up_proj` and `down_proj` of a layer; llama.cpp
     reads none. DoRA, `modules_to_save` and other features that vLLM or llama.cpp rejects are an error. To serve it,
-    `export_for_server` also adds what a server needs.
+    `export_for_server` also adds the tensors that a server needs.
 
     Args:
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.

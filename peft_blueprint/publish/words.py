@@ -86,7 +86,7 @@ def format_multiple(value: float | None) -> str:
 
 
 def per_unit(report: Report) -> str:
-    """Return `per` and the unit of the resource that suits what the runs spent.
+    """Return `per` and the unit of the resource that suits the amounts spent.
 
     Example:
         >>> from peft_blueprint.runs import RunRecord, make_report, measured
@@ -103,7 +103,7 @@ def _unit(report: Report) -> tuple[float, str]:
 
 
 def parts_of(record: RunRecord, resource: str) -> list[str]:
-    """Return what a total includes beside training, such as `measuring 40 s`: work before it, evaluating, saving."""
+    """Return the parts of a total beside training, such as `measuring 40 s`: work before it, evaluating, saving."""
     parts = {name: record.about.get(key) for key, name in _PARTS.items()}
     amounts = {name: part.get(resource) for name, part in parts.items() if isinstance(part, Mapping)}
     values = {name: part.get("value") for name, part in amounts.items() if isinstance(part, Mapping)}
@@ -152,7 +152,7 @@ def hyperparameters(record: RunRecord) -> dict[str, str]:
 
 
 def headline(report: Report) -> str:
-    """Say in one or two sentences what the runs gained for what they spent.
+    """Describe the gains and costs of the runs in one or two sentences.
 
     Example:
         >>> from peft_blueprint.runs import RunRecord, make_report, measured
@@ -188,7 +188,7 @@ def headline(report: Report) -> str:
 
 
 def describe_run(row: Row, report: Report) -> str:
-    """Say in one sentence what a run reached and what it spent."""
+    """Describe a run's final metric and its cost in one sentence."""
     if row.spent.value is None:
         spent, cost = "", f" Its {RESOURCE_NAMES[report.resource]} is unknown."
     else:
