@@ -514,7 +514,7 @@ def extract(path: str | Path) -> Blueprint:
 
 
 def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
-    """Raise MismatchError, with what is missing on each side, unless two blueprints name the same entries.
+    """Raise MismatchError, with the names missing on each side, unless two blueprints name the same entries.
 
     Example:
         >>> one = Blueprint("org/model", (Submodule("layers.0.q_proj", 1.0),))
@@ -530,7 +530,7 @@ def require_same_names(a: Blueprint, b: Blueprint, verb: str) -> None:
         )
 
 
-# what an entry says of the model, whatever the data
+# fields that describe the model, independent of the data
 _OF_THE_MODEL = ("name", "kind", "depth", "group", "shape", "form", "quantized", "weight_norm")
 
 

@@ -19,7 +19,7 @@ VERSION_KEY = "blueprint.version"  # beside the text, in the same metadata
 VERSION = "1"  # of the text's layout
 
 _TAGS = "domain_tags"
-_OTHERS = "others"  # keys of single entries that are no statistic
+_OTHERS = "others"  # keys of single entries other than statistics
 _MAX_VALUES = 200_000  # of tags, for 20,000 submodules and 10 domains
 _LEFT_OUT = ("alignment", "median_norm")  # long, and of little use for placing
 _ROUNDED = ("concentration", "influence")  # keys of the whole model with many digits

@@ -52,7 +52,7 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
     index of a sharded model; then in the header of `adapter_model.safetensors`; then in `blueprint.json` and
     `blueprint.safetensors` beside. Without any of these it is the latest checkpoint's, such as `blueprint-80.json`, with
     a warning if that is not of the last step. A header holds numbers to four digits, the files beside hold all. No
-    tensor is downloaded, and what was read once is available offline. Files beyond the limits of `strict_json` are not
+    tensor is downloaded, and files that were read once are available offline. Files beyond the limits of `strict_json` are not
     downloaded, and reading ends after `MAX_SECONDS` at the latest.
 
     Args:
@@ -144,7 +144,7 @@ def _download(repository: _Repository, name: str, is_out_of_reach: bool) -> str:
                 return path
         except LocalEntryNotFoundError:
             pass
-        settings["force_download"] = True  # what is cached is empty, if anything
+        settings["force_download"] = True  # a cached file would be empty
     if not is_local:
         size = get_hf_file_metadata(repository.url(name), token=settings.get("token")).size
         most = MAX_ARRAYS if name.endswith(".safetensors") else MAX_BYTES
@@ -365,7 +365,7 @@ def _remember(repository: _Repository, revision: str, commit: str, found: _Found
 
 
 class _Cached(NamedTuple):
-    """What is known of a commit: its blueprint, or that it has none."""
+    """A commit's blueprint, or the fact that it has none."""
 
     found: _Found | None
 

@@ -217,9 +217,9 @@ class JointCost:
     """Cost of training a share k of the parameters on a share q of the data (eq. 36); without `pairs`, eq. 37.
 
     Args:
-        fixed: α'', whatever is trained on whatever data.
-        parameters: β''·N, of training all parameters, whatever the data: memory of optimizer states.
-        examples: γ''·M, of processing all data, whatever is trained: passes of the frozen model.
+        fixed: α'', independent of the trained parameters and of the data.
+        parameters: β''·N, of training all parameters, independent of the data: memory of optimizer states.
+        examples: γ''·M, of processing all data, independent of the trained parameters: passes of the frozen model.
         pairs: η''·N·M, of training all parameters on all data, beside these.
 
     Raises:
