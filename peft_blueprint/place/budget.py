@@ -22,7 +22,7 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits; None is no limit.
+    """Upper limits; None means unlimited.
 
     Args:
         memory: bytes at the peak of a training step.

@@ -54,7 +54,7 @@ class _Gain:
 class CoverGain(_Gain):
     """Share of a model's summed score that a set of submodules covers, where each also covers its neighbours.
 
-    Facility location: an adapter on submodule j also does a share k(i, j) of what one on i would,
+    Facility location: an adapter on submodule j also has a share k(i, j) of the effect of one on i,
 
         gain(S) = Σ_i a_i · max_{j∈S} k(i, j) / Σ_i a_i,  k(i, j) = exp(−(Δdepth/ρ)²) · (1 within a kind, else κ).
 

@@ -55,7 +55,7 @@ class JointPlan:
         return asdict(self) | {"placement": self.placement.to_dict(), "gain_per_cost": self.gain_per_cost}
 
     def __str__(self) -> str:
-        """Two lines: the two shares, and what they give."""
+        """Two lines: the two shares, and the predicted result."""
         data = f"{100 * self.q:.3g} % of the data" if self.q < 1 else "all data: scoring them costs more than it saves"
         unmeasured = "" if self.placement.is_gain_measured else " The placement's gain is not measured."
         return (
@@ -92,7 +92,7 @@ def plan_jointly(
             gradient norms, whose curve of retained mass is then the gain.
         scoring_cost: cost of scoring an example, over that of training on it once with all candidates; by default of a
             forward and backward pass of the frozen model, as exact gradient norms take.
-        workload: as for `plan_placement`; its `epochs` train on what was scored once.
+        workload: as for `plan_placement`; its `epochs` train on data that was scored once.
         **keywords: fields of `PlacementOptions`, on top of `options`.
 
     Raises:

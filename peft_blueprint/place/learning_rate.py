@@ -73,7 +73,7 @@ def learning_rate_for(
     `Placement.learning_rate_scale`.
 
     Args:
-        target: a placement; a `LoraConfig`, of which one that is no settled `BlueprintConfig` needs `model`; or a model
+        target: a placement; a `LoraConfig`, which needs `model` unless it is a settled `BlueprintConfig`; or a model
             with its adapters, of which those that are active count.
         base: learning rate that suits LoRA on every linear layer with `rank`, at the scaling alpha / r that the
             placement's adapters have.

@@ -31,7 +31,7 @@ class Placement:
             name, of fused experts the parameter's.
         unfreeze: full names of the modules that are trained whole.
         rank_by: score that ranked the submodules.
-        coverage: what the choice was spread over.
+        coverage: dimensions that the choice was spread over.
         selector: size or limits, such as `{"fraction": 0.2}` or `{"memory": 12884901888}`.
         candidates: number of submodules, or blocks, to choose from.
         target_parameters: the names in `lora` that are parameters: experts fused into one.
@@ -45,7 +45,7 @@ class Placement:
         is_gain_measured: whether `gain_retained` rests on a measurement.
         gain_per_cost: predicted gain over predicted cost (eq. 8), relative to all candidates: 1.2 is a fifth more of the
             gain for each unit of cost. The cost is that of `best`, by default the step time.
-        notes: what was noticed in choosing, such as an optimum that is not in the interior.
+        notes: observations in choosing, such as an optimum that is not in the interior.
         cost: predicted costs, as far as known: `time` as a share of all-linear LoRA's step, `parameters`, `modules`,
             `lowest` (depth at which the backward pass stops), `optimizer_state` and `memory` in bytes.
         full_training: the same of full fine-tuning with this optimizer, where the whole model is known: `time`, `parameters`,

@@ -35,7 +35,7 @@ def plan_placement(
 
     Sorting all submodules by gradient norm (line 3 of Algorithm 1; `coverage="none"` here) crowds the adapters into a
     few kinds and layers and ends with a higher loss than an even spread of as many. By default each adapter goes where
-    it adds most to what the ones before it cover in depth and kind, weighted by Adam's gain (`CoverGain`). With any
+    it adds most to the coverage of depth and kind by those before it, weighted by Adam's gain (`CoverGain`). With any
     other score the choice is spread over kinds of submodule and strata of depth, and the largest score is taken within
     each.
 
@@ -193,7 +193,7 @@ def _full_training(costs: CostModel | None) -> dict[str, float]:
 
 
 def _default_rank_by(entries: Sequence[Submodule], options: PlacementOptions, covers: bool) -> RankBy:
-    """Return Adam's gain, or what adapters cover of it, if all entries carry it; else the paper's gradient norm."""
+    """Return Adam's gain, or its coverage by adapters, if all entries carry it; otherwise the paper's gradient norm."""
     if any(entry.adam_gain is None for entry in entries):
         return "gradient_norm"
     is_counted = options.top_p is None and options.threshold is None

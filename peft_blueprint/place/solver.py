@@ -183,7 +183,7 @@ class PlacementSolver:
         return replace(choice, units=tuple(self._entries_of(choice.units)))
 
     def _united(self, free: Sequence[Submodule]) -> tuple[Sequence[Submodule], Mapping[str, float]]:
-        """Return what is chosen at once, each named as its first entry, with scores: entries, or groups of fused ones."""
+        """Return the units of choice with scores, each named as its first entry: entries, or groups of fused ones."""
         if not self.is_fused:
             return free, self.scores
         self._groups = {group[0].name: group for group in fused_groups(free)}
@@ -310,7 +310,7 @@ class PlacementSolver:
     def shares(
         self, adapters: Sequence[Submodule], unfrozen: Sequence[str], entries: Sequence[Submodule]
     ) -> dict[str, float]:
-        """Return what a placement reaches and trains of all entries, as in `Placement.shares`."""
+        """Return the shares of all entries that a placement reaches and trains, as in `Placement.shares`."""
         names = {entry.name for entry in (*adapters, *self.experts)}
         reached = [e for e in entries if e.name in names or any(is_inside(e.name, u) for u in unfrozen)]
         found = {"submodules": len(reached) / len(entries)}

@@ -16,7 +16,7 @@ class Variant:
 
     Args:
         adapters: "all-linear" or "placement".
-        name: what is computed.
+        name: the computation.
         time: of a step, as a share of the same step with LoRA on every linear layer at all positions; with caches the
             mean over the epochs.
         memory: bytes at the peak of a step; None if the model's weights are not all known.
@@ -37,7 +37,7 @@ class Variant:
 def step_variants(
     structure: Structure, workload: Workload, placement: Placement | Mapping[str, int] | None = None
 ) -> tuple[Variant, ...]:
-    """Predict time and memory of a step for all-linear LoRA and a placement, by what is computed.
+    """Predict time and memory of a step for all-linear LoRA and a placement, by computation.
 
     Answer-only adapters are priced if the workload has a prompt, and caches if it has more than one epoch. The frozen
     prefix ends below the lowest trained layer, so that all-linear LoRA has none. All figures are predicted.

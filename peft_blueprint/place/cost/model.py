@@ -265,7 +265,7 @@ class CostModel:
         return self.step_time(cost) / self._reference_time
 
     def adapter_cost(self, name: str, rank: int) -> float:
-        """Return what one adapter adds to a step's time, as a share of all-linear LoRA's step.
+        """Return the time that one adapter adds to a step, as a share of all-linear LoRA's step.
 
         Raises:
             MismatchError, PlacementError: as `cost`.

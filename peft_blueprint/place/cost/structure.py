@@ -105,7 +105,7 @@ class Structure:
         parts: each weight once, in the model's order.
         operations: between the weights.
         stages: number of stages; the head is at the last.
-        blocks: input width of each block, after a 0 for what is outside of blocks.
+        blocks: input width of each block, after a 0 for modules outside of blocks.
         vocabulary: width of the logits; 0 without a head.
         head: input width of a tied head; 0 without a head, or if it is among the parts because it is not tied.
         is_whole: whether all weights are included, which predictions of memory need.

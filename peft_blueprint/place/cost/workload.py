@@ -170,7 +170,7 @@ class Workload:
 
     @property
     def runs_to_the_bottom(self) -> bool:
-        """Whether the backward pass runs down to the embeddings whatever is trained."""
+        """Whether the backward pass always runs down to the embeddings."""
         return self.checkpointing if self.input_gradients is None else self.input_gradients
 
     def quantized_bytes(self, numel: Array, d_out: Array) -> Array:
@@ -227,7 +227,7 @@ def workload_of(model: Any, **settings: Any) -> Workload:
     Args:
         model: as it is to be trained; a model on the meta device, or a config, only tells how its checkpoint is
             quantised, and None nothing.
-        **settings: `Workload`'s fields, which override what the model tells.
+        **settings: `Workload`'s fields, which override those read from the model.
 
     Raises:
         PlacementError: for unknown settings or values.
