@@ -1,4 +1,4 @@
-"""Measure blueprints of a model on validation data while it trains, and log the gradient norms of what is trained."""
+"""Measure blueprints on validation data during training, and log the gradient norms of trained submodules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TrainedParameter(NamedTuple):
 
 
 class BlueprintCallback(JoiningCallback):
-    """Measure blueprints on validation data during training, and log the gradient norms of what is trained.
+    """Measure blueprints on validation data during training, and log the gradient norms of trained submodules.
 
     Add it as any callback: `SFTTrainer(..., callbacks=[BlueprintCallback()])`. It measures the model as
     `generate_blueprint` does at 50, 80 and 100 % of the planned steps (paper, §5) and after each evaluation, with
@@ -159,7 +159,7 @@ class BlueprintCallback(JoiningCallback):
             self._find_trained()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read the validation examples; find what is trained, and the steps of the milestones to come."""
+        """Read the validation examples; find the trained parameters and the steps of the milestones to come."""
         super().on_train_begin(args, state, control)
         self._start()
         if self.every is not None:

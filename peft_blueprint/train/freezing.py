@@ -83,7 +83,7 @@ class FreezeFromBelow(JoiningCallback):
     as gain, for all strata alike.
 
     Norms are read from the gradients that the optimizer receives. With DDP, give `ddp_find_unused_parameters=True`,
-    because DDP otherwise waits for the gradients of what was frozen. FSDP and DeepSpeed are refused.
+    because DDP otherwise waits for the gradients of frozen parameters. FSDP and DeepSpeed are refused.
 
     Args:
         schedule: text, or a mapping of epochs to layers; None to decide by marginal return.
@@ -134,7 +134,7 @@ class FreezeFromBelow(JoiningCallback):
             _require_rest(trained_parameters(self._model), depth)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Freeze what a resumed run had frozen already."""
+        """Freeze the layers that a resumed run had frozen already."""
         super().on_train_begin(args, state, control)
         accelerator = self.trainer.accelerator
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -170,7 +170,7 @@ class FreezeFromBelow(JoiningCallback):
                 self._sums[id(parameter)] = gain if held is None else held + gain
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Freeze what the schedule says or, at an epoch's last step, what the marginal return says.
+        """Freeze by the schedule or, at an epoch's last step, by the marginal return.
 
         A checkpoint of this step is written afterwards, and holds the decision.
         """

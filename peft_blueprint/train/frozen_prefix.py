@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class CacheStatistics:
-    """What a cache did since it was made.
+    """Counts and bytes of a cache since it was made.
 
     Args:
         rows_read: rows of training batches that began with cached states.
@@ -128,7 +128,7 @@ class PrefixCache(ExitStack):
 
     @property
     def statistics(self) -> CacheStatistics:
-        """What the cache did so far."""
+        """Statistics of the cache so far."""
         return CacheStatistics(
             rows_read=self._rows_read,
             rows_computed=self._rows_computed,
@@ -616,7 +616,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _check_layer_inputs(given: Mapping[str, Any]) -> None:
-    """Require that a layer takes hidden states, and besides only what follows from positions and padding."""
+    """Require that a layer takes hidden states, and otherwise only arguments that follow from positions and padding."""
     others = [
         key
         for key, value in given.items()

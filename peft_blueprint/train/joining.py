@@ -71,4 +71,4 @@ class JoiningCallback(TrainerCallback):
             )
 
     def _join(self, trainer: Trainer) -> None:
-        """Check the callback's arguments against a Trainer, and take from it what it needs."""
+        """Check the callback's arguments against a Trainer, and read its settings."""

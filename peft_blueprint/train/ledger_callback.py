@@ -1,4 +1,4 @@
-"""`LedgerCallback`: record what a Trainer's run spends and gains, and stop it when it no longer pays."""
+"""`LedgerCallback`: record costs and gains of a Trainer's run, and stop it when it no longer pays."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .joining import JoiningCallback
 PREFIX = "ledger/"  # of the entries in the Trainer's log
 STATE_KEY = "peft_blueprint.ledger"  # in trainer_state.json's stateful_callbacks
 TRAINING = ("loss", "reward")  # metrics of training itself
-COUNTED_STEP = 2  # the first step also sets up what is initialised lazily
+COUNTED_STEP = 2  # the first step also includes lazy initialisation
 
 _LOG = logging.getLogger(__name__)
 _LEAST_SEEN = 0.5  # of the modelled FLOPs; below it the counter has missed kernels
@@ -164,7 +164,7 @@ class LedgerCallback(JoiningCallback):
         return self._log
 
     def summary(self) -> str:
-        """Return what was spent and gained so far, as lines to print."""
+        """Return the costs and gains so far, as lines to print."""
         return self.log.summary()
 
     def _detach_after(self, trainer: Trainer) -> None:
@@ -245,7 +245,7 @@ class LedgerCallback(JoiningCallback):
         self._set_mark()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Log what is pending from the last step; start counting FLOPs in `COUNTED_STEP`."""
+        """Log the pending figures of the last step; start counting FLOPs in `COUNTED_STEP`."""
         if self._lacks_metric:
             point = self._log.points[-1]
             raise BlueprintError(
@@ -399,7 +399,7 @@ class LedgerCallback(JoiningCallback):
         return {PREFIX + name: value for name, value in self._log.spent().items()}
 
     def _send(self, control: TrainerControl) -> None:
-        """Log what is pending, outside the logging event: TRL's trainers add their averages to the next record only."""
+        """Log the pending figures, outside the logging event: TRL's trainers add their averages to the next record only."""
         pending, self._pending = self._pending, {}
         should_log = control.should_log
         if pending:

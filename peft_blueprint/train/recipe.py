@@ -118,7 +118,7 @@ class Recipe(ProbeOptions):
         default_factory=RecipePlacement,
         metadata={"help": "PlacementOptions and memory; or all-linear for LoRA on every linear layer."},
     )
-    workload: Mapping[str, Any] = _key({}, "Fields of Workload that differ from what the other keys say.")
+    workload: Mapping[str, Any] = _key({}, "Fields of Workload that override those derived from the other keys.")
     lora: Mapping[str, Any] = _key({}, "Fields of LoraConfig.")
     training: Mapping[str, Any] = _key({}, "Fields of TrainingArguments.")
     stop: Mapping[str, Any] | None = _key(

@@ -1,4 +1,4 @@
-"""Run a recipe: measure a probe, plan, train, and report what was gained and spent."""
+"""Run a recipe: measure a probe, plan, train, and report gains and costs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run gained and spent.
+    """Gains and costs of a run.
 
     Args:
         placed: number of submodules with an adapter.
@@ -606,7 +606,7 @@ def charge(record: RunRecord, spent: Mapping[str, Quantity], name: str) -> RunRe
     Args:
         record: the run's.
         spent: by resource, as from `Ledger.quantities`; empty for nothing.
-        name: of what they were spent on; the record's `about` has it.
+        name: purpose of the resources, a key of the record's `about`.
 
     Example:
         >>> from peft_blueprint.runs import UNITS, measured
