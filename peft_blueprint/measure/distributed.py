@@ -56,7 +56,7 @@ class ExampleStatistics(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RawMeasurement:
-    """What one process measured, or all of them, from which an `Influence` is made.
+    """The measurement of one process, or of all, from which an `Influence` is made.
 
     Args:
         statistics: of every example.
@@ -83,7 +83,7 @@ class Processes:
 
     Args:
         model: without its DDP wrapper.
-        reduce: combine what the processes measure. With a sharded model they run in lockstep in any case.
+        reduce: combine the processes' measurements. With a sharded model they run in lockstep in any case.
 
     Raises:
         MeasurementError: for a model that is distributed in a way that cannot be measured.

@@ -47,7 +47,7 @@ class FisherInfluence:
         return float(spearman(self.influences, self.mean_gradient_norms))
 
     def bound(self, k: float) -> tuple[float, float]:
-        """Return what ranking by gradient norm loses at most (eq. 26), and what it does lose, as shares of all influence.
+        """Return the most that ranking by gradient norm can lose (eq. 26) and its loss, as shares of all influence.
 
         With the gain of a set taken as its summed influence, eq. 26 holds with C = 1: each ε_i bounds the difference
         between c·influence and the gradient norm (triangle inequality), and the set with the largest norms has at least

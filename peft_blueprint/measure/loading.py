@@ -213,7 +213,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def _source(options: LoadOptions) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say what is read."""
+    """Return the arguments of `from_pretrained` that select the files."""
     given = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     return {key: value for key, value in given.items() if value}
 

@@ -75,7 +75,7 @@ class Objective:
     Args:
         model: with or without adapters.
         loss_fn: replaces the model's own objective; `loss_fn(model, batch)` → (B,).
-        checks: what is known of the model; completed here.
+        checks: facts about the model; completed here.
 
     Example:
         >>> from peft_blueprint.testing import tiny_llama, toy_batches
@@ -90,7 +90,7 @@ class Objective:
         self.model = model
         self.loss_fn = loss_fn
         self.checks = Checks() if checks is None else checks
-        self._expected: float | None = None  # the first example's loss, until it is compared with what is computed
+        self._expected: float | None = None  # the first example's loss, until it is compared with the computed one
 
     @property
     def form(self) -> str | None:

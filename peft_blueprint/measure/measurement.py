@@ -208,7 +208,7 @@ def _measure(
     parts = [ExampleStatistics.empty(len(recorder.submodules), recorder.projection_size, routing)]
     tokens, digest = 0, hashlib.sha256()
     with ExitStack() as stack:
-        stack.callback(reshard, model)  # before `measurement_mode` restores what it froze
+        stack.callback(reshard, model)  # before `measurement_mode` unfreezes the weights
         for index, weight in plan.by_output.items():
             hook_output(weight.module, index, recorder.keep, recorder.record, recorder.called, recorder.refused)
         grouped = groupable(plan.stacks)
@@ -293,7 +293,7 @@ class _Passes:
 
     @property
     def checks(self) -> Checks:
-        """What is known of the model, before and after this measurement."""
+        """Facts about the model, known before and after this measurement."""
         return self.objective.checks
 
     def measure(self, batch: Batch) -> Iterator[ExampleStatistics]:

@@ -90,7 +90,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions(MeasureOptions):
-    """How `generate_blueprint` measures and summarizes, and what the blueprint says of its origin.
+    """How `generate_blueprint` measures and summarizes, and the blueprint's statements on its origin.
 
     Example:
         >>> GenerateOptions(bootstrap=200).max_examples

@@ -92,7 +92,7 @@ class Recorder:
         return how, (shared.sketch, shared.gram)
 
     def record(self, index: int, how: str, kept: tuple[Tensor, ...], output_gradient: Tensor) -> None:
-        """Record one call of a submodule, from what was saved of its input and dY (…, d_out)."""
+        """Record one call of a submodule, from the saved part of its input and dY (…, d_out)."""
         dy = gradients.by_example(output_gradient, self.examples, self.lengths)
         if how == "nothing" or dy is None:
             self.is_mixed = True

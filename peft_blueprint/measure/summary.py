@@ -103,7 +103,7 @@ def unit_norms(influence: Influence, units: Mapping[str, Sequence[int]]) -> Tens
 def summarize_units(
     entries: Sequence[Submodule], influence: Influence, level: Level, options: GenerateOptions
 ) -> tuple[Submodule, ...]:
-    """Summarize groups or layers: entries as `Blueprint.coarsen` makes them, with what the measurement itself tells.
+    """Summarize groups or layers: entries as `Blueprint.coarsen` makes them, with statistics of the measurement itself.
 
     Norms, medians and intervals are those of the examples' gradients over all members, and exponents are fitted to the
     members' rows together.
