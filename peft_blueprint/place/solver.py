@@ -299,7 +299,9 @@ class PlacementSolver:
         while low < high:
             middle = (low + high + 1) // 2
             self.experts = tuple(entry for weights in ranked[:middle] for entry in weights)
-            low, high = (low, middle - 1) if selector.budget.exceeded(self.price(adapters.units, ())) else (middle, high)
+            low, high = (
+                (low, middle - 1) if selector.budget.exceeded(self.price(adapters.units, ())) else (middle, high)
+            )
         self.experts = tuple(entry for weights in ranked[:low] for entry in weights)
         self.alternatives = []
         costs = self.price(adapters.units, ())
