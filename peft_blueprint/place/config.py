@@ -137,7 +137,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
         default=None, metadata={"help": "Training step that costs are predicted for."}
     )
     lora_alpha: float | None = field(  # type: ignore[assignment]  # None until settled, as r
-        default=None, metadata={"help": "Alpha at rank r, of which every adapter has the scaling. Default: 2 · r."}
+        default=None, metadata={"help": "Alpha at rank r; every adapter has its scaling. Default: 2 · r."}
     )
     probe: InitVar[Any] = None  # no field, so that nothing that walks the fields logs or copies it
 

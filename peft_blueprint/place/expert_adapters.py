@@ -1,4 +1,4 @@
-"""LoRA on chosen experts of a fused parameter: PEFT's adapter of which only the chosen experts' slices exist."""
+"""LoRA on chosen experts of a fused parameter: PEFT's adapter, with slices for the chosen experts only."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def gather(matrix: Tensor, chosen: Sequence[int], experts: int, dimension: int) 
 
 
 def trained_experts(matrix: Tensor, experts: int, dimension: int) -> list[int]:
-    """Return the experts of which an adapter's A or B is not zero."""
+    """Return the experts whose A or B is not zero."""
     return [int(e) for e in _by_expert(matrix, experts, dimension).flatten(1).any(dim=1).nonzero()[:, 0]]
 
 
@@ -221,7 +221,7 @@ def narrow_experts(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def adopt(wrapper: lora.ParamWrapper, full_name: str) -> None:
-    """Turn PEFT's adapter of a fused parameter into one of chosen experts, of which all are chosen."""
+    """Turn PEFT's adapter of a fused parameter into one of chosen experts, with all of them chosen."""
     if not isinstance(wrapper, ParamWrapper):
         wrapper.__class__ = ParamWrapper
         chosen = {adapter: tuple(range(wrapper.num_experts)) for adapter in wrapper.lora_A}

@@ -1,4 +1,4 @@
-"""Fused experts of which some train: tensor-likes that stand in for a parameter (experts, m, n) during a forward pass.
+"""Fused experts that train in part: tensor-likes that stand in for a parameter (experts, m, n) during a forward pass.
 
 Frozen experts are multiplied as before; a trained one is multiplied by a matrix of its own. So gradients exist for the
 trained experts alone, and no pass makes a copy of all experts, as adding a low-rank matrix to the whole parameter does.

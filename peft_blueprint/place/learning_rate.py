@@ -74,7 +74,7 @@ def learning_rate_for(
 
     Args:
         target: a placement; a `LoraConfig`, which needs `model` unless it is a settled `BlueprintConfig`; or a model
-            with its adapters, of which those that are active count.
+            with its adapters; only active ones count.
         base: learning rate that suits LoRA on every linear layer with `rank`, at the scaling alpha / r that the
             placement's adapters have.
         model: base model, also on the meta device.

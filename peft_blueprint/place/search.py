@@ -175,7 +175,7 @@ class Search:
             yield [unit for unit in self.units if _depth(unit) >= depth]
 
     def _fitting(self, fits: Callable[[Choice], bool]) -> list[Choice]:
-        """Return the most units that fit of each pool of which any do."""
+        """Return the most units that fit for each pool that has any that do."""
         return [choice for pool in self._pools() if (choice := self._largest(pool, fits)) is not None]
 
     def _largest(self, pool: Sequence[Submodule], fits: Callable[[Choice], bool]) -> Choice | None:

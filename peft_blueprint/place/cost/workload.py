@@ -67,7 +67,7 @@ class Workload:
         head_on_targets: whether the head and the loss are computed where there are targets alone.
         answer_only: whether prompts run forward through the frozen base alone, and adapters, the backward pass and the
             head act on the other tokens, as in activated LoRA (arXiv:2504.12397). Their keys and values are held.
-        epochs: passes over the data, of which the first fills a cache and the others read it: of the hidden states below
+        epochs: passes over the data. The first fills a cache that the others read: of the hidden states below
             the lowest trained layer, or with `answer_only` of the prompts' keys and values. 1 is without a cache. The
             cache lies outside the device's memory.
 
