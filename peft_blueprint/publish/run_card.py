@@ -254,7 +254,7 @@ def emissions_of(record: RunRecord) -> dict[str, Any] | None:
 def eval_results(record: RunRecord) -> list[EvalResult]:
     """Return the metrics of a run's last evaluation; none if `about["held_out"]` does not name its data set.
 
-    That is an id on the Hub, or a file, of which only the name is published. The task follows from PEFT's `task_type`;
+    That is an id on the Hub, or a file; only a file's name is published. The task follows from PEFT's `task_type`;
     by default it is text generation.
     """
     dataset = record.about.get("held_out")

@@ -76,7 +76,7 @@ def export_for_server(
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.
         out_folder: another folder; created if it does not exist.
         server: "vllm", "sglang", "tgi", "lorax", "llama.cpp" or "ollama".
-        model: base model for the shapes of zeros, of which only a folder's or repository's config is read; by default the
+        model: base model for the shapes of zeros; of a folder or repository only the config is read; by default the
             one that the adapter names. Needed for SGLang, TGI and LoRAX.
         rank: common rank; by default the largest rank in the adapter.
 
