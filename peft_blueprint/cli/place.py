@@ -278,7 +278,7 @@ def plan(
         print(placement)
         if prompt or epochs > 1:
             about = about or f"{prompt / length:.0%} of the tokens are prompt."
-            title = f"\n{about} Predicted by what is computed of a step:"
+            title = f"\n{about} Predicted by the parts of a step that are computed:"
             output.answer({}, [_variant_row(variant) for variant in variants], [], title)
         if rate is not None:
             print(f"Learning rate: {rate}.")
