@@ -69,7 +69,7 @@ class Method:
 
     @property
     def adds_up(self) -> bool:
-        """Whether scores are gains that add up over examples, the highest of which are kept, as q* needs."""
+        """Whether scores are gains that add up over examples and the highest are kept, as q* needs."""
         return self.measure in ("norm", "alignment", "loss") and self.sign > 0
 
     @property

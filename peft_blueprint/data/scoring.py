@@ -136,7 +136,7 @@ class ExampleScorer:
         return self.features(candidates, depths=())[:, MODEL_SCALARS.index("loss")]
 
     def distribute(self, score: ScoreFunction, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Score candidates, of which each process takes a share; every process gets all scores.
+        """Score candidates. Each process takes a share of them and gets all scores.
 
         Candidates are sorted by length, so that batches hold little padding. Shares are padded to one size by repetition,
         so that processes stay in step on a sharded model.

@@ -28,7 +28,7 @@ def target_positions(candidate: Candidate) -> list[int]:
 
 
 def only_target(candidate: Candidate, position: int) -> Candidate:
-    """Return an example of which one token is the only target, without the tokens after it."""
+    """Return an example with one token as the only target, without the tokens after it."""
     ids = candidate.row["input_ids"][: position + 1]
     return replace(candidate, row={"input_ids": ids, "labels": [IGNORED] * position + ids[position:]})
 
