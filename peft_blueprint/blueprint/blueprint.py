@@ -147,7 +147,7 @@ class Blueprint:
         return publish(self, repo_id, **kwargs)
 
     def __repr__(self) -> str:
-        """One line: the model, and how many entries of which level; `to_dict` has all of it."""
+        """One line: the model, the number of entries and their level; `to_dict` has all of it."""
         return f"<Blueprint of {self.model_id!r}: {len(self.submodules)} {self.level}s>"
 
     def _repr_html_(self) -> str:

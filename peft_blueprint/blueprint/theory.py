@@ -266,7 +266,7 @@ def joint_update(gamma: float, delta: float, cost: JointCost) -> JointUpdate:
     """Find the fractions k and q that maximise k^γ·q^δ (eq. 35) over the joint cost (eq. 36).
 
     In log k and log q the logarithm of the cost is a log-sum-exp, which is convex, so the ratio has one maximum.
-    Alternation finds it: for a given q the best k is that of eq. 15, with what depends on q alone as the fixed cost.
+    Alternation finds it: for a given q the best k is that of eq. 15, with the terms of q alone as the fixed cost.
 
     Raises:
         BlueprintError: for gamma or delta outside (0, 1).
