@@ -73,7 +73,7 @@ class RunLog:
 
     Args:
         name: of the run, for reports.
-        metric: the metric to judge by, a name in what `evaluate` is given.
+        metric: the metric to judge by, a name in the metrics given to `evaluate`.
         direction: whether a lower or a higher metric is better; by default the rule's, otherwise guessed from the name.
         resource: the resource to judge by, one of `RESOURCES`.
         stop: the rule; without it nothing is decided.

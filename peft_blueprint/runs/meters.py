@@ -28,7 +28,7 @@ _PROCESS = -1  # in place of a GPU's index
 
 
 class Meter(Protocol):
-    """Counts energy. `name` says which counter of which devices is read."""
+    """Counts energy. `name` describes the counter and its devices."""
 
     @property
     def name(self) -> str: ...
