@@ -160,7 +160,7 @@ def encode_one(
 ) -> Row | None:
     """Tokenize one example, with label -100 where there is no target; None if its prompt leaves no room for one.
 
-    Targets are the tokens of the completion, of the whole text, or of what a chat's template marks with
+    Targets are the tokens of the completion, of the whole text, or of the text that a chat's template marks with
     `{% generation %}`, otherwise of the last message, unless the user wrote that. A prompt and its completion, and a text,
     end in the tokenizer's end-of-text token.
 

@@ -250,7 +250,7 @@ def _is_fully_sharded(model: nn.Module) -> bool:
 
 
 def sum_over_processes(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Sum a float32 tensor over processes, each of which must call this, and return it on the CPU.
+    """Sum a float32 tensor over processes and return it on the CPU; every process must call this.
 
     The sum is taken on the CPU if their backend can, otherwise on this process's accelerator.
 

@@ -27,7 +27,7 @@ from .submodules import Weight, is_sharded
 
 
 _FORWARD_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")  # of transformers' fused experts
-_TRIED = 8  # tokens on which a module is compared with what is computed here
+_TRIED = 8  # tokens on which a module is compared with the computation here
 _SHARE, _WEIGHT = 0, 1  # of routing statistics
 
 
@@ -442,7 +442,7 @@ def _hook_fused(container: str, module: nn.Module, stacks: Mapping[int, Stack], 
 def _hook_list(
     container: str, modules: Mapping[str, nn.Module], recorder: ExpertRecorder, top_k: int | None
 ) -> Iterator[None]:
-    """Record the routing of experts in a list, from what the router beside them returns.
+    """Record the routing of experts in a list, from the output of the router beside them.
 
     It is dropped where the experts do not receive as many tokens as the router's output says.
     """

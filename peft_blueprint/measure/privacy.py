@@ -273,7 +273,7 @@ def release_domains(
         privacy: noise, or epsilon and delta, for each domain.
 
     Returns:
-        By domain the norms of `rows`; and a statement with what differs between domains under `domains`.
+        By domain the norms of `rows`; and a statement, with the differences between domains under `domains`.
     """
     released, statements = {}, {}
     for domain, (measured, norms) in parts.items():

@@ -334,7 +334,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
-    """Return whether this is a DTensor, of which every process holds a part.
+    """Return whether this is a DTensor, with a part on every process.
 
     Example:
         >>> is_sharded(torch.zeros(2, 2))
