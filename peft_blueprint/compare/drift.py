@@ -223,7 +223,7 @@ def _interval_over_examples(
     The variance wanted is that of true norms measured once. The norms at hand carry an error already: measured again,
     they spread more and agree less. So the variance is simulated after one error (V1) and after two (V2), and
     extrapolated to none as V1²/V2 (SIMEX, Cook and Stefanski 1994, doi:10.1080/01621459.1994.10476871). Student's
-    quantile, with the freedom of both sides, allows for what few entries say of their spread.
+    quantile, with the freedom of both sides, allows for the uncertain spread of few entries.
     """
     generator = np.random.default_rng(seed)
 
