@@ -129,7 +129,7 @@ def require_types(record: Any, cls: type, error: type[BlueprintError] = Blueprin
     """Check the fields of `cls` in a record made by keywords: text, numbers, flags and choices; other types pass.
 
     Raises:
-        BlueprintError: of class `error`, naming the field, what was expected and what was got.
+        BlueprintError: of class `error`, naming the field, the expected and the given value.
 
     Example:
         >>> from types import SimpleNamespace
@@ -255,7 +255,7 @@ def _key(first: Mapping[str, Any], data: Any) -> str:
 
 
 def _sentence(first: Mapping[str, Any], key: str) -> str:
-    """Word one pydantic error: the key, what was expected, what was got."""
+    """Word one pydantic error: the key, the expected and the given value."""
     kind, context = first["type"], first.get("ctx", {})
     if kind == "missing":
         return f"{key} is missing"

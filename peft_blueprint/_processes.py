@@ -23,7 +23,7 @@ def process_rank() -> int:
 
 
 def of_first_process(value: Any) -> Any:
-    """Return the value of the first process on every process, each of which must call this."""
+    """Return the first process's value on every process; every process must call this."""
     values = [value]
     if process_count() > 1:
         _initialized().broadcast_object_list(values, src=0)
@@ -31,7 +31,7 @@ def of_first_process(value: Any) -> Any:
 
 
 def of_every_process(value: Any) -> list[Any]:
-    """Return the values of all processes by rank, on every process, each of which must call this."""
+    """Return the values of all processes by rank, on every process; every process must call this."""
     values = [value] * process_count()
     if len(values) > 1:
         _initialized().all_gather_object(values, value)

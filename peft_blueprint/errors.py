@@ -1,6 +1,6 @@
 """Define the errors that this package raises on purpose.
 
-Every message names the argument, says what was expected and what was got, and ends with how to fix it.
+Every message names the argument, the expected and the given value, and ends with how to fix it.
 """
 
 
