@@ -10,8 +10,8 @@ import typer
 
 from .. import blueprint as records
 from .. import publish as publishing
-from ..errors import BlueprintError
 from .. import train as training
+from ..errors import BlueprintError
 from ..publish import PublishOptions
 from .output import Output, say
 from .verbs import Source, Without, verb
