@@ -393,8 +393,8 @@ class MarginalReturn:
         share = f" ({abs(fit.slope * tenth / metric):.2%} of the metric)" if metric else ""
         buys = (
             f"{'the next 10 % of the budget' if found.has_budget else 'another 10 % of the resource spent so far'} "
-            f"{'was' if stop else 'is'} expected to buy {fit.slope * tenth:.3g} ± {fit.error * tenth:.2g}{share}; "
-            f"{threshold * tenth:.3g} would pay"
+            f"{'was' if stop else 'is'} expected to improve it by {fit.slope * tenth:.3g} ± {fit.error * tenth:.2g}{share}; "
+            f"the threshold asks for {threshold * tenth:.3g}"
         )
         if found.side == "open":
             return f"{over}. Noise is too large to tell whether that is {below}: {buys}."
