@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -168,10 +169,12 @@ def _read(paths: Sequence[Path], baseline: str | None) -> tuple[list[RunRecord],
 
 
 def _distinct(records: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRecord]:
-    """Runs of one name are called by their paths."""
+    """Name runs of one name by their paths below the folder that they share."""
     names = [record.name for record in records]
+    same = [path.resolve() for record, path in zip(records, paths, strict=True) if names.count(record.name) > 1]
+    shared = os.path.commonpath(same) if same else ""
     return [
-        record if names.count(record.name) == 1 else replace(record, name=str(path))
+        record if names.count(record.name) == 1 else replace(record, name=os.path.relpath(path.resolve(), shared))
         for record, path in zip(records, paths, strict=True)
     ]
 
