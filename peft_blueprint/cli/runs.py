@@ -172,7 +172,7 @@ def _distinct(records: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRe
     """Name runs of one name by their paths below the folder that they share."""
     names = [record.name for record in records]
     same = [path.resolve() for record, path in zip(records, paths, strict=True) if names.count(record.name) > 1]
-    shared = os.path.commonpath(same) if same else ""
+    shared = os.path.commonpath([path.parent for path in same]) if same else ""
     return [
         record if names.count(record.name) == 1 else replace(record, name=os.path.relpath(path.resolve(), shared))
         for record, path in zip(records, paths, strict=True)

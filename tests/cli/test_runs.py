@@ -24,6 +24,14 @@ def call(run):
     return lambda *words: run("report", *words)
 
 
+def test_runs_of_one_name_are_told_apart_by_their_last_folders(tmp_path, call):
+    """Below the folder that they share, without the path to it."""
+    for folder in ("a", "b"):
+        made_up_run("run").save(tmp_path / folder)
+    status, out, _ = call(str(tmp_path / "a"), str(tmp_path / "b"), "--format", "quiet")
+    assert status == 0 and [line.split("\t")[0] for line in out.splitlines()] == ["a", "b"]
+
+
 def test_by_default_a_table_says_all(folders, call):
     """The headline, every run with its label and whether it is on the front, and every figure's label."""
     status, out, _ = call("base", "fast", "slow", "--baseline", "base")
