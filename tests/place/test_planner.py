@@ -196,7 +196,7 @@ def test_what_half_and_twice_as_much_would_be_is_said():
     )
     text = str(placement)
     for part in (
-        "org/m: 12 adapters of rank 13 of 42 candidates by cover_gain",
+        "org/m: 12 adapters of rank 8 of 42 candidates by cover_gain",
         "down_proj",
         "next smaller",
         "next larger",
@@ -205,13 +205,13 @@ def test_what_half_and_twice_as_much_would_be_is_said():
         assert part in text
 
 
-def test_by_default_a_seventh_of_the_submodules_covers_the_model_with_all_linears_parameters():
-    """One to a block or so, as wide as LoRA on all; each adds most to what those before it cover, whatever the order."""
+def test_by_default_a_seventh_of_the_submodules_covers_the_model_within_all_linears_parameters():
+    """One to a block or so, as wide as servers' ranks allow; each adds most to what those before it cover, whatever the order."""
     placement = plan_placement(BLUEPRINT, LLAMA, workload=LOAD)
     assert placement.rank_by == "cover_gain" and placement.selector == {"fraction": pytest.approx(1 / 7)}
     assert len(placement.lora) == 6 and len({name.split(".")[2] for name in placement.lora}) >= 5
     everything = plan_placement(BLUEPRINT, LLAMA, fraction=1.0, r=LOAD.rank, workload=LOAD)
-    assert 0.8 < placement.cost["parameters"] / everything.cost["parameters"] <= 1
+    assert placement.rank == 16 and 0.5 < placement.cost["parameters"] / everything.cost["parameters"] <= 1
     gains = [entry.adam_gain for entry in BLUEPRINT]
     order = CoverGain(BLUEPRINT.submodules, gains).greedy(count=6)
     assert set(placement.lora) == {BLUEPRINT.submodules[i].name for i in order}
