@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ _NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform", "laye
 # fields that a settled config's placement tells, or that PEFT fills in
 _SETTLED = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_version")
 _DECOMPOSING = ("pissa", "olora", "corda", "mica", "eva", "loftq")  # initialisations by a weight's singular vectors
+_FALSE_ALARM = "The following (rank|alpha)_pattern keys did not match any targeted module"
 _DIGEST = "sha256:"
 _LONGEST_SHOWN = 300  # characters of a field in a representation
 
@@ -592,7 +594,9 @@ def _checked_injection(inject: Any) -> Any:
         config.resolve(model)
         if config.chosen_experts:
             prepare_injection(model, config, config.chosen_experts)
-        with peft_errors(config):
+        with peft_errors(config), warnings.catch_warnings():
+            if config.target_parameters:  # PEFT looks for patterns among modules alone, and applies them to parameters
+                warnings.filterwarnings("ignore", message=_FALSE_ALARM)
             return inject(self, model, adapter_name, *args, **kwargs)
 
     return checked
