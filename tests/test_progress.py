@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from peft_blueprint import generate_blueprint
@@ -13,6 +15,7 @@ from peft_blueprint._files import write_atomically
 from peft_blueprint._progress import progress_bar
 from peft_blueprint.blueprint import replace_metadata
 from peft_blueprint.compare import read_sources
+from peft_blueprint.measure import count_ahead
 from peft_blueprint.testing import tiny_llama, toy_batches
 from peft_blueprint.train.run import held_out_loss
 from tests import ROOT
@@ -23,6 +26,17 @@ def test_a_bar_that_is_off_does_nothing():
     with progress_bar(show=False, total=3, desc="x") as bar:
         bar.update(2)
     assert list(progress_bar([1, 2], show=False)) == [1, 2]
+
+
+def test_a_bar_knows_how_many_examples_there_are(capsys):
+    """Of lists, data sets and loaders, at most as many as are measured; of an iterator only what was asked for."""
+    batches, rows = toy_batches(examples=16), [{"input_ids": [5, 6], "labels": [5, 6]}] * 10
+    known = [count_ahead(data, 64) for data in (batches, rows, Dataset.from_list(rows), DataLoader(rows, 4))]
+    assert known == [16, 10, 10, 10]
+    assert [count_ahead(batches, limit) for limit in (4, None)] == [4, 16]
+    assert [count_ahead(iter(batches), limit) for limit in (64, None)] == [64, None]
+    generate_blueprint(tiny_llama(1), toy_batches(examples=2), bootstrap=2)
+    assert "Measuring: 100%" in capsys.readouterr().err
 
 
 def rewrite(tmp_path):

@@ -2,6 +2,7 @@ from .batches import Batch as Batch
 from .batches import Row as Row
 from .batches import as_batches as as_batches
 from .batches import collate as collate
+from .batches import count_ahead as count_ahead
 from .batches import encode as encode
 from .batches import encode_one as encode_one
 from .batches import get_pad_token_id as get_pad_token_id

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,6 +64,28 @@ def take_examples(
             left -= taken
             if left == 0:
                 return
+
+
+def count_ahead(
+    batches: Iterable[Batch | Example], max_examples: int | None, *, are_texts: bool = False
+) -> int | None:
+    """Return how many examples will be taken, for a progress bar; None where that shows only when they are read.
+
+    Example:
+        >>> count_ahead([{"input_ids": torch.zeros(4, 2)}] * 4, 64)
+        16
+    """
+    known: int | None = None
+    if isinstance(sampler := getattr(batches, "sampler", None), Sized):  # a DataLoader
+        known = len(sampler)
+    elif isinstance(batches, list | tuple):
+        with suppress(MeasurementError):
+            known = sum(1 if _is_example(one, are_texts) else count_examples(one) for one in batches)
+    elif isinstance(batches, Sized) and hasattr(batches, "column_names"):
+        known = len(batches)
+    if known is None or max_examples is None:
+        return max_examples if known is None else known
+    return min(known, max_examples)
 
 
 def _usable(value: Any, device: torch.device | None) -> Any:

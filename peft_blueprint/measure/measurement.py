@@ -22,7 +22,7 @@ from .._progress import progress_bar
 from .._text import format_names
 from ..blueprint import Submodule, split_expert
 from ..errors import MeasurementError
-from .batches import Batch, Example, input_device, take_examples
+from .batches import Batch, Example, count_ahead, input_device, take_examples
 from .borrowing import restored
 from .distributed import ExampleStatistics, Processes, RawMeasurement, reshard
 from .experts import Stack, groupable, hook_experts, stacks_of
@@ -149,7 +149,8 @@ def measure_influence(
         taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
         reshard(model)
         with measurement_mode(model):
-            own = _measure(taken, plan, passes, share, progress)
+            total = count_ahead(batches, share, are_texts=tokenizer is not None) if progress else None
+            own = _measure(taken, plan, passes, total, progress)
     settings = (structure_digest(rows), *(getattr(options, name) for name in _SAME_EVERYWHERE))
     found = processes.combine(own, settings)
     if not found.examples:
@@ -200,7 +201,7 @@ def measure_influence(
 
 
 def _measure(
-    batches: Iterator[Batch], plan: _Plan, passes: _Passes, max_examples: int | None, progress: bool
+    batches: Iterator[Batch], plan: _Plan, passes: _Passes, total: int | None, progress: bool
 ) -> RawMeasurement:
     """Measure all rows on this process's batches."""
     model, recorder, processes = passes.model, passes.recorder, passes.processes
@@ -226,9 +227,7 @@ def _measure(
 
         stack.enter_context(hook_gradients([(weight.module, weight.parameter) for weight in parameters], record))
         is_quiet = not progress or processes.rank > 0
-        bar = stack.enter_context(
-            progress_bar(show=not is_quiet, total=max_examples, unit="example", desc="Measuring")
-        )
+        bar = stack.enter_context(progress_bar(show=not is_quiet, total=total, unit="example", desc="Measuring"))
         batches = iter(processes.with_idle_batch(batches, input_device(model)))
         passes.find_in_lockstep()
         for batch in batches:

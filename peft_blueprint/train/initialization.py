@@ -18,6 +18,7 @@ from ..measure import (
     FP16_LOSS_SCALE,
     LossFunction,
     Objective,
+    count_ahead,
     count_examples,
     is_sharded,
     measurement_mode,
@@ -102,7 +103,8 @@ def initialize_along_gradient(
                 adapter.a.requires_grad_(True)
             share = _share(max_examples)
             taken = take_examples(model, batches, share, tokenizer=tokenizer, loss_fn=loss_fn)
-            found = _accumulate_gradients(model, taken, share, loss_fn, progress)
+            total = count_ahead(batches, share, are_texts=tokenizer is not None) if progress else None
+            found = _accumulate_gradients(model, taken, total, loss_fn, progress)
             own = [adapter.a.grad for adapter in adapters]
     sketches = list(zip(adapters, _united(adapters, own, found, seed), strict=True))
     if broken := [adapter.name for adapter, sketch in sketches if not sketch.isfinite().all()]:
@@ -171,14 +173,14 @@ def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
 def _accumulate_gradients(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    max_examples: int | None,
+    total: int | None,
     loss_fn: LossFunction | None,
     progress: bool,
 ) -> int:
     """Add up the gradients of all examples, and return their number."""
     scale = FP16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
     found, objective = 0, Objective(model, loss_fn)
-    with progress_bar(show=progress, total=max_examples, unit="example", desc="Initializing adapters") as bar:
+    with progress_bar(show=progress, total=total, unit="example", desc="Initializing adapters") as bar:
         for batch in batches:
             objective.map(batch, lambda part: (scale * objective.at_once(part)[0].sum()).backward())
             found += (seen := count_examples(batch))
