@@ -249,9 +249,9 @@ def with_known_columns(example: Example, index: int = 0) -> Example:
         >>> with_known_columns({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
         {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
     """
-    if not _KEYS.isdisjoint(example):
+    if not {"completion", "messages", "input_ids"}.isdisjoint(example):
         return example
-    if {"instruction", "output"} <= example.keys():
+    if {"instruction", "output"} <= example.keys():  # also where a text holds both in a template
         parts = [_text(example, key, index) for key in ("instruction", "input") if example.get(key) is not None]
         return {"prompt": "".join(f"{part}\n" for part in parts if part), "completion": example["output"]}
     if isinstance(turns := example.get("conversations"), list):
