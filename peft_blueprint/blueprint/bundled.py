@@ -15,8 +15,8 @@ def bundled_blueprints(model_id: str) -> dict[str, Path]:
         model_id: id on the Hub, such as "HuggingFaceTB/SmolLM2-135M-Instruct".
 
     Example:
-        >>> sorted(bundled_blueprints("HuggingFaceTB/SmolLM2-135M-Instruct"))
-        ['gsm8k', 'pubmedqa', 'stdlib_docs']
+        >>> bundled_blueprints("HuggingFaceTB/SmolLM2-135M-Instruct")["stdlib_docs"].name
+        'blueprint-stdlib_docs.json'
         >>> bundled_blueprints("org/model")
         {}
     """

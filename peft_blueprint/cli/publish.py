@@ -70,7 +70,7 @@ def publish(
     "Publish",
     examples=[
         "peft-blueprint fetch org/model --domain math --out math.json",
-        "peft-blueprint fetch HuggingFaceTB/SmolLM2-135M-Instruct --domain gsm8k",
+        "peft-blueprint fetch HuggingFaceTB/SmolLM2-135M-Instruct --domain stdlib_docs",
     ],
 )
 def fetch(

@@ -272,7 +272,7 @@ def test_a_model_is_loaded_as_the_flags_say(run, tmp_path, monkeypatch):
 def test_a_blueprint_that_comes_with_the_package_is_fetched_by_its_models_id(run, tmp_path):
     """Without a request; the whole table of a model that has some names them."""
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert run("fetch", model, "--domain", "gsm8k", "--out", tmp_path / "b.json")[0] == 0
+    assert run("fetch", model, "--domain", "stdlib_docs", "--out", tmp_path / "b.json")[0] == 0
     blueprint = Blueprint.from_pretrained(tmp_path / "b.json")
     assert blueprint.model_id == model and len(blueprint) == 210
     for path in bundled_blueprints(model).values():
