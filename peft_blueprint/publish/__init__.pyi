@@ -5,6 +5,7 @@ from .embedding import remove as remove
 from .method_comparison import method_comparison_json as method_comparison_json
 from .options import PublishOptions as PublishOptions
 from .page import save_page as save_page
+from .per_expert import export_per_expert_lora as export_per_expert_lora
 from .plots import plot_blueprint as plot_blueprint
 from .plots import plot_experts as plot_experts
 from .plots import save_plot as save_plot
