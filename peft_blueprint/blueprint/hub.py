@@ -68,6 +68,13 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
     Raises:
         FormatError: if the file is not a record.
         BlueprintError: if there is none, with the reason and a fix.
+
+    Example:
+        >>> try:
+        ...     record, source = fetch("org/model/blueprint.json", local_files_only=True)
+        ... except BlueprintError as error:
+        ...     print(str(error).partition(",")[0])
+        'org/model/blueprint.json' is not a repository id such as 'org/model'
     """
     repository = _Repository(repo_id, revision, kwargs)
     with translated_hub_errors(repo_id, revision=revision, file=name, token=kwargs.get("token")):
