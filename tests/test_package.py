@@ -126,7 +126,20 @@ def test_every_name_of_a_room_resolves(room):
 
 
 # Why an import may stand inside a function: the module is an optional extra, or heavy where the file must stay light.
-EXTRAS = {"bitsandbytes", "bm25s", "datasketch", "matplotlib", "opendp", "sklearn", "zeus", "torchao", "deepspeed"}
+EXTRAS = {
+    "bitsandbytes",
+    "bm25s",
+    "datasets",
+    "datasketch",
+    "matplotlib",
+    "pandas",
+    "pyarrow",
+    "opendp",
+    "sklearn",
+    "zeus",
+    "torchao",
+    "deepspeed",
+}
 LIGHT = {
     ("_options.py", "pydantic"),  # validates untrusted data alone
     ("_options.py", "typing_extensions"),
@@ -136,8 +149,6 @@ LIGHT = {
     ("cli/runs.py", "torch"),
     ("publish/embedding.py", ".loaded_tensors"),  # needs transformers, and most files do not need it
     ("publish/loaded_tensors.py", "transformers"),  # a module that transformers 4 lacks
-    ("data/tables.py", "datasets"),
-    ("data/tables.py", "pyarrow"),
     ("place/planner.py", "peft"),  # takes 3 s, and only a model is compared with its refusals
     ("runs/ledger.py", "torch"),  # only for GPUs, optimizers and counted FLOPs
     ("runs/meters.py", "torch"),

@@ -29,7 +29,6 @@ from .hooks import disable_dropout as disable_dropout
 from .hooks import measurement_mode as measurement_mode
 from .influence import Influence as Influence
 from .influence import joined_digest as joined_digest
-from .loading import LoadOptions as LoadOptions
 from .loading import dtype_of as dtype_of
 from .loading import empty_model as empty_model
 from .loading import join_processes as join_processes
@@ -48,6 +47,7 @@ from .measurement import measure_influence as measure_influence
 from .options import DAMPING as DAMPING
 from .options import PROJECTION_SIZE as PROJECTION_SIZE
 from .options import GenerateOptions as GenerateOptions
+from .options import LoadOptions as LoadOptions
 from .options import MeasureOptions as MeasureOptions
 from .privacy import SCALE_SHARE as SCALE_SHARE
 from .privacy import Privacy as Privacy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,31 +23,10 @@ from transformers import (
 
 from ..errors import BlueprintError
 from .bnb_cpu import disable_cpu_repack
+from .options import LoadOptions
 
 
 Loaded = TypeVar("Loaded")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Which revision of a model is loaded, with which attention, and where to.
-
-    Example:
-        >>> LoadOptions(revision="v1.0").trust_remote_code
-        False
-    """
-
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code in the model's repository, for models that need it."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers: eager, sdpa, flash_attention_2, …"}
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "Device of the weights, such as cuda:1 or cpu; by default the first accelerator."},
-    )
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Options of a measurement and of the blueprint made from it."""
+"""Options of loading a model, of a measurement, and of the blueprint made from it."""
 
 from __future__ import annotations
 
@@ -151,3 +151,25 @@ class GenerateOptions(MeasureOptions):
             raise MeasurementError(f"level must be submodule, group or layer, got {self.level!r}.")
         if not self.damping > 0:
             raise MeasurementError(f"damping must be positive, got {self.damping}.")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which revision of a model is loaded, with which attention, and where to.
+
+    Example:
+        >>> LoadOptions(revision="v1.0").trust_remote_code
+        False
+    """
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code in the model's repository, for models that need it."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers: eager, sdpa, flash_attention_2, …"}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Device of the weights, such as cuda:1 or cpu; by default the first accelerator."},
+    )

@@ -64,7 +64,7 @@ def test_overrides_are_keys_of_the_file(tmp_path):
     for override, message in (
         ("training", "--override must be KEY=VALUE such as training.max_steps=2, got 'training'"),
         ("model.name=x", "--override model.name=x: model is not a mapping"),
-        ("training.max_stepz=2", "training: .*max_stepz"),
+        ("training.max_stepz=2", "training has no option 'max_stepz'"),
         ("lora={", "--override lora={ is not valid YAML"),
     ):
         with pytest.raises(BlueprintError, match=message):
