@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 Trainer = Annotated[
-    Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"] | None,
+    Literal["peft", "trl", "axolotl", "llamafactory", "unsloth", "swift"] | None,
     typer.Option("--for", help="Print the placement as a configuration of this trainer."),
 ]
 

@@ -1,8 +1,8 @@
-"""Write a placement as the configuration of PEFT, TRL, axolotl, LLaMA-Factory or Unsloth.
+"""Write a placement as the configuration of PEFT, TRL, axolotl, LLaMA-Factory, Unsloth or ms-swift.
 
-All five end in PEFT's `LoraConfig`, which matches a listed name exactly or as an ending after a dot, so the full name of
-layer 1 does not reach layer 11. Checked against the sources of TRL 1.16, axolotl 0.19, LLaMA-Factory 0.9.5 and Unsloth
-2026.10.
+All of them end in PEFT's `LoraConfig`, which matches a listed name exactly or as an ending after a dot, so the full name of
+layer 1 does not reach layer 11. Checked against the sources of TRL 1.16, axolotl 0.19, LLaMA-Factory 0.9.5, Unsloth
+2026.10 and ms-swift 4.6.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .placement import Placement
 from .ranks import DEFAULT_ALPHA, alpha_of, scaling_of
 
 
-Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth"]
+Trainer = Literal["peft", "trl", "axolotl", "llamafactory", "unsloth", "swift"]
 
 NO_TARGETS = "dummy-target-modules"  # PEFT's target_modules where only blocks are unfrozen
 _MAX_SINGLE_PATTERNS = 200  # PEFT matches each against every module, and Python's cache of compiled patterns holds 512
@@ -58,13 +58,13 @@ def trainer_config(
     lora_dropout: float = 0.0,
     task_type: str = "CAUSAL_LM",
 ) -> str:
-    """Write a placement as a trainer's own configuration: Python for PEFT, TRL and Unsloth, otherwise YAML.
+    """Write a placement as a trainer's own configuration: Python for PEFT and Unsloth, otherwise YAML.
 
     Every adapter has the scaling lora_alpha / r, whatever its rank is: alpha_i = r_i · lora_alpha / r.
 
     Args:
         placement: what to adapt.
-        trainer: "peft", "trl", "axolotl", "llamafactory" or "unsloth".
+        trainer: "peft", "trl", "axolotl", "llamafactory", "unsloth" or "swift".
         r: rank, of a placement that has none; by default 16.
         lora_alpha: alpha at the placement's `rank`; by default 2 · r.
         lora_dropout: LoRA's dropout.
@@ -87,6 +87,7 @@ def trainer_config(
         "axolotl": _axolotl,
         "llamafactory": _llamafactory,
         "unsloth": _unsloth,
+        "swift": _swift,
     }
     if trainer not in writers:
         raise PlacementError(f"trainer={trainer!r}: choose {', '.join(get_args(Trainer))}.")
@@ -189,21 +190,34 @@ def _peft(placement: Placement, settings: LoraSettings, task_type: str) -> tuple
 
 
 def _trl(placement: Placement, settings: LoraSettings, task_type: str) -> tuple[str, list[str]]:
-    config = _call("LoraConfig", settings.to_dict() | {"task_type": task_type})
-    body = (
-        "from peft import LoraConfig\nfrom trl import SFTConfig, SFTTrainer\n\n"
-        f"peft_config = {config}\n"
-        "trainer = SFTTrainer(\n"
-        f"    model={_python(placement.model_id)},\n"
-        '    args=SFTConfig(output_dir="run"),\n'
-        "    train_dataset=train_dataset,\n"
-        "    peft_config=peft_config,\n"
-        ")\n"
-    )
-    return body, [
-        "replace train_dataset by your data; TRL's other trainers take the same peft_config",
-        *_skip_note(placement),
-    ]
+    _require_integer_alphas("TRL's command line", settings)
+    _require_one_rank("TRL's command line", settings, "peft, axolotl or unsloth")
+    values = settings.to_dict()
+    written: dict[str, Any] = {"model_name_or_path": placement.model_id, "use_peft": True}
+    written |= {key if key.startswith("lora_") else f"lora_{key}": value for key, value in values.items()}
+    if len(written.get("lora_target_modules") or ()) == 1:  # TRL would make one name a regular expression
+        written["lora_target_modules"] = 2 * settings.target_modules
+    notes = ["for trl sft --config FILE, with dataset_name; in Python, --for peft prints the peft_config of a trainer"]
+    return _yaml(written | {"lora_task_type": task_type}), notes + _skip_note(placement)
+
+
+def _swift(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
+    _require_one_rank("ms-swift", settings, "peft, axolotl or unsloth")
+    written: dict[str, Any] = {
+        "model": placement.model_id,
+        "tuner_type": "lora",
+        "lora_rank": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+    }
+    if isinstance(settings.target_modules, list) and settings.target_modules:
+        written["target_modules"] = settings.target_modules
+    else:  # a list would be every linear layer by default, or names that PEFT misses
+        written["target_regex"] = NO_TARGETS
+    for key in ("target_parameters", "modules_to_save"):
+        if values := getattr(settings, key):
+            written[key] = values
+    return _yaml(written), ["for swift sft FILE; ms-swift 3 calls tuner_type train_type", *_skip_note(placement)]
 
 
 def _unsloth(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
@@ -240,22 +254,17 @@ def _axolotl(placement: Placement, settings: LoraSettings, _: str) -> tuple[str,
 
 def _llamafactory(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
     _require_integer_alphas("LLaMA-Factory", settings)
-    if settings.rank_pattern:
-        found = sorted({settings.r, *settings.rank_pattern.values()})
-        raise PlacementError(
-            f"LLaMA-Factory has a single lora_rank, and this placement has ranks {found}. Plan it with one rank, or use "
-            "peft, trl, axolotl or unsloth."
-        )
+    _require_one_rank("LLaMA-Factory", settings, "peft, axolotl or unsloth")
     if settings.target_parameters:
         raise PlacementError(
             f"LLaMA-Factory has no adapters on parameters, and {format_names(settings.target_parameters)} are fused "
-            "experts. Use peft, trl, axolotl or unsloth, or place linear layers only."
+            "experts. Use peft, trl, axolotl, unsloth or swift, or place linear layers only."
         )
     if not placement.lora:
         raise PlacementError(
             f"LLaMA-Factory unfreezes blocks only beside LoRA, and this placement unfreezes "
             f"{format_names(placement.unfreeze)} without an adapter. Plan it with mode='lora+unfreeze', or use peft, trl, "
-            "axolotl or unsloth."
+            "axolotl, unsloth or swift."
         )
     if unusable := [name for name in (*placement.lora, *placement.unfreeze) if "," in name or name != name.strip()]:
         raise PlacementError(f"LLaMA-Factory separates names by commas and cannot read {format_names(unusable)}.")
@@ -284,6 +293,14 @@ def _skip_note(placement: Placement) -> list[str]:
         return []
     skip = json.dumps(placement.quantization_skip_modules(), ensure_ascii=False)
     return [f"on a 4-bit base, load it with BitsAndBytesConfig(..., llm_int8_skip_modules={skip})"]
+
+
+def _require_one_rank(trainer: str, settings: LoraSettings, others: str) -> None:
+    if settings.rank_pattern:
+        found = sorted({settings.r, *settings.rank_pattern.values()})
+        raise PlacementError(
+            f"{trainer} has a single rank, and this placement has ranks {found}. Plan it with one rank, or use {others}."
+        )
 
 
 def _require_integer_alphas(trainer: str, settings: LoraSettings) -> None:

@@ -9,7 +9,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM
+from transformers import HfArgumentParser
 
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.place import trainer_configs as export
@@ -23,7 +23,8 @@ from tests.fused import needs_fused
 LORA = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.10.mlp.down_proj")
 BLOCKS = ("model.layers.1.self_attn", "model.layers.2.mlp")
 EXPERTS = ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
-TRAINERS = ("peft", "trl", "axolotl", "llamafactory", "unsloth")
+TRAINERS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "swift")
+ONE_RANK = ("trl", "llamafactory", "swift")
 
 
 def placement(lora=LORA, unfreeze=(), **fields):
@@ -56,18 +57,29 @@ def by_peft(text, model, monkeypatch):
 
 
 def by_trl(text, model, monkeypatch):
-    """The Python, with a trainer that reads the model by its name and wraps it as SFTTrainer does."""
+    """The YAML, read and made a LoraConfig by TRL's own command line."""
+    trl = pytest.importorskip("trl")
+    config = yaml.safe_load(text)
+    [arguments] = HfArgumentParser(trl.ModelConfig).parse_dict(config)
+    assert arguments.model_name_or_path == "org/model"
+    return get_peft_model(model, trl.get_peft_config(arguments))
 
-    def trainer(model, args, train_dataset, peft_config):
-        assert train_dataset == "mine"
-        return get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft_config)
 
-    trl = types.SimpleNamespace(SFTConfig=lambda output_dir: output_dir, SFTTrainer=trainer)
-    monkeypatch.setitem(sys.modules, "trl", trl)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", {"org/model": model}.__getitem__)
-    namespace = {"train_dataset": "mine"}
-    exec(text, namespace)
-    return namespace["trainer"]
+def by_swift(text, model, monkeypatch):
+    """The YAML, handed to LoraConfig as ms-swift's pipelines/train/tuner.py does; its lists are lists there."""
+    config = yaml.safe_load(text)
+    assert config["tuner_type"] == "lora" and config["model"] == "org/model"
+    assert all(config[key] for key in ("target_modules", "target_parameters", "modules_to_save") if key in config)
+    settings = LoraConfig(
+        r=config["lora_rank"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=config.get("target_regex") or config["target_modules"],
+        target_parameters=config.get("target_parameters"),
+        modules_to_save=config.get("modules_to_save", []),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
 
 
 def by_axolotl(text, model, monkeypatch):
@@ -125,6 +137,7 @@ LOADERS = {
     "axolotl": by_axolotl,
     "llamafactory": by_llamafactory,
     "unsloth": by_unsloth,
+    "swift": by_swift,
 }
 
 
@@ -178,11 +191,11 @@ def test_fused_experts_are_parameters_or_refused(trainer, lora, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_ranks_that_differ_keep_one_scaling(trainer, monkeypatch):
-    """alpha_i / r_i is the same for all, r is the largest; LLaMA-Factory, which has one rank, refuses and says so."""
+    """alpha_i / r_i is the same for all, r is the largest; those with one rank refuse and say so."""
     placed = placement(ranks=dict(zip(LORA, (2, 8, 4), strict=True)))
-    if trainer == "llamafactory":
+    if trainer in ONE_RANK:
         with pytest.raises(
-            PlacementError, match=r"a single lora_rank, and this placement has ranks \[2, 4, 8\].*use peft"
+            PlacementError, match=r"a single rank, and this placement has ranks \[2, 4, 8\].*use peft"
         ):
             trainer_config(placed, trainer)
     else:
@@ -236,11 +249,10 @@ def test_a_name_is_written_so_that_it_comes_back(trainer):
     odd = 'a "quoted"\n#: name — ünïcode'
     placed = Placement(odd, LORA, (), "adam_gain", "none")
     text = trainer_config(placed, trainer)
-    if trainer in ("axolotl", "llamafactory"):
+    if trainer not in ("peft", "unsloth"):
         assert odd in yaml.safe_load(text).values()
     else:
         compile(text, trainer, "exec")
-        assert trainer != "trl" or 'a \\"quoted\\"\\n#' in text
 
 
 @pytest.mark.parametrize(
