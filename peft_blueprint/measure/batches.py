@@ -299,7 +299,13 @@ def make_batches(rows: Sequence[Row], batch_size: int, pad_token_id: int) -> lis
 
 
 def get_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token's id, else the end-of-text token's, else 0; padding is masked in any case."""
+    """Return the padding token's id, otherwise the end-of-text token's, otherwise 0; padding is always masked.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> get_pad_token_id(SimpleNamespace(pad_token_id=None, eos_token_id=2))
+        2
+    """
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
