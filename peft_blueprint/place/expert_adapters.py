@@ -57,8 +57,7 @@ class ParamWrapper(lora.ParamWrapper):
     def updates(self, adapter_name: str) -> dict[int, LowRank]:
         """Return each chosen expert's update of its matrix, as the parameter stores it."""
         chosen, dtype = self.chosen[adapter_name], self.get_param().dtype
-        a = self.lora_A[adapter_name].weight.to(dtype)
-        b = self.lora_B[adapter_name].weight.to(dtype)
+        a, b = (matrix.to(dtype) for matrix in self._matrices(adapter_name))
         downs = a.unflatten(0, (len(chosen), -1)).unbind(0)  # (r, d_in) each
         ups = b.unflatten(1, (-1, len(chosen))).unbind(2)  # (d_out, r) each
         scaling = float(self.scaling[adapter_name])
@@ -93,8 +92,9 @@ class ParamWrapper(lora.ParamWrapper):
             result = reach(result, [p for a in self.active_adapters if a in self.chosen for p in self._matrices(a)])
         return result
 
-    def _matrices(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+    def _matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        return cast(nn.Linear, a).weight, cast(nn.Linear, b).weight
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """Return PEFT's form, with zeros for experts that were not chosen; the parameters themselves for `keep_vars`."""
@@ -108,18 +108,22 @@ class ParamWrapper(lora.ParamWrapper):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter, chosen in self.chosen.items():
             for key, experts in self._keys(prefix, adapter).items():
-                own = self.lora_A[adapter] if experts == 0 else self.lora_B[adapter]
                 value = state_dict.get(key)
-                if value is None or value.shape == own.weight.shape and len(chosen) < self.num_experts:
+                if value is None:
                     continue
-                if value.shape[experts] * len(chosen) == own.weight.shape[experts] * self.num_experts:
-                    trained = trained_experts(value, self.num_experts, experts)
-                    if dropped := sorted(set(trained) - set(chosen)):
-                        raise PlacementError(
-                            f"The adapter to load has trained experts {dropped[:10]} of {self.full_name!r}, and this model "
-                            f"adapts only {list(chosen)[:10]}. Load it with the placement that it was trained with."
-                        )
-                    state_dict[key] = gather(value, chosen, self.num_experts, experts)
+                rows, whole = value.shape[experts], self.r[adapter] * self.num_experts
+                if rows != whole:
+                    raise PlacementError(
+                        f"The adapter to load has {rows} rows for the {self.num_experts} experts of {self.full_name!r}, and "
+                        f"rank {self.r[adapter]} needs {whole}. Load it with the placement that it was trained with."
+                    )
+                trained = [] if value.is_meta else trained_experts(value, self.num_experts, experts)
+                if dropped := sorted(set(trained) - set(chosen)):
+                    raise PlacementError(
+                        f"The adapter to load has trained experts {dropped[:10]} of {self.full_name!r}, and this model "
+                        f"adapts only {list(chosen)[:10]}. Load it with the placement that it was trained with."
+                    )
+                state_dict[key] = gather(value, chosen, self.num_experts, experts)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
@@ -128,7 +132,7 @@ class ParamWrapper(lora.ParamWrapper):
         return {f"{prefix}lora_A.{adapter}.weight": 0, f"{prefix}lora_B.{adapter}.weight": 1}
 
 
-def reach(result: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+def reach(result: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Add zero times the parameters, so that those that no token reached get a gradient of zero, which DDP waits for.
 
     Example:

@@ -90,7 +90,7 @@ class _StandIn:
         return function(*_computed(args), **{key: _computed([value])[0] for key, value in kwargs.items()})
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -187,7 +187,7 @@ class ExpertStack(_StandIn):
         if not self.own:
             return torch.matmul(first, self.base)
         place = torch.tensor(list(self.own), device=self.base.device)
-        own = torch.stack([first[expert] @ matrix for expert, matrix in self.own.items()])
+        own = torch.stack([torch.matmul(first[expert], matrix) for expert, matrix in self.own.items()])
         return torch.matmul(first, self.base).index_copy(0, place, own)
 
     def _grouped(self, function: Callable[..., Tensor], tokens: Tensor, ends: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class ExpertStack(_StandIn):
         left = (~is_own).nonzero()[:, 0].to(tokens.device)
         frozen = function(tokens[left], self.base, offs=sizes.cumsum(0, dtype=ends.dtype))
         rows = [torch.arange(start, end, device=tokens.device) for start, end in own.values()]
-        products = [tokens[start:end] @ self.own[expert] for expert, (start, end) in own.items()]
+        products = [torch.matmul(tokens[start:end], self.own[expert]) for expert, (start, end) in own.items()]
         return _in_order([frozen, *products], [left, *rows])
 
 
@@ -241,7 +241,7 @@ class _Gathered(_StandIn):
             is_left[own] = False
         left = is_left.nonzero()[:, 0]
         frozen = torch.bmm(first[left], self.stack.base[self.experts[left]])
-        products = [first[own] @ self.stack.own[expert] for expert, own in rows.items() if len(own)]
+        products = [torch.matmul(first[own], self.stack.own[expert]) for expert, own in rows.items() if len(own)]
         return _in_order([frozen, *products], [left, *(own for own in rows.values() if len(own))])
 
 

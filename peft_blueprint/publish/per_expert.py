@@ -99,7 +99,7 @@ def _of_experts(pair: PairOfFile, block: str, names: tuple[str, str, str]) -> di
 
 def _model_type(name: str | None) -> str:
     try:
-        return str(AutoConfig.from_pretrained(name).model_type)
+        return str(AutoConfig.from_pretrained(str(name)).model_type)
     except (OSError, ValueError, TypeError) as error:
         raise BlueprintError(
             f"The config of the base model {name!r} cannot be read ({str(error).splitlines()[0]}). Give model_type, such as "

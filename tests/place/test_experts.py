@@ -306,5 +306,7 @@ def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_
     randomize_adapters(adapted(tiny_mixtral(1), experts=3)).save_pretrained(tmp_path)
     with pytest.raises(PlacementError, match=r"to load has trained experts \[2\] of .*adapts only \[1, 3\]"):
         adapted(tiny_mixtral(1)).load_adapter(tmp_path, "default")
+    with pytest.raises(PlacementError, match=r"has 8 rows for the 4 experts of .*rank 4 needs 16"):
+        adapted(tiny_mixtral(1), r=4).load_adapter(tmp_path, "default")
     with pytest.raises(PlacementError, match="has no adapter 'default' on fused experts"):
         narrow_experts(tiny_mixtral(1))
