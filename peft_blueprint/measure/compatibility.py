@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._text import format_names, shape_str
-from ..blueprint import Blueprint
+from ..blueprint import Blueprint, split_expert
 from ..errors import MismatchError
 from .submodules import find_submodules, find_weights, is_quantized, is_sharded, structure_digest, unwrap
 
@@ -36,6 +36,10 @@ def check_fits(blueprint: Blueprint, model: nn.Module) -> None:
         >>> check_fits(Blueprint("org/m", (Submodule("model.layers.0.self_attn.q_proj", 1.0),)), tiny_llama())
     """
     shapes = {weight.name: weight.shape for weight in find_weights(model)}
+    for entry in blueprint:  # of single experts
+        expert = split_expert(entry.name) if entry.form == "expert" else None
+        if expert is not None and expert.number < shapes.get(expert.parameter, (0,))[0]:
+            shapes[entry.name] = shapes[expert.parameter][1:]
     missing = [entry.name for entry in blueprint if entry.name not in shapes]
     if missing:
         raise MismatchError(

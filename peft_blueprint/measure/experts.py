@@ -187,7 +187,7 @@ class ExpertRecorder:
         dy = output_gradient if self.loss_scale == 1 else output_gradient.float() / self.loss_scale
         dy = dy.to(inputs.dtype)
         self._norms[stack], self._errors[stack] = self._norms_of(inputs, narrow, rows, dy, visits)
-        self._batch[stack] = _products(dy, narrow[rows] if is_by_token else narrow, visits.of_experts)
+        self._batch[stack] = _products(dy, narrow.index_select(0, rows) if is_by_token else narrow, visits.of_experts)
 
     def record_gradient(self, stack: int, gradient: Tensor) -> None:
         """Record the gradient of a fused parameter (experts, d_out, d_in) for a single example."""
@@ -253,14 +253,17 @@ class ExpertRecorder:
             step = max(1, gradients.NUMBERS_AT_A_TIME // (length * (x.shape[1] + dy.shape[1])))
             for some in ids.split(step):
                 within = torch.arange(length, device=x.device)
-                at = (starts[some][:, None] + within).clamp_max(len(dy) - 1)
+                at = (starts[some][:, None] + within).clamp_max(len(dy) - 1).flatten()
                 is_padding = (within >= lengths[some][:, None])[..., None]
+                # index_select copies whole rows, several times as fast as x[…]
+                own = dy.index_select(0, at).view(len(some), length, -1)
+                kept = (narrow if how == "sketch" else x).index_select(0, rows[at]).view(len(some), length, -1)
                 if how == "gram":
-                    gram = gradients.gram(x[rows[at]]).masked_fill_(is_padding | is_padding.mT, 0)
-                    norms[some] = gradients.gram_norms(gram, dy[at])
+                    gram = gradients.gram(kept).masked_fill_(is_padding | is_padding.mT, 0)
+                    norms[some] = gradients.gram_norms(gram, own)
                 else:
-                    kept = (x if how == "whole" else narrow)[rows[at]].masked_fill_(is_padding, 0)
-                    norms[some], errors[some], _, _ = gradients.materialized(kept, dy[at], x.shape[1], None)
+                    kept.masked_fill_(is_padding, 0)
+                    norms[some], errors[some], _, _ = gradients.materialized(kept, own, x.shape[1], None)
         shape = (len(visits.of_experts), visits.examples)
         return norms.view(shape), errors.view(shape)
 
@@ -328,7 +331,7 @@ def grouped_forward(module: Any, hidden: Tensor, weights: Tensor, visits: Visits
         )
         return output + getattr(module, f"{name}_bias")[visits.expert] if module.has_bias else output
 
-    up = product(_up(module), hidden[visits.token], hidden.detach())
+    up = product(_up(module), hidden.index_select(0, visits.token), hidden.detach())
     inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
     output = product("down_proj", inner, inner.detach())
     if module.has_post_expert_norm:
@@ -372,14 +375,15 @@ def _agrees(module: nn.Module) -> bool:
     )
 
 
-def groupable(stacks: Sequence[Stack]) -> set[int]:
-    """Return the indices of the stacks whose modules `grouped_forward` computes."""
-    known: dict[int, bool] = {}
+def groupable(stacks: Sequence[Stack], known: dict[str, bool]) -> set[int]:
+    """Return the indices of the stacks whose modules `grouped_forward` computes.
+
+    `known` says so of containers that were tried before, and is completed.
+    """
     for stack in stacks:
-        module = stack.weight.module
-        if id(module) not in known:
-            known[id(module)] = can_group(module) and _agrees(module)
-    return {i for i, stack in enumerate(stacks) if known[id(stack.weight.module)]}
+        if stack.container not in known:
+            known[stack.container] = can_group(stack.weight.module) and _agrees(stack.weight.module)
+    return {i for i, stack in enumerate(stacks) if known[stack.container]}
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Checks:
         form: the objective's, or None before the first batch.
         needs_cache: whether the model's loss is another without its cache of keys and values.
         examples_are_apart: whether examples were compared with the batch under `loss_fn`.
+        grouped: by name of the module that holds them, whether its experts are measured in a batch's own pass.
         refused: by name of every layer that was checked, why it is not measured; None for those that are.
 
     Example:
@@ -60,6 +61,7 @@ class Checks:
     form: str | None = None
     needs_cache: bool = False
     examples_are_apart: bool = False
+    grouped: dict[str, bool] = field(default_factory=dict)
     refused: dict[str, str | None] = field(default_factory=dict)
 
 

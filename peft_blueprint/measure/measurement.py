@@ -212,7 +212,7 @@ def _measure(
         stack.callback(reshard, model)  # before `measurement_mode` unfreezes the weights
         for index, weight in plan.by_output.items():
             hook_output(weight.module, index, recorder.keep, recorder.record, recorder.called, recorder.refused)
-        grouped = groupable(plan.stacks)
+        grouped = groupable(plan.stacks, passes.checks.grouped)
         stack.enter_context(hook_experts(dict(named_modules(model)), grouped, recorder.experts, top_k_of(model)))
         others = {i: each.weight for i, each in enumerate(plan.stacks) if i not in grouped}
         passes.one_at_a_time |= bool(others)
