@@ -9,7 +9,7 @@
       stop: {}               # options of `MarginalReturn`; leave it out to keep the record only
       carbon: FRA
 
-Checked against axolotl 0.19, which the tests replace by a class with the same hooks.
+Run through the plugin manager of axolotl 0.19; the tests replace it by a class with the same hooks.
 """
 
 from __future__ import annotations

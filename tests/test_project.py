@@ -6,6 +6,10 @@ import sys
 import tomllib
 from types import ModuleType
 
+import pytest
+
+from peft_blueprint import Blueprint, BlueprintError
+from peft_blueprint.testing import save_tiny_model
 from tests import ROOT
 
 
@@ -34,3 +38,21 @@ def test_a_releases_readme_has_absolute_links(monkeypatch):
     )
     targets = re.findall(r"\]\(([^)]+)\)", absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://h/o"))
     assert targets and all(target.startswith(("https:", "#")) for target in targets)
+
+
+def test_one_line_measures_a_model_for_the_folder_of_blueprints(tmp_path, capsys):
+    """The file, its digest and the command are in the card; a kind without data is refused."""
+    script = runpy.run_path(str(ROOT / "blueprints" / "measure.py"))
+    script["main"].__globals__["FOLDER"] = tmp_path
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"prompt": "1 2", "completion": "{i}"}}\n' for i in range(4)))
+    path = save_tiny_model(tmp_path / "weights", layers=2)
+    script["main"](["org/tiny", "sums", "--data", str(data), "--path", str(path)])
+    [written] = (tmp_path / "org--tiny").glob("*.json")
+    blueprint = Blueprint.from_pretrained(written)
+    assert (written.name, blueprint.model_id) == ("blueprint-sums.json", "org/tiny")
+    assert blueprint.digest in capsys.readouterr().out
+    card = (tmp_path / "org--tiny" / "README.md").read_text(encoding="utf-8")
+    assert blueprint.digest in card and "python blueprints/measure.py org/tiny sums" in card
+    with pytest.raises(BlueprintError, match="kind must be one of gsm8k, pubmedqa, or have --data, got 'law'"):
+        script["main"](["org/tiny", "law"])
