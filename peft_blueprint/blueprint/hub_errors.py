@@ -172,8 +172,9 @@ def status_of(error: HfHubHTTPError) -> int:
     """Return the HTTP status of an answer, or 0 without one.
 
     Example:
-        >>> status_of(HfHubHTTPError.__new__(HfHubHTTPError))
-        0
+        >>> from types import SimpleNamespace
+        >>> status_of(SimpleNamespace(response=SimpleNamespace(status_code=404)))
+        404
     """
     response = error.response
     return 0 if response is None else int(response.status_code)
