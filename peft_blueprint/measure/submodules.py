@@ -46,7 +46,8 @@ _STORED_AS_ANY_DTYPE = ("Params4bit", "Int8Params")  # quantized weights of bits
 _SIZES = (
     ("out_features", "in_features"),
     ("outfeatures", "infeatures"),
-)  # of linear layers; the latter are AutoGPTQ's
+    ("output_size", "input_size"),
+)  # of linear layers; the last two are AutoGPTQ's and Megatron's
 # a layer's whole weight given to a function: fused kernels read weights without calling their layers
 _READ = re.compile(r"self\.(\w+)\.weight[ \t]*[,)@\n]")
 _NOT_COMPUTED_WITH = re.compile(r"isinstance\(|getattr\(|hasattr\(|\binit\.")
@@ -329,8 +330,9 @@ def is_quantized(weight: Tensor) -> bool:
     if type(weight).__name__ in _STORED_AS_ANY_DTYPE or not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return True
     flatten = getattr(weight, "__tensor_flatten__", None)
-    parts = [] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
-    return any(is_quantized(part) for part in parts if isinstance(part, Tensor))
+    parts = vars(weight).values() if flatten is None else [getattr(weight, name) for name in flatten()[0]]
+    is_wrapper = type(weight) not in (Tensor, nn.Parameter)
+    return is_wrapper and any(is_quantized(part) for part in parts if isinstance(part, Tensor))
 
 
 def is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
@@ -479,9 +481,10 @@ def _is_linear(module: nn.Module) -> bool:
 def _packed_weight(module: nn.Module) -> str | None:
     """Return the name of a quantized layer's weight, a parameter or buffer, as those of GPTQ, AWQ, HQQ and EETQ hold it.
 
-    It is the largest of the layer's own quantized tensors. The layer is no `nn.Linear`, but has numbers of features.
+    It is the largest of the layer's own quantized tensors. The layer has numbers of features, and if it is an `nn.Linear`
+    it lost its weight, as those of compressed-tensors.
     """
-    if isinstance(module, nn.Linear) or _sizes_of(module) is None:
+    if isinstance(module, nn.Linear) and "weight" in vars(module)["_parameters"] or _sizes_of(module) is None:
         return None
     own = (vars(module)["_parameters"] | vars(module)["_buffers"]).items()
     packed = {

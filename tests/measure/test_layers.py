@@ -114,13 +114,50 @@ class Wrapped(torch.Tensor):
 class Subclassed(nn.Linear):
     """An `nn.Linear` whose weight is a subclass of Tensor."""
 
+    kind = Wrapped
+
     def __init__(self, weight):
         super().__init__(*weight.shape[::-1], bias=False)
         values = (weight * 64).round().clamp(-127, 127).to(torch.int8)
-        self.weight = nn.Parameter(Wrapped(values), requires_grad=False)
+        self.weight = nn.Parameter(self.kind(values), requires_grad=False)
+
+
+class Opaque(Wrapped):
+    """As tensors that do not tell their parts."""
+
+    __tensor_flatten__ = None
+
+
+class SubclassedOpaque(Subclassed):
+    """An `nn.Linear` with such a weight."""
+
+    kind = Opaque
+
+
+class Compressed(nn.Linear):
+    """As compressed-tensors: an `nn.Linear` without its weight."""
+
+    def __init__(self, weight):
+        super().__init__(*weight.shape[::-1], bias=False)
+        del self.weight
+        self.weight_packed = nn.Parameter((weight * 64).round().clamp(-127, 127).to(torch.int8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.full((len(weight), 1), 1 / 64), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight_packed.to(x) * self.weight_scale)
+
+
+class OfOtherSizes(PackedBuffer):
+    """As Megatron, which writes input_size."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.output_size, self.input_size = self.out_features, self.in_features
+        del self.out_features, self.in_features
 
 
 QUANTIZED = [PackedBuffer, PackedWeight, PackedParameter, OldNames, Integers, Float8, Subclassed]
+QUANTIZED += [SubclassedOpaque, Compressed, OfOtherSizes]
 
 
 def with_layers(cls, names=LAYERS):
