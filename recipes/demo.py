@@ -184,6 +184,7 @@ class Training:
         self.cpu.append(time.process_time() - cpu)
         self.log.ledger.pause()
         self.log.step(tokens=batch["input_ids"].numel())
+        self.log.note_optimizer(self.optimizer)
         self.log.settle()
         self.log.note_loss(loss.item(), step=len(self.wall), learning_rate=self.scheduler.get_last_lr()[0])
 
