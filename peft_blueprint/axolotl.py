@@ -41,7 +41,7 @@ class BlueprintArgs(BaseModel):
     peft_blueprint: dict[str, Any] | None = None
 
 
-class BlueprintPlugin(BasePlugin):  # type: ignore[misc]
+class BlueprintPlugin(BasePlugin):
     """Place adapters, initialize them and keep the run's ledger in a training with axolotl."""
 
     def get_input_args(self) -> str:

@@ -158,7 +158,8 @@ def _fresh_adapters(model: nn.Module, adapter_name: str) -> list[_Adapter]:
         raise PlacementError(
             f"The adapter {adapter_name!r} is only on {format_names(list(own))}, which are not linear layers."
         )
-    if sharded := [adapter.name for adapter in adapters if is_sharded(adapter.a)]:
+    # a DTensor of FSDP2, or a weight that ZeRO's stage 3 partitioned
+    if sharded := [adapter.name for adapter in adapters if is_sharded(adapter.a) or hasattr(adapter.a, "ds_shape")]:
         raise PlacementError(
             f"The adapters of {format_names(sharded)} are sharded. Call this before the model is sharded."
         )

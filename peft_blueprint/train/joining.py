@@ -55,7 +55,7 @@ class JoiningCallback(TrainerCallback):
     def _find(self) -> None:
         """Join the Trainer whose method called this event."""
         frame = sys._getframe(1)
-        while frame is not None:  # type: ignore[redundant-expr]
+        while frame is not None:
             caller = frame.f_locals.get("self")
             if isinstance(caller, Trainer) and self in caller.callback_handler.callbacks:
                 if caller is not self._trainer:

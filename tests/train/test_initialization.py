@@ -264,3 +264,12 @@ def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
 
 if __name__ == "__main__":
     begin_in_one_of_two(Path(sys.argv[1]))
+
+
+def test_weights_that_zero_3_partitioned_are_refused():
+    """DeepSpeed gives each parameter its whole shape as `ds_shape`."""
+    model = get_peft_model(tiny_llama(2), LoraConfig(r=2, target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+    with pytest.raises(PlacementError, match="are sharded. Call this before the model is sharded"):
+        initialize_along_gradient(model, toy_batches(), progress=False)
