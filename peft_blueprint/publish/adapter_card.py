@@ -163,7 +163,7 @@ def _training_loss(record: RunRecord, point: Point) -> str:
 def _quick_start(name: str, folder: Path, config: Mapping[str, Any]) -> str:
     of_causal = str(config.get("task_type")) == "CAUSAL_LM"
     cls = "AutoPeftModelForCausalLM" if of_causal else "AutoPeftModel"
-    lines = [f"from peft import {cls}", "", f"adapter = {json.dumps(name)}  # this folder, or its repository on the Hub"]
+    lines = [f"from peft import {cls}", "", f"adapter = {json.dumps(name)}  # this folder, or its id on the Hub"]
     lines.append(f"model = {cls}.from_pretrained(adapter)")
     if of_causal and (folder / "tokenizer_config.json").exists():
         lines[1:1] = ["from transformers import AutoTokenizer"]

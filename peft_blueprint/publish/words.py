@@ -7,7 +7,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..runs import RESOURCES, Quantity, Report, Row, RunRecord, format_number, format_quantity, is_finite_number, unit_for
+from ..runs import (
+    RESOURCES,
+    Quantity,
+    Report,
+    Row,
+    RunRecord,
+    format_number,
+    format_quantity,
+    is_finite_number,
+    unit_for,
+)
 from .metadata import is_hub_id
 
 
@@ -104,7 +114,8 @@ def _unit(report: Report) -> tuple[float, str]:
 
 def parts_of(record: RunRecord, resource: str) -> list[str]:
     """Return the parts of a total beside training, such as `measuring 40 s`: work before it, evaluating, saving."""
-    parts = {name: record.about.get(key) for key, name in _PARTS.items() if resource in RESOURCES}  # peaks do not add up
+    keys = _PARTS if resource in RESOURCES else {}  # peaks do not add up
+    parts = {name: record.about.get(key) for key, name in keys.items()}
     amounts = {name: part.get(resource) for name, part in parts.items() if isinstance(part, Mapping)}
     values = {name: part.get("value") for name, part in amounts.items() if isinstance(part, Mapping)}
     during = record.about.get("seconds_of_which")
@@ -138,7 +149,8 @@ def hyperparameters(record: RunRecord) -> dict[str, str]:
         config = record.about.get(part)
         for name, value in config.items() if isinstance(config, Mapping) else ():
             is_known = name not in skipped if skipped is not None else name in _ADAPTER
-            if is_known and value not in (None, False, True, {}, [], "", -1, "none"):
+            is_default = name == "init_lora_weights" and value is True
+            if is_known and not is_default and value not in (None, False, {}, [], "", -1, "none"):
                 found[name] = value
     if "max_steps" in found:
         found.pop("num_train_epochs", None)  # max_steps overrides it
