@@ -92,7 +92,7 @@ def main() -> None:
     publish(recipe)
 
     say("3/6 Probing, checking drift, placing and initializing adapters on a seventh of the layers")
-    placed = Training(recipe, "by blueprint")
+    placed = Training(recipe, "blueprint")
     everything = Training(
         replace(recipe, placement="all-linear", start_examples=0, output=str(OUTPUT / "all-linear")), "all-linear"
     )
