@@ -153,7 +153,8 @@ class Weight:
 def find_weights(model: nn.Module) -> tuple[Weight, ...]:
     """Return every weight of a model once, in the model's order, without adapters; a tied one under its first name.
 
-    A `weight` has the name of its module. Other parameters, and fused experts, have their own.
+    Parameters without an element, as some configurations leave them, are left out. A `weight` has the name of its
+    module. Other parameters, and fused experts, have their own.
 
     Example:
         >>> from peft_blueprint.testing import tiny_llama
@@ -174,7 +175,7 @@ def find_weights(model: nn.Module) -> tuple[Weight, ...]:
         parameters = {k: v for k, v in module.named_parameters(recurse=False) if packed is None or not is_quantized(v)}
         parameters |= {} if packed is None else {packed: getattr(module, packed)}
         for key, parameter in parameters.items():
-            if id(parameter) in seen:
+            if id(parameter) in seen or 0 in _size(parameter):
                 continue
             seen.add(id(parameter))
             name = f"{own.name}.{key}" if own.name else key
@@ -496,7 +497,7 @@ def _packed_weight(module: nn.Module) -> str | None:
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Return (d_out, d_in) of a layer that has them as attributes, also as tensors of one number."""
     for names in _SIZES:
-        found = [getattr(module, name, None) for name in names]
+        found: list[Any] = [getattr(module, name, None) for name in names]
         if not any(isinstance(value, Tensor) and value.is_meta for value in found):
             with suppress(TypeError):
                 return index(found[0]), index(found[1])

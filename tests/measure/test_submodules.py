@@ -7,7 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from peft_blueprint import Blueprint, BlueprintConfig, measure_influence
+from peft_blueprint import Blueprint, BlueprintConfig, generate_blueprint, measure_influence
 from peft_blueprint.measure.submodules import find_submodules, find_weights
 from peft_blueprint.testing import VOCABULARY, random_model, tiny_llama, tiny_mixtral, tiny_t5, toy_batches
 
@@ -33,6 +33,18 @@ def test_a_head_of_several_layers_is_a_head():
     forms = forms_of(roberta())
     assert forms["classifier.dense"] == forms["classifier.out_proj"] == "head"
     assert forms["roberta.encoder.layer.0.output.dense"] == "linear"
+
+
+def test_parameters_without_an_element_are_left_out():
+    """As DINOv3's registers where there are none, and MobileBERT's head where two sizes are equal."""
+    model = tiny_llama(1)
+    forms = forms_of(model)
+    model.registers = torch.nn.Parameter(torch.empty(1, 0, 32))
+    model.model.layers[0].mlp.empty = torch.nn.Linear(97, 1, bias=False)
+    model.model.layers[0].mlp.empty.weight = torch.nn.Parameter(torch.empty(0, 97))
+    assert forms_of(model) == forms
+    blueprint = generate_blueprint(model, toy_batches(2), include="all", bootstrap=5, progress=False)
+    assert set(blueprint.names) == set(forms)
 
 
 def test_tied_weights_have_one_name_and_take_no_adapter():
