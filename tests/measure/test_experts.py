@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_blueprint import Blueprint, generate_blueprint, measure_influence
 from peft_blueprint.blueprint import name_expert, split_expert
 from peft_blueprint.errors import MismatchError
-from peft_blueprint.measure import GenerateOptions, check_fits, experts, find_submodules
+from peft_blueprint.measure import GenerateOptions, Influence, check_fits, experts, find_submodules
 from peft_blueprint.measure.summary import adam_gain, summarize
 from peft_blueprint.testing import tiny_llama, tiny_mixtral, toy_batches
 from tests.fused import HAS_FUSED, needs_fused
@@ -187,6 +188,20 @@ def test_experts_add_up_to_their_fused_parameter():
         name = split_expert(row.name).parameter if row.form == "expert" else row.name
         squares[names.index(name)] += apart.norms[i].square()
     torch.testing.assert_close(squares.sqrt(), together.norms, rtol=1e-4, atol=1e-6)
+
+
+@needs_fused
+def test_measures_experts_under_adapters_and_merges_parts():
+    """Adapters that do not act change nothing; measurements of different batches merge without loss."""
+    batches = toy_batches(4, batch_size=2)
+    expected = measure_influence(tiny_mixtral(1), batches, **EXACT)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(tiny_mixtral(1), LoraConfig(target_modules=["q_proj"], target_parameters=targets, r=2))
+    found = Influence.merge([measure_influence(adapted, [batch], **EXACT) for batch in batches])
+    assert found.submodules == expected.submodules
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sketches, expected.sketches, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.routing, expected.routing, equal_nan=True)
 
 
 @needs_fused
