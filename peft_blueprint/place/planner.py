@@ -96,7 +96,8 @@ def plan_placement(
     )
     selector = selector if selector.size or selector.needs_costs else default
     solver = PlacementSolver(entries, resolved, costs)
-    is_filled = bool(experts) and options.experts is None and selector.budget is not None
+    has_budget_alone = selector.budget is not None and selector.keep is None and selector.best is None
+    is_filled = bool(experts) and options.experts is None and has_budget_alone
     if not is_filled and (experts or options.experts is not None):
         solver.experts = _chosen_experts(experts, options)
     if is_rank_free and limits_parameters and not experts:
@@ -115,6 +116,10 @@ def plan_placement(
             adapters = solver.add_experts(adapters, selector, _by_share(experts, options))
         elif is_alone:
             adapters = Choice((), solver.price((), ()), solver.gain_of(solver.experts))
+            if selector.budget is not None and selector.budget.exceeded(adapters.costs):
+                raise PlacementError(
+                    f"experts={options.experts} need more than the budget {selector.budget}. Leave experts out, or raise it."
+                )
     chosen = adapters or blocks
     assert chosen is not None
     lora = () if adapters is None else adapters.units

@@ -264,6 +264,11 @@ def test_a_budget_takes_as_many_experts_as_fit_and_a_number_leaves_the_rest_to_t
     assert len(plan_placement(blueprint, model, budget="12k parameters", experts=1).target_parameters) == 2 * LAYERS
     alone = BlueprintConfig(blueprint=blueprint, experts=1, exclude_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     assert alone.placement.lora == alone.placement.target_parameters == plain.target_parameters
+    only = replace(blueprint, submodules=tuple(e for e in blueprint if "experts" in e.name))
+    filled = plan_placement(only, budget="3k parameters")
+    assert filled.lora == filled.target_parameters and filled.cost["parameters"] <= 3_000
+    with pytest.raises(PlacementError, match="experts=4 need more than the budget 3 thousand trainable"):
+        plan_placement(only, budget="3k parameters", experts=4)
     assert Placement.from_dict(json.loads(json.dumps(some.to_dict()))) == some
 
 
