@@ -194,7 +194,7 @@ def test_what_is_no_text_and_what_is_not_there(tmp_path):
     with pytest.raises(FormatError, match="weights.json is not text .* byte 0"):
         Blueprint.from_pretrained(tmp_path / "weights.json")
     for missing in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(BlueprintError, match="no blueprint at .*json.*peft-blueprint generate"):
+        with pytest.raises(BlueprintError, match="No blueprint found at .*json.*peft-blueprint generate"):
             Blueprint.from_pretrained(missing)
 
 

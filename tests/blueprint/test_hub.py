@@ -80,14 +80,14 @@ def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("source", "wish", "message"),
     [
-        ("org/none", {}, "no repository 'org/none'.*no such file or folder here. Check the name"),
-        ("none", {}, "no repository 'none'.*no such file or folder here"),
+        ("org/none", {}, "no repository 'org/none'.*no such file or folder exists here. Check the name"),
+        ("none", {}, "no repository 'none'.*no such file or folder exists here"),
         ("org/name", {"revision": "v9"}, "'org/name' has no revision 'v9'"),
-        ("org/empty", {}, "'org/empty' publishes no blueprint.json.*peft-blueprint generate"),
-        ("org/name/too/deep", {}, "'org/name/too/deep' is not a repository id.*no such file or folder here"),
+        ("org/empty", {}, "'org/empty' has no blueprint.json.*peft-blueprint generate"),
+        ("org/name/too/deep", {}, "'org/name/too/deep' is not a repository id.*no such file or folder exists here"),
         ("org/na me", {}, "'org/na me' is not a repository id"),
         ("./none/at/all", {}, "none/at/all' is not a repository id"),
-        ("folder/none.json", {}, "no blueprint at folder/none.json"),
+        ("folder/none.json", {}, "No blueprint found at folder/none.json"),
     ],
 )
 def test_what_is_not_there_is_named_with_a_way_out(folder, tmp_path, source, wish, message):
@@ -146,9 +146,9 @@ def test_without_a_final_one_the_latest_checkpoint_is_read(blueprint, tmp_path, 
                 assert Blueprint.from_pretrained(source, checkpoint=0.5, **known).training_checkpoint == 0.5
         with pytest.warns(UserWarning, match="has no blueprint-math.json. blueprint-math-90.json"):
             assert Blueprint.from_pretrained("org/name", domain="math", **wish).training_checkpoint == 0.9
-        with pytest.raises(BlueprintError, match="publishes no blueprint-law.json"):
+        with pytest.raises(BlueprintError, match="has no blueprint-law.json"):
             Blueprint.from_pretrained("org/name", domain="law", **wish)
-        with pytest.raises(BlueprintError, match="publishes no blueprint-60.json"):
+        with pytest.raises(BlueprintError, match="has no blueprint-60.json"):
             Blueprint.from_pretrained("org/name", checkpoint=0.6, **wish)
         recwarn.clear()
         save_checkpoints(blueprint, folder, "blueprint-100.safetensors")
@@ -205,7 +205,7 @@ def test_a_subfolders_blueprint_is_its_own(blueprint, tmp_path, name):
             for folder, model_id in folders.items():
                 where = {"subfolder": folder} if folder else {}
                 assert Blueprint.from_pretrained("org/name", **where, **wish, **known).model_id == model_id
-        with pytest.raises(BlueprintError, match="publishes no"):
+        with pytest.raises(BlueprintError, match="has no"):
             Blueprint.from_pretrained("org/name", subfolder="three", **wish)
     assert Blueprint.from_pretrained(tmp_path / "repository", subfolder="two/deep").model_id == "second"
 
@@ -292,7 +292,7 @@ def compressed(handler):
         (large, "300,000,000 bytes; at most .* was not downloaded"),
         (login_page, "answered with a page.*login page"),
         (compressed, "compressed .gzip."),
-        (lambda handler: answer(handler, 429, Retry_After="86400"), "no more requests .* in 86400 seconds"),
+        (lambda handler: answer(handler, 429, Retry_After="86400"), "limits requests .* in 86400 seconds"),
     ],
     ids=["a byte now and then", "a large file", "a login page", "compressed", "wait for a day"],
 )

@@ -99,7 +99,7 @@ def test_several_side_by_side_are_asked_for_by_name(blueprint, tmp_path):
         settings = wish(hub, tmp_path)
         assert Blueprint.from_pretrained("org/all", domain="math", checkpoint=0.5, **settings) == math
         assert all("blueprint-math-50.json" in request.path for request in hub.requests)
-        with pytest.raises(BlueprintError, match="'org/all' publishes no blueprint-law.json"):
+        with pytest.raises(BlueprintError, match="'org/all' has no blueprint-law.json"):
             Blueprint.from_pretrained("org/all", domain="law", **settings)
         with pytest.raises(BlueprintError, match="domain"):
             Blueprint.from_pretrained("org/all", domain="../../etc/passwd", **settings)

@@ -70,7 +70,7 @@ def test_embed_extract_and_remove_speak_of_a_models_files(blueprint, model, file
     ("words", "message"),
     [
         (("embed", "none", "blueprint.json"), "none"),
-        (("embed", "model", "none.json"), "no blueprint at none.json"),
+        (("embed", "model", "none.json"), "No blueprint found at none.json"),
         (("publish", "blueprint.json", "org/model"), "'tiny/llama'|token"),
         (("publish", "blueprint.json", "not a repository"), "not a repository"),
         (("fetch", "org/none"), "'org/none'"),

@@ -139,7 +139,7 @@ def test_a_repository_stands_for_all_its_checkpoints(tmp_path, monkeypatch, no_t
 
 def test_bad_use_is_refused():
     """No source, a blueprint without a name, an unknown on_error."""
-    with pytest.raises(BlueprintError, match="nothing to aggregate"):
+    with pytest.raises(BlueprintError, match="at least one file"):
         aggregate([])
     with pytest.raises(BlueprintError, match="A source must be .* in a mapping .* got Blueprint"):
         aggregate([measured(UP)])

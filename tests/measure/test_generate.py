@@ -126,7 +126,7 @@ def test_the_retained_mass_curve_is_that_of_the_norms():
     ("batches", "message"),
     [
         ([], "the batches are empty"),
-        ({}, "no domains to measure"),
+        ({}, "mapping of domains is empty"),
         (toy_batches()[0], "got Tensor. For a single batch, give \\[batch\\]"),
         ([{"input_ids": torch.ones(2, 4, dtype=torch.long)}], "no labels"),
         ([toy_batches()[0] | {"labels": torch.full((4, 12), -100)}], r"Examples \[0, 1, 2, 3\].*no target token"),

@@ -51,8 +51,8 @@ def test_a_wrong_token_is_told_apart(two_layers):
         (404, "POST .*/commit/", {}, r"no repository 'tiny/llama'.*\(404\)"),
         (409, "POST .*/commit/", {}, r"\(409.*Try again"),
         (429, "GET .*/api/models/", {"Retry-After": "30"}, r"\(429\).*Try again in 30 seconds"),
-        (500, "POST .*/commit/", {}, r"fault of its own.*500"),
-        (503, "GET .*/api/models/", {}, r"fault of its own.*503"),
+        (500, "POST .*/commit/", {}, r"failed on a request.*500"),
+        (503, "GET .*/api/models/", {}, r"failed on a request.*503"),
         (418, "POST .*/commit/", {}, r"refused a request about 'tiny/llama' \(418"),
     ],
 )

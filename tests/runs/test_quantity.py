@@ -79,7 +79,7 @@ def test_the_weaker_label_wins():
     assert largest([measured(1, "a"), modelled(2, "b"), measured(0.5, "a")]) == modelled(2, "a; b")
     assert weakest(["measured", "modelled"]) == "modelled"
     assert weakest([]) == "measured"
-    with pytest.raises(BlueprintError, match="no quantities"):
+    with pytest.raises(BlueprintError, match="at least one quantity"):
         total([])
 
 

@@ -81,7 +81,7 @@ def test_runs_without_evaluation_are_shown_with_what_there_is():
     assert [row.on_front for row in report.rows] == [None, True, None, True]
     said = " ".join(report.notes)
     assert "none has no evaluation" in said and "once was evaluated only once" in said and "diverged" in said
-    assert all(row.relative is None for row in report.rows) and "No run is compared with none" in said
+    assert all(row.relative is None for row in report.rows) and "Runs are not compared with none" in said
     assert "not evaluated" in describe_run(report.rows[0], report) and "diverged" in describe_run(
         report.rows[2], report
     )
@@ -129,7 +129,7 @@ def test_the_resource_is_one_that_all_runs_have():
 
 def test_bad_wishes_are_refused():
     """No runs, a window of one, a baseline that is none of the runs."""
-    with pytest.raises(BlueprintError, match="no run"):
+    with pytest.raises(BlueprintError, match="at least one run"):
         make_report([])
     with pytest.raises(BlueprintError, match="window must be at least 2 evaluations, got 1"):
         make_report([BASE], window=1)
