@@ -154,7 +154,9 @@ class Objective:
         if not self.is_own and isinstance(batch.get("labels"), Tensor):
             try:
                 known = self._known_losses(batch)
-            except TypeError:  # the model cannot do without labels
+            except BlueprintError:
+                raise
+            except (AttributeError, LookupError, TypeError, ValueError):  # the model cannot do without labels
                 if self._expected is None:
                     raise
         if known is None or not self._is_expected(known[0]):

@@ -105,6 +105,10 @@ def require_model(model: Any) -> None:
             f"model must be a torch.nn.Module, got {shown}. Load it first, for example with "
             "AutoModelForCausalLM.from_pretrained(…)."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise BlueprintError("model is compiled by torch.jit, which hides its layers. Give the module itself.")
+    if lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None):
+        raise BlueprintError(f"{lazy!r} of the model has no shape before its first pass. Call the model once.")
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

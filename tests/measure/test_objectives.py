@@ -160,6 +160,11 @@ def scaled(output):
     return output
 
 
+def in_float64(output):
+    output.loss = output.loss.double()  # fails without labels
+    return output
+
+
 def with_vectors(output):
     output.loss = output.loss.expand(3)
     return output
@@ -170,7 +175,7 @@ def detached(output):
     return output
 
 
-@pytest.mark.parametrize("change", [lambda output: output, dict, lambda output: output.to_tuple(), scaled])
+@pytest.mark.parametrize("change", [lambda output: output, dict, lambda output: output.to_tuple(), scaled, in_float64])
 def test_a_wrapper_is_measured_by_what_it_returns(change):
     """Its arguments are hidden, and it returns an object, a dictionary, a tuple, or another loss."""
     model, [batch, *_] = Wrapper(change), toy_batches()

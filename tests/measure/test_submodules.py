@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from peft_blueprint import Blueprint, BlueprintConfig, generate_blueprint, measure_influence
+from peft_blueprint.errors import BlueprintError
 from peft_blueprint.measure.submodules import find_submodules, find_weights
 from peft_blueprint.testing import VOCABULARY, random_model, tiny_llama, tiny_mixtral, tiny_t5, toy_batches
 
@@ -45,6 +46,18 @@ def test_parameters_without_an_element_are_left_out():
     assert forms_of(model) == forms
     blueprint = generate_blueprint(model, toy_batches(2), include="all", bootstrap=5, progress=False)
     assert set(blueprint.names) == set(forms)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Lazy modules")
+def test_modules_whose_layers_cannot_be_looked_into_are_refused():
+    """In words."""
+    scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    for model, message in (
+        (scripted, "compiled by torch.jit"),
+        (torch.nn.LazyLinear(3), "'weight' .* no shape before"),
+    ):
+        with pytest.raises(BlueprintError, match=message):
+            measure_influence(model, toy_batches(2), progress=False)
 
 
 def test_tied_weights_have_one_name_and_take_no_adapter():
