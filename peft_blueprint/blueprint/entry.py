@@ -72,10 +72,10 @@ class Submodule:
         prompt_adam_share: share of `adam_gain` that answer-only adapters lose, in [0, 1].
         singular_energy: share of the mean gradient's energy in its 16 leading directions, in [0, 1].
         token_share: of an expert's weight: share of its layer's routing choices that fall on the expert, in [0, 1]; each
-            token chooses top-k experts. Over all experts of a layer these sum to 1 (ESFT's token selection ratio,
-            arXiv:2407.01906, eq. 7).
+            token chooses top-k experts. Over all experts of a layer these sum to 1 (the token selection ratio of ESFT,
+            arXiv:2407.01906).
         gate_weight: of an expert's weight: mean over tokens of the weight that the router gives the expert, zero for a
-            token that does not choose it (ESFT's average gate score, eq. 6).
+            token that does not choose it (ESFT's average gate score).
         alignment: the entry's row of a factor U of at most 16 columns. UUᵀ approximates Q = CCᵀ/B, where C[i, b] is
             how much example b's gradient in entry i agrees with the other examples' mean there. The first number is
             the mean over examples, an estimate of ‖E g‖² that may fall below zero; the others span the covariance.

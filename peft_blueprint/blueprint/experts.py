@@ -93,7 +93,7 @@ def expert_scores(entries: Iterable[Submodule], by: str = "token_share") -> dict
 
 
 def top_p_experts(scores: Mapping[int, float], p: float) -> tuple[int, ...]:
-    """Return the fewest experts whose share of all scores reaches p, the largest first; ESFT's rule (arXiv:2407.01906, 3.3).
+    """Return the fewest experts whose share of all scores reaches p, the largest first; ESFT's rule (arXiv:2407.01906).
 
     Experts without a score are never among them.
 

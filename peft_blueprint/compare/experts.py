@@ -97,7 +97,7 @@ class ExpertOverlap:
 
 
 def compare_experts(first: Blueprint, second: Blueprint, by: str = "token_share", top_p: float = 0.9) -> ExpertOverlap:
-    """Compare which experts two blueprints of one model rank highest, as ESFT compares tasks (arXiv:2407.01906, 2.2).
+    """Compare which experts two blueprints of one model rank highest, as ESFT compares tasks (arXiv:2407.01906).
 
     Args:
         first: blueprint of single experts, as `generate_blueprint(experts=True)` measures it, on one kind of data.

@@ -58,7 +58,7 @@ class Influence:
         answer_sketches: the part of every sketch that comes from positions from the first prediction of a target on;
             None, or empty, where positions are not known: models that predict no next token, vectors, experts.
         routing: (submodules, examples, 2) float32, of rows of experts: share of the example's routing choices that fall on
-            the expert, and mean over its tokens of the router's weight (ESFT, arXiv:2407.01906, eq. 6 and 7); NaN where it
+            the expert, and mean over its tokens of the router's weight (ESFT, arXiv:2407.01906); NaN where it
             is not known. None if experts were not measured.
     """
 
