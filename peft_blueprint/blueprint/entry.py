@@ -48,7 +48,7 @@ class Submodule:
         depth: index of the transformer block, from 0 at the embeddings.
         group: the paper's coarser unit: `attn.3`, `cross_attn.3` or `ffn.3`, after the stack's name if a model has
             several, `decoder.cross_attn.3`.
-        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantised it is stored; of
+        shape: (d_out, d_in) of a linear layer's weight, whatever way round or however quantized it is stored; of
             fused experts (experts, d_out, d_in), of one of them (d_out, d_in); of any other form the parameter's own.
         form: what it is: a linear layer; experts fused into one parameter, which PEFT knows as a target parameter, or
             one of these experts; or an embedding, convolution, norm, bias, output or classification head, or other
@@ -64,7 +64,7 @@ class Submodule:
             (appendix B.3, eq. 24); λ in `Blueprint.influence`.
         influence_mismatch: ε = ‖ḡ − c·(F + λI)⁻¹ḡ‖ (eq. 25), c in `Blueprint.influence`.
         weight_norm: Frobenius norm of the weight.
-        adam_gain: expected L1 norm of the gradient that one row of a standard-initialised LoRA A would give its B.
+        adam_gain: expected L1 norm of the gradient that one row of a standard-initialized LoRA A would give its B.
         weight_gradient: Σ|w·ḡ| over the weight's entries, how far to first order the loss moves if each were removed
             (SNIP's saliency, arXiv:1810.02340); estimated from norms of rows.
         prompt_share: share of the mean gradient that arrives through prompt positions, which answer-only adapters

@@ -70,7 +70,7 @@ def best_prefix(
 ) -> BestShare:
     """Find how many of the largest values give the most of their sum per cost (eq. 8), on the measured curve.
 
-    Maximises G(k) = (share of the sum) / (fixed + variable·k). Eq. 15 needs a power law k^γ for the share; the measured
+    Maximizes G(k) = (share of the sum) / (fixed + variable·k). Eq. 15 needs a power law k^γ for the share; the measured
     curve does without, as B.1 allows for any concave one. If G rises up to all values, the share is 1.
 
     Args:

@@ -76,7 +76,7 @@ def gamma_from_alpha(alpha: float) -> float:
     """Return the concentration exponent γ = 1 − α/(1 + α) of appendix A.1's text.
 
     A heavier concentration (larger α) gives a smaller γ, as Δ_k ≈ k^γ·Δ_full requires. The example file in A.1 follows
-    α/(1 + α) instead (1.47 → 0.60); `from_dict` recognises and converts it.
+    α/(1 + α) instead (1.47 → 0.60); `from_dict` recognizes and converts it.
 
     Raises:
         BlueprintError: if alpha is not positive.
@@ -105,7 +105,7 @@ def gain_per_cost(k: float, gamma: float, fixed_cost: float, variable_cost: floa
 
 
 def k_star(gamma: float, fixed_cost: float, variable_cost: float) -> float:
-    """Return the fraction k* that maximises G(k) (eq. 15), at most 1.
+    """Return the fraction k* that maximizes G(k) (eq. 15), at most 1.
 
     k* = γ·fixed / (variable·(1 − γ)) is below 1 only if γ < variable/(fixed + variable) (eq. 16); otherwise G rises up
     to the best fraction 1.
@@ -196,7 +196,7 @@ def combined_gain(k: float, gamma: float, q: float, delta: float) -> CombinedGai
 
 
 def q_star(delta: float, fixed_cost: float, variable_cost: float) -> float:
-    """Return the fraction q* of the data that maximises q^δ / (fixed + variable·q) (eq. 30 and 31), at most 1.
+    """Return the fraction q* of the data that maximizes q^δ / (fixed + variable·q) (eq. 30 and 31), at most 1.
 
     The same optimum as `k_star`, for the data: `fixed_cost` of choosing, per example of all the data, and
     `variable_cost` of training on one. Above δ = variable/(fixed + variable), all the data give the most per cost.
@@ -263,7 +263,7 @@ class JointUpdate:
 
 
 def joint_update(gamma: float, delta: float, cost: JointCost) -> JointUpdate:
-    """Find the fractions k and q that maximise k^γ·q^δ (eq. 35) over the joint cost (eq. 36).
+    """Find the fractions k and q that maximize k^γ·q^δ (eq. 35) over the joint cost (eq. 36).
 
     In log k and log q the logarithm of the cost is a log-sum-exp, which is convex, so the ratio has one maximum.
     Alternation finds it: for a given q the best k is that of eq. 15, with the terms of q alone as the fixed cost.

@@ -167,7 +167,7 @@ def plan(
     base_learning_rate: Annotated[
         float | None, typer.Option(help="Rate that suits LoRA on every linear layer; the placement's is predicted.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of unquantised weights and of activations.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Data type of unquantized weights and of activations.")] = "bfloat16",
     quantization: Annotated[
         str | None, typer.Option(help="nf4, fp4, int8 or none; by default none and nf4 are tried.")
     ] = None,
@@ -202,7 +202,7 @@ def plan(
     trainer: Trainer = None,
     picture: Picture = None,
 ) -> None:
-    """Show what fits a GPU or a budget: a placement for each quantisation and checkpointing, and the one to take."""
+    """Show what fits a GPU or a budget: a placement for each quantization and checkpointing, and the one to take."""
     if picture is not None and blueprint is None:
         raise PlacementError("--picture draws a blueprint: give one with --blueprint.")
     if probing.domain is not None and blueprint is None:

@@ -32,7 +32,7 @@ Picture = Annotated[
 Columns = Annotated[str, typer.Option(help="Names of the data's columns: prompt=question,completion=answer.")]
 Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Data type of the weights: auto, float32, bfloat16 or float16.")]
-In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the weights to NF4 (needs bitsandbytes).")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the weights to NF4 (needs bitsandbytes).")]
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 

@@ -29,7 +29,7 @@ _Named = tuple[str, Blueprint]
 def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...], tuple[str, ...]]:
     """Merge blueprints where possible, weighted by examples as in `Blueprint.merge`, and leave the others unchanged.
 
-    Blueprints merge if they have the same model id and digest, checkpoint, level, submodules and quantisation, and do
+    Blueprints merge if they have the same model id and digest, checkpoint, level, submodules and quantization, and do
     not differ in revision or weights' digest. Different domains merge too, into the mean over all examples. Data count
     once: a blueprint whose data digests are all among another's is left out, and so is a copy. (A digest covers all
         examples
@@ -239,7 +239,7 @@ def _differences(groups: Iterable[_Group]) -> list[str]:
 
 def _shown(what: str, values: Sequence[Any]) -> str:
     if what == "quantized":
-        return "quantised submodules"
+        return "quantized submodules"
     if what == "submodules":
         return f"submodules ({', '.join(dict.fromkeys(str(len(names)) for names in values))} of them)"
     return f"{what} ({', '.join(dict.fromkeys('unknown' if v is None else str(v) for v in values))})"

@@ -238,7 +238,7 @@ def _notes(ordered: Sequence[Blueprint]) -> tuple[str, ...]:
         notes.append("Some of the norms carry privacy noise: part of the movement is noise.")
     quantized = [[entry.name for entry in one if entry.quantized] for one in ordered]
     if any(set(of_one) != set(quantized[0]) for of_one in quantized):
-        notes.append("Not all blueprints are equally quantised: part of the movement may be that.")
+        notes.append("Not all blueprints are equally quantized: part of the movement may be that.")
     return tuple(notes)
 
 

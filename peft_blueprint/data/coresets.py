@@ -61,7 +61,7 @@ def k_centre(points: ArrayLike, count: int, seed: int = 0, start: int | None = N
 def facility_location(points: ArrayLike, count: int) -> np.ndarray:
     """Choose points so that all are near one of them on average: always the one that adds most coverage.
 
-    Maximises F(S) = Σ_i max_{j∈S} (1 + cos(x_i, x_j)), greedily. F is submodular and monotone, so the greedy choice
+    Maximizes F(S) = Σ_i max_{j∈S} (1 + cos(x_i, x_j)), greedily. F is submodular and monotone, so the greedy choice
     reaches at least 1 − 1/e of the maximum (Nemhauser, Wolsey and Fisher 1978, doi:10.1007/BF01588971). On gradients it
     is a coreset as in CRAIG (Mirzasoleiman et al. 2020, arXiv:1906.01827), with cosines instead of distances. Unlike
     k-centre it prefers dense regions. Points are re-evaluated lazily (Minoux 1978, doi:10.1007/BFb0006528); up to

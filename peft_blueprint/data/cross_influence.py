@@ -713,7 +713,7 @@ def alternate(
     """Alternate between the best rows for the chosen columns and the best columns for the chosen rows.
 
     With f(S, D) = Σ_{i∈S, j∈D} T_ij, the rows' sums over a fixed D are their scores, and the rows of the largest scores
-    maximise f. Under a budget of cost the greedy choice may be worse than the present one, which then stays. A step is
+    maximize f. Under a budget of cost the greedy choice may be worse than the present one, which then stays. A step is
     taken only if it raises f by more than rounding, so the alternation ends, at a local maximum: start from several.
     `chosen_rows` are only taken if the best rows for `chosen_columns` are no better.
     """

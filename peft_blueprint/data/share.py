@@ -57,7 +57,7 @@ class DataShare:
 def best_data_share(scores: ArrayLike, scoring_cost: float, epochs: int = 1) -> DataShare:
     """Find q* on the measured curve of retained scores: the most gain per cost of scoring all and training on some.
 
-    Maximises (share of the summed scores) / (scoring + epochs·q). Negative scores, of examples that a target's gradient
+    Maximizes (share of the summed scores) / (scoring + epochs·q). Negative scores, of examples that a target's gradient
     points away from, count as zero.
 
     Args:

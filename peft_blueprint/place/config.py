@@ -1,6 +1,6 @@
 """`BlueprintConfig`: a `LoraConfig` whose targets come from a blueprint, registered with PEFT.
 
-BLUEPRINT is what a user writes and what a recipe serialises to; LORA is what the adapter is, live and on disk. So all of
+BLUEPRINT is what a user writes and what a recipe serializes to; LORA is what the adapter is, live and on disk. So all of
 PEFT's operations on LoRA work, and a saved adapter loads where this package is not installed.
 """
 
@@ -48,7 +48,7 @@ _NOT_FOR_PARAMETERS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"
 _NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 # fields that a settled config's placement tells, or that PEFT fills in
 _SETTLED = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_version")
-_DECOMPOSING = ("pissa", "olora", "corda", "mica", "eva", "loftq")  # initialisations by a weight's singular vectors
+_DECOMPOSING = ("pissa", "olora", "corda", "mica", "eva", "loftq")  # initializations by a weight's singular vectors
 _FALSE_ALARM = "The following (rank|alpha)_pattern keys did not match any targeted module"
 _DIGEST = "sha256:"
 _LONGEST_SHOWN = 300  # characters of a field in a representation
@@ -116,7 +116,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
 
     Raises:
         BlueprintError: if the blueprint cannot be read or the options cannot be met, as with dropout on fused experts;
-            when the adapter is put on, if the blueprint does not fit the model, or a quantised block would be unfrozen.
+            when the adapter is put on, if the blueprint does not fit the model, or a quantized block would be unfrozen.
 
     Example:
         >>> from peft import get_peft_model
@@ -221,7 +221,7 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
 
         Raises:
             MismatchError: if the blueprint belongs to another model.
-            PlacementError: if a quantised block would be unfrozen.
+            PlacementError: if a quantized block would be unfrozen.
         """
         if self.placement is None and self.target_modules is None:
             record = self._read() if self._probe is None else self._probed(model)

@@ -1,4 +1,4 @@
-"""Plan a placement for each combination of quantisation and gradient checkpointing, and recommend one for a device."""
+"""Plan a placement for each combination of quantization and gradient checkpointing, and recommend one for a device."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def plan_settings(
         blueprint: None to place evenly.
         model: a model, also on the meta device, or a config.
         options: as for `plan_placement`, usually with a budget of memory.
-        workload: a training step; its quantisation and checkpointing are replaced by each setting's.
-        quantizations: to try; by default that of a quantised checkpoint, otherwise none and "nf4".
+        workload: a training step; its quantization and checkpointing are replaced by each setting's.
+        quantizations: to try; by default that of a quantized checkpoint, otherwise none and "nf4".
         checkpointings: to try.
         **keywords: fields of `PlacementOptions`, on top of `options`.
 

@@ -86,7 +86,7 @@ class Placement:
         return tuple(name for name in self.lora if name not in self.target_parameters)
 
     def quantization_skip_modules(self, head: str = "lm_head") -> list[str]:
-        """Return what `BitsAndBytesConfig(llm_int8_skip_modules=…)` needs so that blocks to unfreeze stay unquantised.
+        """Return what `BitsAndBytesConfig(llm_int8_skip_modules=…)` needs so that blocks to unfreeze stay unquantized.
 
         The head is included because an explicit list replaces transformers' own, which has it.
         """

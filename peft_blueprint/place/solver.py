@@ -39,7 +39,7 @@ class Selector:
         size: one of `fraction`, `k_star`, `num_modules`, `top_p` and `threshold` with its value; empty if limits decide.
         budget: upper limits on costs.
         keep: share of the predicted gain to retain.
-        best: ratio to maximise within the budget.
+        best: ratio to maximize within the budget.
         overhead: cost beside the training steps, as a share of training all.
     """
 
@@ -381,7 +381,7 @@ class PlacementSolver:
         return search.choice(units)
 
     def _most_per_cost(self, search: Search, selector: Selector) -> Choice:
-        """Maximise eq. 8, and say where its maximum is not in the interior, or the budget keeps from it."""
+        """Maximize eq. 8, and say where its maximum is not in the interior, or the budget keeps from it."""
         whole = search.choice(search.units)
         cost = partial(selector.cost, whole=whole)
         choice, free = search.most_per_cost(cost, selector.budget)

@@ -230,7 +230,7 @@ def _unsloth(placement: Placement, settings: LoraSettings, _: str) -> tuple[str,
         "modules_to_save, and for some models only last parts of names in target_modules"
     ]
     if placement.unfreeze:
-        notes.append("FastModel.from_pretrained quantises unless load_in_4bit=False")
+        notes.append("FastModel.from_pretrained quantizes unless load_in_4bit=False")
     return body, notes + _skip_note(placement)
 
 

@@ -25,7 +25,7 @@ class PublishOptions:
         private: make the repository private if it is created.
         message: title of the commit.
         replace: replace a file of this name that is the blueprint of another model, or not a blueprint.
-        allow_other_model: publish to a repository that holds another model, such as a quantised copy.
+        allow_other_model: publish to a repository that holds another model, such as a quantized copy.
     """
 
     domain: str | None = field(default=None, metadata={"help": "Kind of data in the file's name, such as math."})

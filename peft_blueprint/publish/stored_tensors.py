@@ -13,7 +13,7 @@ from ..errors import MismatchError
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape] | None]  # dtype and shape by name, None where not known
 
-_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantised: the stored shape is the weight's
+_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantized: the stored shape is the weight's
 _ENDINGS = (".weight", "", ".qweight", ".weight_packed", "_blocks")  # those of GPTQ and AWQ, compressed-tensors, MXFP4
 _OF_PEFT = "base_model.model."  # before the names of every method's tensors
 _ADAPTER = re.compile(
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     """Require that a model's stored tensors include every entry of a blueprint, in the same shape.
 
-    A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantised, or as
+    A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantized, or as
     one tensor per expert; embeddings, heads and biases may have another number of rows. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of
     groups or layers must have no more blocks than the model.
 

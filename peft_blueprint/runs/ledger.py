@@ -173,7 +173,7 @@ class Ledger:
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the bytes of an optimizer's states in this process; call it after the optimizer's first step.
 
-        For sharded and quantised tensors the local parts count; tensors that parameters share count once.
+        For sharded and quantized tensors the local parts count; tensors that parameters share count once.
         """
         tensors = {id(tensor): tensor for tensor in _tensors_in(optimizer.state)}
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

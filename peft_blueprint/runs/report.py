@@ -378,7 +378,7 @@ def _notes(rows: Sequence[Row], metric: str) -> list[str]:
             f"Gains count from the first evaluation, which is not of the untrained model in {names}. Use "
             "eval_on_start=True."
         )
-    for key, act in (("probe", "measuring a blueprint"), ("start", "initialising along the gradient")):
+    for key, act in (("probe", "measuring a blueprint"), ("start", "initializing along the gradient")):
         if charged := [row.name for row in rows if row.record.about.get(key)]:
             notes.append(f"The cost of {act} before training is charged to {', '.join(charged)}.")
     trainers = [row.name for row in rows if row.spent.source.startswith("the Trainer's")]

@@ -173,7 +173,7 @@ def shorter(
         progress: (n,), shares of the planned steps, rising.
         rates: (n,), learning rates.
         gains: (n,), the metric, higher is better.
-        judged_by: number of evaluations since the highest rate needed to recognise a flat curve; no smaller share than
+        judged_by: number of evaluations since the highest rate needed to recognize a flat curve; no smaller share than
             theirs is returned.
         tolerance: acceptable loss of the metric.
         noise: standard deviation of one evaluation.

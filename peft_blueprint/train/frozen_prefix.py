@@ -424,7 +424,7 @@ def cache_frozen_prefix(
     alone. Evaluation and generation are unchanged. Works with transformers' Trainer (see `CacheFrozenPrefix`), TRL's
     SFTTrainer and an own loop.
 
-    An example is recognised by its tokens, and padding on the right is left out, so that shuffling and other batches
+    An example is recognized by its tokens, and padding on the right is left out, so that shuffling and other batches
     make no difference. When layers freeze later, the cache moves up with them: states stored so far are carried on from
     where they are. When weights below change, the cache starts anew. The first batch is checked by running it again
     from its own states.
@@ -592,7 +592,7 @@ def _check_call(given: Mapping[str, Any]) -> None:
     ]
     if given.get("input_ids") is None or others:
         raise BlueprintError(
-            f"The cache recognises an example by its input_ids, and the model was given {format_names(others) or 'none'}. "
+            f"The cache recognizes an example by its input_ids, and the model was given {format_names(others) or 'none'}. "
             "Train without the cache."
         )
     if given.get("past_key_values") is not None:

@@ -48,7 +48,7 @@ from .joining import JoiningCallback
 PREFIX = "ledger/"  # of the entries in the Trainer's log
 STATE_KEY = "peft_blueprint.ledger"  # in trainer_state.json's stateful_callbacks
 TRAINING = ("loss", "reward")  # metrics of training itself
-COUNTED_STEP = 2  # the first step also includes lazy initialisation
+COUNTED_STEP = 2  # the first step also includes lazy initialization
 
 _LOG = logging.getLogger(__name__)
 _LEAST_SEEN = 0.5  # of the modelled FLOPs; below it the counter has missed kernels

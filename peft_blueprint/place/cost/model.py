@@ -49,7 +49,7 @@ class Cost:
         activations: bytes kept from the forward to the backward pass, by the model's operations and by adapters.
         recomputed: bytes of the activations of the one block that gradient checkpointing recomputes at a time.
         logits: bytes of the loss over the vocabulary, at its peak.
-        workspace: bytes of the largest layer's dequantised weight.
+        workspace: bytes of the largest layer's dequantized weight.
         prompts: bytes of the keys and values of prompts, with `Workload.answer_only`.
         prefix: bytes of the weights of the blocks below the lowest trained one, which a cache can replace.
         cache: bytes per token of data that a cache takes: of the hidden states below the lowest trained block or, with
@@ -235,7 +235,7 @@ class CostModel:
         return self._cost(adapted, rank, np.zeros(len(self._index), dtype=bool))
 
     def full(self) -> Cost:
-        """Predict the cost of training all weights in place, as full fine-tuning does; quantised ones unquantised.
+        """Predict the cost of training all weights in place, as full fine-tuning does; quantized ones unquantized.
 
         Example:
             >>> from peft_blueprint.testing import tiny_llama

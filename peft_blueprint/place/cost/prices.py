@@ -127,10 +127,10 @@ class Columns:
         # FLOPs of the product with one token, over all visits
         one = np.where(self.is_fused, self.d_in * self.d_out, self.numel)
         self.products: Array = np.where(self.is_matrix, 2 * one * self.visits, 0.0)
-        # bytes, quantised or not
+        # bytes, quantized or not
         whole = self.numel * workload.number
         self.stored: Array = np.where(self.is_quantized, workload.quantized_bytes(self.numel, self.d_out), whole)
-        # bytes per token moved to dequantise once: read in 4 or 8 bits, written and read again in the activations' dtype
+        # bytes per token moved to dequantize once: read in 4 or 8 bits, written and read again in the activations' dtype
         self.dequantized: Array = np.where(self.is_quantized, self.stored + 2 * whole, 0.0) / workload.trained_tokens
 
     def sizes_of_adapters(self, adapted: Indices, rank: Array) -> Array:
@@ -154,7 +154,7 @@ def prices_of_adapters(columns: Columns, adapted: Indices, rank: Array, needed: 
     n, a = workload.number, workload.adapter_number
     cast = (n + a) * workload.is_mixed
     d_in, d_out, visits = columns.d_in[adapted], columns.d_out[adapted], columns.visits[adapted]
-    clone = 2 * n * columns.is_quantized[adapted]  # of a quantised layer's result
+    clone = 2 * n * columns.is_quantized[adapted]  # of a quantized layer's result
     forward = 2 * rank * (d_in + d_out) * visits
     backward = 2 * rank * (d_in * (1 + needed) + 2 * d_out) * visits
     moved_forward = visits * (d_in * (a + cast) + 2 * rank * a + d_out * (4 * a + n + max(n, a) + cast + clone))

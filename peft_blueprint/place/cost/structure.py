@@ -43,7 +43,7 @@ class Part:
         source: index of the input it reads; q, k and v share one, and so do gate and up.
         visits: passes of a token through it; below 1 for an expert in a list.
         is_matrix: whether tokens are multiplied with it.
-        is_quantizable: whether a quantised model holds it in 4 or 8 bits.
+        is_quantizable: whether a quantized model holds it in 4 or 8 bits.
         reads_attention: whether its input is the output of attention.
     """
 

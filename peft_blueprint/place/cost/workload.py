@@ -1,4 +1,4 @@
-"""A training step as the cost model sees it, and the bytes of quantised weights and optimizer states."""
+"""A training step as the cost model sees it, and the bytes of quantized weights and optimizer states."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Workload:
     Args:
         batch_size: examples in a step.
         length: tokens in an example, with padding.
-        dtype: of unquantised base weights and of activations: "bfloat16", "float16" or "float32".
+        dtype: of unquantized base weights and of activations: "bfloat16", "float16" or "float32".
         quantization: of linear layers that are neither trained whole nor the head: "nf4", "fp4", "int8" or None.
         quantized_experts: whether fused experts are held in `quantization` too, as MXFP4 checkpoints and Unsloth do;
             bitsandbytes leaves them in `dtype`.
@@ -155,7 +155,7 @@ class Workload:
 
     @property
     def number(self) -> int:
-        """Bytes of an element of unquantised weights and activations."""
+        """Bytes of an element of unquantized weights and activations."""
         return DTYPES[self.dtype]
 
     @property
@@ -222,11 +222,11 @@ class Workload:
 
 
 def workload_of(model: Any, **settings: Any) -> Workload:
-    """Read dtype, quantisation, device and gradient checkpointing off a loaded model.
+    """Read dtype, quantization, device and gradient checkpointing off a loaded model.
 
     Args:
         model: as it is to be trained; a model on the meta device, or a config, only tells how its checkpoint is
-            quantised, and None nothing.
+            quantized, and None nothing.
         **settings: `Workload`'s fields, which override those read from the model.
 
     Raises:
@@ -258,7 +258,7 @@ def workload_of(model: Any, **settings: Any) -> Workload:
 
 
 def _quantization_of(model: Any) -> dict[str, Any]:
-    """Return the settings that the quantisation of a checkpoint, in its config, amounts to; none for an unquantised one.
+    """Return the settings that the quantization of a checkpoint, in its config, amounts to; none for an unquantized one.
 
     Weights of at most 4 bits count as 4-bit ones of bitsandbytes, others as 8-bit ones.
     """
@@ -274,7 +274,7 @@ def _quantization_of(model: Any) -> dict[str, Any]:
 
 
 def _bits_of(settings: Mapping[str, Any]) -> int:
-    """Return the bits of a weight that a quantisation's settings name anywhere; 8 if they name none."""
+    """Return the bits of a weight that a quantization's settings name anywhere; 8 if they name none."""
     texts = []
     for key, value in settings.items():
         if key in _BITS and isinstance(value, int) and not isinstance(value, bool):
