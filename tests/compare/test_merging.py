@@ -52,7 +52,7 @@ def test_one_name_of_the_data_twice_is_said():
         ({"training_checkpoint": 0.5}, r"differ in training_checkpoint \(0\.8, 0\.5\)"),
         ({"model_digest": "sha256:f"}, r"differ in model_digest \(unknown, sha256:f\)"),
         ({"submodules": measured({"0.q": 1.0}).submodules}, r"submodules \(12, 1 of them\)"),
-        ({"submodules": tuple(replace(e, quantized=True) for e in measured(UP))}, "quantised submodules"),
+        ({"submodules": tuple(replace(e, quantized=True) for e in measured(UP))}, "quantized submodules"),
         ({"submodules": tuple(replace(e, examples=None) for e in measured(UP))}, "'0.q', .* no number of examples"),
         ({"provenance": {}}, "no data digest"),
         ({"provenance": {**measured(UP, data="b").provenance, "blend": {"weight": 0.5}}}, "a blend"),

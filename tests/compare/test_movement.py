@@ -69,7 +69,7 @@ def test_different_data_are_noted():
     assert "different data" in checkpoint_movement([one, other]).notes[0]
     assert "Not every blueprint says" in checkpoint_movement([one, replace(other, provenance={})]).notes[0]
     quantized = replace(one, training_checkpoint=1.0, submodules=tuple(replace(e, quantized=True) for e in one))
-    assert "equally quantised" in checkpoint_movement([one, quantized]).notes[0]
+    assert "equally quantized" in checkpoint_movement([one, quantized]).notes[0]
 
 
 @pytest.mark.parametrize(
