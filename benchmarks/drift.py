@@ -1,7 +1,7 @@
 """Do two small samples agree on where the gradient is? Of the same data, and of different data.
 
     python -m benchmarks drift --data FOLDER [--examples 64] [--sets NAME ...]
-    python -m benchmarks drift --simulate [--pairs 200]
+    python -m benchmarks drift --simulate [--pairs 600]
 
 Measures SmolLM2-135M once on each data set, then correlates ranks within kind between random samples of 8, 16, 32, …
 examples, up to half of what was measured, disjoint where the data are the same. The drift threshold belongs between what
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=160, help="tokens of an example at most")
     parser.add_argument("--sets", nargs="+", default=["demo", "code", "gsm8k", "pubmedqa"])
     parser.add_argument("--simulate", action="store_true", help="simulate the coverage of intervals instead")
-    parser.add_argument("--pairs", type=int, default=200, help="simulated pairs of blueprints for each law")
+    parser.add_argument("--pairs", type=int, default=600, help="simulated pairs of blueprints for each law")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -61,13 +61,16 @@ def check_drift(
     The interval covers the mean correlation of repeated measurements, in one of two senses:
 
     - With confidence intervals of all entries in both blueprints, of probes of other examples. Every draw takes each
-      norm from its own interval and computes the correlation again. In early simulations of 100 to 200 pairs, a nominal
-      95 % covered 94 to 96 % in the mean over 5 laws, and 88 to 99 % under single laws. `python -m benchmarks drift
-      --simulate` simulates similar laws; it has not been run in full.
+      norm from its own interval and computes the correlation again. In simulations of 2 and 7 kinds of 4, 6, 12 and 30
+      entries (600 pairs each, ± 0.9 %), a nominal 95 % covered 95.2 % in the mean over 4 laws and 91.7 to 98.2 % in
+      single cells: 94 to 95 % in the mean over sizes at ρ from 0 to 0.95, and 97 % at ρ = 0.95 where errors are half as
+      large as the spread of the norms.
     - Otherwise, of other submodules that are related as these are. The bivariate normal laws are found under which the
       observed correlation lies between the quantiles 2.5 and 97.5 %, by simulation, or with Fisher's z for many
       entries. In simulations of 6,000 pairs for each of 2, 4 and 7 kinds of 4, 6, 12 and 30
       entries, at ρ from 0 to 0.95, a nominal 95 % covered 93 to 97 %, and 98 % with 4 entries at ρ = 0.95.
+      `python -m benchmarks drift --simulate` repeats both with 600 pairs and 300 draws, in 7 minutes on one core: 95.4 %
+      in the mean here, and 91.5 to 98.7 % in single cells.
 
     Args:
         local: a probe on your own data.
