@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import peft
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
@@ -236,8 +238,9 @@ def prepare_injection(model: nn.Module, config: LoraConfig, chosen: Mapping[str,
     """Let PEFT put adapters on chosen experts alone where it wraps these parameters for a config.
 
     Raises:
-        PlacementError: if a parameter is not three-dimensional.
+        PlacementError: if PEFT is too old.
     """
+    _require_peft()
     wrapped = dict(_wrappers(model))
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     for name in chosen:
@@ -249,6 +252,14 @@ def prepare_injection(model: nn.Module, config: LoraConfig, chosen: Mapping[str,
             module = cast(Any, module).base_layer
         classes[type(module)] = ParamWrapper
     config._register_custom_module(classes)
+
+
+def _require_peft() -> None:
+    if "config" not in inspect.signature(lora.ParamWrapper.update_layer).parameters:
+        raise PlacementError(
+            f"Adapters on single fused experts need PEFT 0.20 or newer, got {peft.__version__}. Upgrade PEFT, or plan without "
+            "experts."
+        )
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:

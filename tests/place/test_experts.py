@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from transformers import Trainer, TrainingArguments
 
 from peft_blueprint import Blueprint, BlueprintConfig, plan_placement
@@ -292,7 +293,7 @@ def test_wishes_that_cannot_be_met_are_refused_in_words(options, message):
 
 
 @needs_fused
-def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_path):
+def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_path, monkeypatch):
     """Fewer experts, experts in lists, ranks that differ in a parameter, an adapter of other experts, other trainers."""
     config = BlueprintConfig(blueprint=measured(tiny_mixtral(1)), experts=2, num_modules=1, r=2)
     placement = config.placement
@@ -315,3 +316,8 @@ def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_
         adapted(tiny_mixtral(1), r=4).load_adapter(tmp_path, "default")
     with pytest.raises(PlacementError, match="has no adapter 'default' on fused experts"):
         narrow_experts(tiny_mixtral(1))
+    monkeypatch.setattr(
+        lora.ParamWrapper, "update_layer", lambda self, adapter_name, r, lora_alpha, lora_dropout: None
+    )
+    with pytest.raises(PlacementError, match="need PEFT 0.20 or newer, got"):
+        adapted(tiny_mixtral(1))
