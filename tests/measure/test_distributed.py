@@ -105,6 +105,10 @@ def scenario_fsdp_experts(rank):
     return measured(sharded(model), shares(rank))
 
 
+def scenario_fsdp_single_experts(rank):
+    return measured(sharded(tiny_mixtral(layers=2)), shares(rank), experts=True)
+
+
 def scenario_fsdp_checkpointed(rank):
     model = llama()
     model.gradient_checkpointing_enable()
@@ -230,6 +234,7 @@ def assert_equal(influence, expected, rtol=1e-4):
     for mine, theirs in zip(influence.sketches, expected.sketches, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(influence.signal_norms, expected.signal_norms, rtol=1e-3, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(influence.routing, expected.routing, equal_nan=True)
     assert influence.tokens == expected.tokens
     assert influence.unmeasured == expected.unmeasured
 
@@ -247,6 +252,7 @@ EXPECTED = {
     **dict.fromkeys(("ddp", "fsdp", "fsdp_with_an_empty_shard", "own_objective"), whole()),
     **dict.fromkeys(("fsdp_all", "fsdp_checkpointed"), whole(include="all", method="exact")),
     "fsdp_experts": whole(lambda: tiny_mixtral(layers=2)),
+    "fsdp_single_experts": whole(lambda: tiny_mixtral(layers=2), experts=True),
     "max_examples": lambda: Influence.merge(
         [measured(llama(), shares(rank, (2, 2)), max_examples=n) for rank, n in ((0, 3), (1, 2))]
     ),
@@ -320,7 +326,7 @@ def test_bad_use_is_the_same_error_everywhere(found):
     first, second = found["bad_use"]
     assert first == second
     assert "Processes 0 and 1 measured the same 8 examples" in first["same"] and "reduce=False" in first["same"]
-    assert "the batches are empty" in first["nothing"] and "the batches are empty" in first["nothing sharded"]
+    assert "batches are empty" in first["nothing"] and "batches are empty" in first["nothing sharded"]
     assert "same model and settings" in first["seeds"]
 
 
