@@ -76,7 +76,7 @@ def fetch(repo_id: str, name: str = FILE_NAME, *, revision: str | None = None, *
         ...     print(str(error).partition(",")[0])
         'org/model/blueprint.json' is not a repository id such as 'org/model'
     """
-    repository = _Repository(repo_id, revision, kwargs)
+    repository = _Repository.of(repo_id, revision, kwargs)
     with translated_hub_errors(repo_id, revision=revision, file=name, token=kwargs.get("token")):
         return _within(MAX_SECONDS, partial(_fetch, repository, name), repo_id)
 
@@ -96,7 +96,7 @@ def find_blueprints(repo_id: str, *, revision: str | None = None, **kwargs: Any)
         >>> find_blueprints("org/model")  # doctest: +SKIP
         ['blueprint-50.json', 'blueprint-80.json']
     """
-    repository = _Repository(repo_id, revision, kwargs)
+    repository = _Repository.of(repo_id, revision, kwargs)
     with translated_hub_errors(repo_id, revision=revision, file=FILE_NAME, token=kwargs.get("token")):
         return _within(MAX_SECONDS, partial(_find, repository), repo_id)
 
@@ -195,6 +195,12 @@ class _Repository:
     id: str
     revision: str | None
     settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, repo_id: str, revision: str | None, settings: dict[str, Any]) -> _Repository:
+        """Return the repository with its subfolder spelled as in the paths of the Hub, without dots and double slashes."""
+        folder = PurePosixPath(settings.get("subfolder") or ".").as_posix()
+        return cls(repo_id, revision, {**settings, "subfolder": None if folder == "." else folder})
 
     @property
     def subfolder(self) -> str | None:

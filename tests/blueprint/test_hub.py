@@ -205,6 +205,8 @@ def test_a_subfolders_blueprint_is_its_own(blueprint, tmp_path, name):
             for folder, model_id in folders.items():
                 where = {"subfolder": folder} if folder else {}
                 assert Blueprint.from_pretrained("org/name", **where, **wish, **known).model_id == model_id
+        for spelling in ("two/deep/", "./two/deep", "two//deep"):
+            assert Blueprint.from_pretrained("org/name", subfolder=spelling, **wish).model_id == "second"
         with pytest.raises(BlueprintError, match="has no"):
             Blueprint.from_pretrained("org/name", subfolder="three", **wish)
     assert Blueprint.from_pretrained(tmp_path / "repository", subfolder="two/deep").model_id == "second"
