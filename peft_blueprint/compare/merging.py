@@ -150,7 +150,7 @@ def _data_of(blueprint: Blueprint) -> frozenset[str]:
 
 
 def _by_weights(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
-    """Group blueprints of the same weights; one that fits several groups stays apart."""
+    """Group blueprints of the same weights; one that fits several groups is not merged."""
     found: list[list[_Named]] = []
     for name, blueprint in sorted(named, key=lambda pair: _unsure_of(pair[1]).count(None)):
         fitting = [members for members in found if not any(_clash(blueprint, other) for _, other in members)]
@@ -176,7 +176,7 @@ def _clash(one: Blueprint, other: Blueprint) -> str | None:
 
 
 def _by_data(named: Sequence[_Named], notes: list[str]) -> list[list[_Named]]:
-    """Group blueprints without common data; one whose data is all in another is left out, other overlaps stay apart."""
+    """Group blueprints without common data; one whose data is all in another is left out, and other overlaps are not merged."""
     together: list[_Named] = []
     apart: list[list[_Named]] = []
     for name, blueprint in sorted(named, key=lambda pair: -len(_data_of(pair[1]))):

@@ -20,7 +20,7 @@ RANK = 8
 
 @contextmanager
 def restore_afterwards(model: nn.Module) -> Iterator[None]:
-    """Give a model back as it was when the `with` ends, with its weights and without additions to it.
+    """Restore a model when the `with` ends, with its weights and without additions to it.
 
     Takes a second copy of the weights, on the CPU.
 

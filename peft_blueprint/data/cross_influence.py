@@ -477,7 +477,7 @@ class CrossInfluence:
     def normalize(self, by: Axis) -> CrossInfluence:
         """Divide the values by the mean absolute value of their kind, or of their example; call repeatedly for both.
 
-        By kind, because norms of different kinds do not compare. By example, so that each counts alike whatever its length
+        By kind, because norms of different kinds do not compare. By example, so that each counts alike at any length
         and loss, and what remains is which submodules it moves.
 
         Raises:
@@ -661,7 +661,7 @@ class Budget:
             )
 
     def choose(self, scores: np.ndarray) -> np.ndarray:
-        """Return sorted positions of the largest scores; exactly `count` of them, whatever their sign.
+        """Return sorted positions of the largest scores; exactly `count` of them, of either sign.
 
         Under a budget of cost: the largest scores per cost that fit, or the single largest if that is more; at least half of
         the maximum. Scores that are not positive are left out, unless there are no others. Ties go to the earlier position.

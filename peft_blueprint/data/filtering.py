@@ -30,7 +30,7 @@ _DROPPED_BITS = 11  # of a score's 32: the bins are 0.02 % wide
 
 
 class RunningTop:
-    """Count the values of a stream in bins, and tell which are among the highest share of all so far.
+    """Count the values of a stream in bins, and return which are among the highest share so far.
 
     Bins are ranges of numbers in single precision, about 0.02 % wide. Memory is 16 bytes for each bin in use, of which a
     factor of two between values takes 4096: for any number of values at most 32 MB, and seldom more than 1 MB.

@@ -14,7 +14,7 @@ from ..measure import is_sharded
 
 @contextmanager
 def first_layers(model: nn.Module, layers: int) -> Iterator[nn.Module]:
-    """Run a model with its first layers, its final norm and its head alone, and give it back whole.
+    """Run a model with its first layers, its final norm and its head alone, and restore it afterwards.
 
     A forward and backward pass then costs about `layers` of all layers. The head reads the hidden states of the last
     layer that is left, as in early exit, so that losses are higher than the whole model's.

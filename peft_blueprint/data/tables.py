@@ -237,7 +237,7 @@ def require_columns(columns: Mapping[str, str], there: Sequence[str] | None = No
 
 
 def _datasets() -> Any:
-    """Import datasets, which a machine that only places adapters need not have."""
+    """Import datasets, an extra that placing adapters does not need."""
     try:
         import datasets
     except ImportError as error:
@@ -282,7 +282,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _unreadable(source: str, error: Exception, where: str = "") -> BlueprintError:
-    """Word the cause of an error: datasets itself says only that something went wrong."""
+    """Describe the cause of an error, which the message of datasets leaves out."""
     return BlueprintError(f"The data {source!r} cannot be read{where}: {first_line(error.__cause__ or error)}.")
 
 

@@ -72,7 +72,7 @@ def bm25(queries: Sequence[Text], documents: Sequence[Text]) -> np.ndarray:
 
 
 class NearDuplicates:
-    """Tell of each text in a stream whether a similar one came before.
+    """Find near-duplicates of earlier texts in a stream.
 
     Texts are compared as sets of shingles, every five words in a row, by their Jaccard similarity (Broder 1997,
     doi:10.1109/SEQUEN.1997.666900). It is estimated from 128 minimal hashes, with a standard error of at most 0.045 (0.035

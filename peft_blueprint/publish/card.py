@@ -66,7 +66,7 @@ def section_name(name: str) -> str:
 
 
 def new_card(blueprint: Blueprint, repo_id: str) -> str:
-    """Write the card of a repository that holds only blueprints, of somebody else's model."""
+    """Write the card of a repository that holds only blueprints, of another owner's model."""
     text = (
         f"# Gradient blueprints of {as_text(blueprint.model_id)}\n\n"
         f"Gradient norms of the submodules of {as_code(blueprint.model_id)}, one file for each kind of data. This "

@@ -108,7 +108,7 @@ class _LoadedNames:
 
 
 def _conversions_of(model: PreTrainedModel) -> list[Any]:
-    """Return what transformers does to stored tensors, in its order; converters have `operations`, renamings do not."""
+    """Return transformers' operations on stored tensors, in its order; converters have `operations`, renamings do not."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # transformers 4

@@ -1,4 +1,4 @@
-"""Edit the YAML front matter of a model card, keeping other people's values, comments and order of keys."""
+"""Edit the YAML front matter of a model card, keeping other values, comments and the order of keys."""
 
 from __future__ import annotations
 
