@@ -15,7 +15,7 @@ from peft_blueprint import Blueprint
 from peft_blueprint.cli.program import app
 from peft_blueprint.place import PlacementOptions
 from peft_blueprint.publish import embed
-from peft_blueprint.testing import save_tiny_model, tiny_llama, toy_batches
+from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
 from peft_blueprint.train import Recipe
 from tests import ROOT
 
@@ -24,6 +24,7 @@ README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path for path in [README, *sorted((ROOT / "docs").rglob("*.md"))]}
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 OWN_TESTS = ("docs/how-to/long_prompts.md", "docs/how-to/frozen_prefix.md")  # of the functions they show
+EXPERTS = "docs/how-to/experts.md"  # each of its blocks starts from a plain mixture
 SETTINGS = {
     "num_train_epochs": 2,
     "eval_strategy": "epoch",
@@ -38,6 +39,8 @@ def blocks_of(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:Under epsilon")  # four examples are too few for a guarantee
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT, which applies them all the same
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("README.md", *OWN_TESTS) and blocks_of(p, "python")])
 def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
     """Every Python block as printed, one after the other, on a tiny model; org/model is a folder here."""
@@ -58,7 +61,13 @@ def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
         "trainer": Trainer(model, TrainingArguments("run", **SETTINGS), train_dataset=rows, eval_dataset=rows[:4]),
     }
     for block in blocks_of(page, "python"):
+        if page == EXPERTS:
+            namespace |= {"model": tiny_mixtral(4), "folder": "adapter"}
         exec(block, namespace)
+        if page == EXPERTS and "adapted" in namespace:
+            namespace["adapted"].save_pretrained("adapter")
+        elif page == EXPERTS:
+            namespace |= dict.fromkeys(("math", "law"), namespace["blueprint"])
 
 
 def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
@@ -121,7 +130,7 @@ def test_verbs_and_options_exist(generated):
     mentioned = set()
     tutorials = [text for path, text in generated.items() if path.startswith("tutorials/") and path.endswith(".md")]
     for text in [*tutorials, *(page.read_text() for page in PAGES.values())]:
-        for line in re.findall(r"^\$ peft-blueprint (.*?)(?:\s+#.*)?$", text, re.MULTILINE):
+        for line in re.findall(r"^\$ peft-blueprint (.*?)(?:\s+[#>].*)?$", text, re.MULTILINE):
             verb, *words = shlex.split(line)
             command.commands[verb].make_context(verb, words)
             mentioned.add(verb)
