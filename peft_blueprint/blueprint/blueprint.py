@@ -535,7 +535,7 @@ _OF_THE_MODEL = ("name", "kind", "depth", "group", "shape", "form", "quantized",
 
 
 def _without_statistics(entry: Submodule, **known: Any) -> Submodule:
-    """Return an entry of the same submodule whose statistics of the data are those given, and no others."""
+    """Return an entry of the same submodule with the given statistics of the data and no others."""
     return Submodule(**{key: getattr(entry, key) for key in _OF_THE_MODEL} | known)
 
 

@@ -143,7 +143,7 @@ def best_share(blueprint: Blueprint) -> BestShare:
 
 
 def k_star_of(blueprint: Blueprint) -> float:
-    """Return k* of the whole model: the share of its parameters that the file recommends, or else `best_share` finds.
+    """Return k* of the whole model: the share of its parameters that the file recommends, or that `best_share` finds.
 
     Raises:
         BlueprintError: if the file's is not in (0, 1], or as `best_share`.

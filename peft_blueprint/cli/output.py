@@ -108,7 +108,7 @@ class Output:
         self.answer(records.to_dict(blueprint) if self.format == "json" else None, rows, bare, title, optional)
 
     def hint(self, text: str) -> None:
-        """Tell a person what to do next; programs and pipelines are not told."""
+        """Print the next command for a person, and nothing for programs and pipelines."""
         if self.format == "table":
             say(text)
 

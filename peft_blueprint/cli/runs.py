@@ -180,7 +180,7 @@ def _distinct(records: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRe
 
 
 def _row_of(folder: Path, paths: Sequence[Path], report: Report, baseline: str | None) -> Row:
-    """The run that an adapter's folder is of: the one read from there, else the only one but for the baseline."""
+    """Return the run that made an adapter: the one read from its folder, otherwise the only one beside the baseline."""
     rows = report.rows[-len(paths) :]
     if len(report.rows) > len(paths):  # the baseline's folder, which is not among the runs
         rows, paths = report.rows, [Path(baseline or ""), *paths]

@@ -38,7 +38,7 @@ def restored(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
 
 @contextmanager
 def borrowed(model: nn.Module, values: Iterable[Tensor] = (), *, is_exclusive: bool = False) -> Iterator[None]:
-    """Give a model back as it was when the `with` ends: normally, by an error or by an interrupt at any line.
+    """Restore a model when the `with` ends: normally, by an error or by an interrupt at any line.
 
     Restores every module's attributes (submodules, parameters, buffers, hooks, training and checkpointing flags,
     replaced forwards), every parameter's `requires_grad`, gradient and hooks, buffers' values, autograd's mode, and the

@@ -155,7 +155,7 @@ class Processes:
         return len(set(self._exchange(value))) == 1
 
     def must_idle(self) -> bool:
-        """Tell a process that has finished whether others start another pass, for which it must make an idle one."""
+        """Return to a process that has finished whether others start another pass, for which it must make an idle one."""
         return self.in_lockstep and any(self._exchange(False))
 
     def combine(self, own: RawMeasurement, settings: tuple[Any, ...]) -> RawMeasurement:

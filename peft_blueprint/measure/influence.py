@@ -164,7 +164,7 @@ class Influence:
 
     @property
     def estimates(self) -> list[str]:
-        """Names of the entries' statistics that come from sketches in some row, whatever the method; none if all are exact.
+        """Names of the entries' statistics that come from sketches in some row; none if all are exact.
 
         `method="exact"` makes the norms exact. The mean gradient is whole where d_in ≤ 2·sketch_size, or everywhere with
         `sketch_size=None`; elsewhere its norm has a relative standard error of up to √(1/(2·sketch_size)), and

@@ -485,7 +485,7 @@ def _members_by_block(entries: Sequence[Submodule]) -> dict[str, list[Submodule]
 
 
 def _modules_of_blocks(members: Mapping[str, Sequence[Submodule]]) -> dict[str, tuple[str, ...]]:
-    """Return the modules to unfreeze for each block: the one that holds just its members, or else the members."""
+    """Return the modules to unfreeze for each block: the one that holds just its members, otherwise the members."""
     owner = {_module_of(entry): block for block, entries in members.items() for entry in entries}
     holders = {
         block: _innermost_holder([_module_of(entry) for entry in entries]) for block, entries in members.items()

@@ -519,7 +519,7 @@ def _checkpoint(checkpoint: Any, cache: DynamicCache, name: str, place: int, lay
 
 
 def _check_first(model: Any, batch: _Batch) -> None:
-    """Compare the loss of the batch's shortest answer with PEFT's, so that no model is trained on wrong states.
+    """Compare the loss of the batch's shortest answer with PEFT's, to avoid training on wrong states.
 
     Raises:
         BlueprintError: if they differ.

@@ -1,4 +1,4 @@
-"""Save memory: checkpoint activations above the lowest adapter alone, and release the originals of unfrozen blocks."""
+"""Save memory: checkpoint activations only above the lowest adapter, and release the originals of unfrozen blocks."""
 
 from __future__ import annotations
 
