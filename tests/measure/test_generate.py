@@ -125,7 +125,7 @@ def test_the_retained_mass_curve_is_that_of_the_norms():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "the batches are empty"),
+        ([], "batches are empty"),
         ({}, "mapping of domains is empty"),
         (toy_batches()[0], "got Tensor. For a single batch, give \\[batch\\]"),
         ([{"input_ids": torch.ones(2, 4, dtype=torch.long)}], "no labels"),

@@ -241,7 +241,7 @@ def test_a_peft_model_is_measured_under_the_base_models_names():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "the batches are empty"),
+        ([], "batches are empty"),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "no labels"),
         (
             [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([[1, 1, 1, 1], [-100] * 4])}],
