@@ -88,7 +88,7 @@ def find_unprintable(text: str) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Return a text for the terminal, with escapes in place of characters that it would obey; line ends stay.
+    r"""Return a text for the terminal, with escapes in place of characters that it would obey; line ends stay.
 
     Example:
         >>> printable("a\x1b[2Jb")
