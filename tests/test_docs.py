@@ -40,7 +40,7 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:Under epsilon")  # four examples are too few for a guarantee
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT, which applies them all the same
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")  # of PEFT, which applies them all the same
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in ("README.md", *OWN_TESTS) and blocks_of(p, "python")])
 def test_code_of_a_page_runs(page, blueprint: Blueprint, tmp_path, monkeypatch):
     """Every Python block as printed, one after the other, on a tiny model; org/model is a folder here."""
