@@ -235,14 +235,14 @@ def _show(report: Report, output: Output) -> None:
             "label": row.spent.how,
             "gain": words.format_score(row.gain),
             f"gain {per}": running.format_number(words.rate(row.per_resource, report)),
-            f"last window {per}": running.format_number(words.rate(row.ratio, report)),
+            f"recent gain {per}": running.format_number(words.rate(row.ratio, report)),
         }
         if report.baseline is not None:
-            cells["of the baseline's"] = words.format_multiple(row.relative)
-            cells["to the baseline's metric"] = running.format_quantity(row.to_baseline, report.resource)
-            cells[f"{report.metric} at its budget"] = words.format_score(row.at_budget)
+            cells["relative to baseline"] = words.format_multiple(row.relative)
+            cells["to reach baseline's end"] = running.format_quantity(row.to_baseline, report.resource)
+            cells[f"{report.metric} at baseline's cost"] = words.format_score(row.at_budget)
         if len(report.rows) > 1:
-            cells["front"] = {True: "yes", False: "no", None: words.ABSENT}[row.on_front]
+            cells["Pareto front"] = {True: "yes", False: "no", None: words.ABSENT}[row.on_front]
         rows.append(cells)
     bare = [f"{row.name}\t{row.metric}\t{row.spent.value}" for row in report.rows]
     results = _results(report) if output.format == "json" else None
@@ -261,4 +261,8 @@ def _show(report: Report, output: Output) -> None:
 
 def _total(row: Row, resource: str) -> str:
     total = row.record.total(resource)
-    return total.how if total.value is None else f"{running.format_quantity(total.value, resource)} ({total.how})"
+    if total.value is None:
+        return total.how
+    return "; ".join(
+        [f"{running.format_quantity(total.value, resource)} ({total.how})", *publishing.parts_of(row.record, resource)]
+    )

@@ -21,5 +21,6 @@ from .words import describe_stop as describe_stop
 from .words import format_multiple as format_multiple
 from .words import format_score as format_score
 from .words import headline as headline
+from .words import parts_of as parts_of
 from .words import per_unit as per_unit
 from .words import rate as rate

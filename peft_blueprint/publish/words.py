@@ -113,7 +113,13 @@ def _unit(report: Report) -> tuple[float, str]:
 
 
 def parts_of(record: RunRecord, resource: str) -> list[str]:
-    """Return the parts of a total beside training, such as `measuring 40 s`: work before it, evaluating, saving."""
+    """Return the parts of a total beside training: work before it, evaluating, saving.
+
+    Example:
+        >>> about = {"probe": {"seconds": {"value": 40.0}}, "seconds_of_which": {"evaluating": 12.0, "saving": 0.0}}
+        >>> parts_of(RunRecord("lora", "eval_loss", "minimize", "seconds", about=about), "seconds")
+        ['measuring 40 s', 'evaluating 12 s']
+    """
     keys = _PARTS if resource in RESOURCES else {}  # peaks do not add up
     parts = {name: record.about.get(key) for key, name in keys.items()}
     amounts = {name: part.get(resource) for name, part in parts.items() if isinstance(part, Mapping)}
