@@ -28,6 +28,7 @@ from peft_blueprint.train import save_experts, unfreeze_experts
 from tests import ROOT
 from tests.hub.loopback import LoopbackHub
 from tests.made_up_runs import made_up_run
+from tests.mixtures import blueprint_of_experts
 
 
 VERBS = {verb.name: verb for verb in app.registered_commands}
@@ -88,6 +89,8 @@ def workshop(tmp_path, monkeypatch, blueprint):
     for name in ("blueprint", "one", "other", "local", "math"):
         named.save(tmp_path / f"{name}.json")
     named.coarsen("group").save(tmp_path / "groups.json")
+    for seed, name in enumerate(("experts_math", "experts_law")):
+        blueprint_of_experts(2, 8, seed).save(tmp_path / f"{name}.json")
     named.save(tmp_path / "org" / "model")
     named.save(tmp_path / "org" / "model" / file_name("math"))
     for share in (0.5, 0.8, 1.0):
