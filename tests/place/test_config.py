@@ -28,6 +28,7 @@ from peft_blueprint.measure.submodules import linear_modules
 from peft_blueprint.place import Placement
 from peft_blueprint.place.config import extend_peft_type
 from peft_blueprint.testing import randomize_adapters, tiny_gpt2, tiny_llama, toy_batches
+from tests.unfrozen import needs_peft_020
 
 
 TOKENS = torch.arange(1, 11)[None]
@@ -85,6 +86,7 @@ def test_a_saved_adapter_is_plain_lora_with_explicit_sorted_names(blueprint, tmp
     assert recipe["peft_type"] == "BLUEPRINT" and recipe["blueprint"]["model_id"] == "tiny/llama"
 
 
+@needs_peft_020
 @pytest.mark.parametrize(
     "wish",
     [{"fraction": 0.2}, {"mode": "unfreeze", "num_modules": 3}, {"mode": "lora+unfreeze", "unfreeze_blocks": 2}],
@@ -208,6 +210,7 @@ def test_configs_copy_and_pickle(blueprint):
         assert copied.selection == config.selection and copied.peft_type is PeftType.LORA
 
 
+@needs_peft_020
 @pytest.mark.parametrize("wish", [{"fraction": 1.0}, {"mode": "unfreeze"}])
 def test_a_config_in_use_is_copied_with_its_selection(blueprint, wish):
     """Also where PEFT has abbreviated its targets, or has none to look for."""
@@ -228,6 +231,7 @@ def test_the_new_type_behaves_as_a_member_of_pefts_enumeration():
     assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
 
 
+@needs_peft_020
 def test_unfreezing_trains_whole_blocks_and_only_them(blueprint):
     """Mode unfreeze makes the chosen blocks' copies trainable, and nothing else."""
     model = adapted(blueprint, mode="unfreeze", num_modules=4)
@@ -297,6 +301,7 @@ def test_a_name_that_pefts_endings_would_match_elsewhere_is_refused(blueprint):
         get_peft_model(model, BlueprintConfig(blueprint=blueprint))
 
 
+@needs_peft_020
 def test_a_quantised_block_is_not_unfrozen(blueprint):
     """The error names the block and gives the skip list that loads it unquantised."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -376,7 +381,9 @@ def test_an_attention_block_is_not_unfrozen_by_a_peft_that_cannot_call_its_copy(
     monkeypatch.setattr(ModulesToSaveWrapper, "forward", lambda self, x, *args, **kwargs: self.original_module(x))
 
     def config(**kind):
-        return BlueprintConfig(placement=Placement("m", kind.get("lora", ()), kind.get("unfreeze", ()), "even", "none"))
+        return BlueprintConfig(
+            placement=Placement("m", kind.get("lora", ()), kind.get("unfreeze", ()), "even", "none")
+        )
 
     block = "model.layers.1.self_attn"
     with pytest.raises(PlacementError, match=f"Unfreezing '{block}' needs PEFT 0.20 or newer"):

@@ -169,7 +169,10 @@ def test_initialisations_that_cannot_start_the_ranks_are_refused(how, options, m
         get_peft_model(tiny_llama(layers=6), config)
 
 
-@pytest.mark.parametrize("how", ["orthogonal", "pissa", "olora", "mica", "gaussian"])
+@pytest.mark.parametrize(
+    "how",
+    ["orthogonal", "pissa", "olora", "gaussian", *(["mica"] if hasattr(LoraLayer, "mica_init") else [])],
+)
 @pytest.mark.parametrize("options", [{}, {"r": 16, "ranks": "score"}], ids=str)
 def test_initialisations_start_planned_ranks(how, options):
     """Also where ranks differ: raised ones end at a weight's full rank."""

@@ -14,6 +14,10 @@ from peft_blueprint.measure.submodules import is_quantized
 from peft_blueprint.place.placement import Placement
 from peft_blueprint.testing import randomize_adapters, tiny_llama, toy_batches
 from peft_blueprint.train.memory import share_base
+from tests.unfrozen import needs_peft_020
+
+
+pytestmark = needs_peft_020
 
 
 TOKENS = torch.arange(1, 11)[None]
