@@ -239,7 +239,7 @@ def _chosen(ground: Ground, rule: Rule, limit: int, blueprint: str) -> Choice:
     placement = ground.plan(blueprint, ranks="equal_parameters", **options)
     if not rule.is_shipped:
         return Choice(filled(_adapted(ground, placement), limit), charges=charges)
-    return Choice({name: placement.ranks.get(name, placement.rank) for name in placement.lora}, charges=charges)
+    return Choice(equal_in_parameters(_adapted(ground, placement), ground.entries, ground.study.rank), charges=charges)
 
 
 def _adapted(ground: Ground, placement: Placement) -> list[Submodule]:
@@ -316,6 +316,16 @@ def _fitting(ground: Ground, take: Taking, limit: int) -> dict[str, int]:
     if size(best) < NEARLY * limit:
         return filled(take(best), limit)
     return dict.fromkeys((entry.name for entry in take(best)), rank)
+
+
+def equal_in_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> dict[str, int]:
+    """Return the rank at which adapters on `chosen` have the parameters of adapters of `rank` on all entries.
+
+    Up to eight times `rank` and up to a weight's full rank, as the library's, but not one of the ranks that servers
+    reserve.
+    """
+    raised = min(8 * rank, rank * sum(map(width, entries)) // sum(map(width, chosen)))
+    return {entry.name: min(raised, *entry.shape[-2:]) for entry in chosen if entry.shape}
 
 
 def filled(chosen: Sequence[Submodule], limit: float) -> dict[str, int]:

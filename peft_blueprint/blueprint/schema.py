@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -45,6 +46,16 @@ MAX_ENTRIES = 100_000
 MAX_PATH = 4096  # characters of a model_id, which may be a folder
 MAX_GRID = 10**8  # kinds × blocks², the work of some selections
 _MOST = {"shape": MAX_DIMENSIONS, "alignment": MAX_ALIGNMENT, "domain_tags": MAX_TAGS}
+# where numbers of the summaries may lie
+_SUMMARY_RANGES = {
+    "concentration": {"alpha": (0, math.inf), "gamma": (0, 1), "gamma_fit": (0, math.inf)},
+    "costs": {
+        "k_star": (0, 1),
+        "k_star_submodules": (0, 1),
+        "fixed_cost": (0, math.inf),
+        "variable_cost": (0, math.inf),
+    },
+}
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _SHOWN = json.JSONEncoder(default=repr)
 _GAMMA_TOLERANCE = 0.006  # the paper's example has two digits
@@ -119,6 +130,7 @@ def fields_of(data: Any) -> dict[str, Any]:
             check_text(name, key, MAX_PATH)
     entries = tuple(_entry_from_dict(entry, index) for index, entry in enumerate(layers))
     _check_grid(entries)
+    _check_summaries(data)
     _check_digest(data)
     checkpoint = _take(data, "training_checkpoint", float, "the blueprint")
     level = _take(data, "level", str, "the blueprint") or level_of_ids(entry.name for entry in entries)
@@ -137,6 +149,20 @@ def fields_of(data: Any) -> dict[str, Any]:
         },
         extra={k: v for k, v in data.items() if k not in (*TOP_KEYS, DIGEST, "layers", "schema_version")},
     )
+
+
+def _check_summaries(data: Mapping[str, Any]) -> None:
+    for key, ranges in _SUMMARY_RANGES.items():
+        summary = data.get(key)
+        summary = summary if isinstance(summary, Mapping) else {}
+        for name, (low, high) in ranges.items():
+            value = summary.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
+                expected = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+                raise FormatError(
+                    f"{name} in the {key} of {data.get('model_id')!r} must be {expected}, got {_shown(value)}. Measure the "
+                    "blueprint again."
+                )
 
 
 def entry_to_dict(entry: Submodule) -> dict[str, Any]:

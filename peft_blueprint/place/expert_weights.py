@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class ExpertStack(_StandIn):
         if not self.own:
             return torch.matmul(first, self.base)
         place = torch.tensor(list(self.own), device=self.base.device)
-        own = torch.stack([torch.matmul(first[expert], matrix) for expert, matrix in self.own.items()])
+        own = torch.stack([torch.matmul(first[expert], cast(Tensor, matrix)) for expert, matrix in self.own.items()])
         return torch.matmul(first, self.base).index_copy(0, place, own)
 
     def _grouped(self, function: Callable[..., Tensor], tokens: Tensor, ends: Tensor) -> Tensor:
@@ -202,7 +202,9 @@ class ExpertStack(_StandIn):
         left = (~is_own).nonzero()[:, 0].to(tokens.device)
         frozen = function(tokens[left], self.base, offs=sizes.cumsum(0, dtype=ends.dtype))
         rows = [torch.arange(start, end, device=tokens.device) for start, end in own.values()]
-        products = [torch.matmul(tokens[start:end], self.own[expert]) for expert, (start, end) in own.items()]
+        products = [
+            torch.matmul(tokens[start:end], cast(Tensor, self.own[expert])) for expert, (start, end) in own.items()
+        ]
         return _in_order([frozen, *products], [left, *rows])
 
 

@@ -115,6 +115,9 @@ SMALL = {
     "a zero-width space in an id": entry(id="a\u200bb"),
     "a byte order mark in a kind": entry(kind="\ufeffa"),
     "an Arabic letter mark in a tag": entry(domain_tags={"\u061c": 1.0}),
+    "the model's gamma beyond one": record(concentration={"gamma": 7.5}),
+    "the model's alpha below zero": record(concentration={"alpha": -1}),
+    "the model's k* beyond one": record(costs={"k_star": 20}),
     "a schema of many digits": record(schema_version=10**300),
     "a schema of many items": record(schema_version=[1] * 10**5),
     "a level of a megabyte": record(level="a" * 10**6),
@@ -331,7 +334,7 @@ def test_only_files_are_read_and_only_so_much_of_them(tmp_path):
     for path, message in (
         (tmp_path, "Is a directory"),
         ("a\0b", "is not a path"),
-        (tmp_path / "none", "no blueprint"),
+        (tmp_path / "none", "No blueprint"),
     ):
         with pytest.raises(BlueprintError, match=message):
             read_text(path)
