@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 from .._text import format_names
-from ..blueprint import Blueprint, Submodule, split_expert
+from ..blueprint import Blueprint, Submodule, expert_scores, split_expert, top_p_experts
 from ..errors import PlacementError
 from .placement import Placement
 
@@ -65,7 +65,7 @@ def choose_experts(
     """Choose experts of every layer by a blueprint of single experts.
 
     With `top_p` these are the fewest experts whose share of the layer's summed score reaches p, as in ESFT (Wang et al.
-    2024, arXiv:2407.01906, eq. 8), where the score is the share of tokens or the mean gate weight.
+    2024, arXiv:2407.01906), where the score is the share of tokens or the mean gate weight.
 
     Args:
         blueprint: measured with `experts=True`, or its entries; of fused experts or of experts in lists.
@@ -118,17 +118,10 @@ def expert_shares(
             f"{len(missing)} of {len(entries)} experts' weights have no {score} ({format_names(missing)}). Measure the blueprint "
             "with generate_blueprint(…, experts=True), or choose another of experts_by."
         )
-    values: dict[str, dict[int, list[float]]] = {}
-    for entry in entries:
-        expert = split_expert(entry.name)
-        assert expert is not None
-        values.setdefault(expert.container, {}).setdefault(expert.number, []).append(getattr(entry, score))
-    combine = {"adam_gain": math.fsum, "gradient_norm": lambda norms: math.hypot(*norms)}.get(score, max)
     shares = {}
-    for holder, experts in values.items():
-        scores = {number: combine(own) for number, own in experts.items()}
+    for holder, scores in expert_scores(entries, score).items():
         total = math.fsum(scores.values())
-        shares[holder] = {number: score / total if total else 1 / len(scores) for number, score in scores.items()}
+        shares[holder] = {number: own / total if total else 1 / len(scores) for number, own in scores.items()}
     return shares
 
 
@@ -144,13 +137,7 @@ def _chosen(holder: str, shares: dict[int, float], count: ExpertCount) -> tuple[
         if wanted > len(ranked):
             raise PlacementError(f"experts={wanted}: {holder!r} has only {len(ranked)}. Give at most {len(ranked)}.")
         return tuple(ranked[:wanted])
-    held, chosen = 0.0, list[int]()
-    for number in ranked:
-        if chosen and held >= count.top_p * (1 - 1e-12):
-            break
-        chosen.append(number)
-        held += shares[number]
-    return tuple(chosen)
+    return top_p_experts(shares, count.top_p)
 
 
 def experts_of(names: Iterable[str]) -> dict[str, tuple[int, ...]]:
