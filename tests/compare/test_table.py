@@ -218,7 +218,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(suffix, tmp_path):
         write_table([{"a": 1}, {"a": "x"}], path)
     with pytest.raises(BlueprintError, match="Column 'a' must hold .* got struct"):
         write_table([{"a": {"b": 1}}], path)
-    with pytest.raises(BlueprintError, match="There are no rows"):
+    with pytest.raises(BlueprintError, match="The table has no rows"):
         write_table([], path)
     with pytest.raises(BlueprintError, match="Column 'a' must hold text.*surrogates"):
         write_table([{"a": "\ud800"}], path)

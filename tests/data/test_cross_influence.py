@@ -396,7 +396,7 @@ def test_bad_arguments_are_refused_by_name(influence):
         replace(matrix, examples=np.arange(6) / 2)
     with pytest.raises(BlueprintError, match="statistic must be one of norms, alignments, got 'sizes'"):
         CrossInfluence.from_influence(influence, "sizes")
-    with pytest.raises(MeasurementError, match="no projections"):
+    with pytest.raises(MeasurementError, match="projections"):
         CrossInfluence.from_influence(replace(influence, projections=torch.zeros(28, 8, 0)), "alignments")
     with pytest.raises(MeasurementError, match="at least two"):
         CrossInfluence.from_influence(replace(influence, norms=influence.norms[:, :1]), "alignments")

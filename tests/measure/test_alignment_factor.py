@@ -138,7 +138,7 @@ def test_projections_merge_and_can_be_left_out():
     without = measured(tiny_llama(), batches, projection_size=0)
     assert without.projections.shape == (len(without.submodules), 8, 0)
     torch.testing.assert_close(without.norms, whole.norms)
-    with pytest.raises(MeasurementError, match="no projections.*projection_size=251"):
+    with pytest.raises(MeasurementError, match="need projections.*projection_size=251"):
         without.alignments  # noqa: B018 - a property that raises
     with pytest.raises(MismatchError, match="projection size 251.*projection size 0"):
         Influence.merge([shards[0], without])

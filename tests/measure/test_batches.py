@@ -320,7 +320,7 @@ def test_a_used_up_iterator_is_named(kind):
     ):
         with pytest.raises(MeasurementError, match=r"batches is an iterator .* read only once, .* earlier call"):
             call()
-    with pytest.raises(MeasurementError, match="the batches are empty"):
+    with pytest.raises(MeasurementError, match="The batches are empty"):
         measure_influence(model, [], progress=False)
 
 

@@ -121,7 +121,7 @@ def test_what_cannot_be_preconditioned_is_refused():
     """Without projections, of one example, or undamped."""
     batches = toy_batches(examples=2)
     bare = measure_influence(tiny_llama(layers=1), batches, projection_size=0, progress=False)
-    with pytest.raises(MeasurementError, match="no projections.*projection_size=251"):
+    with pytest.raises(MeasurementError, match="needs projections.*projection_size=251"):
         fisher_influence(bare)
     influence = measure_influence(tiny_llama(layers=1), batches, progress=False)
     with pytest.raises(MeasurementError, match="damping must be positive, got 0"):
