@@ -379,7 +379,7 @@ def test_bad_arguments_are_refused_by_name(influence):
         cross(np.zeros((2, 2))).low_rank()
     one = cross(BLOCKS[:, :1])
     for ask in (one.low_rank, one.exponents, lambda: one.select_jointly(0.5, 0.5)):
-        with pytest.raises(MeasurementError, match="only one example"):
+        with pytest.raises(MeasurementError, match="at least two examples"):
             ask()
     for values, message in (
         (np.empty((3, 0)), "must be a matrix"),
