@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    *("study", "selection", "mixture", "noise", "stopping"),  # does it pay?
+    *("study", "selection", "mixture", "rewards", "routing", "noise", "stopping"),  # does it pay?
     *("measure", "experts", "cost", "answer_only", "contexts", "gpu", "callbacks", "files"),  # what does it cost?
     *("drift", "influence", "sketch", "privacy", "cross", "objectives"),  # how good is a measurement?
 )
