@@ -77,17 +77,18 @@ def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_pat
     from peft_blueprint.train import Recipe, run_recipe
 
     settings = YAML(typ="safe").load(ROOT / "recipes" / "stdlib_docs.yaml")
-    for split, count in (("train", 24), ("held_out", 4)):
+    for split, count in (("train", 8), ("held_out", 4)):
         examples = stdlib_docs.examples(split)[:count]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
         settings[split] = str(tmp_path / f"{split}.jsonl")
-    settings |= {"model": str(weights), "output": str(tmp_path / "out"), "blueprint": None, "probe_examples": 4}
-    settings["training"] |= {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 4}
+    settings |= {"model": str(weights), "output": str(tmp_path / "out"), "blueprint": None}
+    settings |= {"probe_examples": 4, "start_examples": 4}
+    settings["training"] |= {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML 1.2
     report = run_recipe(Recipe.from_yaml(tmp_path / "recipe.yaml"), progress=False)
     assert report.placed == 30 and 0.8 < report.gain_retained < 1 and report.predicted_time < 0.9
     all_linear = 16 * sum(sum(s.shape) for s in find_submodules(load_model(str(weights), "float32")[0]))
-    assert 0.9 * all_linear < report.trainable_parameters <= all_linear and report.loss_after < report.loss_before
+    assert 0.5 * all_linear < report.trainable_parameters <= all_linear and report.loss_after < report.loss_before
 
     import demo
 

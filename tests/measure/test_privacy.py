@@ -19,6 +19,7 @@ from peft_blueprint.blueprint import to_dict
 from peft_blueprint.blueprint.entry import Submodule
 from peft_blueprint.compare.drift import check_drift
 from peft_blueprint.errors import MeasurementError
+from peft_blueprint.measure import GenerateOptions
 from peft_blueprint.measure.generate import _released
 from peft_blueprint.measure.privacy import (
     SCALES,
@@ -276,7 +277,7 @@ def test_a_guaranteed_files_rows_do_not_depend_on_the_examples():
 def in_a_process(rank, folder, model, influence):
     """What one of two processes releases of what both have measured."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    entries, _ = _released({"": influence}, model, "adaptable", WIDE, process_count())
+    entries, _ = _released({"": influence}, model, GenerateOptions(), WIDE, process_count())
     (folder / f"{rank}.json").write_text(json.dumps([entry.gradient_norm for entry in entries]))
     dist.destroy_process_group()
 
@@ -293,7 +294,7 @@ def test_several_processes_release_the_same_noise_once(tmp_path):
         process.join(60)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    alone, _ = _released({"": influence}, model, "adaptable", WIDE, 1)
+    alone, _ = _released({"": influence}, model, GenerateOptions(), WIDE, 1)
     assert first != [entry.gradient_norm for entry in alone]
 
 
