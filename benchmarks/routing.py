@@ -99,8 +99,8 @@ def main(options: argparse.Namespace) -> None:
         options.out.unlink(missing_ok=True)
     records, rates = setup.Records(options.out), RATES[:1] if options.quick else RATES
     if not options.prints:
-        base = pretrained(options)
-        for seed, kind, arm in () if options.pretrain_only else product(range(options.seeds + 1), NEW, options.arms):
+        base, kinds = pretrained(options), NEW[:1] if options.quick else NEW
+        for seed, kind, arm in () if options.pretrain_only else product(range(options.seeds + 1), kinds, options.arms):
             for rate in rates if seed == 0 else [best_rate(records, arm, kind)]:
                 records.get(key(arm, kind, seed, rate), partial(run, base, arm, kind, seed, rate, options.quick))
     report(records, options.arms)
@@ -134,7 +134,7 @@ def made_up() -> dict[str, list[str]]:
     """Return numbers instead of text, which need no files."""
     draw = random.Random(0)
     return {
-        kind: [" ".join(str(draw.randrange(1000)) for _ in range(99)) for _ in range(24)] for kind in (*BASE, *NEW)
+        kind: [" ".join(str(draw.randrange(1000)) for _ in range(99)) for _ in range(48)] for kind in (*BASE, *NEW)
     }
 
 
@@ -180,7 +180,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """Join texts with an end token and cut them into full blocks, (blocks, LENGTH)."""
     end = tokenizer.eos_token_id
     ids = [token for text in tokenizer(list(texts))["input_ids"] for token in (*text, end)]
-    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH], dtype=torch.long).view(-1, LENGTH)
 
 
 # ---- pretraining
