@@ -6,6 +6,7 @@ trained experts alone, and no pass makes a copy of all experts, as adding a low-
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -43,14 +44,14 @@ class LowRank(NamedTuple):
         return LowRank(self.right.mT, self.left.mT, self.scaling)
 
 
-class _StandIn:
+class _StandIn(ABC):
     """Stand in for a tensor in calls of torch: a fast path for products, the computed weight for everything else."""
 
     base: Tensor
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """Return the weight as a tensor, with its graph."""
-        raise NotImplementedError
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """Return the transposed weight."""
@@ -59,13 +60,13 @@ class _StandIn:
         return self.dense().transpose(dim0, dim1)
 
     @property
+    @abstractmethod
     def mT(self) -> Any:  # noqa: N802 (the name of torch)
         """The weight with its last two dimensions exchanged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         """Return the product of a call of torch, or NotImplemented to compute it from the whole weight."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(

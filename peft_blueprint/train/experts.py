@@ -136,7 +136,7 @@ def load_experts(model: nn.Module, path: str | Path) -> dict[str, tuple[int, ...
         Numbers of the experts by the name of the module that holds them.
 
     Raises:
-        FormatError: if there is no such file, or it holds something else.
+        FormatError: if the file is missing, or was not written by `save_experts`.
         MismatchError: if the model lacks one of the experts, or has it in another shape. It is then unchanged.
 
     Example: see `save_experts`.

@@ -81,7 +81,7 @@ def initialize_along_gradient(
 
     Raises:
         PlacementError: if the model has no fresh, active LoRA adapter of that name on linear layers, or it is sharded.
-        MeasurementError: if there are no examples or no targets, a gradient is infinite, NaN or zero everywhere, or
+        MeasurementError: if examples or targets are missing, a gradient is infinite, NaN or zero everywhere, or
             another process failed or has another model or seed. The adapter is then left as it was.
 
     Example:
