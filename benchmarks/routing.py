@@ -65,7 +65,7 @@ SHAPE: dict[str, Any] = {
     "num_experts": 16,
     "num_experts_per_tok": 2,
 }
-STEPS, RATES = 20, (1e-3, 3e-3, 1e-2)
+STEPS, RATES = 20, (1e-3, 3e-3, 1e-2, 3e-2)
 MEASURED, TESTS, OTHERS = 64, 128, 64  # blocks
 CHOSEN = 4  # experts of a layer
 RANK = 26  # of LoRA on all experts, with as many parameters as a quarter of the experts has
@@ -367,7 +367,8 @@ def report(records: setup.Records, arms: Sequence[str]) -> None:
     ]
     for kind in NEW:
         of_kind = [r for r in records.known.values() if r["kind"] == kind and r["seed"]]
-        found = {arm: {r["seed"]: r for r in of_kind if r["arm"] == arm} for arm in arms}
+        at_best = [r for r in of_kind if r["rate"] == best_rate(records, r["arm"], kind)]
+        found = {arm: {r["seed"]: r for r in at_best if r["arm"] == arm} for arm in arms}
         rows = []
         for arm, mine in found.items():
             if not mine:
