@@ -138,6 +138,7 @@ class Trial:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
+            gradient_checkpointing=False,
         )
         start = time.process_time()
         trainer = GRPOTrainer(adapted, reward, settings, train_dataset=rows, processing_class=self.tokenizer)
@@ -225,6 +226,7 @@ class Trial:
     @torch.no_grad()
     def answers(self, model: Any, problems: Sequence[tuple[int, int]], **sampling: Any) -> list[str]:
         """Return the model's answers; questions of equal length go together."""
+        model.eval()
         found: dict[int, str] = {}
         lengths = {len(question(*one)) for one in problems}
         for length in lengths:
