@@ -382,6 +382,12 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
                 f"{sorted(set(ranks.values()))}. Set ranks='uniform'."
             )
         if how.startswith(_DECOMPOSING):
+            if placement.target_parameters:
+                raise PlacementError(
+                    f"init_lora_weights={how!r} takes the singular vectors of a linear layer's weight, and "
+                    f"{len(placement.target_parameters)} fused experts are placed: "
+                    f"{format_names(placement.target_parameters)}. Leave init_lora_weights out, or place linear layers only."
+                )
             full = {weight.name: min(weight.shape[-2:]) for weight in find_weights(model) if weight.name in ranks}
             if above := [name for name, most in full.items() if ranks[name] > most]:
                 raise PlacementError(

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -344,12 +345,16 @@ def _unfreeze(module: nn.Module, numbers: tuple[int, ...]) -> nn.Module:
 
 
 def _numbers(experts: Mapping[str, Iterable[int]] | Iterable[str]) -> dict[str, tuple[int, ...]]:
-    if isinstance(experts, Mapping):
-        return {name: tuple(dict.fromkeys(map(int, numbers))) for name, numbers in experts.items()}
     found: dict[str, dict[int, None]] = {}
-    for name in [experts] if isinstance(experts, str) else experts:
-        holder, _, number = name.rpartition(".")
-        if not number.isdigit():
+    if isinstance(experts, Mapping):
+        for name, numbers in experts.items():
+            given = tuple(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else (numbers,)
+            if not all(isinstance(number, Integral) and not isinstance(number, bool) for number in given):
+                raise PlacementError(f"experts must be whole numbers, such as [1, 3], got {numbers!r} for {name!r}.")
+            found[name] = dict.fromkeys(map(int, cast("tuple[int, ...]", given)))
+    for name in [experts] if isinstance(experts, str) else () if found else experts:
+        holder, _, number = str(name).rpartition(".")
+        if not (holder and number.isdigit()):
             raise PlacementError(f"experts must be names such as 'model.layers.3.mlp.experts.17', got {name!r}.")
         found.setdefault(holder, {})[int(number)] = None
     return {holder: tuple(numbers) for holder, numbers in found.items()}

@@ -304,6 +304,10 @@ def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_
         with pytest.raises(MismatchError, match=f"adapts expert 3 of 'model.layers.0.mlp.experts.*{has}"):
             get_peft_model(model, BlueprintConfig(placement=placement))
         assert not any("lora_" in name for name, _ in model.named_parameters())
+    with pytest.raises(
+        PlacementError, match="'pissa' takes the singular vectors of a linear layer's weight, and 4 fused"
+    ):
+        get_peft_model(tiny_mixtral(1), BlueprintConfig(placement=placement, init_lora_weights="pissa"))
     uneven = replace(placement, ranks={placement.target_parameters[0]: 1})
     with pytest.raises(PlacementError, match="have ranks 1 and 2, and PEFT gives all experts of a parameter one"):
         BlueprintConfig(placement=uneven)

@@ -196,6 +196,9 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(tmp_path):
             "experts must be names such as 'model.layers.3.mlp.experts.17', got 'model.layers.0.mlp'",
         ),
         ({}, "No expert was named"),
+        ([1], "experts must be names such as .* got 1"),
+        ({HOLDERS[0]: "all"}, "must be whole numbers, .* got 'all' for 'model.layers.0"),
+        ({HOLDERS[0]: [True]}, r"must be whole numbers, .* got \[True\]"),
         ({HOLDERS[0]: []}, "No expert of 'model.layers.0.mlp.experts' was named"),
     ):
         with pytest.raises(BlueprintError, match=message):
