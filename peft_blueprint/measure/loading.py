@@ -71,7 +71,7 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **settings)
         return model
 
-    model = _loaded(name, load)
+    model = _loaded(f"model {name!r}", load)
     if quantization:
         model.requires_grad_(False)
         disable_cpu_repack(model)
@@ -94,7 +94,9 @@ def load_tokenizer(name: str, options: LoadOptions | None = None) -> PreTrainedT
         True
     """
     settings = _source(options or LoadOptions())
-    tokenizer: PreTrainedTokenizerBase = _loaded(name, lambda: AutoTokenizer.from_pretrained(name, **settings))
+    tokenizer: PreTrainedTokenizerBase = _loaded(
+        f"tokenizer of {name!r}", lambda: AutoTokenizer.from_pretrained(name, **settings)
+    )
     return tokenizer
 
 
@@ -212,12 +214,12 @@ def _device(name: str | None) -> int | str | None:
     return None if found.type == "cpu" else name
 
 
-def _loaded(name: str, load: Callable[[], Loaded]) -> Loaded:
+def _loaded(what: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
     except (OSError, ValueError, ImportError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BlueprintError(f"The model {name!r} cannot be loaded: {reason}") from error
+        raise BlueprintError(f"The {what} cannot be loaded: {reason}") from error
 
 
 def _config(source: str, revision: str | None) -> PretrainedConfig:
