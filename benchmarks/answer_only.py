@@ -1,21 +1,25 @@
 """What do answer-only adapters save, and what do they cost in loss?
 
     python -m benchmarks answer_only --data FOLDER [--datasets …] [--rounds 3] [--shares 30 50 …]
-    python -m benchmarks answer_only --data FOLDER --seeds 5 --steps 40 --rates 0.001 0.002 [--records FILE]
+    python -m benchmarks answer_only --data FOLDER --seeds 5 --steps 40 [--records FILE | --print]
 
 The first form times training steps of SmolLM2-135M-Instruct in turn, arm by arm, in CPU time of one thread, on real
 examples, and measures each arm's peak memory in a process of its own. Then it cuts real text into prompt and answer at
 given shares, and times them too. Arms: LoRA on all linear layers at all positions, the same with its head on targets,
-PEFT's activated LoRA, the same with `answer_only`, and with its prompts' states cached (from the second epoch on).
+PEFT's activated LoRA, the same with `answer_only`, and with its prompts' states cached (from the second epoch on), and the
+library's default placement with `answer_only`, by the published blueprint of PubMedQA.
 
 The second form trains: for every seed fresh training and held-out examples, the same for all arms, with controls of
-equal time (all positions for fewer steps, answers only for more). Every run is appended to the records as one line of
-JSON and found there again, so that an interrupted study goes on.
+equal time (all positions for fewer steps, answers only for more). Seed 0 chooses each arm's learning rate and is not
+reported. Every run is appended to the records as one line of JSON and found there again, so that an interrupted study
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import random
 import statistics
@@ -29,15 +33,23 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import set_seed
 
+from peft_blueprint import BlueprintConfig, generate_blueprint
 from peft_blueprint.measure import Row, collate
+from peft_blueprint.testing import toy_batches
 from peft_blueprint.train import PromptCache, answer_only, find_invocation_tokens, head_on_targets
 
 from . import setup
+from .study.inference import relative_difference
 
 
 RANK = 16
-ARMS = ("all-linear", "head on targets", "PEFT's aLoRA", "answer only", "answer only, cached")
+ARMS = (
+    *("all-linear", "head on targets", "PEFT's aLoRA", "answer only", "answer only, cached"),
+    "default, answer only",
+)
 REFERENCE = ARMS[0]
+TRAINED = ("all-linear", "answer only", "default, answer only")
+BLUEPRINT = Path("blueprints/HuggingFaceTB--SmolLM2-135M-Instruct/blueprint-pubmedqa.json")
 ANSWERS = {"numbers": "89"}  # text before every answer
 DATASETS = ("pubmedqa with contexts", "gsm8k")
 QUICK = {"datasets": ["numbers"], "examples": 2, "rounds": 1, "shares": [50], "longest": 24, "length": 16}
@@ -58,9 +70,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--seeds", type=int, default=0, help="train with so many seeds instead of timing steps")
     parser.add_argument("--steps", type=int, default=40, help="of training")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004])
     parser.add_argument("--held-out", type=int, default=64, help="examples of the loss")
     parser.add_argument("--records", type=Path, default=setup.RESULTS / "answer_only.jsonl")
+    parser.add_argument("--print", action="store_true", dest="prints", help="train nothing")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # "arm|data set", in a process of its own
 
 
@@ -96,18 +109,18 @@ def make_arm(name: str, options: argparse.Namespace, invocation: Sequence[int], 
     """Load the model with an arm's adapters, in training mode."""
     model, _ = setup.load(options.quick, options.dtype)
     set_seed(seed)
-    is_activated = name not in ARMS[:2]
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        alora_invocation_tokens=list(invocation) if is_activated else None,
-    )
+    activated: dict[str, Any] = {} if name in ARMS[:2] else {"alora_invocation_tokens": list(invocation)}
+    config: LoraConfig
+    if name.startswith("default"):
+        blueprint = generate_blueprint(model, toy_batches(), progress=False) if options.quick else BLUEPRINT
+        config = BlueprintConfig(blueprint=blueprint, task_type="CAUSAL_LM", **activated)
+    else:
+        every = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+        config = LoraConfig(task_type="CAUSAL_LM", **every, **activated)
     adapted: nn.Module = get_peft_model(model, config)
     if name == "head on targets":
         head_on_targets(adapted)
-    if name.startswith("answer only"):
+    if "answer only" in name:
         answer_only(adapted, cache=PromptCache("4GiB") if "cached" in name else None)
     return adapted.train()
 
@@ -226,30 +239,46 @@ def _print_curve(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    """Train every arm at every rate and seed, and print the mean held-out losses."""
+    """Train what is missing, and print held-out losses beside the reference's, paired by seed."""
     records = setup.Records(options.records)
-    arms = [arm for arm in options.arms if arm in (REFERENCE, *ARMS[3:])]
+    arms = [arm for arm in TRAINED if arm in options.arms]
     plan = [(arm, options.steps) for arm in arms]
     plan += [(arm, round(factor * options.steps)) for arm, factor in EQUAL_TIME.items() if arm in arms]
     for name in options.datasets:
-        found: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
-        for seed in range(options.seeds):
-            for rate in options.rates:
-                for arm, steps in plan:
-                    key = "|".join(map(str, (name, arm, steps, rate, seed, options.examples, options.longest)))
-                    run = (name, arm, steps, rate, seed, options)
-                    record = records.get(key, lambda run=run: _train(*run))
-                    assert record is not None
-                    found.setdefault((arm, steps, rate), []).append(record)
-        print(f"\n{name}: {options.seeds} seeds, {options.held_out} held-out examples a seed\n")
+
+        def record(arm: str, steps: int, rate: float, seed: int, name: str = name) -> dict[str, Any] | None:
+            key = "|".join(map(str, (name, arm, steps, rate, seed, options.examples, options.longest)))
+            run = functools.partial(_train, name, arm, steps, rate, seed, options)
+            return records.get(key, None if options.prints else run)
+
+        rates = {}
+        for arm in arms:
+            tried = {rate: one["loss"] for rate in options.rates if (one := record(arm, options.steps, rate, 0))}
+            rates[arm] = min(tried, key=tried.__getitem__, default=options.rates[0])
+        found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {one: {} for one in plan}
+        for seed, (arm, steps) in itertools.product(range(1, options.seeds + 1), plan):
+            if one := record(arm, steps, rates[arm], seed):
+                found[arm, steps][seed] = one
+        print(f"\n{name}: {options.held_out} held-out examples a seed\n")
         lines = []
-        for (arm, steps, rate), runs in found.items():
-            reference = found[(arms[0], options.steps, rate)]
-            gaps = [run["loss"] / other["loss"] - 1 for run, other in zip(runs, reference, strict=True)]
-            loss = setup.mean_and_error([run["loss"] for run in runs])
-            gap = setup.mean_and_error([100 * one for one in gaps], ".2f", "+")
-            lines.append([arm, steps, rate, loss, gap, f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
-        setup.print_table(["arm", "steps", "rate", "loss", f"% of {arms[0]}'s", "CPU s"], lines)
+        for (arm, steps), runs in found.items():
+            loss = setup.mean_and_error([run["loss"] for run in runs.values()])
+            spent = setup.mean_and_error([run["seconds"] for run in runs.values()], ".0f")
+            lines.append(
+                [
+                    *(arm, steps, f"{rates[arm]:g}", len(runs), loss, spent),
+                    *(_apart(runs, found[other]) for other in (plan[0], (REFERENCE, plan[len(arms)][1]))),
+                ]
+            )
+        columns = ["arm", "steps", "rate", "seeds", "loss", "CPU s", f"against {REFERENCE}", "against its equal time"]
+        setup.print_table(columns, lines)
+
+
+def _apart(mine: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
+    seeds = sorted(mine.keys() & others.keys())
+    if mine is others:
+        return "–"
+    return relative_difference([mine[s]["loss"] for s in seeds], [others[s]["loss"] for s in seeds])
 
 
 def _train(name: str, arm: str, steps: int, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from peft_blueprint.place import choose_experts
 from peft_blueprint.train import unfreeze_experts
 
 from . import setup
-from .study.inference import Effect
+from .study.inference import relative_difference
 
 
 BASE = ("questions", "abstracts", "docstrings")
@@ -394,11 +394,7 @@ def report(records: setup.Records, arms: Sequence[str]) -> None:
 
 def apart(mine: Mapping[int, Any], others: Mapping[int, Any], kind: str) -> str:
     """Format the relative difference of two arms' losses with its 95 % interval."""
-    seeds = mine.keys() & others.keys()
-    if len(seeds) < 2 or mine is others:
+    seeds = sorted(mine.keys() & others.keys())
+    if mine is others:
         return "–"
-    scale = statistics.fmean(others[seed]["after"][kind] for seed in seeds)
-    differences = [(mine[seed]["after"][kind] - others[seed]["after"][kind]) / scale for seed in seeds]
-    effect = Effect(statistics.fmean(differences), statistics.stdev(differences) / len(seeds) ** 0.5, len(seeds))
-    low, high = effect.interval()
-    return f"{effect.mean:+.2%} [{low:+.2%}, {high:+.2%}]"
+    return relative_difference(*([arm[seed]["after"][kind] for seed in seeds] for arm in (mine, others)))

@@ -52,6 +52,21 @@ class Effect:
         return float(stats.t.sf(distance / self.error, self.seeds - 1)) if self.seeds > 1 and self.error else 1.0
 
 
+def relative_difference(mine: Sequence[float], others: Sequence[float]) -> str:
+    """Format the relative difference of two arms' losses, paired by seed, with its 95 % interval.
+
+    Example:
+        >>> relative_difference([1.01, 1.02, 1.03], [1.0, 1.0, 1.0])
+        '+2.00% [-0.48%, +4.48%]'
+    """
+    if len(mine) < 2:
+        return "–"
+    apart = [(a - b) * len(others) / sum(others) for a, b in zip(mine, others, strict=True)]
+    effect = Effect(float(np.mean(apart)), float(np.std(apart, ddof=1)) / len(apart) ** 0.5, len(apart))
+    low, high = effect.interval()
+    return f"{effect.mean:+.2%} [{low:+.2%}, {high:+.2%}]"
+
+
 def effect_of(
     apart: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], reference: Sequence[float], pool: int
 ) -> Effect:
