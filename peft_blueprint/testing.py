@@ -67,7 +67,12 @@ _MIXTURE: dict[str, Any] = {
 
 
 def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Build a random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48."""
+    """Build a random Llama with grouped-query attention: hidden size 32, 4 heads, 2 key-value heads, d_ff 48.
+
+    Example:
+        >>> tiny_llama(layers=2).num_parameters()
+        21728
+    """
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -80,13 +85,23 @@ def tiny_llama(layers: int = 4, seed: int = 0, **changes: Any) -> LlamaForCausal
 
 
 def tiny_gpt2(layers: int = 3, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """Build a random GPT-2, whose linear layers are transformers' `Conv1D`."""
+    """Build a random GPT-2, whose linear layers are transformers' `Conv1D`.
+
+    Example:
+        >>> type(tiny_gpt2().transformer.h[0].attn.c_attn).__name__
+        'Conv1D'
+    """
     settings: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": layers, "n_positions": 64}
     return random_model(GPT2LMHeadModel, GPT2Config(**_vocabulary(), **settings | changes), seed)
 
 
 def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCausalLM:
-    """Build a random Mixtral with 4 experts, 2 for each token; transformers 5 fuses them into one parameter."""
+    """Build a random Mixtral with 4 experts, 2 for each token; transformers 5 fuses them into one parameter.
+
+    Example:
+        >>> tiny_mixtral().config.num_local_experts
+        4
+    """
     settings = _MIXTURE | {"num_local_experts": 4}
     return random_model(
         MixtralForCausalLM, MixtralConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -94,7 +109,12 @@ def tiny_mixtral(layers: int = 3, seed: int = 0, **changes: Any) -> MixtralForCa
 
 
 def tiny_qwen3_moe(layers: int = 3, seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
-    """Build a random Qwen3-MoE with 4 experts, 2 for each token."""
+    """Build a random Qwen3-MoE with 4 experts, 2 for each token.
+
+    Example:
+        >>> tiny_qwen3_moe().config.num_experts
+        4
+    """
     settings = _MIXTURE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
     return random_model(
         Qwen3MoeForCausalLM, Qwen3MoeConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -102,7 +122,12 @@ def tiny_qwen3_moe(layers: int = 3, seed: int = 0, **changes: Any) -> Qwen3MoeFo
 
 
 def tiny_gpt_oss(layers: int = 3, seed: int = 0, **changes: Any) -> GptOssForCausalLM:
-    """Build a random GPT-OSS with 4 experts, 2 for each token, whose weights are (experts, d_in, d_out) with biases."""
+    """Build a random GPT-OSS with 4 experts, 2 for each token, whose weights are (experts, d_in, d_out) with biases.
+
+    Example:
+        >>> tiny_gpt_oss().config.num_local_experts
+        4
+    """
     settings = _MIXTURE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     return random_model(
         GptOssForCausalLM, GptOssConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -110,7 +135,12 @@ def tiny_gpt_oss(layers: int = 3, seed: int = 0, **changes: Any) -> GptOssForCau
 
 
 def tiny_deepseek_v3(layers: int = 3, seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
-    """Build a random DeepSeek-V3 with 4 experts in 2 groups, 2 for each token, and a shared one; the first block is dense."""
+    """Build a random DeepSeek-V3 with 4 experts in 2 groups, 2 for each token, and a shared one; the first block is dense.
+
+    Example:
+        >>> tiny_deepseek_v3().config.n_routed_experts
+        4
+    """
     settings = _MIXTURE | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
     settings |= {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
     settings |= {"moe_intermediate_size": 24, "q_lora_rank": 16, "kv_lora_rank": 16}
@@ -121,7 +151,12 @@ def tiny_deepseek_v3(layers: int = 3, seed: int = 0, **changes: Any) -> Deepseek
 
 
 def tiny_olmoe(layers: int = 3, seed: int = 0, **changes: Any) -> OlmoeForCausalLM:
-    """Build a random OLMoE with 4 experts, 2 for each token."""
+    """Build a random OLMoE with 4 experts, 2 for each token.
+
+    Example:
+        >>> tiny_olmoe().config.num_experts
+        4
+    """
     settings = _MIXTURE | {"num_experts": 4, "num_experts_per_tok": 2}
     return random_model(
         OlmoeForCausalLM, OlmoeConfig(num_hidden_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -129,7 +164,12 @@ def tiny_olmoe(layers: int = 3, seed: int = 0, **changes: Any) -> OlmoeForCausal
 
 
 def tiny_t5(layers: int = 2, seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
-    """Build a random T5 with as many encoder as decoder layers."""
+    """Build a random T5 with as many encoder as decoder layers.
+
+    Example:
+        >>> tiny_t5().config.num_decoder_layers
+        2
+    """
     settings: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
     return random_model(
         T5ForConditionalGeneration, T5Config(num_layers=layers, **_vocabulary(), **settings | changes), seed
@@ -137,7 +177,12 @@ def tiny_t5(layers: int = 2, seed: int = 0, **changes: Any) -> T5ForConditionalG
 
 
 def tiny_vit(layers: int = 2, seed: int = 0, labels: int = 3, **changes: Any) -> ViTForImageClassification:
-    """Build a random vision transformer that classifies images of 16 × 16 in patches of 8 × 8."""
+    """Build a random vision transformer that classifies images of 16 × 16 in patches of 8 × 8.
+
+    Example:
+        >>> tiny_vit()(torch.zeros(2, 3, 16, 16)).logits.shape
+        torch.Size([2, 3])
+    """
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -150,7 +195,12 @@ def tiny_vit(layers: int = 2, seed: int = 0, labels: int = 3, **changes: Any) ->
 
 
 def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int = 3) -> PreTrainedModel:
-    """Build a random BERT that classifies sequences, or tokens."""
+    """Build a random BERT that classifies sequences, or tokens.
+
+    Example:
+        >>> tiny_bert(tokens=True)(torch.ones(2, 5, dtype=torch.long)).logits.shape
+        torch.Size([2, 5, 3])
+    """
     config = BertConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -162,7 +212,12 @@ def tiny_bert(layers: int = 2, seed: int = 0, tokens: bool = False, labels: int 
 
 
 def random_model(cls: type[nn.Module], config: Any, seed: int = 0) -> Any:
-    """Build a transformers model in evaluation mode, with weights large enough that gradients differ between layers."""
+    """Build a transformers model in evaluation mode, with weights large enough that gradients differ between layers.
+
+    Example:
+        >>> random_model(LlamaForCausalLM, tiny_llama().config).training
+        False
+    """
     generator = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -187,6 +242,10 @@ def toy_batches(
         padding: "right", "left" or "none" (all of full length).
         seed: seed of the tokens and lengths.
         prompt: tokens at the start of every example that are not targets.
+
+    Example:
+        >>> [tuple(batch["input_ids"].shape) for batch in toy_batches(examples=6)]
+        [(4, 12), (2, 12)]
     """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1, VOCABULARY, (examples, length), generator=generator)
@@ -209,6 +268,10 @@ def quantize(model: nn.Module, kind: str, nested: bool = True, device: str = "cp
         kind: "nf4", "fp4" or "int8".
         nested: double quantization of the scales, in 4 bits.
         device: of the quantized layers.
+
+    Example:
+        >>> type(quantize(tiny_llama(), "nf4").model.layers[0].self_attn.q_proj).__name__
+        'Linear4bit'
     """
     import bitsandbytes as bnb
 
@@ -232,7 +295,14 @@ def quantize(model: nn.Module, kind: str, nested: bool = True, device: str = "cp
 
 
 def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Randomize LoRA's B, and other trainable weights, so that adapters change the model's logits."""
+    """Randomize LoRA's B, and other trainable weights, so that adapters change the model's logits.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+        >>> randomize_adapters(model) is model
+        True
+    """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -243,7 +313,12 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def save_tiny_model(folder: Path, layers: int = 3) -> Path:
-    """Save a tiny Llama with a tokenizer of the numbers 0 to 89, and return the folder."""
+    """Save a tiny Llama with a tokenizer of the numbers 0 to 89, and return the folder.
+
+    Example:
+        >>> (save_tiny_model(Path("model")) / "tokenizer.json").exists()
+        True
+    """
     words = ["<pad>", "<s>", "</s>", "<unk>", *map(str, range(90))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -4,3 +4,4 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("blueprint", "runs", "compare", "measure", "place", "place.cost", "data", "train", "publish", "cli")

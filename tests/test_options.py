@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from peft_blueprint import BlueprintError, _options
+from peft_blueprint import BlueprintError
 from peft_blueprint._options import check_fields, from_keywords, from_mapping
 from peft_blueprint.errors import PlacementError
 from peft_blueprint.measure import GenerateOptions, MeasureOptions
@@ -131,7 +130,3 @@ def test_keywords_of_another_type_are_refused_by_name(cls, field, wrong, message
 def test_numpys_numbers_are_numbers():
     """They come out of computations of one's own."""
     assert PlacementOptions(fraction=np.float32(0.5)).fraction == 0.5 and MeasureOptions(seed=np.int64(3)).seed == 3
-
-
-def test_the_examples_run():
-    assert doctest.testmod(_options, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0

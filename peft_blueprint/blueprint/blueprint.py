@@ -44,6 +44,15 @@ class Blueprint:
     Raises:
         FormatError: for no entries, a name twice, a checkpoint outside (0, 1], or a number that is missing, negative,
             infinite or NaN.
+
+    Example:
+        >>> blueprint = Blueprint("org/model", (Submodule("layers.0.q_proj", 3.0), Submodule("layers.0.v_proj", 1.0)))
+        >>> blueprint
+        <Blueprint of 'org/model': 2 submodules>
+        >>> max(blueprint, key=lambda entry: entry.gradient_norm).name, blueprint["layers.0.v_proj"].gradient_norm
+        ('layers.0.q_proj', 1.0)
+        >>> Blueprint.from_pretrained(blueprint.save("blueprint.json")) == blueprint
+        True
     """
 
     model_id: str

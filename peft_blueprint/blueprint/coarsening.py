@@ -82,7 +82,7 @@ def pooled_alpha(members: Sequence[Submodule]) -> tuple[float, float] | None:
         >>> one = Submodule("q_proj", 1.0, shape=(64, 64), alpha=0.5)
         >>> alpha, error = pooled_alpha([one, one])
         >>> round(alpha, 2), round(error, 2)
-        (0.5, 0.09)
+        (0.49, 0.09)
     """
     laws: list[tuple[float, int, float]] = []
     for member in members:

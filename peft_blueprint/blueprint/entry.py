@@ -87,6 +87,11 @@ class Submodule:
         examples: how many examples the norms are over.
         domain_tags: gradient norm on another domain's data over `gradient_norm`.
         extra: keys of a file that this version does not know, kept as they are.
+
+    Example:
+        >>> entry = Submodule("layers.0.self_attn.q_proj", 0.052, kind="q_proj", depth=0, group="attn.0", shape=(64, 32))
+        >>> entry.parameters, entry.d_in
+        (2048, 32)
     """
 
     name: str

@@ -43,6 +43,10 @@ class BestShare:
         items: share of the number of submodules or examples, those with the largest values.
         gain: share of the summed values that they hold, Δ_k/Δ_full.
         ratio: their gain per cost over that of all, G(k)/G(1), at least 1.
+
+    Example:
+        >>> BestShare(share=0.4, items=0.5, gain=0.8, ratio=1.3).is_interior
+        True
     """
 
     share: float

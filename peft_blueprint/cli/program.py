@@ -50,7 +50,15 @@ FAILURES = (
 
 
 def main() -> None:
-    """Run the program: an expected error becomes one line on stderr, and the exit status of `FAILURES`."""
+    """Run the program: an expected error becomes one line on stderr, and the exit status of `FAILURES`.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch("sys.argv", ["peft-blueprint", "show", "missing.json"]):
+        ...     main()
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
         status = app(standalone_mode=False)

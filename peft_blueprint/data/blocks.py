@@ -68,6 +68,11 @@ class BlockStream:
         pool: documents.
         size: tokens of a block.
         pack: whether a block may hold several documents.
+
+    Example:
+        >>> stream = cut_blocks(iter([{"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9]}]), size=3)
+        >>> [block["input_ids"] for block in stream]
+        [[5, 6, 7], [8, 9]]
     """
 
     column_names = list(BLOCK_COLUMNS)
@@ -107,6 +112,11 @@ class Blocks:
         pool: documents, not a stream.
         size: tokens of a block.
         pack: whether a block may hold several documents.
+
+    Example:
+        >>> blocks = cut_blocks([{"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9]}], size=3)
+        >>> len(blocks), blocks[1]["input_ids"]
+        (2, [8, 9])
     """
 
     column_names = list(BLOCK_COLUMNS)

@@ -90,6 +90,11 @@ class Pool:
 
     Raises:
         BlueprintError: if it is not a dataset, or `columns` names anything else.
+
+    Example:
+        >>> pool = Pool([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+        >>> pool.is_stream, pool.encode(0, pool[0]).row["labels"]
+        (False, [-100, 6, 7])
     """
 
     def __init__(

@@ -71,6 +71,13 @@ class FilteredStream:
 
     Attributes:
         resumed: number of rows that an earlier run yielded, which are not yielded again.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> rows = [{key: batch[key][i].tolist() for key in batch} for batch in toy_batches() for i in range(4)]
+        >>> stream = filter_stream(tiny_llama(), rows, method="loss", fraction=0.5, progress=False)
+        >>> len(list(stream)) < 8, stream.report["examples"]
+        (True, 8)
     """
 
     def __init__(self, scan: Scan, score: ScoreFunction, share: float, unit: FilterUnit, with_scores: bool):

@@ -78,6 +78,13 @@ class ExampleScorer:
         cost: spent so far.
         checks: of the model, made on the first batch that is scored.
         layers: score with the model's first layers alone, see `first_layers`; None for the whole model.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> scorer = ExampleScorer(tiny_llama(), None, batch_size=4, pad_token_id=0, seed=0, loss_fn=None)
+        >>> candidate = Candidate(0, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, "", {})
+        >>> scorer.norms([candidate]).shape, scorer.cost.measured_tokens
+        ((1,), 3)
     """
 
     model: nn.Module

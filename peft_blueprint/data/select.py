@@ -65,6 +65,11 @@ class Selection:
         fallbacks: deviations from the request, in words.
         all_scores: (examples,) of all examples, NaN where there is none; None for a stream or coreset.
         rows: the chosen examples of a stream; None for data that can be read again.
+
+    Example:
+        >>> selection = Selection((0, 2), (0.9, 0.8), "gradient_norm", settings={}, report={"examples": 3})
+        >>> selection.apply([{"text": "a"}, {"text": "b"}, {"text": "c"}])
+        [{'text': 'a'}, {'text': 'c'}]
     """
 
     indices: tuple[int, ...]

@@ -25,6 +25,10 @@ class DataShare:
         delta: exponent δ of q^δ, fitted to the curve of retained scores (eq. 29); None for a single example.
         scoring_cost: of an example, over that of training on it for one epoch.
         epochs: passes of training over the chosen data.
+
+    Example:
+        >>> DataShare(q=1.0, count=4, gain=1.0, ratio=1.0, delta=0.5, scoring_cost=0.3, epochs=1).notes()
+        ['gain per cost rises up to all of the data: it has no interior optimum (eq. 31), so all are chosen']
     """
 
     q: float

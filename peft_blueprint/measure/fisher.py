@@ -33,6 +33,11 @@ class FisherInfluence:
         mismatches: (submodules,) float64, ε_i = ‖ḡ − c·(F + λI)⁻¹ḡ‖ (eq. 25).
         scale: c, the same in every submodule, with the smallest sum of squared mismatches.
         damping: λ over the mean of the eigenvalues of F that B examples can make positive.
+
+    Example:
+        >>> ones = torch.ones(2)
+        >>> FisherInfluence(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), ones, 1.0, 0.1).rank_correlation
+        -1.0
     """
 
     influences: Tensor

@@ -60,6 +60,14 @@ class Influence:
         routing: (submodules, examples, 2) float32, of rows of experts: share of the example's routing choices that fall on
             the expert, and mean over its tokens of the router's weight (ESFT, arXiv:2407.01906); NaN where it
             is not known. None if experts were not measured.
+
+    Example:
+        >>> from peft_blueprint import measure_influence
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> parts = [measure_influence(tiny_llama(), [batch], progress=False) for batch in toy_batches()]
+        >>> influence = Influence.merge(parts)
+        >>> influence.norms.shape, influence.examples, influence.submodules[0].name
+        (torch.Size([28, 8]), 8, 'model.layers.0.self_attn.q_proj')
     """
 
     submodules: tuple[Submodule, ...]

@@ -213,6 +213,13 @@ class SetGain(_Gain):
 
     Raises:
         BlueprintError: for entries without alignments or with different lengths, or a damping that is not positive.
+
+    Example:
+        >>> from peft_blueprint import Submodule
+        >>> entries = [Submodule("a", 1.0, alignment=(1.0, 0.0)), Submodule("b", 1.0, alignment=(1.0, 1.0))]
+        >>> gain = SetGain(entries)
+        >>> round(gain.of(["a"]), 2), round(gain.of(["a", "b"]), 2)
+        (0.5, 0.57)
     """
 
     def __init__(self, entries: Sequence[Submodule], damping: float = DAMPING):

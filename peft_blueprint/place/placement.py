@@ -56,6 +56,15 @@ class Placement:
         details: for each name in `lora` its `kind`, `depth`, `score` and, if the blueprint has k*, `k_star_rank`: the
             rank at which an adapter has the share k* of the weight's parameters (eq. 15).
         alternatives: the next smaller and larger choices, each with `modules`, `time`, `gain_retained` and so on.
+
+    Example:
+        >>> from peft_blueprint import plan_placement
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> placement = plan_placement(None, tiny_llama(), num_modules=2)
+        >>> placement.lora
+        ('model.layers.1.self_attn.q_proj', 'model.layers.3.self_attn.q_proj')
+        >>> print(placement.summary())
+        2 adapters of rank 32 of 28 candidates by even, spread over kind+depth; 7.14 % of submodules, 6.67 % of parameters
     """
 
     model_id: str

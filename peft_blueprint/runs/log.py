@@ -49,24 +49,6 @@ class _State:
 class RunLog:
     """Keeps a ledger and the evaluations of a run, asks the rule whether to stop, and writes `run.json`.
 
-    In your own loop, under accelerate or torchrun or alone:
-
-        log = RunLog("pretraining", metric="loss", stop=MarginalReturn(), output_dir="run")
-        with log:
-            for step, batch in enumerate(batches, 1):
-                ...  # forward, backward, optimizer.step()
-                log.step(tokens=batch["input_ids"].numel())
-                if step == 1:
-                    log.note_optimizer(optimizer)
-                if step % 100 == 0:
-                    with log.evaluating():
-                        loss = evaluate(model)
-                    decision = log.evaluate(loss, step=step, progress=step / steps)
-                    with log.saving():
-                        torch.save(model.state_dict(), "model.pt")
-                    if decision is not None and decision.stop:
-                        break
-
     With several processes, each passes its own tokens to `step`, and all must call `evaluate`, `settle` and the end of
     the `with`, where they add up their costs and take over the first process's decision. Only the first process
     writes. An error in the bookkeeping is a warning and never ends the run.
@@ -84,6 +66,26 @@ class RunLog:
     Raises:
         BlueprintError: for an unknown resource or direction, a rule with the other direction, an empty name or metric,
             or a folder that cannot be written.
+
+    Example:
+        In your own loop, also under accelerate or torchrun:
+
+        >>> batches = [[5, 6, 7, 8]] * 9
+        >>> log = RunLog("pretraining", stop=MarginalReturn(), output_dir="run")
+        >>> with log:
+        ...     for step, batch in enumerate(batches, 1):
+        ...         pass  # forward, backward, optimizer.step()
+        ...         log.step(tokens=len(batch))
+        ...         if step % 3 == 0:
+        ...             with log.evaluating():
+        ...                 loss = 3 / step
+        ...             decision = log.evaluate(loss, step=step, progress=step / len(batches))
+        ...             with log.saving():
+        ...                 pass  # torch.save(model.state_dict(), "model.pt")
+        ...             if decision is not None and decision.stop:
+        ...                 break
+        >>> log.record().totals["tokens"].value
+        36.0
     """
 
     def __init__(

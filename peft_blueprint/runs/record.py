@@ -86,6 +86,13 @@ class RunRecord:
 
     Raises:
         FormatError: for an empty name or metric, an unknown direction or resource, or steps that fall.
+
+    Example:
+        >>> record = RunRecord("a", "loss", "minimize", "seconds", points=(Point(9, {"seconds": 6.0}, {"loss": 2.1}),))
+        >>> RunRecord.load(record.save("run")) == record
+        True
+        >>> record.total("energy_kwh").how
+        'absent'
     """
 
     name: str

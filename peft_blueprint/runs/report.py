@@ -78,6 +78,12 @@ class Report:
         resource: name of Γ in `UNITS`.
         rows: one per run, in the order given.
         notes: caveats for the reader.
+
+    Example:
+        >>> points = Point(0, {}, {"loss": 3.0}), Point(9, {"seconds": 9.0}, {"loss": 2.1})
+        >>> report = make_report([RunRecord("a", "loss", "minimize", "seconds", points=points)])
+        >>> report, round(report.rows[0].gain, 6)
+        (<Report of 1 run: loss by seconds>, 0.9)
     """
 
     metric: str

@@ -77,6 +77,16 @@ class PrefixCache(ExitStack):
     """Cache of the hidden states below the lowest trained layer; made by `cache_frozen_prefix`.
 
     Use it as a context manager, or call `close`, to have the model as it was.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_blueprint.testing import tiny_llama, toy_batches
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["layers.3.mlp.up_proj"])).train()
+        >>> with PrefixCache(model, budget=2**20) as cache:
+        ...     for batch in toy_batches():
+        ...         model(**batch).loss.backward()
+        >>> cache.lowest, cache.statistics.rows_computed
+        (3, 8)
     """
 
     def __init__(

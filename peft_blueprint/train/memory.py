@@ -80,8 +80,14 @@ def release_inputs(model: nn.Module) -> int:
 class CheckpointAbove(TrainerCallback):
     """Make a Trainer's own gradient checkpointing stop below the lowest adapter, also in TRL.
 
-    Add it as in `SFTTrainer(..., args=SFTConfig(gradient_checkpointing=True), callbacks=[CheckpointAbove()])`. It acts
-    when training begins, after checkpointing was turned on, and only if the arguments ask for checkpointing.
+    It acts when training begins, after checkpointing was turned on, and only if the arguments ask for checkpointing.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["layers.3.mlp.up_proj"]))
+        >>> trainer = Trainer(model, TrainingArguments("run"), callbacks=[CheckpointAbove()])
     """
 
     def on_train_begin(

@@ -1,8 +1,5 @@
 """Shares of a model: of its parameters, and the one that gives the most per cost."""
 
-import doctest
-import importlib
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,10 +88,3 @@ def test_shares_of_parameters():
 def test_what_has_no_best_share_is_refused(wrong, message):
     with pytest.raises(BlueprintError, match=message):
         wrong()
-
-
-@pytest.mark.parametrize("name", ["shares", "theory"])
-def test_the_examples_are_right(name):
-    """They run and print what is written below them."""
-    results = doctest.testmod(importlib.import_module(f"peft_blueprint.blueprint.{name}"))
-    assert results.attempted and not results.failed

@@ -1,13 +1,10 @@
 """A recipe is checked key by key before anything is loaded, and every error names the file and the key."""
 
 import copy
-import doctest
 import json
 from dataclasses import fields, replace
-from importlib import import_module
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -212,17 +209,3 @@ def test_trls_arguments_are_known_to_a_recipe_for_trl(tmp_path):
     trl = pytest.importorskip("trl")
     path = write(tmp_path, SOUND | {"training": {"packing": True}})
     assert Recipe.from_yaml(path, trl.SFTConfig).training == {"packing": True}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("blueprint_callback", "freezing", "frozen_prefix", "initialization", "ledger_callback", "memory", "recipe"),
-        *("run", "state_store"),
-    ],
-)
-def test_the_examples_run(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    found = doctest.testmod(import_module(f"peft_blueprint.train.{name}"))
-    assert found.attempted and not found.failed

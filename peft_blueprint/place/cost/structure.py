@@ -109,6 +109,12 @@ class Structure:
         vocabulary: width of the logits; 0 without a head.
         head: input width of a tied head; 0 without a head, or if it is among the parts because it is not tied.
         is_whole: whether all weights are included, which predictions of memory need.
+
+    Example:
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> structure = Structure.of(tiny_llama(layers=2))
+        >>> structure.parts[0].name, structure.blocks
+        ('model.embed_tokens', (0, 32, 32))
     """
 
     parts: tuple[Part, ...]
