@@ -28,9 +28,11 @@ from peft_blueprint.measure import get_pad_token_id
 from peft_blueprint.train import (
     CheckpointAbove,
     Recipe,
+    callbacks_of,
     initialize_adapters,
     keep_stdout_clean,
     prepare,
+    skip_prompts,
     training_settings,
 )
 
@@ -59,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         train_dataset=Dataset.from_list([dict(example) for example in prepared.examples]),
         processing_class=prepared.tokenizer,
         peft_config=prepared.config,  # a BlueprintConfig
-        callbacks=[CheckpointAbove()],
+        callbacks=[CheckpointAbove(), *callbacks_of(recipe)],
     )
     keep_stdout_clean(trainer)
+    skip_prompts(trainer.model, recipe)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     if not half:  # bfloat16 is slow on CPUs, and pairs badly with activations in float32
         for parameter in trained:

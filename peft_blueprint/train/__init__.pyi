@@ -32,5 +32,7 @@ from .run import initialize_adapters as initialize_adapters
 from .run import keep_stdout_clean as keep_stdout_clean
 from .run import prepare as prepare
 from .run import run_recipe as run_recipe
+from .skipping import callbacks_of as callbacks_of
+from .skipping import skip_prompts as skip_prompts
 from .target_head import head_on_targets as head_on_targets
 from .verification import check_adapters as check_adapters

@@ -25,6 +25,7 @@ from ..errors import BlueprintError
 from ..measure import dtype_of
 from ..place import DEFAULT_RANK, Budget, PlacementOptions, Workload
 from ..runs import MarginalReturn, carbon_factor
+from .skipping import check_skipping
 
 
 ALL_LINEAR = "all-linear"
@@ -126,6 +127,19 @@ class Recipe(ProbeOptions):
         "Settings of MarginalReturn, with LedgerCallback's metric and resource, to stop early; {} for the defaults. The "
         "held-out examples are then evaluated twenty times, unless training says otherwise.",
     )
+    answer_only: Mapping[str, Any] | None = _key(
+        None,
+        "Train activated LoRA at the cost of the answers, see the function of that name. {} for the defaults, or: invocation, "
+        "the text right before every answer (by default the chat template's generation prompt); turns, last or every; cache, "
+        "the bytes in which later epochs find prompts again, such as 4GiB; folder, for files in place of memory.",
+    )
+    freeze_from_below: Mapping[str, Any] | None = _key(
+        None, "Settings of FreezeFromBelow, such as a schedule of 1:10, 2:20; {} decides by marginal return."
+    )
+    cache_frozen_prefix: Mapping[str, Any] | None = _key(
+        None,
+        "Settings of CacheFrozenPrefix, such as a budget of 8GiB; {} for the defaults. Saves from the second epoch on.",
+    )
     carbon: str | float | None = _key(None, "Grams of CO2e per kWh, or a country's three-letter code.")
     base_learning_rate: float | None = _key(
         None,
@@ -211,6 +225,7 @@ class Recipe(ProbeOptions):
                 "stop needs held_out, whose loss it watches; or metric: loss, to watch the training loss."
             )
         stopping_rule(self.stop)
+        check_skipping(self)
         carbon_factor(self.carbon)
         if self.start_examples and (self.mode == "unfreeze" or "init_lora_weights" in self.lora):
             other = "lora: init_lora_weights" if "init_lora_weights" in self.lora else "mode: unfreeze"

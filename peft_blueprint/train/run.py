@@ -69,6 +69,7 @@ from .initialization import initialize_along_gradient
 from .ledger_callback import LedgerCallback
 from .memory import CheckpointAbove, share_base
 from .recipe import ALL_LINEAR, OPTIMIZERS, Recipe, stopping_rule, training_settings
+from .skipping import activation_of, callbacks_of, skip_prompts, workload_of
 from .verification import check_adapters
 
 
@@ -200,6 +201,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Report:
         share_base(model)
     if prepared.learning_rate is not None:
         arguments.learning_rate = prepared.learning_rate
+    skip_prompts(model, recipe)
     check_adapters(model, make_batches(prepared.rows[:1], 1, pad))
     initialization = initialize_adapters(model, recipe, prepared.rows, pad, progress=progress)
     with Ledger() as spent:
@@ -266,7 +268,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
     rows = encode(examples, tokenizer, recipe.max_length)
     is_read = recipe.blueprint is not None and recipe.placement != ALL_LINEAR
     published = read_for_domain(str(recipe.blueprint), recipe.domain) if is_read else None
-    workload_of_step = partial(_workload, recipe, arguments, max(len(row["input_ids"]) for row in rows))
+    workload_of_step = partial(_workload, recipe, arguments, rows)
 
     plan, quantization = None, recipe.quantization
     if recipe.is_planned_before_loading:
@@ -289,7 +291,7 @@ def prepare(recipe: Recipe, arguments: TrainingArguments, *, progress: bool = Tr
         tokenizer=tokenizer,
         examples=examples,
         rows=rows,
-        config=_adapter_config(recipe, placement, blueprint, workload),
+        config=_adapter_config(recipe, placement, blueprint, workload, activation_of(recipe, tokenizer)),
         placement=placement,
         predicted=predicted,
         learning_rate=None if rate is None else rate.value,
@@ -466,7 +468,7 @@ def _train(
         train_dataset=list(rows),
         eval_dataset=list(held_out) or None,
         data_collator=partial(collate, pad_token_id=pad_token_id),
-        callbacks=[CheckpointAbove()],
+        callbacks=[CheckpointAbove(), *callbacks_of(recipe)],
     )
     keep_stdout_clean(trainer)
     rule, options = stopping_rule(recipe.stop)
@@ -517,8 +519,9 @@ def _plan(
     """Place adapters; return the placement, and predictions by the names of `Report`'s fields."""
     cost: Mapping[str, float | None]
     if isinstance(recipe.placement, str):
-        whole = CostModel(Structure.of(model), workload).all_linear()
-        placement, cost = None, {"time": 1.0, "memory": whole.bytes, "lowest": whole.lowest}
+        costs = CostModel(Structure.of(model), workload)
+        whole = costs.all_linear()
+        placement, cost = None, {"time": costs.time_ratio(whole), "memory": whole.bytes, "lowest": whole.lowest}
     else:
         placement = plan_placement(blueprint, model, _placement_options(recipe), workload=workload)
         cost = placement.cost
@@ -543,9 +546,13 @@ def _placement_options(recipe: Recipe) -> PlacementOptions:
 
 
 def _adapter_config(
-    recipe: Recipe, placement: Placement | None, blueprint: Blueprint | None, workload: Workload
+    recipe: Recipe,
+    placement: Placement | None,
+    blueprint: Blueprint | None,
+    workload: Workload,
+    activation: Mapping[str, Any],
 ) -> LoraConfig:
-    lora = {"task_type": "CAUSAL_LM", **recipe.lora}
+    lora = {"task_type": "CAUSAL_LM", **activation, **recipe.lora}
     if placement is None:
         return LoraConfig(target_modules=ALL_LINEAR, **{"lora_alpha": DEFAULT_ALPHA * recipe.rank} | lora)
     options = vars(_placement_options(recipe))  # they are saved with the adapter
@@ -553,9 +560,16 @@ def _adapter_config(
 
 
 def _workload(
-    recipe: Recipe, arguments: TrainingArguments, length: int, dtype: torch.dtype, attention: str | None = None
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    rows: Sequence[Row],
+    dtype: torch.dtype,
+    attention: str | None = None,
 ) -> Workload:
-    """Describe a training step to the cost model: `length` is that of the longest example, in tokens."""
+    """Describe a training step to the cost model, by the longest example."""
+    length = max(len(row["input_ids"]) for row in rows)
+    steps = -(-len(rows) // (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps))
+    epochs = arguments.num_train_epochs if arguments.max_steps <= 0 else arguments.max_steps / steps
     quantization = recipe.quantization or {}
     kind = "int8" if quantization.get("load_in_8bit") else None
     if quantization.get("load_in_4bit"):
@@ -576,6 +590,7 @@ def _workload(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "padded": arguments.per_device_train_batch_size > 1,
         "input_gradients": False,
+        **workload_of(recipe, rows, length, epochs),
     }
     return Workload(**{**derived, **recipe.workload})
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 
 from peft_blueprint import BlueprintError, generate_blueprint
 from peft_blueprint.cli import main
@@ -150,6 +151,28 @@ def test_a_recipe_may_stop_when_training_no_longer_pays(folder, tmp_path):
     assert (record.metric, record.resource, record.points[0].step) == ("eval_loss", "tokens", 0)
 
 
+def test_a_recipe_skips_prompts_and_frozen_layers(folder, tmp_path):
+    """The adapter is PEFT's activated LoRA, trained alike with a cache; what freezes no longer changes."""
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.02}
+    settings = {"placement": "all-linear", "training": training}
+
+    def trained(**changes):
+        report = run_recipe(Recipe.from_yaml(recipe(folder, tmp_path, **settings, **changes)), progress=False)
+        return report, load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+    report, _ = trained(answer_only={"invocation": "9"})
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and len(config["alora_invocation_tokens"]) == 1
+    cached, _ = trained(answer_only={"invocation": "9", "cache": "1MiB"})
+    assert cached.loss_after == pytest.approx(report.loss_after, rel=1e-3) and report.loss_after < report.loss_before
+    assert cached.predicted_time < report.predicted_time < 1
+    _, frozen = trained(freeze_from_below={"schedule": "1:3"}, cache_frozen_prefix={"budget": "1MiB"})
+    _, longer = trained(freeze_from_below={"schedule": "2:3"}, cache_frozen_prefix={"budget": "1MiB"})
+    whole, _ = trained()
+    assert whole.predicted_time == 1 and whole.steps == 24
+    assert any(frozen[name].ne(longer[name]).any() for name in frozen if ".layers.0." in name)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -158,6 +181,8 @@ def test_a_recipe_may_stop_when_training_no_longer_pays(folder, tmp_path):
         ({"columns": {"prompt": "frage"}}, "must have the columns prompt and completion"),
         ({"max_length": 3}, "None of 64 examples has a target within 3 tokens"),
         ({"output": __file__}, "cannot be written: Not a directory"),
+        ({"answer_only": {}}, "answer_only: invocation: The tokenizer has no chat template"),
+        ({"answer_only": {"invocation": "77"}}, r"Example 0 .* has no invocation tokens"),
         ({"probe_examples": 0}, "probe_examples: 0 needs a blueprint, or placement: rank_by: even"),
         ({"blueprint": "missing.json"}, "missing.json"),
         ({"training": {"eval_strategy": "sometimes"}}, "training: TrainingArguments refuses these settings"),
