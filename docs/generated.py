@@ -1,9 +1,10 @@
-"""Pages made from the program: command line, recipe keys, and a tutorial for every notebook. MkDocs runs it as a hook."""
+"""Generated pages: home, rooms, command line, recipe keys, and a tutorial for every notebook. MkDocs runs it as a hook."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -13,15 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from peft import LoraConfig
 from typer.cli import get_docs_for_click
 
+import peft_blueprint
 from peft_blueprint.cli.program import app
 from peft_blueprint.place import Workload
 from peft_blueprint.runs import RESOURCES, MarginalReturn
 from peft_blueprint.train.recipe import Recipe, RecipePlacement
 
 
+README = Path(__file__).parents[1] / "README.md"
 NOTEBOOKS = Path(__file__).parent / "notebooks"
+ROOMS = ("blueprint", "runs", "compare", "measure", "place", "data", "train", "publish", "testing")
 SECTIONS_ELSEWHERE = {
     "lora": "https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig",
     "training": "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
@@ -40,10 +45,92 @@ def on_files(files: Any, config: Any) -> Any:
 
 def generated() -> dict[str, str | bytes]:
     """Return every generated file by its path in the site."""
-    pages: dict[str, str | bytes] = {"reference/cli.md": command_line(), "reference/recipe.md": recipe_keys()}
+    pages: dict[str, str | bytes] = {f"reference/{room}.md": api(room) for room in ROOMS}
+    pages |= {"index.md": home(), "reference/index.md": contents()}
+    pages |= {"reference/cli.md": command_line(), "reference/recipe.md": recipe_keys()}
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         pages |= tutorial(path)
     return pages
+
+
+def home() -> str:
+    """Return the README with links to the pages of the site."""
+    text = re.sub(r"\]\(docs/notebooks/(\w+)\.ipynb\)", r"](tutorials/\1.md)", README.read_text(encoding="utf-8"))
+    return "---\nhide: [navigation]\n---\n" + text.replace("](docs/", "](")
+
+
+def api(room: str) -> str:
+    """Return the reference of a room: a table of its functions and classes, and each of them in full by mkdocstrings."""
+    module = importlib.import_module(f"peft_blueprint.{room}")
+    found = functions_and_classes(module)
+    parts = [f"# peft_blueprint.{room}", inspect.getdoc(module), links(found)]
+    for value in found.values():
+        parts.append(f"::: {path_of(value)}")
+        if dataclasses.is_dataclass(value) and any("help" in field.metadata for field in dataclasses.fields(value)):
+            parts.append(options(value))
+    return "\n\n".join(parts) + "\n"
+
+
+def contents() -> str:
+    """Return the first page of the reference: the names of the package itself, and what else there is to look up."""
+    found = functions_and_classes(peft_blueprint)
+    modules = {room: importlib.import_module(f"peft_blueprint.{room}") for room in ROOMS}
+    rooms = "\n".join(f"| [{room}]({room}.md) | {summary_of(module)} |" for room, module in modules.items())
+    return f"""# Reference
+
+[Command line](cli.md), [recipe keys](recipe.md), [errors](errors.md), [file format](format.md).
+
+## The package's own names
+
+`from peft_blueprint import …`
+
+{links(found, pages=True)}
+
+## Rooms
+
+`from peft_blueprint.place import …`
+
+| room | |
+|---|---|
+{rooms}
+"""
+
+
+def functions_and_classes(module: types.ModuleType) -> dict[str, Any]:
+    """Return the public functions and classes of a module by name."""
+    found = {name: getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in found.items() if inspect.isfunction(value) or inspect.isclass(value)}
+
+
+def links(found: Mapping[str, Any], pages: bool = False) -> str:
+    """Return a table of names with links and the first lines of their docstrings."""
+    rows = []
+    for name, value in found.items():
+        page = value.__module__.split(".")[1] + ".md" if pages else ""
+        rows.append(f"| [`{name}`]({page}#{path_of(value)}) | {summary_of(value)} |")
+    return "\n".join(["| name | |", "|---|---|", *rows])
+
+
+def path_of(value: Any) -> str:
+    """Return where a function or class is defined."""
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def summary_of(value: Any) -> str:
+    """Return the first paragraph of a docstring on one line of a table."""
+    return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+def options(cls: type) -> str:
+    """Return a table of the fields that this package adds to a dataclass: name, type, default and help."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        is_own = field is not LoraConfig.__dataclass_fields__.get(field.name)
+        if is_own and field.init and "help" in field.metadata:
+            default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            kind = str(field.type).replace("|", "\\|")
+            rows.append(f"| `{field.name}` | `{kind}` | {default} | {field.metadata['help']} |")
+    return "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
 
 
 def command_line() -> str:

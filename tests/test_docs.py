@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -17,7 +18,7 @@ from peft_blueprint.place import PlacementOptions
 from peft_blueprint.publish import embed
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
 from peft_blueprint.train import Recipe
-from tests import ROOT
+from tests import ROOMS, ROOT
 
 
 README = ROOT / "README.md"
@@ -111,7 +112,16 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, generated):
 
 
 def test_the_generated_reference_is_complete(generated):
-    """Every verb with every flag, and every key of a recipe with its meaning."""
+    """Every public function, class and field of options; every verb with every flag; every key of a recipe."""
+    for room in set(ROOMS) - {"cli", "place.cost"}:
+        module = importlib.import_module(f"peft_blueprint.{room}")
+        values = (getattr(module, name) for name in module.__all__)
+        paths = {f"{v.__module__}.{v.__qualname__}" for v in values if inspect.isfunction(v) or inspect.isclass(v)}
+        assert paths == set(re.findall(r"^::: (\S+)$", generated[f"reference/{room}.md"], re.MULTILINE)) != set()
+    fields = [f.name for f in dataclasses.fields(PlacementOptions)]
+    assert all(
+        generated["reference/place.md"].count(f"\n| `{name}` | `") == 2 for name in fields
+    )  # and in BlueprintConfig
     text = generated["reference/cli.md"]
     sections = dict(re.findall(r"^## `peft-blueprint (\S+)`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     for verb, command in typer.main.get_command(app).commands.items():

@@ -103,15 +103,11 @@ class BlueprintConfig(PlacementOptions, ProbeOptions, LoraConfig):  # type: igno
     `ranks="uniform"`, where no budget depends on the ranks.
 
     Args:
-        blueprint (`Blueprint | str | dict`, *optional*):
-            A blueprint; a file, folder or repository id to read it from; or its JSON object.
-        placement (`Placement | dict`, *optional*):
-            A placement made before, instead of a blueprint and options.
-        workload (`Workload | dict`, *optional*):
-            Training step for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; a dict is
-            completed from the model.
-        probe (*optional*):
-            Local data: batches or examples, see `measure_influence`, of which `probe_examples` are measured; or a
+        blueprint: a blueprint; a file, folder or repository id to read it from; or its JSON object.
+        placement: a placement made before, instead of a blueprint and options.
+        workload: training step for `budget` and `keep`: `{"batch_size": 4, "length": 1024, "checkpointing": True}`; a
+            dict is completed from the model.
+        probe: local data: batches or examples, see `measure_influence`, of which `probe_examples` are measured; or a
             blueprint that was measured on them. None again once the config is settled.
 
     Raises:
