@@ -56,7 +56,9 @@ def generated() -> dict[str, str | bytes]:
 def home() -> str:
     """Return the README with links to the pages of the site."""
     text = re.sub(r"\]\(docs/notebooks/(\w+)\.ipynb\)", r"](tutorials/\1.md)", README.read_text(encoding="utf-8"))
-    return "---\nhide: [navigation]\n---\n" + text.replace("](docs/", "](")
+    text = text.replace("](peft_blueprint/train/recipe.py)", "](reference/recipe.md)").replace("](docs/", "](")
+    text = re.sub(r"\]\(peft_blueprint/(\w+)/options\.py\)", r"](reference/\1.md)", text)
+    return f"---\nhide: [navigation]\n---\n{text}"
 
 
 def api(room: str) -> str:

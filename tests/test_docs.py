@@ -10,10 +10,13 @@ import shlex
 import pytest
 import typer
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from peft import get_peft_model
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
-from peft_blueprint import Blueprint
+from peft_blueprint import Blueprint, BlueprintConfig
+from peft_blueprint.blueprint import bundled_blueprints
 from peft_blueprint.cli.program import app
+from peft_blueprint.measure import empty_model
 from peft_blueprint.place import PlacementOptions
 from peft_blueprint.publish import embed
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
@@ -81,7 +84,16 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     found: dict = {}
     exec(block, found)
     assert found["model"].peft_config["default"].selection
-    assert "trainable params: " in capsys.readouterr().out and "trainable params: " in README.read_text()
+    assert "trainable params: " in capsys.readouterr().out
+
+
+def test_the_quick_starts_output_is_what_it_prints(capsys):
+    """For the bundled blueprint of the same model and data, on a model of the same shapes."""
+    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = LlamaConfig(**shapes, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    bundled = bundled_blueprints("HuggingFaceTB/SmolLM2-135M-Instruct")
+    get_peft_model(empty_model(config), BlueprintConfig(blueprint=str(bundled["gsm8k"]))).print_trainable_parameters()
+    assert capsys.readouterr().out == blocks_of("README.md", "text")[0]
 
 
 def module_of(path: str):
