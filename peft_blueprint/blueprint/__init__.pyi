@@ -50,6 +50,7 @@ from .model_files import parse_index as parse_index
 from .shares import BestShare as BestShare
 from .shares import best_prefix as best_prefix
 from .shares import best_share as best_share
+from .shares import describe_k_star as describe_k_star
 from .shares import k_star_of as k_star_of
 from .shares import parameter_share as parameter_share
 from .strict_json import MAX_STRING as MAX_STRING

@@ -170,3 +170,23 @@ def k_star_of(blueprint: Blueprint) -> float:
 
 def _size(entry: Submodule) -> int:
     return math.prod(entry.shape or ())
+
+
+def describe_k_star(blueprint: Blueprint) -> str:
+    """Describe k* of the whole model; an empty text where the file has none.
+
+    Example:
+        >>> from peft_blueprint import Blueprint
+        >>> entries = (Submodule("q", 1.0, shape=(8, 8)), Submodule("up", 1.0, shape=(24, 8)))
+        >>> costs = {"k_star": 0.25, "k_star_submodules": 0.5, "k_star_ratio": 1.2}
+        >>> describe_k_star(Blueprint("org/model", entries, costs=costs))
+        '25 % of parameters (50 % of submodules, 1.20 times the gain per cost of all)'
+    """
+    k, submodules, ratio = (blueprint.costs.get(f"{KEY}{name}") for name in ("", "_submodules", "_ratio"))
+    if not isinstance(k, int | float):
+        return ""
+    has_sizes = all(entry.shape is not None for entry in blueprint)  # otherwise entries are counted
+    text = f"{100 * k:.3g} % of {'parameters' if has_sizes else f'{blueprint.level}s'}"
+    if isinstance(submodules, int | float) and isinstance(ratio, int | float):
+        text += f" ({100 * submodules:.3g} % of {blueprint.level}s, {ratio:.2f} times the gain per cost of all)"
+    return text

@@ -96,7 +96,7 @@ class Output:
         ]
         title = (
             f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
-            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{_best_share(blueprint)}"
+            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{f', k* {best}' if (best := records.describe_k_star(blueprint)) else ''}"
             f"{_influence(blueprint)}"
         )
         if summary:
@@ -208,19 +208,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
-
-
-def _best_share(blueprint: Blueprint) -> str:
-    """Describe k* of the whole model, where the file has it."""
-    found = {name: blueprint.costs.get(f"k_star{name}") for name in ("", "_submodules", "_ratio")}
-    k, submodules, ratio = found.values()
-    if not isinstance(k, int | float):
-        return ""
-    has_sizes = all(entry.shape is not None for entry in blueprint)  # otherwise entries are counted
-    text = f", k* {100 * k:.3g} % of {'parameters' if has_sizes else f'{blueprint.level}s'}"
-    if isinstance(submodules, int | float) and isinstance(ratio, int | float):
-        text += f" ({100 * submodules:.3g} % of {blueprint.level}s, {ratio:.2f} times the gain per cost of all)"
-    return text
 
 
 def _influence(blueprint: Blueprint) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
-from ..blueprint import Blueprint, file_name, norm_of, score_of
+from ..blueprint import Blueprint, describe_k_star, file_name, norm_of, score_of
 from ..errors import BlueprintError
 from .card_sections import MAX_CHARACTERS, as_code, as_text, marked
 from .metadata import add_metadata, is_dataset_id, is_hub_id
@@ -137,6 +137,7 @@ def _measured(blueprint: Blueprint) -> str:
         "checkpoint": f"{blueprint.training_checkpoint * 100:.6g} % of the model's training",
         "measured": f"{len(blueprint)} entries at {blueprint.level} level, {kinds} kinds",
         "structure digest": blueprint.model_digest,
+        "k*": describe_k_star(blueprint),
         "rank correlation of influence (Fisher) with gradient norm": _flat(
             blueprint.influence.get("rank_correlation")
         ),

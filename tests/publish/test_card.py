@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_blueprint import Blueprint, BlueprintError
+from peft_blueprint.blueprint import describe_k_star
 from peft_blueprint.blueprint.entry import Submodule
 from peft_blueprint.errors import FormatError
 from peft_blueprint.publish.card import card_section, datasets_of, new_card, section_name
@@ -135,6 +136,9 @@ def test_a_record_of_groups_shows_what_the_papers_example_has(blueprint):
     assert f"| {entry.alpha:.4g} | {entry.gamma:.4g} | {entry.k_star:.4g} |\n" in section
     assert "rank correlation of influence" not in section
     rho = blueprint.influence["rank_correlation"]
+    share = describe_k_star(blueprint)
+    assert share.startswith(f"{100 * blueprint.costs['k_star']:.3g} % of parameters (")
+    assert f"| k* | `{share}` |" in card_section(blueprint, FILE)
     assert f"| rank correlation of influence (Fisher) with gradient norm | `{rho:.4g}` |" in card_section(
         blueprint, FILE
     )
