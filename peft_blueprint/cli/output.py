@@ -94,9 +94,10 @@ class Output:
             | {by: statistic_of(entry, by)}
             for entry in entries
         ]
+        best = records.describe_k_star(blueprint)
         title = (
             f"{blueprint.model_id}: {len(blueprint)} {blueprint.level}s, training_checkpoint "
-            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{f', k* {best}' if (best := records.describe_k_star(blueprint)) else ''}"
+            f"{blueprint.training_checkpoint:g}{_concentration(blueprint)}{', k* ' if best else ''}{best}"
             f"{_influence(blueprint)}"
         )
         if summary:
