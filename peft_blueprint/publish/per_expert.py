@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,25 +17,34 @@ from ..errors import BlueprintError
 from .uniform_rank import PairOfFile, export_uniform_lora, read_adapter
 
 
-# names of gate, up and down, and of the block that holds the experts, where they differ from most models'
-_NAMES = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2"))}
-_OTHERS = ("mlp", ("gate_proj", "up_proj", "down_proj"))
-_NOT_LISTED = ("gpt_oss", "llama4", "llama4_text")  # which hold gate and up interleaved, or no experts in lists
+Matrices = tuple[str, str, str]  # names of an expert's gate, up and down
+
 _PREFIX = "base_model.model."
 _TENSORS = "adapter_model.safetensors"
+_LISTED = re.compile(r"experts\.\*\.(\w+)\.weight$")  # the matrix of one expert in a list
+_MODULE = re.compile(r"\.\w+\.")  # a module in the middle of a name
 
 
-def export_per_expert_lora(adapter_folder: str | Path, out_folder: str | Path, model_type: str | None = None) -> Path:
+def export_per_expert_lora(
+    adapter_folder: str | Path,
+    out_folder: str | Path,
+    model_type: str | None = None,
+    *,
+    matrices: Matrices | None = None,
+) -> Path:
     """Write an adapter of fused experts under the names of single experts, `…experts.17.gate_proj`.
 
-    For servers that compute with single experts: vLLM's classes without `is_3d_moe_weight`, such as those of Mixtral,
-    Qwen3-MoE, OLMoE and DeepSeek. Each expert of an adapted layer gets an adapter, of zeros where it has none, because
-    vLLM needs all. The rank is made uniform first, as in `export_uniform_lora`. PEFT loads the result too.
+    For servers that compute with single experts: SGLang, and vLLM's classes without `is_3d_moe_weight`, such as those of
+    Mixtral, Qwen3-MoE, OLMoE and DeepSeek. The names are those of the model's checkpoint, as transformers converts it.
+    Each expert of an adapted layer gets an adapter, of zeros where it has none, because vLLM needs all. The rank is made
+    uniform first, as in `export_uniform_lora`. PEFT loads the result too. `export_for_server` calls this where a server
+    needs it.
 
     Args:
         adapter_folder: saved by `save_pretrained`, of all or of chosen experts.
         out_folder: another folder; created if it does not exist.
         model_type: of the base model's config; by default read from the base model that the adapter names.
+        matrices: names of gate, up and down; by default those of the checkpoint.
 
     Returns:
         The folder written.
@@ -61,15 +71,17 @@ def export_per_expert_lora(adapter_folder: str | Path, out_folder: str | Path, m
         config, pairs, metadata = read_adapter(export_uniform_lora(adapter_folder, folder, full_names=True))
     if not any(pair.is_of_experts for pair in pairs):
         raise BlueprintError(f"{adapter_folder} adapts no fused experts. Use export_uniform_lora.")
-    model_type = model_type or _model_type(config.get("base_model_name_or_path"))
-    if model_type in _NOT_LISTED:
-        raise BlueprintError(
-            f"A {model_type} model has no single experts by name. Serve the adapter in PEFT's own form."
-        )
-    block, names = _NAMES.get(model_type, _OTHERS)
+    renamed, found = _names_in_checkpoints(model_type or read_model_type(config.get("base_model_name_or_path")))
+    names = matrices or found
     tensors: dict[str, Tensor] = {}
     for pair in pairs:
-        tensors |= _of_experts(pair, block, names) if pair.is_of_experts else {pair.a_key: pair.a, pair.b_key: pair.b}
+        if not pair.is_of_experts:
+            tensors |= {pair.a_key: pair.a, pair.b_key: pair.b}
+            continue
+        holder = f"{pair.name.removesuffix('.base_layer')}."
+        for stored, loaded in renamed:
+            holder = holder.replace(loaded, stored)
+        tensors |= _of_experts(pair, holder, names)
     linear = {pair.name for pair in pairs if not pair.is_of_experts}
     config |= {"target_modules": sorted({*linear, *names}), "target_parameters": None}
     with replacing(out / _TENSORS) as tensors_file, replacing(out / CONFIG_NAME) as config_file:
@@ -79,29 +91,61 @@ def export_per_expert_lora(adapter_folder: str | Path, out_folder: str | Path, m
     return out
 
 
-def _of_experts(pair: PairOfFile, block: str, names: tuple[str, str, str]) -> dict[str, Tensor]:
+def _of_experts(pair: PairOfFile, holder: str, names: Matrices) -> dict[str, Tensor]:
     """Return A and B of every expert; gate and up, which are fused into one output, share A."""
     experts = pair.a.shape[0] // pair.rank
-    holder = pair.name.removesuffix(".base_layer")
-    outer, _, own = holder.rpartition(".")
-    holder = f"{outer.rpartition('.')[0]}.{block}.{own}"
     downs, ups = pair.a.unflatten(0, (experts, -1)), pair.b.unflatten(1, (-1, experts))
     gate, up, down = names
+    is_fused = pair.name.endswith(".base_layer")
     found = {}
     for expert in range(experts):
         a, b = downs[expert], ups[:, :, expert]
-        is_fused = pair.name != pair.name.removesuffix(".base_layer")
         for name, part in zip((gate, up), b.chunk(2), strict=True) if is_fused else ((down, b),):
-            key = f"{_PREFIX}{holder}.{expert}.{name}"
+            key = f"{_PREFIX}{holder}{expert}.{name}"
             found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"] = a.contiguous(), part.contiguous()
     return {key: tensor.clone() for key, tensor in found.items()}
 
 
-def _model_type(name: str | None) -> str:
+def _names_in_checkpoints(model_type: str) -> tuple[list[tuple[str, str]], Matrices]:
+    """Return the (stored, loaded) names of modules that transformers renames, and the names of gate, up and down.
+
+    Read from the conversion of checkpoints that transformers registers for the model.
+    """
     try:
-        return str(AutoConfig.from_pretrained(str(name)).model_type)
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError as error:
+        raise BlueprintError(
+            "The names of single experts are known to transformers 5 and newer. Upgrade it."
+        ) from error
+    renamed, names = [], {}
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        stored, loaded = conversion.source_patterns, conversion.target_patterns
+        parts = [match[1] for pattern in stored if (match := _LISTED.search(pattern))]
+        if parts and len(parts) == len(stored):
+            names[loaded[0].rpartition(".")[2]] = parts
+        elif len(stored) == len(loaded) == 1 and _MODULE.fullmatch(stored[0]) and _MODULE.fullmatch(loaded[0]):
+            renamed.append((stored[0], loaded[0]))
+    if len(names.get("gate_up_proj", ())) != 2 or len(names.get("down_proj", ())) != 1:
+        raise BlueprintError(
+            f"Checkpoints of {model_type} models have no single experts by name. Serve the adapter in PEFT's own form, or "
+            "merge it into the model."
+        )
+    gate, up, down = *names["gate_up_proj"], *names["down_proj"]
+    return renamed, (gate, up, down)
+
+
+def read_model_type(model: str | Path | None) -> str:
+    """Return the `model_type` of a base model's config.
+
+    Raises:
+        BlueprintError: if the config cannot be read.
+    """
+    advice = "Give the model, on the command line as --model, or a model_type such as 'qwen3_moe'."
+    if not model:
+        raise BlueprintError(f"The adapter names no base model, whose config says how its experts are named. {advice}")
+    try:
+        return str(AutoConfig.from_pretrained(str(model)).model_type)
     except (OSError, ValueError, TypeError) as error:
         raise BlueprintError(
-            f"The config of the base model {name!r} cannot be read ({str(error).splitlines()[0]}). Give model_type, such as "
-            "'qwen3_moe'."
+            f"The config of the base model {str(model)!r} cannot be read ({str(error).splitlines()[0]}). {advice}"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ from .._text import format_names
 from ..errors import BlueprintError
 from ..measure import empty_model, find_weights, unwrap
 from ..place import SERVER_RANKS
+from .per_expert import export_per_expert_lora, read_model_type
 from .uniform_rank import PairOfFile, Zeros, export_uniform_lora, read_adapter
 
 
 Server = Literal["vllm", "sglang", "tgi", "lorax", "llama.cpp", "ollama"]
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that servers join to one
+_READ_EXPERTS = ("vllm", "sglang")
+# model types whose classes in vLLM have is_3d_moe_weight: they read PEFT's form of fused experts
+_READ_FUSED = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe")
+_SGLANG_MATRICES = ("gate_proj", "up_proj", "down_proj")  # which its --lora-target-modules knows; not w1, w3 and w2
 _READS_ACTIVATED = "llama.cpp"
 _SMALL_RANK = 16  # that vLLM reserves where no flag is given
 _FAST_RANK = 128  # the largest of the kernels in TGI and LoRAX
@@ -69,6 +75,8 @@ def export_for_server(
     it gets zeros there:
 
     - SGLang joins q, k and v of a layer, and gate and up, and drops or refuses an adapter on a part of them.
+    - vLLM and SGLang read adapters of fused experts as one for each expert and matrix, see `export_per_expert_lora`;
+      vLLM's classes of GPT-OSS, Qwen3.5-MoE, Qwen3-VL-MoE and Qwen3-Omni-MoE read PEFT's form.
     - TGI and LoRAX ignore a kind of layer, such as `up_proj`, unless it is adapted in every block.
     - vLLM, llama.cpp and Ollama need no zeros.
 
@@ -76,13 +84,13 @@ def export_for_server(
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.
         out_folder: another folder; created if it does not exist.
         server: "vllm", "sglang", "tgi", "lorax", "llama.cpp" or "ollama".
-        model: base model for the shapes of zeros; of a folder or repository only the config is read; by default the
-            one that the adapter names. Needed for SGLang, TGI and LoRAX.
+        model: base model for the shapes of zeros and the names of experts; of a folder or repository only the config is
+            read; by default the one that the adapter names. Needed for SGLang, TGI, LoRAX and fused experts.
         rank: common rank; by default the largest rank in the adapter.
 
     Raises:
         BlueprintError: as `export_uniform_lora`, or if the server takes no such adapter (a rank above 512 in vLLM, fused
-            experts outside of vLLM, adapters that act from an invocation on), or the base model is not found.
+            experts outside of vLLM and SGLang, adapters that act from an invocation on), or the base model is not found.
 
     Example:
         >>> import tempfile
@@ -105,35 +113,50 @@ def export_for_server(
             f"vLLM serves ranks up to {SERVER_RANKS[-1]}, got {largest}. Merge the adapter into the model, or train it with "
             "a lower rank."
         )
-    base = str(config.get("base_model_name_or_path") or "BASE_MODEL")
+    base = config.get("base_model_name_or_path")
+    linear = [pair.name for pair in pairs if not pair.is_of_experts]
     zeros: Zeros = {}
     if server in ("sglang", "tgi", "lorax"):
-        shapes = _shapes(config.get("base_model_name_or_path") if model is None else model, adapter_folder)
-        zeros = _missing(server, [pair.name for pair in pairs], shapes, adapter_folder)
-    path = export_uniform_lora(adapter_folder, out_folder, rank, zeros=zeros, full_names=True)
-    kinds = sorted({name.rpartition(".")[2] for name in (*(pair.name for pair in pairs), *zeros)})
+        shapes = _shapes(base if model is None else model, adapter_folder)
+        zeros = _missing(server, linear, shapes, adapter_folder)
+    kinds = {name.rpartition(".")[2] for name in (*linear, *zeros)}
+    if len(linear) < len(pairs) and (listed := _listed_type(server, base if model is None else model)):
+        matrices = _SGLANG_MATRICES if server == "sglang" else None
+        kinds |= set(matrices or ())
+        with tempfile.TemporaryDirectory() as folder:
+            export_uniform_lora(adapter_folder, folder, rank, zeros=zeros, full_names=True)
+            path = export_per_expert_lora(folder, out_folder, listed, matrices=matrices)
+    else:
+        path = export_uniform_lora(adapter_folder, out_folder, rank, zeros=zeros, full_names=True)
     return ServedAdapter(
         path=path,
         server=server,
         rank=largest,
         added=tuple(zeros),
-        commands=_commands(server, base, path, largest, kinds),
+        commands=_commands(server, str(base or "BASE_MODEL"), path, largest, sorted(kinds)),
         notes=tuple(_notes(server, path, largest, pairs)),
     )
 
 
 def _require_loadable(server: Server, config: Mapping[str, Any], pairs: list[PairOfFile], folder: str | Path) -> None:
     experts = [pair.name for pair in pairs if pair.is_of_experts]
-    if experts and server != "vllm":
+    if experts and server not in _READ_EXPERTS:
         raise BlueprintError(
-            f"{folder} adapts fused experts ({format_names(experts)}), which only vLLM loads, not {server}. Merge it into the "
-            "model, or place linear layers only."
+            f"{folder} adapts fused experts ({format_names(experts)}), which {' and '.join(_READ_EXPERTS)} load, not {server}. "
+            "Merge it into the model, or place linear layers only."
         )
     if config.get("alora_invocation_tokens") and server != _READS_ACTIVATED:
         raise BlueprintError(
             f"{folder} acts from its invocation tokens on, which only {_READS_ACTIVATED} can do, not {server}. Serve it with "
             f"{_READS_ACTIVATED}, or with Transformers and PEFT."
         )
+
+
+def _listed_type(server: Server, model: Any) -> str | None:
+    """Return the type of a model whose experts the server reads one by one; None where it reads PEFT's form."""
+    config = unwrap(model).config if isinstance(model, nn.Module) else model
+    kind = str(config.model_type) if isinstance(config, PretrainedConfig) else read_model_type(model)
+    return None if server == "vllm" and kind in _READ_FUSED else kind
 
 
 def _shapes(model: Any, folder: str | Path) -> Zeros:

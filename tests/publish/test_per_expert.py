@@ -54,9 +54,9 @@ def test_adapters_and_models_without_such_names_are_refused(tmp_path):
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(tiny_mixtral(1), LoraConfig(r=2, target_modules=[], target_parameters=parameters))
     model.save_pretrained(tmp_path / "fused")
-    with pytest.raises(BlueprintError, match="A gpt_oss model has no single experts by name"):
+    with pytest.raises(BlueprintError, match="gpt_oss models have no single experts by name"):
         export_per_expert_lora(tmp_path / "fused", tmp_path / "out", "gpt_oss")
-    with pytest.raises(BlueprintError, match="config of the base model .* cannot be read.*Give model_type"):
+    with pytest.raises(BlueprintError, match="names no base model.*or a model_type"):
         export_per_expert_lora(tmp_path / "fused", tmp_path / "out")
     with pytest.raises(BlueprintError, match="must not be the adapter's own folder"):
         export_per_expert_lora(tmp_path / "fused", tmp_path / "fused", "mixtral")

@@ -18,7 +18,7 @@ from peft_blueprint import BlueprintError
 from peft_blueprint.place import SERVER_RANKS
 from peft_blueprint.publish import export_for_server
 from peft_blueprint.publish.uniform_rank import CONFIG_NAME, TENSORS_NAME
-from peft_blueprint.testing import randomize_adapters, save_tiny_model, tiny_llama, tiny_mixtral
+from peft_blueprint.testing import randomize_adapters, save_tiny_model, tiny_gpt_oss, tiny_llama, tiny_mixtral
 from tests.fused import needs_fused
 
 
@@ -57,6 +57,20 @@ def exports(adapter, tmp_path_factory):
     """The adapter as each server gets it."""
     out = tmp_path_factory.mktemp("exports")
     return {server: export_for_server(adapter[0] / "adapter", out / server, server) for server in SERVERS}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Adapters on the fused experts of one layer of Mixtral, and on q of another, as vLLM and SGLang get them."""
+    folder = tmp_path_factory.mktemp("mixture")
+    targets = [f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    config = LoraConfig(r=4, target_modules=["model.layers.0.self_attn.q_proj"], target_parameters=targets)
+    model = randomize_adapters(get_peft_model(tiny_mixtral(layers=2), config))
+    model.base_model.model.config.save_pretrained(folder / "base")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    served = {s: export_for_server(folder / "adapter", folder / s, s) for s in ("vllm", "sglang")}
+    return folder, served
 
 
 def logits(model):
@@ -139,17 +153,31 @@ def test_llama_cpp_scales_by_the_rows_of_a(exports, adapter):
 
 
 @needs_fused
+def test_fused_experts_are_written_as_the_server_names_them(mixture, tmp_path):
+    """One adapter for each expert and matrix; PEFT's form for a class of vLLM that reads it."""
+    folder, served = mixture
+    linear = {"model.layers.0.self_attn.q_proj"}
+    for server, block, matrices in (
+        ("vllm", "block_sparse_moe", ("w1", "w2", "w3")),
+        ("sglang", "block_sparse_moe", ("gate_proj", "up_proj", "down_proj")),
+    ):
+        of_experts = {f"model.layers.1.{block}.experts.{n}.{matrix}" for n in range(4) for matrix in matrices}
+        assert set(pairs_in(served[server].path)) == linear | of_experts | set(served[server].added)
+    assert "--lora-target-modules down_proj gate_proj k_proj q_proj up_proj v_proj" in served["sglang"].commands[0]
+    whole = export_for_server(folder / "adapter", tmp_path / "whole", "vllm", model=tiny_gpt_oss(1).config)
+    assert set(pairs_in(whole.path)) == linear | {f"model.layers.1.mlp.experts{end}" for end in ("", ".base_layer")}
+    with pytest.raises(BlueprintError, match="gpt_oss models have no single experts by name. Serve .* or merge it"):
+        export_for_server(folder / "adapter", tmp_path / "out", "sglang", model=tiny_gpt_oss(2).config)
+    with pytest.raises(BlueprintError, match=r"adapts fused experts \(.*\), which vllm and sglang load, not tgi"):
+        export_for_server(folder / "adapter", tmp_path / "out", "tgi")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_server_cannot_load_is_refused(adapter, tmp_path):
-    """Another server, fused experts, an adapter that acts from an invocation on, and another base model."""
+    """Another server, an adapter that acts from an invocation on, and another base model."""
     folder, out = adapter[0] / "adapter", tmp_path / "out"
     with pytest.raises(BlueprintError, match="server must be one of vllm, .* got 'triton'"):
         export_for_server(folder, out, "triton")
-    experts = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
-    fused = get_peft_model(tiny_mixtral(), LoraConfig(r=2, target_modules=[], target_parameters=experts))
-    fused.save_pretrained(tmp_path / "fused")
-    assert export_for_server(tmp_path / "fused", tmp_path / "experts", "vllm").path.exists()
-    with pytest.raises(BlueprintError, match=r"adapts fused experts \(.*\), which only vLLM loads, not sglang"):
-        export_for_server(tmp_path / "fused", out, "sglang")
     with pytest.raises(BlueprintError, match="names no base model. Give one, on the command line as --model"):
         export_for_server(saved_with(folder, tmp_path / "a", base_model_name_or_path=None), out, "tgi")
     activated = saved_with(folder, tmp_path / "b", alora_invocation_tokens=[1])
@@ -174,40 +202,55 @@ def saved_with(folder, out, **changes):
 
 
 @pytest.mark.servers
-def test_vllm_loads_it(exports):
-    """PEFTHelper accepts the config within the printed rank, and LoRAModel reads the tensors."""
+def test_vllm_loads_it(exports, mixture, monkeypatch):
+    """PEFTHelper accepts the config within the printed rank, LoRAModel reads the tensors, and experts are packed."""
     helpers = pytest.importorskip("vllm.lora.peft_helper")
     from vllm.config.lora import LoRAConfig
-    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora import lora_model
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
 
-    path = str(exports["vllm"].path)
-    helper = helpers.PEFTHelper.from_local_dir(path, 128)
-    helper.validate_legal(LoRAConfig(max_lora_rank=32))
-    assert helper.vllm_lora_scaling_factor == 2.0
+    monkeypatch.setattr(lora_model, "PIN_MEMORY", False)  # which vLLM's build for GPUs takes for granted
+
+    def loaded(path, expected):
+        helper = helpers.PEFTHelper.from_local_dir(str(path), 128)
+        helper.validate_legal(LoRAConfig(max_lora_rank=32))
+        read = lora_model.LoRAModel.from_local_checkpoint
+        return helper, read(str(path), expected, helper, lora_model_id=1, device="cpu", dtype=torch.float32).loras
+
+    helper, loras = loaded(exports["vllm"].path, {name.rpartition(".")[2] for name in PLACED})
+    assert helper.vllm_lora_scaling_factor == 2.0 and set(loras) == set(PLACED)
     with pytest.raises(ValueError, match="greater than max_lora_rank"):
         helper.validate_legal(LoRAConfig(max_lora_rank=16))
-    kinds = {name.rpartition(".")[2] for name in PLACED}
-    model = LoRAModel.from_local_checkpoint(path, kinds, helper, lora_model_id=1, device="cpu", dtype=torch.float32)
-    assert set(model.loras) == set(PLACED)
+    names = [
+        f"experts.{expert}.{matrix}" for expert in range(4) for matrix in ("w1", "w2", "w3")
+    ]  # as vLLM orders them
+    _, loras = loaded(mixture[1]["vllm"].path, {"q_proj", *names})
+    holder = "model.layers.1.block_sparse_moe."
+    packed = PackedLoRALayerWeights.pack_moe([loras[holder + name] for name in names], f"{holder}experts")
+    assert [tuple(a.shape) for a in packed.lora_a] == [(4, 4, 32), (4, 4, 24), (4, 4, 32)]
 
 
 @pytest.mark.servers
-def test_sglang_loads_it(exports, adapter):
+def test_sglang_loads_it(exports, adapter, mixture):
     """LoRAAdapter joins q, k and v, and gate and up, and drops nothing; it fails on the adapter as it was."""
     lora = pytest.importorskip("sglang.srt.lora.lora")
     from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.runtime_context import get_context
 
-    def joined(path):
-        base = AutoConfig.from_pretrained(adapter[0] / "base")
+    def joined(path, base):
         backend = types.SimpleNamespace(name="triton")
-        loaded = lora.LoRAAdapter("tiny", lora.LoRAConfig(str(path)), base, LoadConfig(), backend)
-        loaded.initialize_weights()
-        kinds = [{re.search(r"\w+(?=\.lora_)", key)[0] for key in layer.weights} for layer in loaded.layers]
+        config = AutoConfig.from_pretrained(base)
+        with get_context().override_server_args():
+            loaded = lora.LoRAAdapter("tiny", lora.LoRAConfig(str(path)), config, LoadConfig(), backend)
+            loaded.initialize_weights()
+        kinds = [{re.search(r"[\w.]*?(\w+)(?=\.lora_)", key)[1] for key in layer.weights} for layer in loaded.layers]
         return loaded.scaling, kinds
 
-    assert joined(exports["sglang"].path) == (2.0, [{"qkv_proj"}, {"qkv_proj"}, {"gate_up_proj"}, {"down_proj"}])
+    expected = [{"qkv_proj"}, {"qkv_proj"}, {"gate_up_proj"}, {"down_proj"}]
+    assert joined(exports["sglang"].path, adapter[0] / "base") == (2.0, expected)
     with pytest.raises(KeyError, match="v_proj"):
-        joined(adapter[0] / "adapter")
+        joined(adapter[0] / "adapter", adapter[0] / "base")
+    assert joined(mixture[1]["sglang"].path, mixture[0] / "base")[1] == [{"qkv_proj"}, {"gate_up_proj", "down_proj"}]
 
 
 @pytest.mark.servers
