@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -13,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import griffe
 import typer
-from peft import LoraConfig
 from typer.cli import get_docs_for_click
 
 import peft_blueprint
 from peft_blueprint.cli.program import app
-from peft_blueprint.place import Workload
+from peft_blueprint.place import SCORES, CoverGain, SetGain, Workload
+from peft_blueprint.place.config import LoraConfig  # after the filter of its warning
 from peft_blueprint.runs import RESOURCES, MarginalReturn
 from peft_blueprint.train.recipe import Recipe, RecipePlacement
 
@@ -66,11 +68,32 @@ def api(room: str) -> str:
     module = importlib.import_module(f"peft_blueprint.{room}")
     found = functions_and_classes(module)
     parts = [f"# peft_blueprint.{room}", inspect.getdoc(module), links(found)]
-    for value in found.values():
-        parts.append(f"::: {path_of(value)}")
-        if dataclasses.is_dataclass(value) and any("help" in field.metadata for field in dataclasses.fields(value)):
-            parts.append(options(value))
+    if room == "place":
+        scores = {**SCORES, "cover_gain": CoverGain, "set_gain": SetGain}
+        rows = "\n".join(f"| `{name}` | {summary_of(score)} |" for name, score in scores.items())
+        parts.append(f"## Scores\n\nChoices of `rank_by`:\n\n| score | of a submodule |\n|---|---|\n{rows}")
+    parts += [f"::: {path_of(value)}" for value in found.values()]
     return "\n\n".join(parts) + "\n"
+
+
+class Docstrings(griffe.Extension):
+    """Make docstrings' examples code blocks, and add a table of the options of a dataclass."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Change the docstring as it is read."""
+        if obj.docstring is None:
+            return
+        text, value = obj.docstring.value, _public().get(obj.path)
+        if dataclasses.is_dataclass(value) and any("help" in field.metadata for field in dataclasses.fields(value)):
+            parts = re.split(r"^(Args:|Raises:|Example:)$", text, maxsplit=1, flags=re.MULTILINE)
+            text = "".join([parts[0], f"\n{options(value)}\n\n", *parts[1:]])
+        obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
+@functools.cache
+def _public() -> dict[str, Any]:
+    modules = (importlib.import_module(f"peft_blueprint.{room}") for room in ROOMS)
+    return {path_of(value): value for module in modules for value in functions_and_classes(module).values()}
 
 
 def contents() -> str:
@@ -123,15 +146,16 @@ def summary_of(value: Any) -> str:
     return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()).replace("|", "\\|")
 
 
-def options(cls: type) -> str:
+def options(cls: Any) -> str:
     """Return a table of the fields that this package adds to a dataclass: name, type, default and help."""
-    rows = []
+    rows, hints = [], get_type_hints(cls)
     for field in dataclasses.fields(cls):
         is_own = field is not LoraConfig.__dataclass_fields__.get(field.name)
         if is_own and field.init and "help" in field.metadata:
             default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-            kind = str(field.type).replace("|", "\\|")
-            rows.append(f"| `{field.name}` | `{kind}` | {default} | {field.metadata['help']} |")
+            rows.append(
+                f"| `{field.name}` | {kind_of(hints[field.name], in_python=True)} | {default} | {field.metadata['help']} |"
+            )
     return "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
 
 
@@ -201,14 +225,16 @@ def arguments_of(cls: type) -> dict[str, str]:
     return {name: " ".join(described.split()) for name, described in found}
 
 
-def kind_of(hint: Any) -> str:
-    """Return a type as words: `number or k_star`."""
+def kind_of(hint: Any, in_python: bool = False) -> str:
+    """Return a type in words: `number or k_star`; in Python: `float` or `'k_star'`."""
     words = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     found: list[str] = []
     for choice in choices:
         if get_origin(choice) is Literal:
-            found += [f"`{word}`" for word in get_args(choice)]
+            found += [f"`{word!r}`" if in_python else f"`{word}`" for word in get_args(choice)]
+        elif choice is not type(None) and in_python:
+            found.append("`" + re.sub(r"(\w+\.)+", "", inspect.formatannotation(choice)) + "`")
         elif choice is not type(None):
             is_mapping = get_origin(choice) is not None and issubclass(get_origin(choice), Mapping)
             found.append(words.get(choice, "mapping" if is_mapping or dataclasses.is_dataclass(choice) else "list"))

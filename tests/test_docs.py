@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+from typing import get_args
 
 import pytest
 import typer
@@ -17,7 +18,7 @@ from peft_blueprint import Blueprint, BlueprintConfig
 from peft_blueprint.blueprint import bundled_blueprints
 from peft_blueprint.cli.program import app
 from peft_blueprint.measure import empty_model
-from peft_blueprint.place import PlacementOptions
+from peft_blueprint.place import PlacementOptions, RankBy
 from peft_blueprint.publish import embed
 from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, toy_batches
 from peft_blueprint.train import Recipe
@@ -130,10 +131,10 @@ def test_the_generated_reference_is_complete(generated):
         values = (getattr(module, name) for name in module.__all__)
         paths = {f"{v.__module__}.{v.__qualname__}" for v in values if inspect.isfunction(v) or inspect.isclass(v)}
         assert paths == set(re.findall(r"^::: (\S+)$", generated[f"reference/{room}.md"], re.MULTILINE)) != set()
-    fields = [f.name for f in dataclasses.fields(PlacementOptions)]
-    assert all(
-        generated["reference/place.md"].count(f"\n| `{name}` | `") == 2 for name in fields
-    )  # and in BlueprintConfig
+    beside, fields = module_of("generated.py"), dataclasses.fields(PlacementOptions)
+    for options in (PlacementOptions, BlueprintConfig):
+        assert all(f"\n| `{field.name}` | `" in beside.options(options) for field in fields)
+    assert all(f"\n| `{score}` | " in generated["reference/place.md"] for score in get_args(RankBy))
     text = generated["reference/cli.md"]
     sections = dict(re.findall(r"^## `peft-blueprint (\S+)`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     for verb, command in typer.main.get_command(app).commands.items():
