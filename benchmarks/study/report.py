@@ -290,9 +290,8 @@ class Report:
         hidden = len(losses) - len(shown)
         note = f"\n({hidden} arms with a loss above {top:.3g} are not shown)" if hidden else ""
         named = [f"{number} {name}" for name, number in numbers.items()]
-        columns = ["\n".join(named[i::3]) for i in range(3)]
-        for i, column in enumerate(columns):
-            figure.text(0.03 + 0.33 * i, -0.01, column, va="top", fontsize=9.5)
+        for i in range(2):
+            figure.text(0.03 + 0.5 * i, -0.01, "\n".join(named[i::2]), va="top", fontsize=9.5)
         figure.suptitle(f"No other arm is both cheaper and better than the numbered ones{note}", fontsize=11)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
