@@ -44,6 +44,8 @@ from .hub_errors import CARD as CARD
 from .hub_errors import require_token as require_token
 from .hub_errors import status_of as status_of
 from .hub_errors import translated_hub_errors as translated_hub_errors
+from .model_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from .model_files import ADAPTER_FILE as ADAPTER_FILE
 from .model_files import ModelFiles as ModelFiles
 from .model_files import find_model_files as find_model_files
 from .model_files import parse_index as parse_index

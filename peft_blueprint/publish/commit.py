@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .._options import from_keywords
 from .._text import format_names
 from ..blueprint import (
+    ADAPTER_CONFIG,
     CARD,
     FILE_NAME,
     Blueprint,
@@ -38,7 +39,7 @@ from .card_sections import with_section
 from .metadata import add_metadata, is_hub_id
 from .options import PublishOptions
 from .plots import plot_blueprint
-from .snapshot import ADAPTER_CONFIG, Snapshot, base_model_of, file_with_other_header, index_with, take_snapshot
+from .snapshot import Snapshot, base_model_of, file_with_other_header, index_with, take_snapshot
 
 
 LARGE = 5_000_000  # bytes of JSON from which the arrays are published too

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .._files import remove_leftovers, require_writable, write_atomically
 from ..blueprint import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     FIRST_READ,
     JSON_KEY,
     MAX_STRING,
@@ -16,6 +18,7 @@ from ..blueprint import (
     Blueprint,
     ModelFiles,
     find_model_files,
+    loads,
     metadata_of_prefix,
     parse_index,
     read_header,
@@ -25,7 +28,7 @@ from ..blueprint import (
     to_dict,
     to_header_text,
 )
-from ..errors import BlueprintError, MismatchError
+from ..errors import BlueprintError, FormatError, MismatchError
 from .stored_tensors import Tensors, check_stored
 
 
@@ -113,10 +116,10 @@ def remove(path: str | Path, *, progress: bool = True) -> list[Path]:
 
 
 def _require_fit(blueprint: Blueprint, files: ModelFiles, source: str) -> None:
-    """Raise MismatchError unless the blueprint is of the model in these files."""
+    """Raise MismatchError unless the blueprint is of the model in these files, or of the adapter's base model."""
     tensors = _tensors_of(files)
     try:
-        check_stored(blueprint, tensors, source)
+        is_shown = check_stored(blueprint, tensors, source, is_adapter=files.tensors.name == ADAPTER_FILE)
     except MismatchError:
         # some models are stored under other names; only transformers knows them, and it takes seconds to import
         from .loaded_tensors import as_loaded
@@ -128,6 +131,34 @@ def _require_fit(blueprint: Blueprint, files: ModelFiles, source: str) -> None:
         else:
             return
         raise
+    config = files.tensors.parent / ADAPTER_CONFIG
+    base = base_model_in(read_text(config)) if config.exists() else None
+    if is_shown or base == blueprint.model_id:
+        return
+    if base and Path(base).is_dir():
+        _require_fit(blueprint, find_model_files(Path(base)), base)
+    else:
+        warnings.warn(
+            f"The adapter in {source} adapts none of the {len(blueprint)} modules in the blueprint of "
+            f"{blueprint.model_id!r}, and the files of its base model ({base or 'not named'}) are not here: whether the "
+            "blueprint is of that model was not checked.",
+            stacklevel=3,
+        )
+
+
+def base_model_in(config: str) -> str | None:
+    """Return the base model that the text of an `adapter_config.json` names; None if it names none.
+
+    Example:
+        >>> base_model_in('{"base_model_name_or_path": "org/model"}')
+        'org/model'
+    """
+    try:
+        record = loads(config, ADAPTER_CONFIG)
+    except FormatError:
+        return None
+    name = record.get("base_model_name_or_path") if isinstance(record, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _tensors_of(files: ModelFiles) -> Tensors:

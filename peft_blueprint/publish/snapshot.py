@@ -11,23 +11,21 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
 
 from ..blueprint import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     CARD,
     JSON_KEY,
     VERSION,
     VERSION_KEY,
     Blueprint,
     from_header_text,
-    loads,
     parse_index,
     rounded,
     to_dict,
     to_header_text,
 )
 from ..errors import BlueprintError, FormatError
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_FILE = "adapter_model.safetensors"
+from .embedding import base_model_in
 
 
 @dataclass(frozen=True)
@@ -132,17 +130,12 @@ def index_with(blueprint: Blueprint, there: Snapshot, is_wanted: bool) -> bytes 
 
 def base_model_of(there: Snapshot) -> str | None:
     """Return the model that the repository's adapter was trained on; None without an adapter, or if it names none."""
-    try:
-        config = loads((there.read(ADAPTER_CONFIG) or b"").decode(errors="replace"), ADAPTER_CONFIG)
-    except FormatError:
-        return None
-    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return name if isinstance(name, str) else None
+    return base_model_in((there.read(ADAPTER_CONFIG) or b"").decode(errors="replace"))
 
 
 def file_with_other_header(blueprint: Blueprint, there: Snapshot) -> str | None:
     """Return the file of a model or adapter, where readers look first, whose header holds another blueprint."""
-    path = next((name for name in (constants.SAFETENSORS_SINGLE_FILE, _ADAPTER_FILE) if name in there.files), None)
+    path = next((name for name in (constants.SAFETENSORS_SINGLE_FILE, ADAPTER_FILE) if name in there.files), None)
     if path is None:
         return None
     try:

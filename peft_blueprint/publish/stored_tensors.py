@@ -24,17 +24,22 @@ _BLOCK = re.compile(r"^.*?\.\d+\.")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
+def check_stored(blueprint: Blueprint, tensors: Tensors, source: str, is_adapter: bool = False) -> bool:
     """Require that a model's stored tensors include every entry of a blueprint, in the same shape.
 
     A prefix such as `model.` may be missing or extra on one side; a weight may be stored transposed, quantized, or as
-    one tensor per expert; embeddings, heads and biases may have another number of rows. In an adapter's file at least one adapted module must be in the blueprint. A blueprint of
-    groups or layers must have no more blocks than the model.
+    one tensor per expert; embeddings, heads and biases may have another number of rows. A blueprint of groups or layers
+    must have no more blocks than the model. An adapter's file must not adapt only modules that the blueprint's model
+    lacks, as far as the blueprint shows.
 
     Args:
         blueprint: at any level.
         tensors: dtype and shape by name; None for unknown ones.
         source: file or folder named in error messages.
+        is_adapter: whether the tensors are an adapter's; known anyway if they are named as PEFT's tuners name them.
+
+    Returns:
+        Whether the names show that it fits; False for an adapter on none of the blueprint's modules, as of prompts.
 
     Raises:
         MismatchError: naming both sides.
@@ -42,19 +47,22 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
     Example:
         >>> blueprint = Blueprint("org/model", (Submodule("layers.0.q_proj", 1.0, shape=(8, 4)),))
         >>> check_stored(blueprint, {"model.layers.0.q_proj.weight": ("BF16", (8, 4))}, "model.safetensors")
+        True
     """
     if blueprint.level != "submodule":
         _check_depth(blueprint, tensors, source)
-        return
+        return True
     lora = {found[1] for name in tensors if (found := _ADAPTER.match(name))}
     adapted = lora or {name.removeprefix(_OF_PEFT) for name in tensors if name.startswith(_OF_PEFT)}
-    if adapted:
+    if adapted or is_adapter:
         wanted = set(blueprint.names)  # an adapter on experts has the name of the module that holds them
         wanted |= {entry.name.rpartition(".")[0] for entry in blueprint if entry.form == "experts"}
         modules = adapted | {parent for name in adapted - lora for parent in _parents(name)}
-        if not any(_without_prefix(name, wanted) for name in modules):
+        if any(_without_prefix(name, wanted) for name in modules):
+            return True
+        if adapted and not any(_may_be_unmeasured(name, wanted) for name in adapted):
             raise _mismatch(blueprint, blueprint.names, sorted(adapted), source, "adapts")
-        return
+        return False
     experts = {found[1] for name in tensors if (found := _EXPERT.match(name))}
     renamed = min(
         _renamings(blueprint, tensors), key=lambda rename: len(_missing(blueprint, tensors, experts, rename))
@@ -73,6 +81,7 @@ def check_stored(blueprint: Blueprint, tensors: Tensors, source: str) -> None:
                 f"{stored!r} is {shape_str(found_shape[1])} in {source}: it is a blueprint of another size of the model. "
                 "Use this model's own, or give check=False to write it all the same."
             )
+    return True
 
 
 Rename = Callable[[str], str]
@@ -118,6 +127,19 @@ def _stored(entry: Submodule, tensors: Tensors, rename: Rename) -> str | None:
 def _parents(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _may_be_unmeasured(adapted: str, names: set[str]) -> bool:
+    """Return whether an adapted module can be of the model whose measured modules have these names, none of them it.
+
+    It cannot if it is in no block of theirs, or beside some of them.
+    """
+    parents = {parent for name in names for parent in _parents(name)}
+    is_in_block = _NUMBER.search(adapted) is not None
+    shared = [name for name in _parents(adapted) if _without_prefix(name, parents)]
+    if is_in_block and not any(_NUMBER.search(name + ".") for name in shared):
+        return False
+    return not shared or not _without_prefix(shared[-1], {name.rpartition(".")[0] for name in names})
 
 
 def _without_prefix(name: str, wanted: Iterable[str]) -> bool:
