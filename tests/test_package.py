@@ -135,9 +135,11 @@ LIGHT = {
     ("publish/embedding.py", ".loaded_tensors"),  # needs transformers, and most files do not need it
     ("publish/loaded_tensors.py", "transformers"),  # a module that transformers 4 lacks
     ("publish/per_expert.py", "transformers"),  # likewise
+    ("place/placement.py", "..publish"),  # Placement.plot
     ("place/planner.py", "peft"),  # takes 3 s, and only a model is compared with its refusals
     ("runs/ledger.py", "torch"),  # only for GPUs, optimizers and counted FLOPs
     ("runs/meters.py", "torch"),
+    ("runs/report.py", "..publish"),  # Report.plot
 }
 
 

@@ -184,7 +184,7 @@ class Blueprint:
         Returns:
             A matplotlib figure, which a notebook shows.
         """
-        from ..publish import plot_blueprint  # with push_to_hub, the one import of a room above
+        from ..publish import plot_blueprint  # a room above, as in push_to_hub
 
         return plot_blueprint(self, placement, by)
 

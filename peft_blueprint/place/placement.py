@@ -157,6 +157,19 @@ class Placement:
         ]
         return data_frame([*adapters, *({"id": name, "as": "unfrozen"} for name in self.unfreeze)])
 
+    def plot(self, blueprint: Any = None) -> Any:
+        """Draw where adapters go, by layer and kind, see `publish.plot_placement`.
+
+        Args:
+            blueprint: that the placement was planned with, to shade every submodule by what it was chosen by.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+        """
+        from ..publish import plot_placement  # a room above, as in Blueprint.plot
+
+        return plot_placement(self, blueprint)
+
     def __str__(self) -> str:
         """Tables of the adapters by kind, and of the costs beside the next smaller and larger choices."""
         # in a notebook rich displays instead of writing to the file

@@ -4,10 +4,12 @@ from .embedding import embed as embed
 from .embedding import remove as remove
 from .method_comparison import method_comparison_json as method_comparison_json
 from .options import PublishOptions as PublishOptions
+from .page import plot_report as plot_report
 from .page import save_page as save_page
 from .per_expert import export_per_expert_lora as export_per_expert_lora
 from .plots import plot_blueprint as plot_blueprint
 from .plots import plot_experts as plot_experts
+from .plots import plot_placement as plot_placement
 from .plots import save_plot as save_plot
 from .run_card import cost_section as cost_section
 from .run_card import update_card as update_card

@@ -55,6 +55,7 @@ TEMPLATE = "report.html.jinja"
 MAX_ROWS = 60  # of a table of a placement
 MANY = 40  # points of a training loss, from which its running mean is drawn
 WIDE, NARROW = (10.4, 4.0), (3.7, 3.3)  # inches of a chart
+_WINDOW = (7.0, 4.0)  # in a notebook
 
 COLOURS = ("#2f6690", "#c8553d", "#4f8a5b", "#8a5fa8", "#b8860b", "#3c8d93", "#a84a78", "#5b6770")
 MARKERS = "osD^vPX*"
@@ -167,6 +168,56 @@ def draw_curve(report: Report, resource: str | None, of_losses: bool = False) ->
     Raises:
         BlueprintError: without matplotlib.
     """
+    found = _curve(report, resource, of_losses)
+    return None if found is None else _picture(*found)
+
+
+def plot_report(report: Report, resource: str | None = None) -> Figure:
+    """Draw the metric of every run against the resource spent, as on the page.
+
+    Args:
+        report: the runs.
+        resource: for the x axis, one of `RESOURCES`; by default the report's.
+
+    Returns:
+        A figure; `save_plot(figure, path)` writes it.
+
+    Raises:
+        BlueprintError: without matplotlib, for an unknown resource, or if no run has an evaluation at an amount spent.
+
+    Example:
+        >>> from peft_blueprint.runs import Point, make_report
+        >>> points = (Point(0, {"seconds": 0.0}, {"loss": 3.0}), Point(9, {"seconds": 9.0}, {"loss": 2.1}))
+        >>> figure = plot_report(make_report([RunRecord("a", "loss", "minimize", "seconds", points=points)]))
+        >>> figure.axes[0].get_xlabel()
+        'time, s'
+    """
+    resource = resource or report.resource
+    if resource not in RESOURCES:
+        raise BlueprintError(f"resource must be one of {', '.join(RESOURCES)}, got {resource!r}.")
+    found = _curve(report, resource)
+    if found is None:
+        raise BlueprintError(
+            f"No run of the report has {report.metric} at an amount of {resource} spent. Choose another resource, or "
+            "evaluate during training."
+        )
+    draw, ylabel, _ = found
+    figure = _figure(draw, ylabel, _WINDOW)
+    if len(report.rows) > 1:
+        names = [
+            f" {row.name}" if row.name.startswith("_") else row.name for row in report.rows
+        ]  # which it leaves out
+        with drawing_style():
+            from matplotlib.lines import Line2D
+
+            figure.axes[0].legend([Line2D([], [], **_style(i)) for i in range(len(names))], names, frameon=False)
+    return figure
+
+
+def _curve(
+    report: Report, resource: str | None, of_losses: bool = False
+) -> tuple[Callable[[Axes], None], str, str] | None:
+    """Return what draws the curve, the label of its y axis and its description; None without a point to draw."""
     lines = [
         _losses(row.record, resource) if of_losses else series(row.record, resource, report.metric)
         for row in report.rows
@@ -193,7 +244,7 @@ def draw_curve(report: Report, resource: str | None, of_losses: bool = False) ->
                 axes.plot(xs, ys, **_style(i))
         axes.set_xlim(left=0)
 
-    return _picture(draw, f"{metric} ({better} is better)", f"{metric} against {label}")
+    return draw, f"{metric} ({better} is better)", f"{metric} against {label}"
 
 
 def draw_front(report: Report) -> Picture | None:
@@ -294,24 +345,26 @@ def _style(index: int, has_markers: bool = True) -> dict[str, Any]:
 
 def _picture(draw: Callable[[Axes], None], ylabel: str, description: str) -> Picture:
     """Draw twice, for a wide screen and for a phone, with the same size of letters on both."""
-    addresses = []
-    for size in (WIDE, NARROW):
-        with drawing_style():
-            from matplotlib.figure import Figure
+    wide, narrow = (_address(_figure(draw, ylabel, size)) for size in (WIDE, NARROW))
+    return Picture(wide, description, narrow)
 
-            figure = Figure(figsize=size, layout="constrained")
-            axes = figure.add_subplot()
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color(MUTED)
-            axes.grid(axis="y", color=GRID, linewidth=0.7)
-            axes.set_axisbelow(True)
-            axes.tick_params(colors=MUTED, labelcolor=INK, length=3, width=0.7)
-            axes.tick_params(axis="y", length=0)
-            axes.locator_params(nbins=6)
-            axes.set_ylabel(ylabel, color=INK)
-            draw(axes)
-            addresses.append(_address(figure))
-    return Picture(addresses[0], description, addresses[1])
+
+def _figure(draw: Callable[[Axes], None], ylabel: str, size: tuple[float, float]) -> Figure:
+    with drawing_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(MUTED)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=MUTED, labelcolor=INK, length=3, width=0.7)
+        axes.tick_params(axis="y", length=0)
+        axes.locator_params(nbins=6)
+        axes.set_ylabel(ylabel, color=INK)
+        draw(axes)
+        return figure
 
 
 def _address(figure: Figure) -> str:

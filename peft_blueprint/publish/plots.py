@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,54 +79,48 @@ def plot_blueprint(blueprint: Blueprint, placement: Placement | None = None, by:
     entries = [entry for entry in blueprint if entry.kind is not None and entry.depth is not None]
     if not entries:
         raise BlueprintError(f"The blueprint of {blueprint.model_id!r} has no kinds and depths; expand it first.")
-    kinds = list(dict.fromkeys(str(entry.kind) for entry in entries))
-    rows = {kind: row for row, kind in enumerate(kinds)}
-    depths = max(entry.depth or 0 for entry in entries) + 1
     scores, what, is_coverage = _scores(entries, placement, by)
-    values = np.full((len(kinds), depths), np.nan)
-    for entry, value in zip(entries, scores, strict=True):
-        values[rows[str(entry.kind)], entry.depth] = value
-    largest = np.nanmax(values, axis=1, keepdims=True)
-    shares = values if is_coverage else values / np.where(largest > 0, largest, 1)
+    if is_coverage:
+        return _heat_map(blueprint.model_id, entries, scores, what, "share covered", placement)
+    of_kind: dict[str, float] = {}
+    for entry, score in zip(entries, scores, strict=True):
+        of_kind[str(entry.kind)] = max(score, of_kind.get(str(entry.kind), 0.0))
+    shares = [score / (of_kind[str(entry.kind)] or 1) for entry, score in zip(entries, scores, strict=True)]
+    return _heat_map(blueprint.model_id, entries, shares, what, "share of the largest", placement, of_kind)
 
-    with drawing_style():
-        from matplotlib.collections import PatchCollection
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
 
-        width, height = max(6.0, 2.5 + 0.3 * depths), 1.6 + 0.36 * len(kinds)
-        figure = Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained", dpi=150)
-        axes = figure.add_subplot()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        lora = set(placement.lora) if placement is not None else set()
-        unfreeze = placement.unfreeze if placement is not None else ()
-        ranks = placement.ranks if placement is not None else {}
-        outlined, hatched = [], []
-        for entry in entries:
-            x, y = entry.depth or 0, rows[str(entry.kind)]
-            if entry.name in lora:
-                outlined.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
-            elif any(is_inside(entry.name, block) for block in unfreeze):
-                hatched.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
-            if entry.name in lora and entry.name in ranks and height <= MAX_INCHES:  # otherwise rows are too low
-                colour = "white" if shares[y, x] > 0.6 else "black"
-                axes.annotate(str(ranks[entry.name]), (x, y), ha="center", va="center", fontsize=7, color=colour)
-        axes.add_collection(PatchCollection(outlined, facecolor="none", edgecolor=_OUTLINE, linewidth=2))
-        axes.add_collection(PatchCollection(hatched, facecolor="none", edgecolor=_OUTLINE, hatch="///", linewidth=0))
-        labelled = range(0, len(kinds), -(-len(kinds) // MAX_LABELS))
-        axes.set_yticks(labelled, [_cut(kinds[row]) for row in labelled])
-        axes.set_xlabel("layer")
-        axes.set_xticks(range(0, depths, max(1, depths // 15)))
-        if not is_coverage:
-            right = axes.secondary_yaxis("right")
-            right.set_yticks(labelled, [f"{largest[row, 0]:.3g}" for row in labelled])
-            right.set_ylabel("largest of its kind")
-            right.tick_params(length=0)
-        figure.colorbar(image, ax=axes, label="share covered" if is_coverage else "share of the largest", pad=0.02)
-        placed = "" if placement is None else f"; outlined: {len(lora)} adapters"
-        placed += f"; hatched: {len(unfreeze)} unfrozen" if unfreeze else ""
-        axes.set_title(f"{_cut(blueprint.model_id)}: {what}{placed}", fontsize=10)
-    return figure
+def plot_placement(placement: Placement, blueprint: Blueprint | None = None) -> Figure:
+    """Draw where a placement has adapters, by layer and kind, shaded by rank.
+
+    Args:
+        placement: with the details that `plan_placement` writes.
+        blueprint: that it was planned with: draw all its submodules as `plot_blueprint` does.
+
+    Returns:
+        A figure; `save_plot(figure, path)` writes it.
+
+    Raises:
+        BlueprintError: without matplotlib, or if the placement has no adapter with a kind and a layer.
+
+    Example:
+        >>> from peft_blueprint.place import plan_placement
+        >>> from peft_blueprint.testing import tiny_llama
+        >>> figure = plot_placement(plan_placement(None, tiny_llama(), num_modules=3))
+        >>> figure.axes[0].get_title().partition(": ")[2]
+        'rank; outlined: 3 adapters'
+    """
+    if blueprint is not None:
+        return plot_blueprint(blueprint, placement)
+    entries, ranks = [], []
+    for name in placement.lora:
+        known = placement.details.get(name, {})
+        if known.get("kind") is not None and known.get("depth") is not None:
+            entries.append(Submodule(name, 0.0, kind=known["kind"], depth=known["depth"]))
+            ranks.append(placement.ranks.get(name) or placement.rank or 1)
+    if not entries:
+        raise BlueprintError("The placement has no adapter in a layer. Give the blueprint: plot(blueprint).")
+    shares = [rank / max(ranks) for rank in ranks]
+    return _heat_map(placement.model_id, entries, shares, "rank", f"share of rank {max(ranks)}", placement)
 
 
 def plot_experts(
@@ -188,6 +182,63 @@ def _shares_of_experts(blueprint: Blueprint, by: str, width: int) -> np.ndarray:
             if expert < width:
                 shares[row, expert] = score / total
     return shares
+
+
+def _heat_map(
+    model_id: str,
+    entries: Sequence[Submodule],
+    values: Sequence[float] | np.ndarray,
+    what: str,
+    label: str,
+    placement: Placement | None,
+    largest: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw values in [0, 1] by layer and kind, with the placement outlined, and the largest score of each kind."""
+    kinds = list(dict.fromkeys(str(entry.kind) for entry in entries))
+    rows = {kind: row for row, kind in enumerate(kinds)}
+    depths = max(entry.depth or 0 for entry in entries) + 1
+    shares = np.full((len(kinds), depths), np.nan)
+    for entry, value in zip(entries, values, strict=True):
+        shares[rows[str(entry.kind)], entry.depth] = value
+
+    with drawing_style():
+        from matplotlib.collections import PatchCollection
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        width, height = max(6.0, 2.5 + 0.3 * depths), 1.6 + 0.36 * len(kinds)
+        figure = Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained", dpi=150)
+        axes = figure.add_subplot()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        lora = set(placement.lora) if placement is not None else set()
+        unfreeze = placement.unfreeze if placement is not None else ()
+        ranks = placement.ranks if placement is not None else {}
+        outlined, hatched = [], []
+        for entry in entries:
+            x, y = entry.depth or 0, rows[str(entry.kind)]
+            if entry.name in lora:
+                outlined.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
+            elif any(is_inside(entry.name, block) for block in unfreeze):
+                hatched.append(Rectangle((x - 0.5, y - 0.5), 1, 1))
+            if entry.name in lora and entry.name in ranks and height <= MAX_INCHES:  # otherwise rows are too low
+                colour = "white" if shares[y, x] > 0.6 else "black"
+                axes.annotate(str(ranks[entry.name]), (x, y), ha="center", va="center", fontsize=7, color=colour)
+        axes.add_collection(PatchCollection(outlined, facecolor="none", edgecolor=_OUTLINE, linewidth=2))
+        axes.add_collection(PatchCollection(hatched, facecolor="none", edgecolor=_OUTLINE, hatch="///", linewidth=0))
+        labelled = range(0, len(kinds), -(-len(kinds) // MAX_LABELS))
+        axes.set_yticks(labelled, [_cut(kinds[row]) for row in labelled])
+        axes.set_xlabel("layer")
+        axes.set_xticks(range(0, depths, max(1, depths // 15)))
+        if largest is not None:
+            right = axes.secondary_yaxis("right")
+            right.set_yticks(labelled, [f"{largest[kinds[row]]:.3g}" for row in labelled])
+            right.set_ylabel("largest of its kind")
+            right.tick_params(length=0)
+        figure.colorbar(image, ax=axes, label=label, pad=0.02)
+        placed = "" if placement is None else f"; outlined: {len(lora)} adapters"
+        placed += f"; hatched: {len(unfreeze)} unfrozen" if unfreeze else ""
+        axes.set_title(f"{_cut(model_id)}: {what}{placed}", fontsize=10)
+    return figure
 
 
 def _scores(

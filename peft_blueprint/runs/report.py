@@ -126,6 +126,16 @@ class Report:
         """
         return data_frame(self._rows())
 
+    def plot(self, resource: str | None = None) -> Any:
+        """Draw the metric against the resource spent, see `publish.plot_report`.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+        """
+        from ..publish import plot_report  # a room above, as in Blueprint.plot
+
+        return plot_report(self, resource)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values as a JSON object, without the records."""
         baseline = self.baseline

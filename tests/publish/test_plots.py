@@ -7,6 +7,7 @@ import pytest
 
 from peft_blueprint import Blueprint, BlueprintError, Placement, Submodule
 from peft_blueprint.publish import plot_blueprint, save_plot
+from peft_blueprint.runs import Point, RunRecord, make_report
 
 
 def made(names, norm=1.0):
@@ -95,3 +96,28 @@ def test_a_placement_is_shaded_by_what_chose_it(rank_by, deepest):
     shades = plot_blueprint(Blueprint("org/m", entries), placement).axes[0].images[0].get_array()
     assert shades[0, 3] == pytest.approx(deepest, abs=1e-3)
     assert shades[0, 1] == pytest.approx({"cover_gain": 1.0, "random": 0.75}.get(rank_by, 0.5))
+
+
+def test_placements_and_reports_draw_themselves():
+    """A placement by its ranks, or beside the rest of the blueprint; a report by the amounts spent."""
+    ranks = {"layers.1.q_proj": 8, "layers.0.v_proj": 16}
+    details = {name: {"kind": name[-6:], "depth": int(name[7])} for name in ranks}
+    placement = Placement("org/m", tuple(ranks), ("head",), "even", "none", rank=8, ranks=ranks, details=details)
+    shades = placement.plot().axes[0].images[0].get_array()
+    assert shades[0, 1] == 0.5 and shades[1, 0] == 1.0 and shades.mask.sum() == 2
+    whole = Blueprint("org/m", tuple(Submodule(f"layers.{i}.q_proj", 1.0, kind="q_proj", depth=i) for i in range(3)))
+    assert placement.plot(whole).axes[0].images[0].get_array().shape == (1, 3)
+    with pytest.raises(BlueprintError, match="no adapter in a layer. Give the blueprint"):
+        replace(placement, details={}).plot()
+
+    points = tuple(Point(i, {"seconds": 60.0 * i}, {"eval_loss": 3.0 - i}) for i in range(3))
+    records = [RunRecord(name, "eval_loss", "minimize", "seconds", points=points) for name in ("_hidden", "b")]
+    axes = make_report(records).plot().axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 3], [1, 2], [2, 1]] and axes.get_xlabel() == "time, min"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [" _hidden", "b"]
+    for resource, why in (
+        ("energy", "one of seconds, .* got 'energy'"),
+        ("flops", "no run of .* Choose another resource"),
+    ):
+        with pytest.raises(BlueprintError, match=f"(?i){why}"):
+            make_report(records).plot(resource)
