@@ -1,6 +1,7 @@
 """Layers that are more, or less, than a weight times an input. Run: pytest tests/measure/test_layers.py"""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -209,6 +210,12 @@ def test_floating_point_is_not_quantized():
         ({"quant_method": "eetq", "weights": "int8"}, "int8"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, "int8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"quant_method": "gptq", "bits": "4"}, "nf4"),
+        ({"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int4_weight"}, "nf4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "kv_cache_quant_algo": "FP8"}, "nf4"),
+        ({"quant_method": "gguf", "gguf_file": "model-Q8_0.gguf"}, "int8"),
+        ({"quant_method": "fp8", "dequantize": True}, None),
+        ({}, None),
     ],
 )
 def test_plans_take_quantized_checkpoints_as_they_are(settings, expected):
@@ -216,8 +223,39 @@ def test_plans_take_quantized_checkpoints_as_they_are(settings, expected):
     config = copy.deepcopy(tiny_llama(layers=1).config)
     config.quantization_config = settings
     assert workload_of(config).quantization == expected
-    assert {setting.quantization for setting in plan_settings(None, config, budget="1GiB")} == {expected}
+    planned = {setting.quantization for setting in plan_settings(None, config, budget="1GiB")}
+    assert planned == ({expected} if expected else {None, "nf4"})
     assert workload_of(tiny_llama(layers=1).config).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "expected"),
+    [
+        ({"quant_method": "aqlm", "nbits_per_codebook": 16, "in_group_size": 8}, "aqlm) takes 2 bits", "nf4"),
+        (
+            {
+                "quant_method": "vptq",
+                "config_for_layers": {"q": {"vector_lens": [-1, 8], "num_centroids": [-1, 4096]}},
+            },
+            "vptq) takes 1.5 bits",
+            "nf4",
+        ),
+        ({"quant_method": "bitnet", "linear_class": "bitlinear"}, "bitnet) takes 2 bits", "nf4"),
+        ({"quant_method": "quanto", "weights": "int2", "activations": "int8"}, "quanto) takes 2 bits", "nf4"),
+        ({"quant_method": "exl3", "bits": 5.5}, "exl3) takes 5.5 bits", "int8"),
+        (
+            {"quant_method": "new", "compute_dtype": "float16", "nbits_per_codebook": "?"},
+            "does not say how many",
+            "int8",
+        ),
+    ],
+)
+def test_plans_say_which_bits_they_assume(settings, said, expected):
+    config = copy.deepcopy(tiny_llama(layers=1).config)
+    config.quantization_config = settings
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        assert workload_of(config).quantization == expected
+    assert workload_of(config, quantization="fp4").quantization == "fp4", "which is an answer, so nothing warns"
 
 
 class Scaled(nn.Linear):

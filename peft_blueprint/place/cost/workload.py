@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,9 @@ _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "
 _ATTENTIONS = ("sdpa", "eager")
 # names of a weight's bits in the settings of GPTQ, HQQ, AWQ and others
 _BITS = ("bits", "nbits", "w_bit", "num_bits", "weight_bits", "wbits")
-_UNNAMED_BITS = 8
+_BITS_IN_TEXT = re.compile(r"(?:int|fp|float|nf|q)_?([1-8])(?!\d)")  # int4_weight_only, mxfp4, Q4_K_M
+_BITS_OF_WEIGHTS = re.compile(_BITS_IN_TEXT.pattern + r"_?weight|\bw([1-8])a\d")  # int8_dynamic_activation_int4_weight
+_NOT_WEIGHTS = re.compile(r"activation|input|output|cache|backward|gradient|compute")
 # bitsandbytes' sizes
 _BLOCK_OF_4BIT, _BLOCK_OF_SCALES, _BLOCK_OF_8BIT_STATE = 64, 256, 256
 _CODE_OF_4BIT, _CODE_OF_8BIT = 16 * FLOAT, 256 * FLOAT
@@ -238,9 +242,9 @@ def workload_of(model: Any, **settings: Any) -> Workload:
         'float32'
     """
     tensors = [weight.tensor for weight in find_weights(model)] if isinstance(model, nn.Module) else []
-    stored = _quantization_of(model)
+    is_asked = "quantization" not in settings
     if all(tensor.is_meta for tensor in tensors):
-        return from_keywords(Workload, None, {**stored, **settings}, PlacementError)
+        return from_keywords(Workload, None, {**_quantization_of(model, is_asked), **settings}, PlacementError)
     quantized: Any = next((tensor for tensor in tensors if is_quantized(tensor)), None)
     plain = next((tensor for tensor in tensors if not is_quantized(tensor)), None)
     found: dict[str, Any] = {
@@ -253,37 +257,67 @@ def workload_of(model: Any, **settings: Any) -> Workload:
         found |= {"quantization": quantized.quant_state.quant_type, "double_quant": bool(quantized.quant_state.nested)}
     elif quantized is not None:
         is_in_8_bits = type(quantized).__name__ == "Int8Params" or quantized.dtype.itemsize == 1
-        found |= stored or {"quantization": "int8" if is_in_8_bits else "nf4"}
+        found |= _quantization_of(model, is_asked) or {"quantization": "int8" if is_in_8_bits else "nf4"}
     return from_keywords(Workload, None, {**found, **settings}, PlacementError)
 
 
-def _quantization_of(model: Any) -> dict[str, Any]:
+def _quantization_of(model: Any, is_asked: bool = True) -> dict[str, Any]:
     """Return the settings that the quantization of a checkpoint, in its config, amounts to; none for an unquantized one.
 
-    Weights of at most 4 bits count as 4-bit ones of bitsandbytes, others as 8-bit ones.
+    Weights of at most 4 bits count as 4-bit ones of bitsandbytes, others as 8-bit ones. A warning says so where the
+    checkpoint has fewer bits or does not tell them, if the quantization is asked for.
     """
     config = unwrap(model).__dict__.get("config") if isinstance(model, nn.Module) else model
     settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    settings = settings if isinstance(settings, Mapping | None) else settings.to_dict()
+    if not settings or settings.get("dequantize") is True or settings.get("linear_class") == "autobitlinear":
         return {}
-    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
     if settings.get("load_in_4bit"):
         kind = settings.get("bnb_4bit_quant_type") or "fp4"
         return {"quantization": kind, "double_quant": bool(settings.get("bnb_4bit_use_double_quant"))}
-    return {"quantization": "int8" if _bits_of(settings) > 4 else "nf4"}
+    bits = 8.0 if settings.get("load_in_8bit") else _bits_of(settings)
+    kind = "nf4" if bits is not None and bits <= 4 else "int8"
+    if is_asked and bits not in (4, 8):
+        said = "does not say how many bits a weight takes" if bits is None else f"takes {bits:.2g} bits a weight"
+        warnings.warn(
+            f"The checkpoint's quantization ({_method_of(settings)}) {said}. Its cost is computed as {kind!r}, with "
+            f"{4 if kind == 'nf4' else 8} bits; quantization='nf4', 'fp4' or 'int8' of the workload chooses another.",
+            stacklevel=3,
+        )
+    return {"quantization": kind}
 
 
-def _bits_of(settings: Mapping[str, Any]) -> int:
-    """Return the bits of a weight that a quantization's settings name anywhere; 8 if they name none."""
+def _method_of(settings: Mapping[str, Any]) -> str:
+    method = settings.get("quant_method", "unnamed")
+    return str(getattr(method, "value", method))
+
+
+def _bits_of(settings: Mapping[str, Any]) -> float | None:
+    """Return the bits of a weight that a quantization's settings name anywhere, or None.
+
+    Codebooks have log₂(entries) bits for each vector of weights, without the codebooks themselves: AQLM (Egiazarian et
+    al. 2024, arXiv:2401.06118) and VPTQ (Liu et al. 2024, arXiv:2409.17066). Packed BitNet weights take 2 bits.
+    """
+    if _method_of(settings) == "bitnet":
+        return 2.0
+    with suppress(TypeError, ValueError, LookupError, ArithmeticError):  # of values that no method writes
+        if "nbits_per_codebook" in settings:
+            bits = settings.get("num_codebooks", 1) * settings["nbits_per_codebook"]
+            return float(bits / (settings.get("in_group_size", 8) * settings.get("out_group_size", 1)))
+        if "vector_lens" in settings:  # each of outliers and of the rest, the last
+            entries = [settings.get(key, [-1])[-1] for key in ("num_centroids", "num_res_centroids")]
+            return float(sum(math.log2(max(1, count)) for count in entries) / settings["vector_lens"][-1])
     texts = []
     for key, value in settings.items():
-        if key in _BITS and isinstance(value, int) and not isinstance(value, bool):
-            return value
+        if key in _BITS and isinstance(value, int | float | str) and re.fullmatch(r"\d+(\.\d+)?", str(value)):
+            return float(value)
+        if _NOT_WEIGHTS.search(key):
+            continue
         inner = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Mapping)]
-        for part in inner:
-            found = _bits_of(part)
-            if found != _UNNAMED_BITS:
-                return found
-        texts.append(str(value).lower())
-    named = re.search(r"(?:int|fp|float|nf|uint)_?(\d+)(?!\d)", " ".join(texts))
-    return int(named[1]) if named else _UNNAMED_BITS
+        found = next((bits for part in inner if (bits := _bits_of(part)) is not None), None)
+        if found is not None:
+            return found
+        texts += [] if inner else [f"{key} {getattr(value, 'value', value)}".lower()]
+    text = " ".join(texts)
+    named = _BITS_OF_WEIGHTS.search(text) or _BITS_IN_TEXT.search(text)
+    return float(next(filter(None, named.groups()))) if named else None
