@@ -103,9 +103,9 @@ def classes(only: list[str] | None = None) -> Iterator[tuple[str, str, str]]:
     """Yield class, kind of batch and the model type of its configuration, each class once."""
     seen = set()
     for task, kind in TASKS.items():
-        mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", None) or getattr(
-            modeling_auto, f"MODEL_FOR_{task.replace('PRETRAINING', 'PRE_TRAINING')}_MAPPING_NAMES"
-        )
+        spellings = (task, task.replace("PRETRAINING", "PRE_TRAINING"))
+        found = (getattr(modeling_auto, f"MODEL_FOR_{spelling}_MAPPING_NAMES", None) for spelling in spellings)
+        mapping = next((mapping for mapping in found if mapping is not None), {})  # none in older versions
         for model_type, names in mapping.items():
             for name in [names] if isinstance(names, str) else names:
                 if name not in seen and (only is None or name in only):
