@@ -88,7 +88,7 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     assert "trainable params: " in capsys.readouterr().out
 
 
-def test_the_quick_starts_output_is_what_it_prints(capsys):
+def test_the_quick_start_prints_the_shown_output(capsys):
     """For the bundled blueprint of the same model and data, on a model of the same shapes."""
     shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     config = LlamaConfig(**shapes, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)

@@ -57,7 +57,7 @@ def test_each_part_of_the_paper_has_its_place():
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_what_the_table_names_exists(span):
+def test_names_in_the_table_exist(span):
     """Python names with their arguments, verbs with their options, benchmarks and files."""
     require(span)
 
@@ -67,7 +67,7 @@ def test_what_the_table_names_exists(span):
     ["place.plan_everything", "place.PlacementOptions(rank_by='beauty')", "blueprint.k_star(alpha=1)"]
     + ["peft-blueprint show x.json --beauty", "python -m benchmarks beauty", "recipes/beauty.py"],
 )
-def test_what_does_not_exist_is_found(wrong):
+def test_missing_names_are_found(wrong):
     """The check itself fails for each kind of name."""
     with pytest.raises(Exception):  # noqa: B017 (Click's, Python's or ours)
         require(wrong)

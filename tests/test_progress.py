@@ -56,7 +56,7 @@ QUIET = {
 
 
 @pytest.mark.parametrize("run", QUIET.values(), ids=QUIET)
-def test_without_progress_nobody_takes_the_lock_of_the_bars(run, tmp_path, monkeypatch):
+def test_without_progress_no_lock_is_taken(run, tmp_path, monkeypatch):
     """All processes share it: a child that is killed while it holds it would hang the others."""
 
     def taken(cls):
@@ -84,7 +84,7 @@ sys.exit(f"{sys.argv[1]} ends")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", ["measuring"])
-def test_a_child_that_was_killed_with_the_lock_hangs_nobody(name, tmp_path):
+def test_a_child_killed_with_the_lock_does_not_hang_others(name, tmp_path):
     """The lock is never given back, and the siblings work on."""
     command = [sys.executable, "-c", KILLED, name, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

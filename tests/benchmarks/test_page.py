@@ -68,7 +68,7 @@ def test_looks_spend_the_level_late():
     assert wrong <= 62, wrong
 
 
-def test_what_is_equal_what_is_not_and_what_is_open():
+def test_equal_different_and_open_comparisons():
     """Statements are of the last look that was reached, without the seed that chose the learning rates."""
     apart = {WHOLE: 0.0, EQUAL: 0.05, MEASURED: 0.05}
     found = {(one.row, one.other): one for one in statements(report_of(apart, 16), POOL)}

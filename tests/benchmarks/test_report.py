@@ -128,7 +128,7 @@ def test_unrelated_text_is_shown_as_a_rise():
     assert "| +0.500 |" in report_of(untrained, *seeds_of("all-linear", 0.0)).markdown()
 
 
-def test_the_archive_says_what_the_documents_quote(tmp_path):
+def test_documents_quote_the_archive(tmp_path):
     """The numbers of the contest in bfloat16 follow from the archived runs."""
     study = Study.read(ROOT / "benchmarks" / "studies" / "contest_bf16.yaml")
     store = Store(study, tmp_path / "none.jsonl")

@@ -101,7 +101,7 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_pat
     assert seeds == {("all-linear", 0, 1), ("all-linear", 0, 2), ("even", 2, 1), ("even", 2, 2)}
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path):
+def test_an_invalid_study_is_refused(tmp_path):
     """With its name, what is wrong and what to do; all studies in the repository can be read."""
     with pytest.raises(SystemExit, match=r"Cannot read .*missing.yaml: .*No such file.* benchmarks/studies"):
         Study.read(tmp_path / "missing.yaml")
@@ -127,7 +127,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
 # ---- arms
 
 
-def test_an_arms_name_says_what_is_adapted():
+def test_an_arms_name_names_the_adapted_modules():
     """Base, number, modifiers and draw in any combination; an unknown part is refused."""
     assert rule_of("planner").is_budgeted and not rule_of("planner, as shipped").is_budgeted
     found = rule_of("random, within kind x 50, along the gradient x 16, as shipped #2")
@@ -186,7 +186,7 @@ def test_every_start_trains(tmp_path, cache):
 # ---- runs
 
 
-def test_an_interrupted_run_resumes_with_what_is_missing(tmp_path, cache, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_missing_jobs(tmp_path, cache, monkeypatch):
     """A killed run leaves no half result, and the next runs only what has none; a failure is run again when asked."""
     wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
     ran: list[str] = []

@@ -43,7 +43,7 @@ def test_it_needs_a_third_of_the_bytes_of_json(blueprint):
     assert json.loads(metadata["blueprint.json"])["layers"]["id"]
 
 
-def test_what_was_changed_is_refused(blueprint):
+def test_changed_content_is_refused(blueprint):
     """A flipped bit of a number is seen by the digest."""
     data = bytearray(to_arrays_bytes(blueprint))
     data[-3] ^= 1

@@ -134,7 +134,7 @@ def test_the_blends_interval_is_that_of_a_weighted_sum():
     assert blueprint_of([1, 4], [0.3, 0.3]).blend(blueprint_of([2, 8]))["a"].norm_interval is None
 
 
-def test_what_cannot_be_blended():
+def test_blueprints_that_do_not_blend():
     """Names that differ are shown from both sides; a weight outside [0, 1] is named."""
     other = Blueprint("n", (Submodule("a", 1.0), Submodule("z", 1.0)))
     with pytest.raises(MismatchError, match="'b' only in that of 'm', 'z' only in that of 'n'.*expand"):
@@ -157,7 +157,7 @@ def test_what_cannot_be_blended():
         (Blueprint("m", (Submodule("a", 1.0), Submodule("b", 1.0)), training_checkpoint=0.8), "no number of examples"),
     ],
 )
-def test_what_is_of_different_things_does_not_merge(other, message):
+def test_blueprints_of_different_models_do_not_merge(other, message):
     """Another checkpoint, model, structure or list of entries, and an unknown number of examples."""
     with pytest.raises(MismatchError, match=message):
         Blueprint.merge([blueprint_of([1, 2], training_checkpoint=0.8), other])

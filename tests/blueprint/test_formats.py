@@ -188,7 +188,7 @@ def test_a_csv_of_three_columns_is_enough():
     assert blueprint.level == "group" and [e.gradient_norm for e in blueprint] == [1.5, 0.0]
 
 
-def test_what_is_no_text_and_what_is_not_there(tmp_path):
+def test_binary_and_missing_files(tmp_path):
     """A binary file is a FormatError, a missing one a BlueprintError that says how to make one."""
     (tmp_path / "weights.json").write_bytes(b"\x80\x81\xff\x00")
     with pytest.raises(FormatError, match="weights.json is not text .* byte 0"):
@@ -259,7 +259,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["blueprint.json"]
 
 
-def test_what_json_cannot_hold_is_an_error_and_writes_nothing(tmp_path):
+def test_values_beyond_json_are_an_error_and_write_nothing(tmp_path):
     """NaN or an object in the provenance is a FormatError that names the model, not half a file."""
     for value in (float("nan"), object()):
         blueprint = Blueprint("org/m", (Submodule("a", 1.0),), provenance={"lr": value})

@@ -79,7 +79,7 @@ def test_any_bytes_are_metadata_or_a_format_error(content, is_first):
             continue
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_keys_and_files(tmp_path):
     """A missing file or a folder is a BlueprintError."""
     with pytest.raises(BlueprintError, match="The file .*none.* does not exist"):
         read_metadata(tmp_path / "none.safetensors")

@@ -83,7 +83,7 @@ def test_a_header_text_is_the_rounded_blueprint(blueprint, digits):
     assert to_header_text(short, digits) == text
 
 
-def test_what_rounding_keeps_and_what_it_leaves_out():
+def test_rounding_keeps_four_digits_and_leaves_out_alignments():
     """Four digits; no alignments and medians; a note of the full record's digest."""
     full = large(2)
     short = from_header_text(to_header_text(full))

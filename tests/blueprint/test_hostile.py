@@ -302,7 +302,7 @@ def test_a_hostile_table_is_refused(tmp_path, text):
             read(source)
 
 
-def test_what_is_unusual_is_no_harm():
+def test_unusual_content_is_read():
     """−0.0, whole numbers for floats, 308 digits, 32 levels, unicode in ids and line ends in the provenance are read."""
     odd = entry(
         id="модель.層.3/x", gradient_norm=-0.0, alpha=2, depth=0, examples=10**12, kind="é", extra={"deep": [[1]]}

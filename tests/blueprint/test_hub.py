@@ -90,7 +90,7 @@ def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path, monkeypatc
         ("folder/none.json", {}, "No blueprint found at folder/none.json"),
     ],
 )
-def test_what_is_not_there_is_named_with_a_way_out(folder, tmp_path, source, wish, message):
+def test_missing_repositories_are_named_with_a_fix(folder, tmp_path, source, wish, message):
     """Repository, revision, file and path, each in its own words."""
     (tmp_path / "empty").mkdir()
     with loopback_hub({"org/name": folder, "org/empty": tmp_path / "empty"}) as endpoint:
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_named_with_a_way_out(folder, tmp_path, source, wis
             Blueprint.from_pretrained(source, endpoint=endpoint, cache_dir=tmp_path / "cache", **wish)
 
 
-def test_what_is_no_blueprint_there_is_a_format_error(folder, tmp_path):
+def test_another_file_of_that_name_is_a_format_error(folder, tmp_path):
     """A repository's broken file is refused like one on disk."""
     (folder / "blueprint.json").write_text('{"model_id": "m"')
     with loopback_hub({"org/name": folder}) as endpoint:

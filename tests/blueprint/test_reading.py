@@ -106,7 +106,7 @@ def test_several_side_by_side_are_asked_for_by_name(blueprint, tmp_path):
     assert Blueprint.from_pretrained(tmp_path / "all", domain="math", checkpoint=0.5) == math
 
 
-def test_a_folder_gives_what_is_exact_first(blueprint, rounded, whole, tmp_path):
+def test_a_folder_gives_the_exact_file_first(blueprint, rounded, whole, tmp_path):
     """Beside before header, since on disk it costs nothing."""
     assert Blueprint.from_pretrained(whole) == Blueprint.from_pretrained(whole / "model.safetensors") == rounded
     shutil.copytree(whole, tmp_path / "copy")

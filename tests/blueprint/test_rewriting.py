@@ -86,7 +86,7 @@ def test_a_rewrite_changes_the_metadata_alone(model):
     assert os.listdir(model.parent) == [model.name]
 
 
-def test_what_is_removed_is_gone(model):
+def test_removed_keys_are_gone(model):
     """Removing gives the metadata that was there, and of a file that had none, none."""
     replace_metadata(model, {KEY: text_of(0)}, progress=False)
     size = model.stat().st_size
@@ -110,7 +110,7 @@ def test_metadata_names_a_format(tmp_path, before):
 @pytest.mark.parametrize(
     "header", ['{"__metadata__":null,%s}', '{%s,"__metadata__": null}', '{ "__metadata__" : null , %s }']
 )
-def test_null_is_no_metadata(tmp_path, header):
+def test_null_metadata_counts_as_none(tmp_path, header):
     """As for the safetensors library."""
     path = tmp_path / "model.safetensors"
     text = (header % '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}').encode()

@@ -85,6 +85,6 @@ def test_shares_of_parameters():
         ),
     ],
 )
-def test_what_has_no_best_share_is_refused(wrong, message):
+def test_values_without_a_best_share_are_refused(wrong, message):
     with pytest.raises(BlueprintError, match=message):
         wrong()

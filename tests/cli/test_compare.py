@@ -45,7 +45,7 @@ def test_the_verb_shows_the_sources_and_writes_the_table(run, labs, tmp_path):
     assert "rows" not in json.loads(run(*labs, "--format", "json", "--out", out).stdout)
 
 
-def test_the_verb_skips_what_is_bad_when_told(run, labs, tmp_path):
+def test_the_verb_skips_bad_sources_on_request(run, labs, tmp_path):
     """Otherwise it stops at it, and nothing is written."""
     bad, out = tmp_path / "bad.json", tmp_path / "t.jsonl"
     bad.write_text("[]")

@@ -86,7 +86,7 @@ def test_drift_is_of_the_domain(run, shop, tmp_path):
         (("select-data", "model", "--data", "local.jsonl", "--out", "o.jsonl", "--domain", "bio"), "give --blueprint"),
     ],
 )
-def test_what_needs_a_probe_or_a_blueprint_is_refused(run, shop, monkeypatch, words, message):
+def test_options_that_need_a_probe_or_a_blueprint_are_refused(run, shop, monkeypatch, words, message):
     """In one line, with status 2."""
     monkeypatch.chdir(shop)
     status, _, err = run(*words)

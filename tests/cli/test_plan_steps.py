@@ -52,7 +52,7 @@ def test_the_learning_rate_says_its_rule(run, folder):
     assert "Learning rate: " in out and "summed ranks" in out
 
 
-def test_what_it_refuses(run, folder):
+def test_refused_options(run, folder):
     for words, message in (
         (("--prompt", 4, "--data", folder / "data.jsonl"), "both set the prompt's length"),
         (("--prompt", 64, "--length", 64), "from 0 to 63"),

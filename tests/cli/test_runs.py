@@ -68,7 +68,7 @@ def test_runs_of_one_name_go_by_their_paths(folders, call):
     assert [line.split("\t")[0] for line in out.splitlines()] == ["base", "again"]
 
 
-def test_names_are_no_markup(folders, call):
+def test_names_are_not_read_as_markup(folders, call):
     """A name in brackets is printed as it is."""
     made_up_run("[red]x[/blue]").save(folders / "odd")
     assert call("odd")[0] == 0 and "[red]x[/blue]" in call("odd")[1]
@@ -114,7 +114,7 @@ def test_the_page_is_written(folders, call):
     assert 'id="by-energy_joules" checked' in (folders / "page.html").read_text(encoding="utf-8")
 
 
-def test_what_is_wrong_is_said_in_one_line(folders, call):
+def test_errors_are_one_line(folders, call):
     """No such run, a broken file, a run without evaluation, a place that cannot be written."""
     assert call("nowhere")[::2] == (
         2,

@@ -89,7 +89,7 @@ def test_entries_without_the_statistic_come_last(run, two_layers, tmp_path):
     assert names == have[::-1] + [e.name for e in entries if e.noise_scale is None]
 
 
-def test_a_statistic_that_no_entry_has_is_no_column(run, two_layers, tmp_path):
+def test_a_statistic_without_values_has_no_column(run, two_layers, tmp_path):
     """As in a file of the paper's own format."""
     entries = tuple(replace(e, alpha=None, gamma=None, signal_norm=None, norm_interval=None) for e in two_layers)
     out = run("show", replace(two_layers, submodules=entries).save(tmp_path / "b.json"))[1]

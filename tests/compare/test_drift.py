@@ -192,7 +192,7 @@ def test_a_published_blueprint_of_groups_is_compared_at_its_level():
     assert check_drift(local, local).by_kind["k_proj"] == 0
 
 
-def test_what_cannot_be_compared():
+def test_incomparable_blueprints():
     """Other submodules, and too few of every kind."""
     with pytest.raises(MismatchError, match="cannot be compared.*'model.layers.7.q_proj'.*only in that of"):
         check_drift(PUBLISHED, blueprint_of(q_proj=UP[:7], up_proj=UP))

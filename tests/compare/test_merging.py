@@ -59,7 +59,7 @@ def test_one_name_of_the_data_twice_is_said():
         ({"provenance": {**measured(UP, data="b").provenance, "privacy": {"sigma": 1.0}}}, "privacy noise"),
     ],
 )
-def test_what_does_not_merge_stays_apart_with_the_reason(changes, reason):
+def test_unmergeable_blueprints_stay_apart_with_the_reason(changes, reason):
     """Both come back as they were, and a note says why."""
     one, other = measured(UP, data="a"), replace(measured(UP, data="b"), **changes)
     merged, notes = merge_all({"one": one, "other": other})

@@ -15,7 +15,7 @@ from peft_blueprint.testing import tiny_llama, toy_batches
 from tests.made_up import UP, measured
 
 
-def test_a_scale_alone_is_no_movement():
+def test_a_change_of_scale_is_not_a_movement():
     """Norms three times as large everywhere: every ratio 1, ranks and shares the same, correlation 1."""
     later = measured({name: 3 * norm for name, norm in UP.items()}, checkpoint=1.0)
     found = checkpoint_movement([later, measured(UP, checkpoint=0.5)])
@@ -26,7 +26,7 @@ def test_a_scale_alone_is_no_movement():
     assert sum(shares[1] for shares in found.depth_shares.values()) == pytest.approx(1)
 
 
-def test_what_moved_is_found():
+def test_moved_submodules_are_found():
     """The weakest q becomes the strongest: it climbs five ranks, comes first in the rows, and its block gains."""
     later = measured(UP | {"0.q": 60.0}, checkpoint=0.8)
     last = measured(UP | {"0.q": 60.0}, checkpoint=1.0)
@@ -81,7 +81,7 @@ def test_different_data_are_noted():
         ([measured({"0.q": 1.0})], MismatchError, r"cannot be compared: '0\.up'"),
     ],
 )
-def test_what_is_no_movement_is_refused(others, error, message):
+def test_blueprints_without_a_movement_are_refused(others, error, message):
     """One checkpoint, one twice, none, another model, other submodules."""
     with pytest.raises(error, match=message):
         checkpoint_movement([measured(UP, checkpoint=0.5), *others])
@@ -95,7 +95,7 @@ def test_digests_of_two_models_are_refused():
     assert checkpoint_movement([one, measured(UP)]).checkpoints == (0.5, 0.8)
 
 
-def test_it_works_on_what_the_callback_writes(run_folder):
+def test_it_reads_the_callbacks_files(run_folder):
     """The folder of a training gives its movement, of the same examples throughout; and they do not merge."""
     blueprints, _ = read_sources([run_folder])
     found = checkpoint_movement(blueprints)

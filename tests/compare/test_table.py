@@ -168,7 +168,7 @@ def test_a_folder_stands_for_every_blueprint_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("privacy", [Privacy(noise=0.1), Privacy(epsilon=50.0, delta=1e-3)])
-def test_what_is_measured_with_privacy_is_marked_in_the_table(privacy):
+def test_private_measurements_are_marked_in_the_table(privacy):
     """The table says which norms are noisy, and the guarantee where there is one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # eight examples are few for a guarantee

@@ -95,7 +95,7 @@ def test_predicted_scores_are_cheaper(rows):
         ({"method": "norm", "epochs": 0}, "epochs must be at least 1, got 0"),
     ],
 )
-def test_what_has_no_q_star_is_refused(options, message, rows):
+def test_scores_without_a_q_star_are_refused(options, message, rows):
     with pytest.raises(BlueprintError, match=message):
         choose(rows, fraction="q_star", **options)
     with pytest.raises(BlueprintError, match="no known length"):

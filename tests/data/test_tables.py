@@ -72,7 +72,7 @@ def test_every_line_of_a_text_file_is_an_example(tmp_path):
         ("g.dat", LINES, r"g.dat must end in one of .jsonl, "),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_reason(tmp_path, name, content, message):
+def test_unreadable_files_are_refused_with_the_reason(tmp_path, name, content, message):
     """Missing, empty, damaged, or of an unknown ending."""
     if content is not None:
         (tmp_path / name).write_bytes(content)

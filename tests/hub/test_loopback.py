@@ -100,7 +100,7 @@ def test_ranges_are_honoured(hub, folder, name, redirect):
     assert (said.status, said.content) == (200, content)
 
 
-def test_the_redirect_says_what_it_leads_to(hub):
+def test_the_redirect_describes_its_target(hub):
     """Digest, size and commit stand on the redirect itself; the storage takes no token."""
     hub.redirect_lfs = True
     said = Reply(f"{hub.endpoint}/org/name/resolve/main/model.safetensors", "HEAD")
@@ -142,7 +142,7 @@ def test_a_cut_download_is_resumed(hub, tmp_path, monkeypatch, redirect):
         fetch("3")
 
 
-def test_what_it_does_not_speak_is_404(hub):
+def test_unknown_addresses_are_404(hub):
     """An unknown page, another kind of repository, Xet's tokens."""
     for path in ("", "api/none", "org/name/resolve/main/../../README.md", "datasets/org/name/resolve/main/README.md"):
         assert Reply(f"{hub.endpoint}/{path}", token="hf_any").status == 404, path
@@ -150,7 +150,7 @@ def test_what_it_does_not_speak_is_404(hub):
     assert Reply(f"{hub.endpoint}/api/models/org/name", "DELETE", token="hf_any").status == 404
 
 
-def test_nothing_outlives_the_with(folder):
+def test_thread_and_port_end_with_the_block(folder):
     """Neither thread nor port, though a client says nothing and another does not listen."""
     before = set(threading.enumerate())
     (folder / "large.bin").write_bytes(bytes(20_000_000))
@@ -167,7 +167,7 @@ def test_nothing_outlives_the_with(folder):
         socket.create_connection(address, timeout=1)
 
 
-def test_what_cannot_be_served_is_refused(folder):
+def test_invalid_repositories_are_refused(folder):
     """A folder that is not there, an id that is none."""
     with pytest.raises(BlueprintError, match="none.* is no folder, to be served as org/name. Make it first"):
         LoopbackHub({"org/name": folder / "none"})

@@ -35,7 +35,7 @@ def state(hub, id="org/name"):
 
 
 @pytest.mark.parametrize("redirect", [False, True])
-def test_what_is_pushed_is_what_is_fetched(hub, api, tmp_path, redirect):
+def test_pushed_files_are_fetched_unchanged(hub, api, tmp_path, redirect):
     """Text in the commit, a binary file by LFS to the storage, in a new repository; read back with and without the
     redirect, on which no token is shown."""
     hub.redirect_lfs = redirect
@@ -78,7 +78,7 @@ def test_several_operations_are_one_commit(hub, api, folder):
     assert "late.txt" not in hub.repository("org/name").files(COMMIT)
 
 
-def test_what_is_unchanged_is_not_sent_again(hub, api):
+def test_unchanged_files_are_not_sent_again(hub, api):
     """The client learns what is there, text or not, and leaves it out; a known object goes nowhere."""
     same = add(model_safetensors=TENSORS, README_md=hub.repository("org/name").files()["README.md"])
     write(api, [*same, *add(copy_safetensors=TENSORS)])
@@ -194,7 +194,7 @@ def test_a_malformed_commit_is_a_bad_request(hub, body):
     assert state(hub) == before
 
 
-def test_who_may_not_write_may_open_a_pull_request(hub, api):
+def test_without_write_access_a_pull_request_can_be_opened(hub, api):
     """And who may do nothing is told so; without a token there is no writing at all."""
     before = state(hub)
     hub.repository("org/name").writable = "pull requests"

@@ -72,7 +72,7 @@ def test_a_hot_row_or_column_spreads_over_all_places():
         assert projected.square().sum().item() == pytest.approx(matrix.square().sum().item(), rel=0.6)
 
 
-def test_what_lies_beyond_the_table_of_signs_is_unbiased_too():
+def test_vectors_beyond_the_table_of_signs_are_unbiased_too():
     """The table is used again with another sign, so that numbers one table apart do not always agree."""
     stretch = 4096 * 7
     vector = torch.zeros(1, 2 * stretch)

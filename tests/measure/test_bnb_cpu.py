@@ -77,7 +77,7 @@ def test_a_model_that_is_loaded_to_be_trained_passes_gradients_after_an_evaluati
     assert layers_of(model) and not any(getattr(layer, SWITCH, False) for layer in layers_of(model))
 
 
-def test_what_is_not_in_four_bits_is_left_alone():
+def test_weights_not_in_four_bits_are_left_alone():
     """An ordinary model has nothing to switch or to put back."""
     model = tiny_llama()
     assert disable_cpu_repack(model) == []

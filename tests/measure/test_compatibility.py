@@ -74,7 +74,7 @@ def test_names_and_shapes_must_be_the_models(blueprint):
     ],
     ids=["another id", "another revision"],
 )
-def test_what_fits_and_is_of_another_model_is_said(blueprint, model, message):
+def test_a_fitting_blueprint_of_another_model_warns(blueprint, model, message):
     """By check_fits, and so by the config that places by it."""
     published = replace(blueprint, model_id="org/model", model_revision="a" * 40)
     with pytest.warns(UserWarning, match=message):

@@ -361,7 +361,7 @@ def test_other_ways_to_split_a_model_are_errors(found):
         assert "tensor parallelism" in parallel and "up_proj" in parallel
 
 
-def test_what_accelerate_prepares_is_measured(found):
+def test_a_loader_prepared_by_accelerate_is_measured(found):
     """A model in DDP and a loader that shares batches out in turns."""
     batches = toy_batches(examples=14)
     turns = [measured(llama(), batches[rank::2]) for rank in (0, 1)]

@@ -117,7 +117,7 @@ def test_bootstrap_draws_repeat_examples():
     torch.testing.assert_close(once.influences, twice.influences)
 
 
-def test_what_cannot_be_preconditioned_is_refused():
+def test_measurements_without_a_fisher_matrix_are_refused():
     """Without projections, of one example, or undamped."""
     batches = toy_batches(examples=2)
     bare = measure_influence(tiny_llama(layers=1), batches, projection_size=0, progress=False)

@@ -174,7 +174,7 @@ def test_a_module_called_twice_in_a_pass_accumulates():
     assert_agrees(influence, autograd_gradients(model, batches))
 
 
-def test_what_the_loss_does_not_reach_is_listed_not_dropped():
+def test_weights_without_a_gradient_are_listed_not_dropped():
     """A submodule without a gradient is named with the reason, and so is the head."""
     model, batches = tiny_bert(), toy_batches()
     model.bert.encoder.layer[1].intermediate.register_forward_hook(lambda m, a, out: out.detach())

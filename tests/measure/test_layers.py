@@ -356,7 +356,7 @@ def test_layers_that_training_does_not_call_are_unmeasured_and_found_after_placi
 
 
 @pytest.mark.parametrize("config", ["Mamba", "FalconMamba", "Mamba2", "Bamba", "FalconH1"])
-def test_weights_that_fused_kernels_read_are_no_candidates(config):
+def test_weights_that_fused_kernels_read_are_not_candidates(config):
     """Also where no kernel is installed: training may run elsewhere. PEFT refuses some of them too."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -424,7 +424,7 @@ def test_partitioned_weights_have_their_shapes_and_are_not_measured():
     assert torch.equal(measure_influence(engine, BATCHES, progress=False).norms, expected.norms)
 
 
-def test_nothing_is_said_about_quantization_where_nothing_is_quantized():
+def test_no_word_on_quantization_without_quantized_weights():
     """bitsandbytes, which PEFT imports in every process, warns of a missing kernel on some CPUs."""
     code = """
 from peft_blueprint import BlueprintConfig, generate_blueprint

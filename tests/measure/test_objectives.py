@@ -176,7 +176,7 @@ def detached(output):
 
 
 @pytest.mark.parametrize("change", [lambda output: output, dict, lambda output: output.to_tuple(), scaled, in_float64])
-def test_a_wrapper_is_measured_by_what_it_returns(change):
+def test_a_wrapper_is_measured_by_its_own_loss(change):
     """Its arguments are hidden, and it returns an object, a dictionary, a tuple, or another loss."""
     model, [batch, *_] = Wrapper(change), toy_batches()
     assert_measures(model, batch, None, by_own_loss(model, batch))
@@ -383,7 +383,7 @@ def test_a_decoder_with_another_loss_function():
         (lambda m, b: log_likelihoods(m, b["chosen"]).detach(), "losses without a graph: they were detached"),
     ],
 )
-def test_what_a_loss_may_not_return(loss_fn, message):
+def test_invalid_losses(loss_fn, message):
     """Each error says what came and what is wanted."""
     with pytest.raises(MeasurementError, match=message):
         measure_influence(tiny_llama(layers=1), [pairs()], loss_fn=loss_fn, progress=False)

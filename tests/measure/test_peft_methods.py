@@ -74,7 +74,7 @@ def test_methods_beside_each_other_and_without_a_wrapper():
     assert found_in(get_peft_model(tiny_llama(layers=1), tokens)) == expected
 
 
-def test_what_is_measured_under_a_fresh_adapter_is_what_is_measured_without():
+def test_a_fresh_adapter_does_not_change_the_measurement():
     """Where the adapter computes nothing yet and the layer below is called."""
     batches = toy_batches(examples=2, batch_size=2)
     expected = measure_influence(tiny_llama(), batches, progress=False)

@@ -321,7 +321,7 @@ def test_too_much_noise_is_said():
         ({"noise": -0.1}, "noise must be a number of at least 0, such as 0.1, got -0.1"),
     ],
 )
-def test_what_cannot_be_promised_is_an_error(options, message):
+def test_impossible_guarantees_are_errors(options, message):
     """Each says what was given and what to give."""
     with pytest.raises(BlueprintError, match=message):
         Privacy(**options)
@@ -337,7 +337,7 @@ def test_what_cannot_be_promised_is_an_error(options, message):
         (np.full((24, 100), np.nan), WIDE, "negative, infinite or NaN"),
     ],
 )
-def test_what_cannot_be_released_is_an_error(norms, privacy, message):
+def test_unreleasable_data_is_an_error(norms, privacy, message):
     """Too few examples, a delta that would give one away, and norms that are none."""
     with pytest.raises(MeasurementError, match=message):
         release(norms, rows(), privacy)

@@ -123,7 +123,7 @@ def test_experts_under_adapters_are_measured_as_without():
     torch.testing.assert_close(measured.norms, expected.norms, rtol=1e-4, atol=1e-6)
 
 
-def test_routers_are_no_candidates_for_adapters():
+def test_routers_are_not_candidates_for_adapters():
     """Whether they are linear layers, as in transformers 4, or not."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     config = transformers.Qwen2MoeConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, **experts)

@@ -29,7 +29,7 @@ def test_budgets_are_read_as_people_write_them(text, limits):
     assert Budget.of(Budget.of(text)) == Budget.of(text) and str(Budget.of(text))
 
 
-def test_what_exceeds_a_budget_is_named():
+def test_exceeded_limits_are_named():
     """Limit by limit; what is not limited may cost anything."""
     budget = Budget.of("1GiB, 0.7x")
     assert budget.exceeded({"memory": 2**30, "time": 0.7}) == []

@@ -157,7 +157,7 @@ def test_second_adapters_of_either_kind_and_hotswap(blueprint, tmp_path):
     assert "second" in onto_plain.peft_config
 
 
-def test_weighted_combination_saves_what_it_adapts(blueprint, tmp_path):
+def test_weighted_combination_saves_the_adapted_modules(blueprint, tmp_path):
     """add_weighted_adapter copies the config with other targets; saving it does not write the old selection."""
     model = adapted(blueprint, num_modules=5)
     model.add_adapter("other", BlueprintConfig(blueprint=blueprint, num_modules=9, r=2, coverage="none"))

@@ -216,7 +216,7 @@ def test_values_of_another_type_or_range_are_refused(field, value):
     ],
     ids=str,
 )
-def test_what_peft_refuses_is_one_error_that_names_the_fields(fields, message):
+def test_peft_refusals_are_one_error_that_names_the_fields(fields, message):
     """When the config is made, or when the adapter is put on."""
     if not fields.keys() <= LoraConfig.__dataclass_fields__.keys():
         pytest.skip("this PEFT does not have it")

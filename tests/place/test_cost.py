@@ -307,7 +307,7 @@ def test_full_training_holds_every_weight_once():
     assert full.states == 4 * numbers and full.lowest is None
 
 
-def test_what_is_cheaper_is_said_to_be():
+def test_cheaper_placements_are_predicted_cheaper():
     """Fewer adapters and a higher lowest one take less time and memory; all-linear is 1."""
     model = testing.tiny_llama(10)
     for device in ("cpu", "cuda"):

@@ -294,7 +294,7 @@ def test_wishes_that_cannot_be_met_are_refused_in_words(options, message):
 
 
 @needs_fused
-def test_what_does_not_fit_the_model_is_refused_before_an_adapter_is_put_on(tmp_path, monkeypatch):
+def test_a_misfit_is_refused_before_an_adapter_is_put_on(tmp_path, monkeypatch):
     """Fewer experts, experts in lists, ranks that differ in a parameter, an adapter of other experts, other trainers."""
     config = BlueprintConfig(blueprint=measured(tiny_mixtral(1)), experts=2, num_modules=1, r=2)
     placement = config.placement

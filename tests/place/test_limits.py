@@ -60,7 +60,7 @@ def followed(message, limits, keep):
     ),
     gains=st.lists(st.floats(0.0, 10.0), min_size=21, max_size=21).filter(any),
 )
-def test_what_an_error_advises_works(shares, keep, options, gains):
+def test_the_advice_of_an_error_works(shares, keep, options, gains):
     """Each advice by itself, word by word; and a plan keeps what was asked for."""
     limits = limits_of(shares)
     if not limits:

@@ -282,7 +282,7 @@ def everything_of(model):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit, tiny_t5, tiny_mixtral])
 @pytest.mark.parametrize("wish", [{"fraction": 1.0}, {"mode": "unfreeze", "fraction": 1.0}], ids=["lora", "unfreeze"])
-def test_what_takes_no_adapter_is_left_out_and_counted(build, wish):
+def test_entries_without_adapters_are_left_out_and_counted(build, wish):
     """A blueprint with embeddings, norms, biases and heads is placed as one without them."""
     model = build()
     placement = plan_placement(everything_of(model), **wish)

@@ -185,7 +185,7 @@ def test_k_star_is_a_share_of_the_parameters(mode):
         plan_placement(None, LLAMA, fraction="k_star")
 
 
-def test_what_half_and_twice_as_much_would_be_is_said():
+def test_half_and_twice_as_much_are_listed():
     """The neighbours stand in the placement and in its table."""
     placement = plan_placement(BLUEPRINT, LLAMA, num_modules=12, workload=LOAD)
     smaller, larger = placement.alternatives
@@ -217,7 +217,7 @@ def test_by_default_a_seventh_of_the_submodules_covers_the_model_within_all_line
     assert set(placement.lora) == {BLUEPRINT.submodules[i].name for i in order}
 
 
-def test_what_is_done_by_default_where_a_seventh_would_not_do():
+def test_the_default_where_a_seventh_would_not_do():
     """At one rank most of the gain is kept; blocks, other selectors and coverages, and norms alone have scores."""
     uniform = plan_placement(BLUEPRINT, LLAMA, ranks="uniform", workload=LOAD)
     assert uniform.selector == {"keep": 0.95} and uniform.rank_by == "cover_gain" and uniform.gain_retained >= 0.95

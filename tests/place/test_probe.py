@@ -189,7 +189,7 @@ def test_a_probe_alone_is_the_blueprint(model, probe):
         BlueprintConfig(probe=LOCAL, probe_examples=0, **WISH)
 
 
-def test_what_a_probe_rules_out_is_refused(model, published):
+def test_options_that_a_probe_rules_out_are_refused(model, published):
     """Each in one line, and a blueprint of another model before anything is measured."""
     with pytest.raises(PlacementError, match="probe and placement both say where adapters go"):
         BlueprintConfig(placement=plan_placement(published), probe=LOCAL)

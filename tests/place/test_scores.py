@@ -56,7 +56,7 @@ def test_scores_are_their_formulas():
         np.testing.assert_allclose(score(entries, by), values, err_msg=by)
 
 
-def test_no_signal_is_no_ratio():
+def test_without_a_signal_the_ratio_is_zero():
     """An infinite noise scale, which a blueprint leaves out, is a signal-to-noise ratio of 0."""
     entries = [Submodule("a", 1.0, signal_norm=0.0), Submodule("b", 1.0, signal_norm=1.0, noise_scale=2.0)]
     assert score(entries, "signal_to_noise").tolist() == [0, 0.5]
@@ -112,6 +112,6 @@ bare = Submodule("bare", 1.0)
         (lambda: score([bare], "even", costs=[0]), "costs must be positive and finite, and those of 'bare' are not"),
     ],
 )
-def test_what_is_missing_is_named(act, message):
+def test_missing_statistics_are_named(act, message):
     with pytest.raises(BlueprintError, match=message):
         act()

@@ -142,7 +142,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_each_trainer_adapts_exactly_what_is_placed(trainer, monkeypatch):
+def test_each_trainer_adapts_exactly_the_placed_modules(trainer, monkeypatch):
     """Names of layer 1 reach no other layer, and every adapter has the rank and the scaling asked for."""
     text = trainer_config(placement(), trainer, r=4, lora_alpha=6)
     model = LOADERS[trainer](text, tiny_llama(layers=12), monkeypatch)
@@ -150,7 +150,7 @@ def test_each_trainer_adapts_exactly_what_is_placed(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_each_trainer_unfreezes_exactly_what_is_placed(trainer, monkeypatch):
+def test_each_trainer_unfreezes_exactly_the_placed_blocks(trainer, monkeypatch):
     """Blocks beside adapters, and what to load a quantised base with stands in the text."""
     placed = placement(LORA[2:], BLOCKS)
     text = trainer_config(placed, trainer)
@@ -231,7 +231,7 @@ def test_many_ranks_become_one_pattern_for_each(trainer, monkeypatch):
     assert adapted(model) == ({name: (rank, 2.0) for name, rank in placed.ranks.items()}, set())
 
 
-def test_what_the_placement_says_is_the_default():
+def test_the_placements_rank_is_the_default():
     """Its rank, twice that as alpha; its factor on the learning rate stands in a comment, and nothing where unknown."""
     text = trainer_config(placement(rank=8, learning_rate_scale=2.236), "llamafactory")
     assert yaml.safe_load(text)["lora_rank"] == 8 and yaml.safe_load(text)["lora_alpha"] == 16
@@ -270,7 +270,7 @@ def test_a_name_is_written_so_that_it_comes_back(trainer):
         (placement(("a,b",)), "llamafactory", {}, "by commas and cannot read 'a,b'"),
     ],
 )
-def test_what_cannot_be_said_is_an_error(placed, trainer, settings, message):
+def test_settings_that_a_trainer_cannot_express_are_errors(placed, trainer, settings, message):
     """The message names it, and what can be done."""
     with pytest.raises(PlacementError, match=message):
         trainer_config(placed, trainer, **settings)

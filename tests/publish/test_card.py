@@ -64,7 +64,7 @@ def made(blueprint, text):
     return blueprint
 
 
-def test_the_section_says_what_was_measured_on_what(blueprint):
+def test_the_section_names_the_measurement_and_its_data(blueprint):
     """Model, revision, checkpoint, data, command, versions, the strongest with interval and rank, and the limits."""
     known = replace(
         blueprint,
@@ -126,7 +126,7 @@ def test_the_papers_bare_record_has_a_section():
     assert "Adam" not in section and "None" not in section
 
 
-def test_a_record_of_groups_shows_what_the_papers_example_has(blueprint):
+def test_a_record_of_groups_shows_the_keys_of_the_papers_example(blueprint):
     """Exponents and the recommended fraction of each block, and how far influence agrees with gradient norms."""
     groups = blueprint.coarsen("group")
     section = card_section(groups, FILE, top=2)

@@ -48,7 +48,7 @@ def test_one_commit_has_all_files(two_layers, model_hub):
     assert "(blueprint.png)" in card and "base_model" not in card
 
 
-def test_what_was_published_is_read_again(two_layers, model_hub, tmp_path):
+def test_published_blueprints_are_read_again(two_layers, model_hub, tmp_path):
     """Blueprint.from_pretrained gives the same record."""
     put(two_layers, model_hub)
     assert Blueprint.from_pretrained("tiny/llama", endpoint=model_hub.endpoint, cache_dir=tmp_path) == two_layers

@@ -312,13 +312,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("tensors", GOOD.values(), ids=GOOD)
-def test_what_fits(tensors):
+def test_fitting_models(tensors):
     """Stored names with and without a prefix, shapes either way round, quantised weights by name."""
     check_stored(BLUEPRINT, tensors, "x")
 
 
 @pytest.mark.parametrize("tensors, message", BAD.values(), ids=BAD)
-def test_what_does_not_fit(tensors, message):
+def test_misfits(tensors, message):
     """A MismatchError with both sides and the way out."""
     with pytest.raises(MismatchError, match=f"(?s){message}.*check=False"):
         check_stored(BLUEPRINT, tensors, "x")

@@ -131,7 +131,7 @@ def test_the_page_holds_no_address_and_no_script(page):
     assert set(re.findall(r'(?:src|href)="([^#"]{1,11})', page)) <= {"data:,", "data:image/"}
 
 
-def test_the_page_says_what_was_decided_and_placed(page):
+def test_the_page_shows_decisions_and_placements(page):
     """The rule's words and proposal, the kinds with their layers and ranks, the baseline's terms."""
     page = page.read_text(encoding="utf-8")
     assert "Stopped at step 600." in page and "Plan 450 steps." in page
@@ -188,7 +188,7 @@ def test_the_same_runs_make_the_same_page(report):
     assert draw_front(report) == draw_front(report) and render_page(report) == render_page(report)
 
 
-def test_axes_have_units_and_say_what_is_better(report):
+def test_axes_have_units_and_the_better_direction(report):
     """Time in minutes, FLOPs with a prefix, bytes in GiB; the training loss is drawn too."""
     found = pictures(render_page(report))
     assert "eval_loss (lower is better)" in found["eval_loss against time, min"]
@@ -204,7 +204,7 @@ def test_no_two_of_many_runs_look_alike():
     assert len(samples) == 3 * len(COLOURS)
 
 
-def test_what_is_no_placement_makes_no_table():
+def test_an_invalid_placement_makes_no_table():
     """The page is there all the same."""
     for lora in (5, [{"a": 1}], "q_proj"):
         assert "<html" in render_page(make_report([made_up_run("run", placement={"lora": lora, "unfreeze": 3})]))

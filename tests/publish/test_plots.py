@@ -36,7 +36,7 @@ def marked(blueprint, placement):
         ("head", set()),
     ],
 )
-def test_an_unfrozen_block_hatches_what_is_in_it_alone(block, inside):
+def test_an_unfrozen_block_hatches_only_its_own_cells(block, inside):
     """Not a block whose name begins in the same way."""
     blueprint = Blueprint(
         "org/m", made(["experts.1.up", "experts.1.down", "experts.10.up", "experts.10.upper", "heads"])
@@ -80,7 +80,7 @@ def test_many_entries_are_drawn_in_a_picture_of_bounded_size(tmp_path, kinds, de
     save_plot(figure, tmp_path / "x.png")
 
 
-def test_without_kinds_and_depths_there_is_no_picture():
+def test_a_picture_needs_kinds_and_depths():
     """The error says what to do."""
     with pytest.raises(BlueprintError, match="no kinds and depths"):
         plot_blueprint(Blueprint("org/m", tuple(replace(entry, depth=None) for entry in made("ab"))))

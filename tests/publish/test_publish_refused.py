@@ -117,7 +117,7 @@ def test_a_gated_repository_is_explained(two_layers, model_hub):
         put(two_layers, model_hub)
 
 
-def test_what_is_wrong_here_is_found_before_anything_is_asked(two_layers, model_hub):
+def test_local_errors_are_found_before_any_request(two_layers, model_hub):
     """A model that is a path, a repository that is none, a checkpoint that is another's, a data set that is none."""
     for model_id in ("/home/me/model", "./model", "llama", "a/b/c", "LlamaForCausalLM", "C:\\model", "org/na me"):
         with pytest.raises(
@@ -187,7 +187,7 @@ def test_a_blueprint_of_another_model_is_not_overwritten(two_layers, model_hub):
     ]
 
 
-def test_a_file_of_that_name_that_is_no_blueprint_is_not_overwritten(two_layers, model_hub):
+def test_another_file_of_that_name_is_not_overwritten(two_layers, model_hub):
     """Somebody's own blueprint.json, and somebody's own blueprint.png."""
     repository = model_hub.repository("tiny/llama")
     repository.commit({"blueprint.json": b"{}", "blueprint.png": b"a house"})

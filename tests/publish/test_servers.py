@@ -108,7 +108,7 @@ def test_an_export_computes_the_same_with_one_rank(server, exports, adapter):
     assert len(adapters) == len(pairs) and sum(bool(a.any()) for a in adapters) == len(PLACED)
 
 
-def test_sglang_finds_what_it_joins(exports):
+def test_sglang_finds_the_modules_it_joins(exports):
     """q, k and v of a layer together, gate and up together; nothing else."""
     pairs = pairs_in(exports["sglang"].path)
     attention, mlp = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
@@ -173,7 +173,7 @@ def test_fused_experts_are_written_as_the_server_names_them(mixture, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_server_cannot_load_is_refused(adapter, tmp_path):
+def test_adapters_that_a_server_cannot_load_are_refused(adapter, tmp_path):
     """Another server, an adapter that acts from an invocation on, and another base model."""
     folder, out = adapter[0] / "adapter", tmp_path / "out"
     with pytest.raises(BlueprintError, match="server must be one of vllm, .* got 'triton'"):

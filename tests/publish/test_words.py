@@ -23,7 +23,7 @@ BASE = run("base", [(0, 3.0), (10, 2.5), (20, 2.2), (40, 2.0)])
 FAST = run("fast", [(0, 3.0), (5, 2.4), (10, 1.9)], total=12)
 
 
-def test_the_headline_says_what_was_gained_for_what_was_spent():
+def test_the_headline_states_gain_and_cost():
     """Against the baseline, without one, and alone."""
     assert headline(make_report([BASE, FAST], baseline="base")) == (
         "fast improved eval_loss 3.67 × as much per second as base. It reached the final eval_loss of base after 9 s, "
@@ -89,7 +89,7 @@ def test_the_results_are_in_the_form_that_pefts_tools_read():
     assert ours["run"]["totals"]["energy_joules"]["how"] == "measured" and ours["metric"] == "eval_loss"
 
 
-def test_of_a_run_of_which_little_is_known_the_rest_is_null():
+def test_unknown_figures_of_a_run_are_null():
     """The same keys, without a figure made up, and a metric that was not finite as null."""
     bare = run("bare", [(0, 3.0), (10, math.nan)])
     report = make_report([bare])

@@ -38,7 +38,7 @@ def test_a_number_is_taken():
     assert carbon_factor(0).value == 0
 
 
-def test_nothing_is_assumed():
+def test_without_a_place_carbon_is_absent():
     """Without a place there is no factor: no world mean stands in."""
     assert carbon_factor(None).how == "absent"
 
@@ -58,7 +58,7 @@ def test_a_country_is_looked_up_without_running_codecarbon(codecarbon):
 
 
 @pytest.mark.parametrize("where", ["XYZ", "Atlantis", "", "300"])
-def test_an_unknown_country_is_no_world_mean(codecarbon, where):
+def test_an_unknown_country_does_not_get_a_world_mean(codecarbon, where):
     """CodeCarbon would take a mean of the world; here it is an error."""
     with pytest.raises(BlueprintError, match="is not among the 2 countries of CodeCarbon 9.9. Give three letters"):
         carbon_factor(where)

@@ -68,7 +68,7 @@ def test_a_failure_inside_stops_the_clock(clock):
     assert spent.seconds == 3
 
 
-def test_tokens_cost_what_is_said():
+def test_tokens_cost_the_given_flops():
     """FLOPs have the label of what a token costs, also if that is known only afterwards."""
     spent = Ledger(meters=[])
     spent.add(100)
@@ -126,7 +126,7 @@ def test_without_a_meter_energy_is_modelled_or_absent(clock):
     assert "no carbon factor" in spent.quantities()["carbon_grams"].source
 
 
-def test_why_there_is_no_meter_is_said(monkeypatch):
+def test_a_missing_meter_has_its_reason(monkeypatch):
     """By default meters are looked for, once, and the reasons of those that are not there are the quantity's source."""
     calls = []
 
@@ -242,7 +242,7 @@ def test_a_resumption_without_a_meter_takes_the_label_away(clock):
 @pytest.mark.parametrize(
     "state", [{}, None, {"quantities": {"seconds": {"value": 1, "how": "measured"}}}, {"quantities": 3}]
 )
-def test_what_is_no_state_changes_nothing(state):
+def test_an_invalid_state_changes_nothing(state):
     """The error says what is expected and what is there."""
     spent = Ledger(meters=[])
     spent.add(5)

@@ -105,7 +105,7 @@ def test_amd_gpus_are_found_by_index(zeus, monkeypatch):
     assert (meter.joules(), meter.name) == (2, "AMD SMI energy counter, 1 GPU")
 
 
-def test_gpus_without_a_counter_are_no_meter(zeus):
+def test_gpus_without_a_counter_have_no_meter(zeus):
     """Old GPUs have none, an unknown GPU cannot be found, and a driver may fail at any time."""
     with pytest.raises(MeasurementError, match="no GPU energy counter: 'GPU-of-another' is not in list"):
         gpu_meter({0: "GPU-of-another"})

@@ -45,7 +45,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert math.isnan(again.points[-1].metrics["eval_loss"]) and again.points[:-1] == record.points
 
 
-def test_what_json_cannot_hold_is_written_as_text(tmp_path):
+def test_values_beyond_json_are_written_as_text(tmp_path):
     """Sets in order, enumerations by their values: a record is never lost to a config's odd field."""
 
     class Kind(Enum):
@@ -135,7 +135,7 @@ def test_a_broken_record_says_where(tmp_path, change, place):
 
 
 @pytest.mark.parametrize("text", ['{"name": "a",', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "[1]", "\xff"])
-def test_what_is_no_record_at_all_names_the_file(tmp_path, text):
+def test_an_invalid_record_names_the_file(tmp_path, text):
     """Cut short, nested without end, a number too long, a list, no text."""
     (tmp_path / RUN_FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match=RUN_FILE):
@@ -218,7 +218,7 @@ def test_a_broken_trainers_state_says_where(tmp_path):
         RunRecord.load(tmp_path / "sft")
 
 
-def test_where_there_is_no_run_the_error_says_what_makes_one(tmp_path):
+def test_the_error_for_a_missing_run_says_how_to_make_one(tmp_path):
     """No folder, and a folder with nothing of the kind."""
     with pytest.raises(BlueprintError, match="No run found at"):
         RunRecord.load(tmp_path / "nowhere")

@@ -26,7 +26,7 @@ BASE = run("base", [(0, 3.0), (10, 2.5), (20, 2.2), (40, 2.0)])
 FAST = run("fast", [(0, 3.0), (5, 2.4), (10, 1.9)], total=12)
 
 
-def test_capability_per_resource_is_the_gain_over_what_was_spent():
+def test_capability_per_resource_is_the_gain_over_the_cost():
     """And the multiple of the baseline's, what it took to be as good, and how good it was for the same."""
     base, fast = make_report([BASE, FAST], baseline="base").rows
     assert base.gain == pytest.approx(1.0) and base.per_resource == pytest.approx(1.0 / 40)
@@ -62,7 +62,7 @@ def test_a_slope_beyond_the_range_of_floats_is_not_known():
     assert make_report([run("huge", [(0, 1.0), (1e300, 2.0), (2e300, 1e300)])]).rows[0].ratio is None
 
 
-def test_gain_counts_from_the_first_evaluation_and_so_does_what_it_took():
+def test_gain_and_cost_count_from_the_first_evaluation():
     """A run first evaluated later is not given what was spent before as a cost of that gain, and a note says so."""
     late = run("late", [(10, 2.5), (20, 2.0)])
     report = make_report([late])

@@ -69,7 +69,7 @@ def test_a_threshold_is_taken_as_it_is():
     assert last.stop and last.threshold == 0.021
 
 
-def test_the_budget_is_told_or_read_off_the_progress_or_what_was_spent():
+def test_the_budget_is_given_or_follows_from_progress_or_cost():
     """A tenth of it is what `expected` is of."""
     line = [5 - 0.1 * i for i in range(10)]
     assert feed(MarginalReturn(), line)[-1].expected == pytest.approx(0.1)
@@ -79,7 +79,7 @@ def test_the_budget_is_told_or_read_off_the_progress_or_what_was_spent():
     assert last.expected == pytest.approx(0.1) and "another 10 % of the resource spent so far" in last.reason
 
 
-def test_nothing_is_told_too_early():
+def test_no_stop_before_enough_evaluations():
     """Neither from fewer evaluations than the window, nor before a tenth of the budget is spent."""
     machine = MarginalReturn(budget=1000.0, patience=1)
     found = [machine.check(10.0 * i, 1.0) for i in range(1, 11)]
@@ -93,7 +93,7 @@ def test_many_evaluations_are_judged_over_a_tenth_of_the_budget():
     assert not feed(MarginalReturn(), list(values))[-1].stop
 
 
-def test_noise_is_no_reason_to_stop():
+def test_noise_does_not_stop_a_run():
     """A curve that falls by little, under noise that is larger: ten evaluations cannot tell, and it says so."""
     noisy = [2 - 0.004 * i + 0.03 * (-1) ** i for i in range(20)]
     last = feed(MarginalReturn(patience=1), noisy)[9]
@@ -207,7 +207,7 @@ def test_a_metric_that_gets_worse_stops_and_the_best_is_named():
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_metric_that_is_no_number_is_not_used_and_stops_if_it_stays(wrong, direction):
+def test_a_metric_that_is_nan_is_not_used_and_stops_if_it_stays(wrong, direction):
     """One is passed over; as many in a row as patience are divergence, under any schedule."""
     machine = MarginalReturn(direction=direction)
     machine.check(1, 2.0, step=1, learning_rate=1.0)
@@ -340,7 +340,7 @@ def test_a_trend_is_the_least_squares_line_with_its_error():
     assert found.margin > found.error and windows(5, 12) == [5, 7, 10, 12]
 
 
-def test_what_the_learning_rate_does_is_read_off_the_rates():
+def test_the_schedules_phase_follows_from_the_rates():
     """Constant, warm-up, decay, unknown, and a decay that has just begun."""
     found = [phase(r) for r in ([1.0] * 4, [0.1, 0.2], [1.0, 0.9], [1.0, None], [], [1.0, 1.0, 1.0, 0.999])]
     assert found == ["steady", "rising", "falling", "unknown", "unknown", "falling"]

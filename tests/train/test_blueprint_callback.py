@@ -113,7 +113,7 @@ def by_hand(model, steps, max_norm=1.0):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("make", [lora, full])
-def test_figures_are_the_norms_of_what_the_optimizer_is_given(make, accumulation, tmp_path):
+def test_figures_are_the_norms_of_the_optimizers_gradients(make, accumulation, tmp_path):
     """At every step, clipped, with one or two micro-batches, they equal those of an ordinary loop."""
     arguments = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     _, logged = train(make(), tmp_path, arguments={"max_steps": 4, **arguments}, every=1, milestones=())
@@ -306,7 +306,7 @@ def test_measuring_counts_as_evaluating_in_a_ledger(tmp_path):
         assert len(seconds) == 3 and sum(seconds) < spent < keeping.log.ledger.seconds
 
 
-def test_a_placement_by_blueprint_is_what_is_reported(blueprint, tmp_path):
+def test_a_placement_by_blueprint_is_reported(blueprint, tmp_path):
     """The log has a BlueprintConfig's targets and no others; the file has all submodules of the unwrapped model."""
     model = get_peft_model(tiny_llama(12), BlueprintConfig(blueprint=blueprint, num_modules=5, r=2))
     _, logged = train(model, tmp_path, arguments={"max_steps": 2}, every=1, milestones=[1], max_examples=4)

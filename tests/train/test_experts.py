@@ -104,7 +104,7 @@ def test_trained_experts_are_saved_alone_and_merged_into_a_checkpoint(tmp_path):
 
 
 @needs_fused
-def test_a_state_dict_resumes_and_a_moved_model_keeps_what_was_trained():
+def test_a_state_dict_resumes_and_a_moved_model_keeps_trained_experts():
     """Into unfrozen experts, with the optimizer's state; where a move separates slices and whole, the slices count."""
     whole, part = tiny_mixtral(LAYERS), tiny_mixtral(LAYERS)
     for model in (whole, part):
@@ -182,7 +182,7 @@ def test_experts_in_a_list_are_unfrozen_as_they_are(tmp_path):
 
 
 @needs_fused
-def test_what_cannot_be_done_is_refused_and_changes_nothing(tmp_path):
+def test_refused_calls_change_nothing(tmp_path):
     """Experts that the model lacks, adapted or trained ones, files of something else, other shapes, full folders."""
     model = tiny_mixtral(1)
     for experts, message in (

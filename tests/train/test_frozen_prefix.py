@@ -154,7 +154,7 @@ def test_rows_that_do_not_fit_are_computed_alone():
     assert 2 <= sum(computed) < EXAMPLES and sum(computed) == cache.statistics.rows_computed - EXAMPLES
 
 
-def test_it_moves_up_with_what_is_frozen_later():
+def test_it_moves_up_with_later_freezing():
     """From the states stored so far: the layers below are not computed again, and the gradients stay right."""
     model, plain = adapted(tiny_llama(LAYERS), lowest=1), adapted(tiny_llama(LAYERS), lowest=1)
 
@@ -345,7 +345,7 @@ def test_models_it_refuses():
         model(**batch)
 
 
-def test_dropout_above_is_no_obstacle():
+def test_dropout_above_is_allowed():
     """Adapters' dropout draws the same numbers as without the cache."""
     model = adapted(tiny_llama(LAYERS), lora_dropout=0.5)
     torch.manual_seed(1)

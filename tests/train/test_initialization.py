@@ -223,7 +223,7 @@ def test_processes_share_the_examples_and_end_with_one_a(tmp_path):
     assert own[2].startswith("MeasurementError: Processes 0 and 1 have other adapters or seeds: give every process")
 
 
-def test_what_cannot_be_initialized_is_refused_and_left_as_it_was():
+def test_refused_adapters_are_left_as_they_were():
     """Another name, a trained, inactive or merged adapter, no data, NaN; the adapter stays as it was."""
     with pytest.raises(PlacementError, match=r"has no LoRA adapter 'default' on linear layers; its adapters: none"):
         begin(tiny_llama())

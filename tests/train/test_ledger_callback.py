@@ -66,7 +66,7 @@ def test_figures_go_to_the_log_where_the_trainer_logs_or_evaluates(tmp_path, cap
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_tokens_are_what_the_model_is_given_in_training(accumulation, tmp_path):
+def test_tokens_are_the_models_inputs_in_training(accumulation, tmp_path):
     """Padding included, every micro-batch of a step, and no token of an evaluation."""
     arguments = {"gradient_accumulation_steps": accumulation, "max_steps": 3, "eval_steps": 1}
     _, callback = train(tmp_path, arguments=arguments)
@@ -151,7 +151,7 @@ def test_other_models_have_books_too(tmp_path):
     assert totals["tokens"].how == totals["flops"].how == "absent" and totals["seconds"].value > 0
 
 
-def test_the_record_says_what_the_run_was(blueprint, tmp_path):
+def test_the_record_describes_the_run(blueprint, tmp_path):
     """Placement with ranks, the blueprint, plain LoRA settings, arguments, versions, seed, counts and bytes."""
     config = BlueprintConfig(blueprint=blueprint, num_modules=5, r=2, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(12), config)
@@ -226,7 +226,7 @@ def test_it_stops_when_nothing_pays(tmp_path, caplog):
         ("reduce_lr_on_plateau", False, 8, "can stop it at checks 4 to 9. The schedule is not known beforehand"),
     ],
 )
-def test_what_a_rule_does_under_a_schedule_is_said_once_at_the_start(
+def test_the_effect_of_a_rule_under_a_schedule_is_logged_once_at_the_start(
     schedule, stop_in_decay, steps, says, tmp_path, caplog
 ):
     """Before the first step; and it does so."""
@@ -352,7 +352,7 @@ def test_wrong_arguments_are_errors_before_training(tmp_path):
         train(tmp_path, output_dir=tmp_path / "file" / "sub")
 
 
-def test_what_cannot_be_judged_is_an_error_at_once(tmp_path):
+def test_an_unusable_metric_or_resource_is_an_error_at_once(tmp_path):
     """A resource that nothing counts, before the first step; a metric that is not there, after one evaluation."""
     with pytest.raises(BlueprintError, match="'carbon_grams' is absent .*Use one of seconds, device_hours") as found:
         train(tmp_path, stop=MarginalReturn(), resource="carbon_grams")
@@ -404,7 +404,7 @@ def test_it_leaves_nothing_behind_and_begins_anew(tmp_path):
     assert len(callback.log.points) == 4, "an evaluation afterwards is none of the training's"
 
 
-def test_an_early_end_by_another_hand_is_no_stop_of_its_own(tmp_path):
+def test_an_early_end_by_another_callback_is_not_a_stop_of_the_rule(tmp_path):
     """The record is written all the same."""
     train(tmp_path, None, At(3, end), stop=MarginalReturn())
     record = RunRecord.load(tmp_path)

@@ -142,7 +142,7 @@ def test_work_on_the_cpu_counts_no_gpu(monkeypatch):
     assert "resident" in ledger.quantities()["peak_bytes"].source
 
 
-def test_what_is_stored_is_made_once():
+def test_the_stored_state_is_made_once():
     """A checkpoint of a long run does not write its whole log anew at every step that logs."""
     log = some_steps(log_of(), 1, 6)
     first, second = log.state_dict(), log.state_dict()
@@ -150,7 +150,7 @@ def test_what_is_stored_is_made_once():
 
 
 @pytest.mark.parametrize("place", ["forward", "on_step_end", "on_step_begin"])
-def test_nothing_stays_on_the_model_after_an_interrupt(tmp_path, place):
+def test_an_interrupt_leaves_no_hook_on_the_model(tmp_path, place):
     """Neither the hook that counts tokens nor the mode that counts FLOPs, which the second step is in."""
 
     class Interrupting(TrainerCallback):

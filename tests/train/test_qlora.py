@@ -160,7 +160,7 @@ def test_the_qlora_recipe_runs_as_it_is_checked_in(folder, tmp_path, caplog):
     assert sum(name.endswith("lora_A.default") for name, _ in model.named_modules()) == report.placed
 
 
-def test_memory_limits_what_is_placed(folder, tmp_path):
+def test_memory_limits_the_placement(folder, tmp_path):
     """A limit between the smallest placement and all-linear's is met; nothing else about the run is asked for."""
     settings = {"quantization": None, "training": {"max_steps": 1, "per_device_train_batch_size": 8}}
     settings |= {"base_learning_rate": None, "held_out": None}

@@ -163,7 +163,7 @@ def test_an_unsound_recipe_is_refused_in_one_line(tmp_path, changes, message):
     assert str(caught.value).startswith(str(tmp_path / "r.yaml")) and "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_recipe_is_refused(tmp_path):
+def test_an_invalid_recipe_is_refused(tmp_path):
     with pytest.raises(BlueprintError, match="cannot be read"):
         Recipe.from_yaml(tmp_path / "none.yaml")
     texts = {"a: [": "not valid YAML", "a: 1\na: 2": "not valid YAML", "- 1": "must be a mapping", "": "got nothing"}

@@ -77,7 +77,7 @@ def test_the_copies_memory_is_given_back():
     assert share_base(model) == 0
 
 
-def test_what_something_else_still_uses_is_not_counted():
+def test_shared_memory_is_not_counted():
     """A head tied to the embedding keeps the embedding's memory, so that releasing the head's original saves nothing."""
     model = tiny_llama(tie_word_embeddings=True)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -60,7 +60,7 @@ def place(path, kind):
     "kind",
     [*CONTENTS, "a folder", "300 MB", "a pipe", "a device", "a link to nowhere", "a link to itself", "nothing"],
 )
-def test_what_is_no_such_file_is_refused_by_name(kind, name, tmp_path):
+def test_invalid_files_are_refused_by_name(kind, name, tmp_path):
     """One line that names the file; nothing hangs, is run or fills the memory."""
     place(tmp_path / name, kind)
     read = Recipe.from_yaml if name == "recipe.yaml" else RunRecord.load
