@@ -1,4 +1,4 @@
-"""What the tests of choosing data share: made-up examples, a model, a call."""
+"""Helpers for tests of choosing data: made-up examples, a model, a call."""
 
 import numpy as np
 

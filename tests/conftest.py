@@ -1,4 +1,4 @@
-"""What several test files measure once, and the Hubs on loopback that they ask."""
+"""Shared fixtures: measurements made once per session, and Hubs on loopback."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def no_token_of_mine(monkeypatch):
 
 @pytest.fixture
 def plain_client(no_token_of_mine, monkeypatch):
-    """Nor does the client use Xet, or stay offline, or wait between its attempts."""
+    """Without Xet, offline mode and waiting between attempts as well."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda _: None)

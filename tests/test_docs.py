@@ -1,4 +1,4 @@
-"""README and docs say what is true: code runs, verbs, links and rooms exist. Run: pytest tests/test_docs.py"""
+"""README and docs are true: code runs; verbs, links and rooms exist. Run: pytest tests/test_docs.py"""
 
 import dataclasses
 import importlib.util

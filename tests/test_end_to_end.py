@@ -101,7 +101,7 @@ def test_the_recipe_trains_a_real_model_that_plain_peft_reloads(weights, tmp_pat
 
 
 def test_the_demo_lets_two_trainings_take_their_steps_in_turn(tmp_path, monkeypatch, capsys):
-    """On the same batches, whoever goes first; with medians, spread, processor time and FLOPs of both."""
+    """On the same batches in either order; with medians, spread, processor time and FLOPs."""
     import demo
     from peft_blueprint.testing import save_tiny_model
     from peft_blueprint.train import Recipe

@@ -128,5 +128,5 @@ def test_keywords_of_another_type_are_refused_by_name(cls, field, wrong, message
 
 
 def test_numpys_numbers_are_numbers():
-    """They come out of computations of one's own."""
+    """As results of computations."""
     assert PlacementOptions(fraction=np.float32(0.5)).fraction == 0.5 and MeasureOptions(seed=np.int64(3)).seed == 3

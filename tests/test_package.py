@@ -1,4 +1,4 @@
-"""What the package promises before anything is called: light imports, PEFT's registration, the public names."""
+"""Imports stay light, PEFT's type is registered, and the public names are few."""
 
 import ast
 import inspect
@@ -20,7 +20,7 @@ def run(script):
 
 
 def test_reading_a_blueprint_waits_for_no_tensor_library(blueprint, tmp_path):
-    """A file read, blended and written: without torch, peft or transformers, nor NumPy or the Hub's client."""
+    """A file is read, blended and written without torch, peft, transformers, NumPy and the Hub's client."""
     path = blueprint.save(tmp_path)
     script = f"""
 import sys, peft_blueprint

@@ -47,7 +47,7 @@ def require(span):
 
 
 def test_each_part_of_the_paper_has_its_place():
-    """Four tables of four columns, from section 1 to A.2; what is here is never left out."""
+    """Four tables of four columns, from section 1 to A.2, each row with a name or a link."""
     assert len(ROWS) > 55 and {len(row) for row in ROWS} == {4}
     assert all(row[0] and row[1] and ("`" in row[2] or "](" in row[2]) for row in ROWS)
     sections = " ".join(row[0] for row in ROWS)

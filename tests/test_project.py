@@ -1,4 +1,4 @@
-"""pytest tests/test_project.py: what the project says of itself is true."""
+"""The project's metadata is true. Run: pytest tests/test_project.py"""
 
 import re
 import runpy

@@ -27,7 +27,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("text", LEAKS.values(), ids=LEAKS)
 def test_secrets_are_masked(text, monkeypatch):
-    """Whatever the form: known tokens, headers and addresses; the rest of the text stays."""
+    """In tokens, headers and addresses; the rest of the text stays."""
     monkeypatch.setenv("HF_TOKEN", "env-token-77\n")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "env token 78")
     monkeypatch.setenv("TRACKER_API_KEY", "other-key-99")

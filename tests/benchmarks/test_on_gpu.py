@@ -42,7 +42,7 @@ def test_a_failure_is_named_and_the_rest_runs(tmp_path):
 
 
 def test_it_ends_within_its_time(tmp_path):
-    """What hangs is stopped, and what no time is left for is not run."""
+    """A hanging check is stopped, and checks without time left are skipped."""
     code, out, _, _ = run(
         tmp_path, 'case "$*" in *"-m pytest"*|*"benchmarks gpu"*) exec sleep 50;; esac', "--rehearse", LIMIT="7"
     )

@@ -1,4 +1,4 @@
-"""A study's page states what its seeds can tell. On simulated records."""
+"""A study's page states only conclusions that its seeds support; on simulated records."""
 
 import math
 

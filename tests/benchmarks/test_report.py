@@ -1,4 +1,4 @@
-"""A study's tables say what its records say; on made-up records, and on the archive."""
+"""A study's tables agree with its records; on made-up records, and on the archive."""
 
 import math
 
@@ -38,7 +38,7 @@ def report_of(*runs: tuple, times: dict | None = None, **changes) -> Report:
 
 
 def test_differences_are_paired():
-    """What all examples share cancels; the error is of what is left, over seeds, examples and draws."""
+    """Differences shared by all examples cancel; the error is over seeds, examples and draws."""
     runs = [*seeds_of("all-linear", 0.0), *seeds_of("planner", -0.05)]
     report = report_of(*runs)
     [reference], [row] = report.reference, report.named("planner")
@@ -76,7 +76,7 @@ def test_draws_of_a_random_rule_are_compared_with_together():
 
 
 def test_a_row_is_of_the_best_rate_and_of_one_placement():
-    """What an older rule placed, or trained for longer, is left out; a row without the first seed is not shown yet."""
+    """Runs of an older rule or of other lengths are left out; a row without the first seed is not shown."""
     last = {"ranks": {"b": 4}, "created": "2026-01-02"}
     runs = [run_of("even", 0.0, 0.2, octave=1), run_of("even", 0.9, 0.2, **last), run_of("even", 0.2, 0.2, steps=3)]
     runs += [run_of("even", 0.0, 0.2, octave=-1, **last, status="diverged", loss=None)]

@@ -102,7 +102,7 @@ def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_pat
 
 
 def test_an_invalid_study_is_refused(tmp_path):
-    """With its name, what is wrong and what to do; all studies in the repository can be read."""
+    """The error names the file, the fault and the fix; all studies in the repository can be read."""
     with pytest.raises(SystemExit, match=r"Cannot read .*missing.yaml: .*No such file.* benchmarks/studies"):
         Study.read(tmp_path / "missing.yaml")
     cases = {
@@ -219,7 +219,7 @@ def test_an_interrupted_run_resumes_with_the_missing_jobs(tmp_path, cache, monke
 
 
 def test_processes_share_a_study_and_none_runs_what_another_is_running(tmp_path, cache, monkeypatch):
-    """A claimed job is passed over, and waited for: what is not run by the time its process is gone is run here."""
+    """A claimed job is skipped, and run here if its process ends without a result."""
     wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
     here, there = (runner_of(wanted, tmp_path, cache) for _ in range(2))
     taken = {name: next(j for j in there.schedule.jobs() if j.entry.arm == name) for name in ("even", "all-linear")}
@@ -331,7 +331,7 @@ def test_arms_of_a_resampled_study_share_their_first_weights(tmp_path, cache):
 
 
 def test_whole_blocks_fill_a_share_of_the_model(tmp_path, cache):
-    """Each rule takes other blocks, the dearest that fit; weights take attention and feed-forward in turn."""
+    """Each rule takes the most expensive blocks that fit; weights alternate attention and feed-forward."""
     wanted = study_of(tmp_path, [{"arms": ARMS}], budgets_of="model")
     ground = runner_of(wanted, tmp_path, cache).ground
     of_model = sum(p.numel() for p in ground.shell.parameters())

@@ -40,7 +40,7 @@ def blueprint_of(norms, errors=None, gains=None, **changes):
 
 
 def test_a_blueprint_cannot_be_changed():
-    """Records are frozen: what was checked stays so."""
+    """Records are frozen after their check."""
     blueprint = blueprint_of([1, 2])
     for record, name in ((blueprint, "model_id"), (blueprint["a"], "gradient_norm")):
         with pytest.raises(AttributeError):
@@ -217,7 +217,7 @@ def test_a_group_has_what_follows_from_its_members():
 
 @pytest.mark.parametrize("missing", ["norm_interval", "signal_norm", "noise_scale", "influence", "alpha", "shape"])
 def test_a_group_has_no_statistic_that_a_member_lacks(missing):
-    """Nothing is made up for it, nor for what is made of it."""
+    """Derived statistics are missing too."""
     members = replace(FULL.submodules[0], **{missing: None}), *FULL.submodules[1:]
     entry = replace(FULL, submodules=members).coarsen("group")["attn.0"]
     assert missing == "shape" or getattr(entry, missing) is None
@@ -333,7 +333,7 @@ def test_kinds_and_groups_are_right_for_other_architectures(build, expected):
 
 
 def test_a_domains_tag_weighs_its_norms():
-    """for_domain multiplies by the tag and leaves out what was measured on the first domain alone."""
+    """for_domain multiplies by the tag and leaves out statistics of the first domain alone."""
     entry = Submodule("a", 2.0, adam_gain=1.0, norm_interval=(1.0, 3.0), domain_tags={"law": 1.0, "bio": 0.25})
     weighted = Blueprint("m", (entry,)).for_domain("bio")["a"]
     assert (weighted.gradient_norm, weighted.adam_gain, weighted.norm_interval) == (0.5, None, None)
@@ -454,7 +454,7 @@ OF_THE_PLACE = {"name", "kind", "depth", "group", "shape", "form", "quantized", 
 
 @pytest.mark.parametrize(("derive", "recomputed"), DERIVED.values(), ids=DERIVED)
 def test_a_derived_blueprint_has_no_statistic_of_its_sources(derive, recomputed):
-    """What is not recomputed is dropped, unknown keys too, and the provenance names all of it."""
+    """Statistics that are not recomputed and unknown keys are dropped; the provenance names them."""
     derived = derive()
     known = {f.name for entry in derived for f in fields(Submodule) if getattr(entry, f.name)}
     assert known - OF_THE_PLACE == recomputed
@@ -499,7 +499,7 @@ def test_a_coarse_norm_is_a_lower_bound(examples):
 
 
 def test_two_measurements_of_the_same_have_one_digest():
-    """Whenever, on whatever and by whatever command: these are no content; data, seed and numbers are."""
+    """Date, device and command do not count as content; data, seed and numbers do."""
     ours = blueprint_of([1, 2], provenance={"seed": 0, "data_digest": "a", "created": "2026", "spent": {"seconds": 1}})
     theirs = {"seed": 0, "data_digest": "a", "created": "2027", "command": "generate", "versions": {"torch": "3"}}
     assert replace(ours, provenance=theirs).digest == ours.digest

@@ -1,4 +1,4 @@
-"""The record as JSON and CSV: exact both ways, and clear about what it refuses."""
+"""The record as JSON and CSV: exact both ways, with clear errors."""
 
 import csv
 import errno
@@ -33,7 +33,7 @@ def test_json_and_csv_round_trips_are_exact(blueprint):
 @settings(max_examples=30)
 @given(blueprint=blueprints, suffix=st.sampled_from(["json", "csv"]))
 def test_files_round_trip_too(tmp_path_factory, blueprint, suffix):
-    """The same through a file, whose line ends and encoding are nobody's business."""
+    """Also with other line ends and encodings."""
     path = tmp_path_factory.mktemp("files") / f"blueprint.{suffix}"
     assert blueprint.save(path) == path
     assert Blueprint.from_pretrained(path) == blueprint
@@ -49,7 +49,7 @@ def test_zero_is_a_value_and_not_an_absence():
 
 
 def test_keys_that_this_version_does_not_know_are_kept():
-    """A file of a later minor version loses nothing by being read and written here."""
+    """Unknown keys of a later minor version are kept."""
     record = {"model_id": "m", "rights": ["all"], "layers": [{"id": "a", "gradient_norm": 1, "hessian": {"top": 3}}]}
     blueprint = from_json(json.dumps(record))
     assert blueprint.extra == {"rights": ["all"]} and blueprint["a"].extra == {"hessian": {"top": 3}}
@@ -152,7 +152,7 @@ BAD_JSON = {
 
 @pytest.mark.parametrize("text, message", BAD_JSON.values(), ids=BAD_JSON)
 def test_bad_json_is_refused_by_name(tmp_path, text, message):
-    """Each is a FormatError that names the file and what is wrong in it."""
+    """Each is a FormatError that names the file and the fault."""
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(FormatError, match=f"(?s)bad.json.*{message}"):
@@ -216,7 +216,7 @@ near = st.fixed_dictionaries(
 @settings(max_examples=200)
 @given(st.one_of(near.map(json.dumps), junk.map(json.dumps), st.text(string.punctuation + string.digits + "eaN \n")))
 def test_any_text_is_a_blueprint_or_a_format_error(text):
-    """Whatever the text: a blueprint that can be written again, or a FormatError, and nothing else."""
+    """Any text is a blueprint that can be written again, or a FormatError."""
     try:
         blueprint = from_json(text)
     except FormatError:
@@ -226,7 +226,7 @@ def test_any_text_is_a_blueprint_or_a_format_error(text):
 
 @given(st.text('m1,.\n\r"{}[]:-eN\0', max_size=60))
 def test_any_table_is_a_blueprint_or_a_format_error(rows):
-    """The same for CSV, whatever its cells and quotes hold."""
+    """The same for CSV with any cells and quotes."""
     try:
         blueprint = from_csv("model_id,id,gradient_norm,extra,shape\n" + rows)
     except FormatError:
@@ -239,7 +239,7 @@ def test_any_table_is_a_blueprint_or_a_format_error(rows):
 
 @pytest.mark.parametrize("fails", ["the write", "the move"])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, fails):
-    """When room runs out, what was there is there still, nothing is beside it, and the error says why."""
+    """On a full disk the old file stays alone, and the error gives the reason."""
     path = from_json(record()).save(tmp_path)
     before = path.read_bytes()
 

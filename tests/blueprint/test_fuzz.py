@@ -84,7 +84,7 @@ def text_of(data):
 
 
 def read_or_refused(read, data):
-    """Whatever is read is a blueprint that survives JSON; anything but a BlueprintError is a fault."""
+    """Require a BlueprintError, or a blueprint that survives JSON."""
     try:
         blueprint = read(data)
     except BlueprintError as error:

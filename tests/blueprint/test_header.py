@@ -1,4 +1,4 @@
-"""A safetensors file's metadata, whoever wrote it, from its first bytes."""
+"""A safetensors file's metadata from its first bytes, for any writer."""
 
 import struct
 import time
@@ -70,7 +70,7 @@ def test_hostile_headers_are_refused_at_once(tmp_path, data, message):
 
 @given(st.binary(max_size=40) | st.text('{}[]":,_ametd1\\ ', max_size=40).map(str.encode), st.booleans())
 def test_any_bytes_are_metadata_or_a_format_error(content, is_first):
-    """Whatever the header: nothing else is raised."""
+    """Any header; no other exception is raised."""
     data = safetensors((META.encode() if is_first else b"") + content)
     for end in (len(data), len(data) - 1, 12):
         try:

@@ -158,7 +158,7 @@ tags = st.dictionaries(st.text(max_size=3), lists | junk, max_size=2)
     )
 )
 def test_any_columns_are_a_blueprint_or_a_format_error(layers):
-    """Whatever stands in their place: nothing else is raised."""
+    """Any columns; no other exception is raised."""
     text = json.dumps({"schema_version": 1, "model_id": "m", "layers": layers})
     try:
         from_header_text(text)

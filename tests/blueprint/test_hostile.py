@@ -1,4 +1,4 @@
-"""Files from strangers: whatever is in them, an error within a second and little memory."""
+"""Untrusted files of any content are read or refused within a second and little memory."""
 
 import json
 import os
@@ -226,7 +226,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS)
 def test_a_hostile_header_is_refused(tmp_path, data):
-    """A length that lies, no JSON, metadata that is no text: a BlueprintError from memory and from a file."""
+    """A wrong length, invalid JSON and binary metadata are a BlueprintError, from memory and from a file."""
     (tmp_path / "model.safetensors").write_bytes(data)
     for read in (
         lambda: metadata_of_prefix(data, "it", len(data)),
@@ -295,7 +295,7 @@ TABLES = {
 
 @pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
 def test_a_hostile_table_is_refused(tmp_path, text):
-    """As for JSON, and what only a CSV can do: columns by rows, a NUL, a cell without end."""
+    """As for JSON, and for faults of CSV: too many columns by rows, a NUL, an endless cell."""
     (tmp_path / "b.csv").write_text(text)
     for read, source in ((from_csv, text), (Blueprint.from_pretrained, tmp_path / "b.csv")):
         with pytest.raises(FormatError):
@@ -319,7 +319,7 @@ def test_unusual_content_is_read():
 
 
 def test_only_files_are_read_and_only_so_much_of_them(tmp_path):
-    """A device, a pipe that nobody writes, a file one byte too long and a path with a NUL are errors at once."""
+    """A device, an empty pipe, a file one byte too long and a path with a NUL are immediate errors."""
     os.mkfifo(tmp_path / "pipe.json")
     for path in ("/dev/zero", tmp_path / "pipe.json"):
         with pytest.raises(FormatError, match="a device or a pipe"):
@@ -341,7 +341,7 @@ def test_only_files_are_read_and_only_so_much_of_them(tmp_path):
 
 
 def test_a_file_that_says_too_little_of_itself_is_read_to_the_limit_only():
-    """What grows while it is read, or has no size as in /proc, is cut off after one byte too many."""
+    """A file that grows while it is read, or has no size as in /proc, is cut off after one byte too many."""
     assert os.stat("/proc/self/maps").st_size == 0
     with pytest.raises(FormatError, match="101 bytes or more; at most 100 are read"):
         read_text("/proc/self/maps", limit=100)

@@ -64,7 +64,7 @@ def test_a_private_repository_needs_its_token(blueprint, folder, tmp_path):
 
 
 def test_offline_it_comes_from_the_cache(blueprint, folder, tmp_path, monkeypatch):
-    """After one download neither local_files_only nor a dead Hub is in the way; before, the message says so."""
+    """After one download it works with local_files_only and without a Hub; before, the error says what is missing."""
     wish = {"cache_dir": tmp_path / "cache"}
     with pytest.raises(BlueprintError, match="'org/name' is not in the cache.*[Gg]o online once, or give a file"):
         Blueprint.from_pretrained("org/name", local_files_only=True, **wish)
@@ -107,7 +107,7 @@ def test_another_file_of_that_name_is_a_format_error(folder, tmp_path):
 
 
 def test_a_folder_of_that_name_goes_first(blueprint, folder, tmp_path, monkeypatch):
-    """What is on disk is not looked for on the Hub."""
+    """A folder on disk makes no request."""
     monkeypatch.chdir(tmp_path)
     blueprint.save(tmp_path / "org" / "name" / "blueprint.json")
     with loopback_hub({}) as endpoint:
@@ -347,7 +347,7 @@ SECRET = "s3cret-t0ken-of-mine"
     ids=str,
 )
 def test_no_message_holds_a_secret(tmp_path, wish):
-    """Nor do the exceptions behind it, which a traceback shows."""
+    """Including the chained exceptions that a traceback shows."""
     with pytest.raises(BlueprintError) as error:
         Blueprint.from_pretrained("org/name", **{"endpoint": "http://127.0.0.1:9", "cache_dir": tmp_path} | wish)
     assert SECRET not in "".join(traceback.format_exception_only(error.value))

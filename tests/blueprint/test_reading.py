@@ -61,7 +61,7 @@ def asked(hub):
 
 
 def test_a_header_costs_one_request_and_no_tensor(rounded, whole, hub, tmp_path):
-    """One range of 100 kB, of which the tensors are no part; and the same record as on disk."""
+    """One range of 100 kB, before the tensors; the record equals that on disk."""
     assert Blueprint.from_pretrained("org/whole", **wish(hub, tmp_path)) == rounded
     [request] = hub.requests
     assert (request.method, request.status, request.range) == ("GET", 206, f"bytes=0-{FIRST_READ - 1}")
@@ -70,7 +70,7 @@ def test_a_header_costs_one_request_and_no_tensor(rounded, whole, hub, tmp_path)
 
 
 def test_an_index_costs_two(rounded, hub, tmp_path):
-    """The first says that there is no single file."""
+    """The first finds no single file."""
     assert Blueprint.from_pretrained("org/sharded", **wish(hub, tmp_path)) == rounded
     assert asked(hub) == [("GET", "model.safetensors", 404), ("GET", "model.safetensors.index.json", 206)]
 
@@ -115,7 +115,7 @@ def test_a_folder_gives_the_exact_file_first(blueprint, rounded, whole, tmp_path
 
 
 def test_a_commit_is_read_once_and_a_branch_offline(rounded, hub, tmp_path, monkeypatch):
-    """A pinned commit makes no second request; a branch is asked for again, and comes from the cache when nobody answers."""
+    """A pinned commit makes no second request; a branch is checked again, and comes from the cache offline."""
     settings = wish(hub, tmp_path)
     assert Blueprint.from_pretrained("org/whole", **settings) == rounded
     commit = COMMIT

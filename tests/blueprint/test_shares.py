@@ -56,7 +56,7 @@ def test_k_star_of_a_model_counts_parameters():
 
 
 def test_the_files_k_star_comes_before_its_own():
-    """A laboratory may recommend another; a number that is no share is refused."""
+    """A publisher may recommend another share; numbers outside (0, 1] are refused."""
     assert k_star_of(blueprint([8.0, 1.0, 1.0])) == pytest.approx(1 / 3)
     assert k_star_of(blueprint([8.0, 1.0, 1.0], costs={"k_star": 0.15})) == 0.15
     for wrong in (0, 1.5, "a", True):

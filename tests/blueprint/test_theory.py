@@ -116,7 +116,7 @@ def test_freezing_four_fifths_of_7b_saves_67_gb():
     ],
 )
 def test_arguments_out_of_range_are_named(formula, message):
-    """Every formula refuses what it is not defined for."""
+    """Every formula refuses arguments outside its domain."""
     with pytest.raises(BlueprintError, match=message):
         formula()
 

@@ -77,7 +77,7 @@ def test_the_verb_merges(run, labs, tmp_path):
 
 
 def test_the_verb_overwrites_no_source(run, labs):
-    """Neither with the table nor with the merged blueprint, under whatever spelling."""
+    """With the table or the merged blueprint, however the path is spelled."""
     before = labs[0].read_bytes()
     for option in ("--out", "--merge"):
         with pytest.raises(BlueprintError, match="is one of the sources and would be overwritten"):

@@ -28,7 +28,7 @@ ROWS = [
 
 
 def run(*arguments):
-    """What the verb prints."""
+    """Return the output of the verb."""
     done = CliRunner().invoke(app, ["select-data", *map(str, arguments)])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -110,7 +110,7 @@ def test_a_target_and_a_blueprint_are_read(asked, folder, tmp_path):
 
 
 def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
-    """Nothing is written, and the data itself cannot be written over."""
+    """The data stays as it was."""
     out = tmp_path / "chosen.jsonl"
     for arguments, message in [
         ([*asked, "--count", 3, "--out", tmp_path / "chosen.txt"], "must end in one of"),
@@ -141,7 +141,7 @@ def test_the_verb_starts_without_torch():
 
 
 def test_tables_that_cannot_be_are_refused(tmp_path):
-    """A file that is no table, and values that a format cannot hold; what was there stays."""
+    """A file that is not a table, and values that a format cannot hold; an old file stays."""
     broken, out = tmp_path / "broken.jsonl", tmp_path / "out.jsonl"
     broken.write_text("{", encoding="utf-8")
     with pytest.raises(BlueprintError, match="cannot be read"):

@@ -108,7 +108,7 @@ def test_the_card_is_of_the_run_whose_folder_it_is_in(folders, call):
 
 
 def test_the_page_is_written(folders, call):
-    """And where is said on stderr, so that stdout is the table."""
+    """Its path goes to stderr, and the table to stdout."""
     status, out, err = call("fast", "--html", "page.html", "--resource", "energy_joules")
     assert status == 0 and "Written to page.html." in err and "Written" not in out
     assert 'id="by-energy_joules" checked' in (folders / "page.html").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def test_errors_are_one_line(folders, call):
 
 
 def test_the_verb_waits_for_no_torch(folders):
-    """Nor do Markdown, JSON and the card; the page draws, and needs none either."""
+    """With a table, Markdown, JSON, the card or the page."""
     code = (
         "import sys; from peft_blueprint.cli import app; "
         "app(['report', 'base', 'fast', '--results', 'r', '--markdown', 'm.md', '--html', 'p.html', '--card', 'fast'], "

@@ -71,7 +71,7 @@ def test_show_has_k_star_of_the_whole_model(run, two_layers, tmp_path):
 
 @pytest.mark.parametrize("by", [*NUMBERS, "norm_error", "domain_tags.[b]x", "ours"])
 def test_show_has_the_column_that_it_sorts_by(by, run, tagged):
-    """Whatever that is; it falls from row to row."""
+    """For any statistic; it falls from row to row."""
     status, out, _ = run("show", tagged, "--by", by, "--top", 0)
     assert status == 0
     heading = next(line for line in out.splitlines() if line.startswith("┃"))

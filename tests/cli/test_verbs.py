@@ -189,7 +189,7 @@ def test_the_table_has_the_more_special_class_first():
 
 
 def test_help_imports_nothing_heavy():
-    """Neither tensors nor tables nor validation."""
+    """No library for tensors, tables or validation."""
     heavy = {"torch", "numpy", "pandas", "scipy", "transformers", "peft", "datasets", "pydantic", "huggingface_hub"}
     script = f"import sys, peft_blueprint.cli.program; print(sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""How far a probe is from a published blueprint, and what is done about it."""
+"""Drift between a probe and a published blueprint, and the policies for it."""
 
 from dataclasses import replace
 

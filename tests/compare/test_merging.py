@@ -86,7 +86,7 @@ def test_revisions_are_kept_apart_where_both_are_known():
 
 
 def test_private_blueprints_stay_apart():
-    """They merge with nobody, each other included; a copy still counts once, and a movement of one says it is noisy."""
+    """They do not merge, also not with each other; a copy counts once, and a movement notes the noise."""
     clear, noisy = measured(UP, data="c"), measured(UP, checkpoint=1.0)
     noisy = replace(
         noisy, provenance={"domains": {"law": {"examples": 8}}, "privacy": {"epsilon": 4.0, "delta": 1e-6}}

@@ -36,7 +36,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_domain_is_read_from_its_own_file_or_from_the_tags(tmp_path):
-    """The file has all of the domain's statistics; weights and names that are no file take the tags."""
+    """A domain's file has all its statistics; mixtures and other names use the tags."""
     PUBLISHED.save(tmp_path / "blueprint.json")
     replace(PUBLISHED, submodules=(Submodule("attn.0", 7.0),)).save(tmp_path / "blueprint-law.json")
 

@@ -86,7 +86,7 @@ def test_a_row_says_where_its_norm_comes_from():
     ],
 )
 def test_provenance_of_any_shape_makes_a_row(provenance):
-    """What strangers put in a provenance stops no table and no merge."""
+    """Any content of a provenance can be tabulated and merged."""
     odd = replace(measured(UP), provenance=provenance)
     rows = aggregate({"odd": odd})
     assert len(rows) == len(UP) and all(type(v) in (str, int, float, bool, type(None)) for v in rows[0].values())
@@ -210,7 +210,7 @@ def test_csv_and_json_hold_the_same_rows(blueprint, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
 def test_a_table_that_cannot_be_written_leaves_the_old_one(suffix, tmp_path):
-    """A column of two types, a nested cell, or a text that is no Unicode is an error; nothing half written remains."""
+    """A column of two types, a nested cell and invalid Unicode are errors that leave no file."""
     path = tmp_path / f"t.{suffix}"
     write_table([{"a": 1}], path)
     before = path.read_bytes()

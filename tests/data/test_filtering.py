@@ -287,7 +287,7 @@ def target_positions_of(block):
 
 
 def test_bad_requests_are_refused():
-    """With what to do."""
+    """The error says how to fix it."""
     for message, options in [
         ("A stream is filtered by a fraction in (0, 1], got fraction=None, count=3", {"count": 3}),
         ("Tokens cannot be scored by method='length'. Choose from random", {"unit": "token", "method": "length"}),

@@ -1,4 +1,4 @@
-"""What scoring candidates in chunks costs. Run: pytest tests/data/test_scoring.py"""
+"""Cost of scoring candidates in chunks. Run: pytest tests/data/test_scoring.py"""
 
 import pytest
 

@@ -100,7 +100,7 @@ def test_values_that_cannot_be_written_are_refused_first(folder, tmp_path):
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_input_files_are_not_overwritten(folder, tmp_path):
-    """Nor is a folder, one file twice, or an existing score column."""
+    """A folder, one file twice, and an existing score column are refused too."""
     data, target, out = folder / "data.jsonl", tmp_path / "target.jsonl", tmp_path / "out.jsonl"
     scored = tmp_path / "scored.jsonl"
     target.write_text('{"text": "1 2"}\n', encoding="utf-8")

@@ -19,7 +19,7 @@ ROWS = make_rows(12)
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mixtral])
 def test_the_first_layers_are_a_model_of_that_depth(build):
-    """Its losses are those of a model built with so many layers and the same weights; afterwards it is whole."""
+    """Its losses are those of a model built with that many layers; afterwards it is whole."""
     whole, batch = build(layers=3), collate(ROWS[:4], 0)
     short = build(layers=2)
     weights = whole.state_dict()

@@ -74,7 +74,7 @@ def loopback_hub(
 
 
 class LoopbackHub:
-    """A Hub of model repositories on 127.0.0.1, to be used in a `with`; nobody else can reach it.
+    """A Hub of model repositories on 127.0.0.1, to be used in a `with`.
 
     Anybody may read what is not private or gated; committing and creating need a token. Binary and large files go
     through LFS, never through Xet: set `HF_HUB_DISABLE_XET=1` where something is committed.

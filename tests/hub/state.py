@@ -265,7 +265,7 @@ class Repository:
 
 
 def is_large(path: str, sample: bytes, size: int) -> bool:
-    """Whether a file is kept by LFS: by its ending, more than 10 MiB, or bytes that are no text; an empty one never."""
+    """Whether a file is kept by LFS: by its suffix, above 10 MiB, or if it is binary; never if it is empty."""
     if size == 0:
         return False
     if size > LARGE or b"\0" in sample or path.endswith((".safetensors", ".bin", ".gguf", ".pt", ".parquet")):

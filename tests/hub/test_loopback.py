@@ -79,7 +79,7 @@ def test_private_and_gated_are_told_apart(folder, tmp_path):
 @pytest.mark.parametrize("redirect", [False, True])
 @pytest.mark.parametrize("name", ["model.safetensors", "sub/notes.txt"])
 def test_ranges_are_honoured(hub, folder, name, redirect):
-    """206 with the place of the part, 416 past the end, the whole for what is no single range; bytes are counted."""
+    """206 with the range, 416 past the end, the whole file for several ranges; bytes are counted."""
     hub.redirect_lfs = redirect
     content = (folder / name).read_bytes()
     n, url = len(content), f"{hub.endpoint}/org/name/resolve/main/{name}"
@@ -151,7 +151,7 @@ def test_unknown_addresses_are_404(hub):
 
 
 def test_thread_and_port_end_with_the_block(folder):
-    """Neither thread nor port, though a client says nothing and another does not listen."""
+    """Also while one client sends nothing and another does not read."""
     before = set(threading.enumerate())
     (folder / "large.bin").write_bytes(bytes(20_000_000))
     begin = time.monotonic()

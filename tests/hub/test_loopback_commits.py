@@ -159,7 +159,7 @@ def test_a_sound_card_is_taken(hub, api, card):
 
 
 def test_objects_are_checked(hub):
-    """Bytes that are not those announced, or that nobody announced, are not kept; a pointer to nothing is refused."""
+    """Only announced bytes are kept; a pointer to a missing file is refused."""
     git, oid, other = f"{hub.endpoint}/org/name.git/info/lfs/objects", *map(sha256, (TENSORS, b"\0"))
 
     def post(url, **content):
@@ -195,7 +195,7 @@ def test_a_malformed_commit_is_a_bad_request(hub, body):
 
 
 def test_without_write_access_a_pull_request_can_be_opened(hub, api):
-    """And who may do nothing is told so; without a token there is no writing at all."""
+    """Without write access the answer is 403, without a token 401."""
     before = state(hub)
     hub.repository("org/name").writable = "pull requests"
     with pytest.raises(HfHubHTTPError, match="403 Forbidden: Forbidden: pass `create_pr=1`"):

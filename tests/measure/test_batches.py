@@ -87,7 +87,7 @@ def test_special_tokens_stand_around_prompt_and_completion(tokenizer, form, eos,
     ],
 )
 def test_targets_are_the_last_message_whatever_the_generation_prompt(tokenizer, generation_prompt, targets):
-    """Neither the question nor what only the generation prompt has."""
+    """The question and the generation prompt are masked."""
     tokenizer.chat_template = HEADERS + f"{{% if add_generation_prompt %}}{generation_prompt}{{% endif %}}"
     ids, found = words(encode_one({"messages": LONG_CHAT}, tokenizer))
     assert ids == [USER, 1, 2, END, ASSISTANT, 3, 4, END, USER, 5, END, ASSISTANT, 6, 7, END]

@@ -80,7 +80,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(reports):
 
 
 def test_a_lognormal_is_not_called_a_power_law():
-    """Nor is anything else with a curved tail: the ratio has to favour the law, a good fit is not enough."""
+    """Other curved tails too: a good fit is not enough, the likelihood ratio must favour the law."""
     for draw in (
         lambda rng, n: rng.lognormal(0, 1, n),
         lambda rng, n: rng.lognormal(0, 3, n),

@@ -226,7 +226,7 @@ def test_a_custom_loss_replaces_the_models_own():
 
 
 def test_a_peft_model_is_measured_under_the_base_models_names():
-    """Adapters at their start change nothing, and their own matrices are no submodules."""
+    """Fresh adapters change nothing, and their matrices are not submodules."""
     from peft import LoraConfig, get_peft_model
 
     batches = toy_batches()
@@ -282,7 +282,7 @@ def test_a_measurement_of_nothing_is_refused(model, changes, message):
 
 
 def test_max_examples_stops_within_a_batch():
-    """Only so many examples are measured, and an endless iterator is not drained."""
+    """Only `max_examples` are measured, and an endless iterator is not drained."""
     influence = measure_influence(tiny_llama(layers=1), iter(toy_batches() * 100), max_examples=6, progress=False)
     assert influence.norms.shape[1] == len(influence.losses) == 6
     with pytest.raises(MeasurementError, match="max_examples must be a positive integer or None, got 0"):
@@ -309,7 +309,7 @@ def test_the_lean_cross_entropy_is_torchs_own(dtype, monkeypatch):
 
 
 def test_the_progress_bar_counts_examples(capsys):
-    """Not submodules or batches: the last line says so many of so many."""
+    """Not submodules or batches; the last line has both numbers."""
     batches = toy_batches(examples=6, batch_size=2)
     measure_influence(tiny_llama(), batches, max_examples=5)
     assert "5/5" in capsys.readouterr().err

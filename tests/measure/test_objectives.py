@@ -114,7 +114,7 @@ def test_a_contrastive_loss_is_measured_for_what_flows_through_an_examples_own_r
 
 @pytest.mark.parametrize(("build", "include"), [(tiny_llama, "all"), (tiny_mixtral, "adaptable")])
 def test_a_contrastive_loss_cannot_be_measured_one_example_at_a_time(build, include):
-    """By itself an example has nothing to contrast with, and the gradient would be nought: that is an error."""
+    """A single example of a contrastive loss has zero gradient: that is an error."""
     with pytest.raises(
         MeasurementError, match=r"the loss [\d.]+, and 0 by itself: its losses depend on the other rows"
     ):
@@ -333,7 +333,7 @@ def wav2vec2():
     ],
 )
 def test_reentrant_checkpointing_without_an_embedding(build, batch):
-    """Nothing before the first layer requires a gradient; and no layer is dropped."""
+    """Although the first layer's input requires no gradient, every layer is measured."""
     model = build()
     expected = measure_influence(model, [batch], progress=False)
     model.activation_checkpointing_enable({"use_reentrant": True})
@@ -407,7 +407,7 @@ def test_a_models_own_loss_is_asked_for_without_a_cache():
 
 
 def test_batches_without_rows_are_named():
-    """Nested tensors, and rows that belong to nobody."""
+    """Nested tensors, and rows beyond the examples."""
     nested = {"chosen": {"input_ids": torch.ones(2, 3, dtype=torch.long)}}
     with pytest.raises(MeasurementError, match=r"got \['chosen'\]. Give tensors by name, not nested"):
         measure_influence(tiny_llama(), [nested], loss_fn=preference_by_two_calls, progress=False)

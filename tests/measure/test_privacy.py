@@ -112,7 +112,7 @@ def test_sigma_falls_with_epsilon_and_delta():
 
 @pytest.mark.parametrize("clip", [None, 1.7])
 def test_neighbouring_means_are_at_most_root_two_bounds_over_n_apart(clip):
-    """Of vectors that are not negative; and two that share no submodule are exactly so far apart."""
+    """For non-negative vectors; two without a common submodule reach the bound."""
     generator = np.random.default_rng(0)
     bound, n = clip or 1.0, 5
     others = generator.lognormal(size=(6, n - 1))

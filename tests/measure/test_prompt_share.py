@@ -73,7 +73,7 @@ def test_sketches_estimate_them_and_measurements_merge(model):
 
 
 def test_a_blueprint_publishes_them_where_they_are_known(model, tmp_path):
-    """Not for models that predict no next token, nor for fused experts, whose tokens are in no order."""
+    """Missing for models without next-token prediction and for fused experts, whose tokens are unordered."""
     blueprint = generate_blueprint(model, BATCHES, progress=False)
     shares = [entry.prompt_share for entry in blueprint.submodules]
     assert all(0 <= share <= 1 for share in shares) and max(shares) > 0.5

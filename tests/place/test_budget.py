@@ -30,7 +30,7 @@ def test_budgets_are_read_as_people_write_them(text, limits):
 
 
 def test_exceeded_limits_are_named():
-    """Limit by limit; what is not limited may cost anything."""
+    """Limit by limit; other costs are free."""
     budget = Budget.of("1GiB, 0.7x")
     assert budget.exceeded({"memory": 2**30, "time": 0.7}) == []
     assert budget.exceeded({"memory": 2**30 + 1, "time": 0.6, "modules": 10**6}) == ["memory"]

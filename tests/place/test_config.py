@@ -345,7 +345,7 @@ def test_wishes_that_cannot_be_met_are_errors_when_the_config_is_made(blueprint,
 
 
 def test_a_config_without_a_blueprint_says_so():
-    """Nothing to go by is an error, not all-linear LoRA."""
+    """A config without blueprint and placement is an error, not all-linear LoRA."""
     with pytest.raises(BlueprintError, match="needs a blueprint"):
         BlueprintConfig(r=8)
 

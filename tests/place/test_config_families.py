@@ -117,7 +117,7 @@ def test_experts_are_adapted_where_the_blueprint_says_and_reload_as_plain_lora(b
 )
 @needs_fused
 def test_limits_of_peft_on_whole_parameters_are_errors_when_the_config_is_made(extra, message):
-    """The field, its value, and what to do; without fused experts in the placement it is nobody's business."""
+    """The error names the field, its value and the fix; placements without fused experts take the same fields."""
     with pytest.raises(PlacementError, match=message):
         BlueprintConfig(blueprint=measured(tiny_mixtral), fraction=1.0, **extra)
     BlueprintConfig(blueprint=measured(tiny_mixtral, q_proj=9.0), threshold=9.0, **extra)

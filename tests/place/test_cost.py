@@ -278,7 +278,7 @@ def test_states_of_optimizers():
 
 
 def test_master_weights_make_twelve_bytes_a_parameter():
-    """A float32 copy and two float32 moments of weights in 2 bytes; none of adapters in float32, nor of a float32 model."""
+    """2-byte weights have a float32 copy and two float32 moments; float32 adapters and models have no copy."""
     structure = Structure.of(testing.tiny_llama(2))
     load = replace(WORKLOAD, dtype="bfloat16", master_weights=True)
     mixed, plain = (CostModel(structure, replace(load, master_weights=on)) for on in (True, False))

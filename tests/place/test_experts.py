@@ -192,7 +192,7 @@ def test_experts_in_a_list_are_ordinary_targets(tmp_path):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_with_a_stack_are_those_of_the_computed_weight(transposed):
-    """However experts are computed: one by one, gathered, grouped, all at once, or in a way that nobody foresaw."""
+    """For every way to compute experts: one by one, gathered, grouped, all at once, or an unknown one."""
     torch.manual_seed(0)
     base, left, right = torch.randn(4, 8, 12), torch.randn(8, 2, requires_grad=True), torch.randn(2, 12)
     stack = ExpertStack(base, {2: UpdatedMatrix(base[2], [LowRank(left, right, 0.5)]), 0: torch.randn(8, 12)})

@@ -146,7 +146,7 @@ coverages = st.sampled_from(["none", "kind", "kind+depth"])
 
 @given(random_blueprints(), coverages, st.data())
 def test_exactly_as_many_as_asked_for(blueprint, coverage, data):
-    """num_modules and fraction give their number, of distinct names in the model's order; more of one is no fewer."""
+    """num_modules and fraction give that many distinct names in the model's order."""
     count = data.draw(st.integers(1, len(blueprint)))
     names = plan_placement(blueprint, num_modules=count, coverage=coverage).lora
     assert len(names) == len(set(names)) == count
@@ -334,7 +334,7 @@ def test_fused_experts_are_placed_by_their_parameters_names():
 
 @pytest.mark.parametrize("wish", [{"fraction": 0.5}, {"mode": "lora+unfreeze", "num_modules": 2}])
 def test_a_placement_goes_through_json(wish):
-    """to_dict is plain JSON, from_dict gives the same placement back; what is none is refused."""
+    """to_dict is plain JSON, from_dict returns the same placement and refuses other objects."""
     placement = plan_placement(SMALL, **wish)
     assert placement.selector == {key: value for key, value in wish.items() if key != "mode"}
     assert placement.candidates == len(SMALL) and placement.model_id == "org/m"

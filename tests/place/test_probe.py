@@ -180,7 +180,7 @@ def test_any_form_of_data_is_a_probe(published, probe, tmp_path, model):
 
 
 def test_a_probe_alone_is_the_blueprint(model, probe):
-    """There is nothing to blend it with; with probe_examples=0 there is no blueprint at all."""
+    """The probe is the blueprint then; with probe_examples=0 as well, the call is an error."""
     config = BlueprintConfig(probe=LOCAL, probe_examples=6, **WISH).resolve(model)
     assert (
         config.selection == plan_placement(probe, model, **WISH).lora and config.record.provenance.get("blend") is None

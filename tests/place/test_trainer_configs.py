@@ -243,7 +243,7 @@ def test_the_placements_rank_is_the_default():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_name_is_written_so_that_it_comes_back(trainer):
-    """Quotes, line ends and signs of YAML in a model's name do no harm, neither in comments nor in values."""
+    """Quotes, line ends and YAML's signs in a model's name are escaped, in comments and in values."""
     odd = 'a "quoted"\n#: name — ünïcode'
     placed = Placement(odd, LORA, (), "adam_gain", "none")
     text = trainer_config(placed, trainer)

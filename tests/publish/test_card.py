@@ -239,7 +239,7 @@ def test_sections_of_several_files_are_side_by_side(blueprint):
     ],
 )
 def test_broken_marks_are_an_error_that_says_where(card, message):
-    """Nothing is guessed, even if the marks are another section's."""
+    """Also if the marks are another section's."""
     with pytest.raises(BlueprintError, match=message):
         with_section(card, marked("", NAME), NAME)
 

@@ -271,7 +271,7 @@ def test_a_blueprint_publishes_itself(two_layers, tmp_path):
     ["generate org/m --data ~/mine/a.jsonl", "generate org/m --data /secret/b.jsonl", "generate C:\\mine\\c"],
 )
 def test_files_of_ones_own_machine_are_pointed_out(two_layers, model_hub, command):
-    """Before a provenance that names them is public; ids and addresses are no files."""
+    """Before the provenance becomes public; ids and addresses do not count as files."""
     told = replace(two_layers, provenance={"command": command, "data": "openai/gsm8k", "see": "https://a.org/b/c"})
     [note] = prepare(told, "org/other", endpoint=model_hub.endpoint, picture=False).notes
     assert "files of this machine" in note and "gsm8k" not in note and "a.org" not in note

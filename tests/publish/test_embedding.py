@@ -111,7 +111,7 @@ def copied(folder, to):
 
 @pytest.mark.parametrize("act", ["embed", "embed another", "remove"])
 def test_an_interruption_between_header_and_index_is_noticed(blueprint, saved, tmp_path, monkeypatch, act):
-    """Readers warn; the same once more mends it, and then nobody warns."""
+    """Readers warn until the same act is repeated."""
     folder = copied(saved / "sharded", tmp_path / "copy")
     if act != "embed":
         embed(blueprint, folder, progress=False)
@@ -406,7 +406,7 @@ def test_an_adapter_of_other_weights_carries_the_blueprint_of_its_base_model(con
 
 @pytest.mark.parametrize("how", ["a link", "a link out of the cache", "a copy in the cache"])
 def test_the_cache_is_left_alone(blueprint, saved, tmp_path, how):
-    """Neither a link nor what it points to is touched; the error says how to get a copy."""
+    """Link and target stay unchanged; the error says how to get a copy."""
     blob = tmp_path / "models--tiny--llama" / "blobs" / "abc" if "cache" in how else tmp_path / "elsewhere" / "abc"
     blob.parent.mkdir(parents=True)
     blob.write_bytes((saved / "single" / "model.safetensors").read_bytes())

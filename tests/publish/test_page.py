@@ -154,7 +154,7 @@ def test_a_run_without_evaluation_shows_its_training_loss():
 
 
 def test_a_run_of_nothing_is_a_page_without_pictures():
-    """Neither evaluations nor losses nor figures: all absent, and said so."""
+    """Without evaluations, losses and figures all is marked as absent."""
     bare = replace(made_up_run(), points=(), losses=(), totals={"seconds": absent("no clock")}, about={})
     page = render_page(make_report([bare]))
     assert "No run has an evaluation or a training loss to draw." in page and "no clock" in page
@@ -162,14 +162,14 @@ def test_a_run_of_nothing_is_a_page_without_pictures():
 
 @pytest.mark.parametrize("source", ["nowhere/blueprint.json", {"submodules": 3}])
 def test_a_blueprint_that_is_not_there_or_broken_costs_only_its_picture(source):
-    """The rest of the page stands, and says why there is no heat map; nothing is fetched."""
+    """The page gives the reason for the missing heat map and makes no request."""
     page = render_page(make_report([made_up_run(blueprint=source, placement=placement_of(6))]))
     assert 'class="map"' not in page and ("was not found" in page or "cannot be drawn" in page)
     assert "nowhere" not in page
 
 
 def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
-    """A metric called like a formula is no formula, and letters that matplotlib's font lacks raise no warning."""
+    """A metric's name is shown literally; letters that matplotlib's font lacks raise no warning."""
     record = made_up_run("模型 $x$")
     points = tuple(replace(p, metrics={"eval_$\\bad 模": p.metrics["eval_loss"]}) for p in record.points)
     page = render_page(make_report([replace(record, metric="eval_$\\bad 模", points=points)]))
@@ -184,7 +184,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 
 def test_the_same_runs_make_the_same_page(report):
-    """Nothing in it depends on the time or on chance."""
+    """Independent of time and chance."""
     assert draw_front(report) == draw_front(report) and render_page(report) == render_page(report)
 
 

@@ -77,7 +77,7 @@ def test_a_connection_cut_within_the_commit_is_found_out_by_publishing_again(two
 
 
 def test_a_hub_that_cannot_be_reached_or_may_not_be_asked(two_layers, model_hub, monkeypatch):
-    """Nobody listens; or offline mode is on."""
+    """The port is closed, or offline mode is on."""
     with LoopbackHub() as gone:
         pass
     with pytest.raises(BlueprintError, match="connection to the Hub failed on 'tiny/llama'.*Nothing was sent"):
@@ -206,7 +206,7 @@ def test_a_public_repository_does_not_pass_for_a_private_one(two_layers, model_h
 
 
 def test_a_card_that_cannot_be_edited_is_left_alone(two_layers, model_hub):
-    """Broken marks, broken YAML, bytes that are no text: an error, and no commit."""
+    """Broken marks, broken YAML and binary content are errors before any commit."""
     repository = model_hub.repository("tiny/llama")
     for card, message in (
         (b"<!-- gradient-blueprint blueprint.json begin -->\n", "does not end"),

@@ -72,7 +72,7 @@ def read_as_peft_does(result):
 
 
 def test_the_results_are_in_the_form_that_pefts_tools_read():
-    """Every key they take is there, what is known under it, what is not is null, and ours stand apart."""
+    """Every key is there, unknown values are null, and further keys stand apart."""
     record = made_up_run("lora/r16", seconds_of_which={"evaluating": 10.0, "saving": 1.0})
     report = make_report([record])
     result = method_comparison_json(report.rows[0], report)

@@ -32,14 +32,14 @@ def codecarbon(tmp_path, monkeypatch):
 
 
 def test_a_number_is_taken():
-    """Who buys wind power knows better; a factor is a mean all the same, so it is modelled."""
+    """A given factor is still a mean, so carbon counts as modelled."""
     quantity = carbon_factor(45)
     assert (quantity.value, quantity.how, quantity.source) == (45.0, "modelled", "45 g CO2e/kWh, as given")
     assert carbon_factor(0).value == 0
 
 
 def test_without_a_place_carbon_is_absent():
-    """Without a place there is no factor: no world mean stands in."""
+    """A world mean is not assumed."""
     assert carbon_factor(None).how == "absent"
 
 
@@ -96,7 +96,7 @@ def test_codecarbon_itself_is_read_without_network(monkeypatch):
 
 
 def test_looking_up_a_country_imports_nothing_heavy():
-    """Neither torch nor CodeCarbon nor zeus, so that a report starts fast."""
+    """Without torch, CodeCarbon and zeus, so that a report starts fast."""
     script = (
         "import sys; from peft_blueprint.runs import carbon_factor;"
         "carbon_factor('FRA'); print(sorted({'torch', 'codecarbon', 'pandas', 'zeus', 'scipy'} & set(sys.modules)))"

@@ -60,7 +60,7 @@ def test_time_counts_only_while_it_runs(clock):
 
 
 def test_a_failure_inside_stops_the_clock(clock):
-    """What was spent before an error was spent."""
+    """Costs before an error count."""
     with pytest.raises(KeyError), Ledger(meters=[]) as spent:
         clock.now += 3
         raise KeyError
@@ -225,7 +225,7 @@ def test_a_resumed_run_goes_on_counting(clock):
 
 
 def test_a_resumption_without_a_meter_takes_the_label_away(clock):
-    """What was measured before and is modelled now is modelled; what is not counted now is absent."""
+    """Measured before and modelled now is modelled; no longer counted is absent."""
     meter = FakeMeter()
     with Ledger(meters=[meter]) as first:
         meter.shown = 100.0
@@ -243,7 +243,7 @@ def test_a_resumption_without_a_meter_takes_the_label_away(clock):
     "state", [{}, None, {"quantities": {"seconds": {"value": 1, "how": "measured"}}}, {"quantities": 3}]
 )
 def test_an_invalid_state_changes_nothing(state):
-    """The error says what is expected and what is there."""
+    """The error names the expected and the given value."""
     spent = Ledger(meters=[])
     spent.add(5)
     with pytest.raises(FormatError, match="The ledger's state"):

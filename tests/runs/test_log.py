@@ -1,4 +1,4 @@
-"""Costs of evaluations, checkpoints and optimizer states in the record of one's own loop."""
+"""Costs of evaluations, checkpoints and optimizer states in the record of an own loop."""
 
 import math
 

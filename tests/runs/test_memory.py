@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def occupy(size):
-    """Hold so many bytes of new pages for a moment; what an allocator gives may be pages that the process had."""
+    """Hold this many bytes of new pages, which an allocator might not use, for a moment."""
     with mmap.mmap(-1, size) as pages:
         for start in range(0, size, mmap.PAGESIZE):
             pages[start] = 1
@@ -56,7 +56,7 @@ def test_ledgers_within_each_other_do_not_disturb():
 
 
 def test_memory_that_cannot_be_measured_is_absent(monkeypatch, tmp_path):
-    """Some containers do not let the mark be set back; then there is no peak, and why is said."""
+    """Where a container does not allow a reset, the peak is absent with a reason."""
     monkeypatch.setattr(meters_module, "_CLEAR", tmp_path / "no" / "clear_refs")
     with Ledger(meters=[]) as spent:
         pass
@@ -66,7 +66,7 @@ def test_memory_that_cannot_be_measured_is_absent(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Three GPUs that hold and held so many bytes, as torch tells of them."""
+    """Three GPUs with current and peak bytes, as torch reports them."""
 
     class Properties:
         uuid = "5ad1"
@@ -94,7 +94,7 @@ def gpus(monkeypatch):
 
 
 def test_gpus_are_counted(gpus, clock):
-    """All that are visible: memory summed for gigabyte-hours, the fullest for the peak; waited for at the end."""
+    """All visible ones: memory is summed for gigabyte-hours, the fullest counts for the peak."""
     with Ledger(meters=[]) as spent:
         clock.now += 3600
         gpus.waited_for.clear()

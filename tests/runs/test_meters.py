@@ -245,7 +245,7 @@ def test_all_meters_of_the_machine_are_found(zeus, tmp_path):
 
 
 def test_the_processor_does_not_pass_for_the_whole(zeus, tmp_path):
-    """If the GPUs' energy cannot be read, the processor's alone is no measurement of the run."""
+    """Without the GPUs' energy, the processor's alone does not count as measured."""
     zone(tmp_path, "intel-rapl:0", "package-0")
     zeus.old = True
     assert find_meters(ONE, folder=tmp_path) == ([], ["no GPU energy counter: NVML has none for 1 GPU"])

@@ -23,7 +23,7 @@ from peft_blueprint.runs.quantity import (
 
 
 def test_resources_are_what_adds_up_while_a_run_goes_on():
-    """Peaks and states do not add up, and are no resource; everything has a unit."""
+    """Peaks and states do not add up, so they are not resources; everything has a unit."""
     assert RESOURCES == tuple(name for name in UNITS if not name.endswith("bytes"))
     assert len(UNITS) == 9 and all(UNITS.values())
 
@@ -129,7 +129,7 @@ def test_quantities_read_as_a_person_writes_them(value, name, shown):
 
 
 def test_numbers_have_no_exponents_where_they_read_better():
-    """Nor are those that are not finite hidden."""
+    """Infinite ones and NaN are shown."""
     assert [format_number(x) for x in (0, 1.23456, 12345.6, 2.5e-5, math.nan, None)] == [
         *("0", "1.235", "12,346", "2.50 × 10⁻⁵", "not finite", "–"),
     ]

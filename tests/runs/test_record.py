@@ -228,5 +228,5 @@ def test_the_error_for_a_missing_run_says_how_to_make_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_perplexity", "word_error_rate", "wer", "rmse"])
 def test_losses_and_errors_fall(name):
-    """By their names, and what is not called so rises."""
+    """By their names; other metrics rise."""
     assert direction_of(name) == "minimize" and direction_of(f"{name}_accuracy") == "maximize"

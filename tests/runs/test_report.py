@@ -143,7 +143,7 @@ def test_runs_of_one_name_are_told_apart():
 
 
 def test_a_probe_that_is_charged_is_said():
-    """Whoever compares runs should know that one of them paid for a measurement."""
+    """A note names the run that paid for a measurement."""
     probed, plain = made_up_run("probed", probe={"seconds": {"value": 9.0, "how": "measured"}}), made_up_run("plain")
     assert any("charged to probed." in note for note in make_report([probed, plain]).notes)
     assert not any("charged" in note for note in make_report([plain]).notes)

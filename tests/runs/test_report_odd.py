@@ -40,7 +40,7 @@ def test_a_first_evaluation_of_unknown_cost_gives_no_gain_per_resource(tmp_path)
 
 
 def test_tokens_are_those_of_the_whole_run(tmp_path):
-    """The state and the closing entry count, and TRL's tokens at evaluations, which are no metric."""
+    """From the state, the closing entry, and TRL's tokens at evaluations, which do not become a metric."""
     history = [{"step": 250, "loss": 1.0, "num_input_tokens_seen": 250_000}, *evaluations(300)]
     record = RunRecord.load(state(tmp_path / "run", history, num_input_tokens_seen=300_000))
     assert record.totals["tokens"].value == 300_000
@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_whole_run(tmp_path):
 
 @pytest.mark.parametrize("metric", ["eval_exact_answer", "eval_f1_cancer", "eval_power"])
 def test_a_word_that_ends_like_an_error_rate_is_none(metric):
-    """Neither "answer" nor "power" is a word error rate; wer and cer are."""
+    """ "answer" and "power" are not word error rates; wer and cer are."""
     assert direction_of(metric) == "maximize"
     assert {direction_of(f"eval_{name}") for name in ("wer", "cer", "rmse", "ppl", "loss")} == {"minimize"}
 

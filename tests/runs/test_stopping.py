@@ -80,7 +80,7 @@ def test_the_budget_is_given_or_follows_from_progress_or_cost():
 
 
 def test_no_stop_before_enough_evaluations():
-    """Neither from fewer evaluations than the window, nor before a tenth of the budget is spent."""
+    """Not from fewer evaluations than the window, and not before a tenth of the budget is spent."""
     machine = MarginalReturn(budget=1000.0, patience=1)
     found = [machine.check(10.0 * i, 1.0) for i in range(1, 11)]
     assert [decision.stop for decision in found] == [False] * 9 + [True]
@@ -268,7 +268,7 @@ def test_bad_checks_are_refused(call, says):
     ],
 )
 def test_bad_settings_are_refused(wish, says):
-    """Each with what would do."""
+    """Each error names the allowed values."""
     with pytest.raises(BlueprintError, match=says):
         MarginalReturn(**wish)
 

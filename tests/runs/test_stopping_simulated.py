@@ -23,7 +23,7 @@ FALLING = {
 
 
 def early_stop(metrics, patience=3):
-    """The evaluation at which EarlyStoppingCallback stops: so many in a row without a new best."""
+    """The evaluation at which EarlyStoppingCallback stops: `patience` in a row without a new best."""
     best, waited = np.inf, 0
     for i, metric in enumerate(metrics):
         best, waited = (metric, 0) if metric < best else (best, waited + 1)

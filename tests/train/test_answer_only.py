@@ -108,7 +108,7 @@ def make_batch(rows, padding="right", device=None):
 
 
 def example(prompt, answer, seed=0, turns=1):
-    """Turns of so many prompt tokens, the invocation tokens and so many answer tokens: ids, labels, ends of turns."""
+    """Return ids, labels and ends of turns with these numbers of prompt and answer tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels, ends = [], [], []
     for _ in range(turns):
@@ -454,7 +454,7 @@ def test_a_model_that_cannot_be_split_is_refused(message):
 
 
 def test_a_model_whose_loss_changes_is_refused_at_its_first_batch():
-    """Whatever the reason: here it attends to later tokens."""
+    """Here because it attends to later tokens."""
     model = answer_only(adapted(bidirectional()))
     with pytest.raises(
         BlueprintError, match="The loss of LlamaForCausalLM changes from .* when its prompt is split off"

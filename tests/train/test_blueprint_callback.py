@@ -146,7 +146,7 @@ def test_fp16_gradients_are_unscaled(unscaled_before, tmp_path, monkeypatch):
 
 
 def test_every_nth_step_is_logged_and_no_other(tmp_path, monkeypatch):
-    """Nothing is computed on other steps, nor without `every`."""
+    """Other steps, and runs without `every`, compute no norm."""
     calls = []
     monkeypatch.setattr(module, "start_norms", lambda gradients: calls.append(1) or start_norms(gradients))
     _, logged = train(lora(), tmp_path, every=4, milestones=())
@@ -417,7 +417,7 @@ def test_resumed_training_goes_on_where_it_was(tmp_path):
 
 
 def test_bad_values_say_what_to_give(tmp_path):
-    """Before training, with the value and what would do."""
+    """Before training, with the value and the allowed ones."""
     trainer = make_trainer(lora(), tmp_path)
     with pytest.raises(BlueprintError, match="every must be a positive integer or None, got 0"):
         BlueprintCallback(trainer, every=0)
@@ -469,7 +469,7 @@ def test_shares_become_steps():
 
 
 def test_norms_of_many_dtypes_at_once():
-    """In float32 whatever the gradients are: a norm of half-precision numbers need not be one."""
+    """In float32 for gradients of any dtype, because a norm in half precision may overflow."""
     gradients = [torch.full((300, 300), 250.0, dtype=torch.float16), torch.ones(5, dtype=torch.bfloat16)]
     order, norms = start_norms(gradients)
     assert order == [0, 1] and torch.cat(norms).tolist() == pytest.approx([75000.0, math.sqrt(5)], rel=1e-3)

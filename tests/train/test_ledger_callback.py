@@ -126,13 +126,13 @@ def test_where_nothing_is_seen_flops_are_modelled(tmp_path, monkeypatch):
 
 
 def test_one_step_alone_is_modelled(tmp_path):
-    """There is no second to count in."""
+    """FLOPs are counted in the second step only."""
     _, callback = train(tmp_path, arguments={"max_steps": 1, "eval_steps": 1})
     assert callback.log.totals()["flops"].how == "modelled"
 
 
 def test_other_models_have_books_too(tmp_path):
-    """Trained whole: an encoder with a decoder, and a vision transformer, whose tokens nobody counts."""
+    """Trained whole: an encoder-decoder, and a vision transformer, which has no tokens."""
     _, callback = train(tmp_path, tiny_llama(2), arguments={"max_steps": 2})
     record = RunRecord.load(tmp_path)
     assert "CostModel" in record.totals["flops"].source and "without" not in record.totals["flops"].source
@@ -329,7 +329,7 @@ def test_a_callback_outside_a_trainer_says_how_to_add_it(tmp_path):
 
 
 def test_wrong_arguments_are_errors_before_training(tmp_path):
-    """With what was given and what to give."""
+    """The error names the given and the allowed values."""
     trainer = make_trainer(tmp_path)
     with pytest.raises(BlueprintError, match="trainer must be a Trainer, got PeftModelForCausalLM.*add_callback"):
         LedgerCallback(lora())
@@ -405,7 +405,7 @@ def test_it_leaves_nothing_behind_and_begins_anew(tmp_path):
 
 
 def test_an_early_end_by_another_callback_is_not_a_stop_of_the_rule(tmp_path):
-    """The record is written all the same."""
+    """The record is still written."""
     train(tmp_path, None, At(3, end), stop=MarginalReturn())
     record = RunRecord.load(tmp_path)
     assert record.totals["tokens"].value == 3 * STEP and record.stopping["stopped"] is False

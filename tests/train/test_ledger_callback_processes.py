@@ -158,7 +158,7 @@ def test_a_resumed_run_has_the_totals_of_an_uninterrupted_one(found):
 
 
 def test_a_loop_of_ones_own_decides_as_one(found):
-    """Whatever the other process's metric, and with what both spent."""
+    """For any metric of the other process, with the costs of both."""
     first, second = found["loop"]
     assert first["decisions"] == second["decisions"] and first["step"] == second["step"] == 4
     assert first["totals"]["tokens"].value == 4 * 250 and first["totals"]["flops"].value == 4 * 2500

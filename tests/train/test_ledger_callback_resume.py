@@ -116,7 +116,7 @@ def test_best_model_checkpoints_have_the_books_of_their_evaluation(tmp_path):
 
 
 def test_two_trainings_of_one_callback_do_not_share_books(tmp_path):
-    """The second begins at nought, though the trainer is the same."""
+    """The second starts at zero with the same trainer."""
     trainer = make_trainer(tmp_path, max_steps=4)
     callback = LedgerCallback(trainer)
     trainer.add_callback(callback)

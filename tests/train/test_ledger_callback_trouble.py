@@ -19,7 +19,7 @@ from tests.accounts import make_trainer, train
 
 
 class Meter:
-    """A meter that fails after so many joules."""
+    """A meter that fails after `joules`."""
 
     name = "a meter"
 
@@ -44,7 +44,7 @@ def log_of(resource="flops", **settings):
 
 @pytest.mark.parametrize("watts", [None, 50.0])
 def test_a_meter_that_fails_takes_decisions_and_not_the_run(watts, caplog):
-    """Energy is absent or modelled from then on, which is no longer what was counted; the books go on without a rule."""
+    """Energy is absent or modelled from then on; the ledger continues without a rule."""
     with log_of("energy_joules", ledger=Ledger(meters=[Meter(600)], watts=watts)) as log:
         decisions = [log.evaluate(2.0 - i / 10, step=i + 1) for i in range(8)]
     assert decisions[0] is not None and decisions[-1] is None and len(log.points) == 8
@@ -89,7 +89,7 @@ def some_steps(log, first, last):
 
 
 def test_the_rule_begins_anew_where_something_else_is_counted(caplog):
-    """What was spent in tokens says nothing of seconds; totals go on."""
+    """Costs in tokens do not convert to seconds; totals continue."""
     state = some_steps(log_of("tokens"), 1, 6).state_dict()
     other = log_of("flops")
     other.load_state_dict(state)
@@ -101,7 +101,7 @@ def test_the_rule_begins_anew_where_something_else_is_counted(caplog):
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
-    """Neither the ledger nor the rule, which would otherwise remember what the ledger does not."""
+    """Ledger and rule both stay as they were."""
     state = some_steps(log_of(), 1, 6).state_dict()
     del state["totals"]["energy_joules"]
     log = log_of()
@@ -123,7 +123,7 @@ def test_meters_are_looked_at_in_long_evaluations(clock, tmp_path):
 
 
 def test_an_evaluation_looks(tmp_path, monkeypatch):
-    """The Trainer tells of every step of an evaluation."""
+    """At every step of an evaluation that the Trainer announces."""
     looks = []
     monkeypatch.setattr(Ledger, "look_if_due", lambda self: looks.append(self))
     train(tmp_path, arguments={"max_steps": 2, "eval_steps": 2})
@@ -151,7 +151,7 @@ def test_the_stored_state_is_made_once():
 
 @pytest.mark.parametrize("place", ["forward", "on_step_end", "on_step_begin"])
 def test_an_interrupt_leaves_no_hook_on_the_model(tmp_path, place):
-    """Neither the hook that counts tokens nor the mode that counts FLOPs, which the second step is in."""
+    """The token hook and the FLOP counter, active in the second step, are removed."""
 
     class Interrupting(TrainerCallback):
         steps = 0

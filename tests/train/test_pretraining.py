@@ -76,7 +76,7 @@ def test_a_decaying_rate_is_halted_on_request(data, tmp_path):
 
 
 def test_bad_sizes_and_folders_are_refused(data, tmp_path, capsys):
-    """With what to give."""
+    """The error says which values are allowed."""
     with pytest.raises(SystemExit, match="has neither gsm8k_train.jsonl nor pubmedqa_ori_pqal.json"):
         pretrain(tmp_path, tmp_path / "out")
     with pytest.raises(SystemExit, match="do not fill a block of 100000 tokens"):

@@ -161,7 +161,7 @@ def test_the_qlora_recipe_runs_as_it_is_checked_in(folder, tmp_path, caplog):
 
 
 def test_memory_limits_the_placement(folder, tmp_path):
-    """A limit between the smallest placement and all-linear's is met; nothing else about the run is asked for."""
+    """A limit between the smallest placement and all-linear LoRA is met."""
     settings = {"quantization": None, "training": {"max_steps": 1, "per_device_train_batch_size": 8}}
     settings |= {"base_learning_rate": None, "held_out": None}
     everything = run_recipe(

@@ -1,4 +1,4 @@
-"""Files that are no recipe and no record of a run are refused in words, at once, whatever they are."""
+"""Untrusted files in place of a recipe or a run's record are refused with a clear error."""
 
 import os
 
