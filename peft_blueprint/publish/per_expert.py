@@ -36,7 +36,8 @@ def export_per_expert_lora(
 
     For servers that compute with single experts: SGLang, and vLLM's classes without `is_3d_moe_weight`, such as those of
     Mixtral, Qwen3-MoE, OLMoE and DeepSeek. The names are those of the model's checkpoint, as transformers converts it.
-    Each expert of an adapted layer gets an adapter, of zeros where it has none, because vLLM needs all. The rank is made
+    Each expert of an adapted layer gets an adapter on each matrix, of zeros where it has none, because vLLM needs all. The
+    rank is made
     uniform first, as in `export_uniform_lora`. PEFT loads the result too. `export_for_server` calls this where a server
     needs it.
 
@@ -81,7 +82,7 @@ def export_per_expert_lora(
         holder = f"{pair.name.removesuffix('.base_layer')}."
         for stored, loaded in renamed:
             holder = holder.replace(loaded, stored)
-        tensors |= _of_experts(pair, holder, names)
+        tensors = _zeros_for_others(pair, holder, names) | tensors | _of_experts(pair, holder, names)
     linear = {pair.name for pair in pairs if not pair.is_of_experts}
     config |= {"target_modules": sorted({*linear, *names}), "target_parameters": None}
     with replacing(out / _TENSORS) as tensors_file, replacing(out / CONFIG_NAME) as config_file:
@@ -96,14 +97,28 @@ def _of_experts(pair: PairOfFile, holder: str, names: Matrices) -> dict[str, Ten
     experts = pair.a.shape[0] // pair.rank
     downs, ups = pair.a.unflatten(0, (experts, -1)), pair.b.unflatten(1, (-1, experts))
     gate, up, down = names
-    is_fused = pair.name.endswith(".base_layer")
     found = {}
     for expert in range(experts):
         a, b = downs[expert], ups[:, :, expert]
-        for name, part in zip((gate, up), b.chunk(2), strict=True) if is_fused else ((down, b),):
+        parts = ((down, b),) if pair.parameter == "down_proj" else zip((gate, up), b.chunk(2), strict=True)
+        for name, part in parts:
             key = f"{_PREFIX}{holder}{expert}.{name}"
             found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"] = a.contiguous(), part.contiguous()
     return {key: tensor.clone() for key, tensor in found.items()}
+
+
+def _zeros_for_others(pair: PairOfFile, holder: str, names: Matrices) -> dict[str, Tensor]:
+    """Return adapters of zeros on the other matrices of the same experts."""
+    hidden, inner = (pair.d_out, pair.d_in) if pair.parameter == "down_proj" else (pair.d_in, pair.d_out // 2)
+    gate, up, down = names
+    shapes = {down: (hidden, inner)} if pair.parameter != "down_proj" else dict.fromkeys((gate, up), (inner, hidden))
+    found = {}
+    for expert in range(pair.a.shape[0] // pair.rank):
+        for name, (d_out, d_in) in shapes.items():
+            key = f"{_PREFIX}{holder}{expert}.{name}"
+            found[f"{key}.lora_A.weight"] = pair.a.new_zeros(pair.rank, d_in)
+            found[f"{key}.lora_B.weight"] = pair.b.new_zeros(d_out, pair.rank)
+    return found
 
 
 def _names_in_checkpoints(model_type: str) -> tuple[list[tuple[str, str]], Matrices]:

@@ -127,6 +127,7 @@ def export_for_server(
             export_uniform_lora(adapter_folder, folder, rank, zeros=zeros, full_names=True)
             path = export_per_expert_lora(folder, out_folder, listed, matrices=matrices)
     else:
+        _require_both(pairs, adapter_folder)
         path = export_uniform_lora(adapter_folder, out_folder, rank, zeros=zeros, full_names=True)
     return ServedAdapter(
         path=path,
@@ -149,6 +150,17 @@ def _require_loadable(server: Server, config: Mapping[str, Any], pairs: list[Pai
         raise BlueprintError(
             f"{folder} acts from its invocation tokens on, which only {_READS_ACTIVATED} can do, not {server}. Serve it with "
             f"{_READS_ACTIVATED}, or with Transformers and PEFT."
+        )
+
+
+def _require_both(pairs: list[PairOfFile], folder: str | Path) -> None:
+    """Raise for fused experts with an adapter on one parameter only, where a server reads PEFT's form."""
+    nested = {pair.name for pair in pairs if pair.name.endswith(".base_layer")}
+    experts = [pair for pair in pairs if pair.is_of_experts and pair.name not in nested]
+    if alone := [f"{pair.name}.{pair.parameter}" for pair in experts if f"{pair.name}.base_layer" not in nested]:
+        raise BlueprintError(
+            f"{folder} adapts {format_names(alone)} alone, and vLLM's class of this model needs adapters on both gate_up_proj "
+            "and down_proj of a layer. Merge it into the model, or place both."
         )
 
 

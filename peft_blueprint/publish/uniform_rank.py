@@ -57,7 +57,7 @@ class PairOfFile:
         b_key: name of B in the file.
         rank: rank of each expert.
         scaling: factor of B·A in PEFT.
-        is_of_experts: whether it is of fused experts.
+        parameter: of fused experts, "gate_up_proj" or "down_proj"; None for a linear layer.
     """
 
     name: str
@@ -67,7 +67,12 @@ class PairOfFile:
     b_key: str
     rank: int
     scaling: float
-    is_of_experts: bool = False
+    parameter: str | None = None
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is of fused experts."""
+        return self.parameter is not None
 
     @property
     def d_in(self) -> int:
@@ -110,9 +115,9 @@ def export_uniform_lora(
     leaves B·A unchanged, and B is multiplied by the ratio of its scaling to the common one (the most frequent, as near
     as an integer alpha comes to it). The result is exact up to rounding in the adapter's dtype, and PEFT loads it too.
 
-    Adapters of fused experts are kept for vLLM, which needs both `gate_up_proj` and `down_proj` of a layer; llama.cpp
-    reads none. DoRA, `modules_to_save` and other features that vLLM or llama.cpp rejects are an error. To serve it,
-    `export_for_server` also adds the tensors that a server needs.
+    Adapters of fused experts are kept in PEFT's form. DoRA, `modules_to_save` and other features that vLLM or llama.cpp
+    rejects are an error. To serve it, `export_for_server` also adds the tensors that a server needs, and writes experts
+    as the server reads them.
 
     Args:
         adapter_folder: with adapter_config.json and adapter_model.safetensors, as `save_pretrained` writes them.
@@ -243,9 +248,10 @@ def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Pat
         a, b = tensors[sides["A"]], tensors[sides["B"]]
         name = module.removeprefix(_PREFIX)
         parameter = _fused_parameter(name, config, folder)
+        full_name = name if parameter is None else f"{name.removesuffix('.base_layer')}.{parameter}"
         rank, alpha = (
             (patterns := config.get(f"{pattern}_pattern") or {}).get(
-                get_pattern_key(list(patterns), parameter or name), config[default]
+                get_pattern_key(list(patterns), full_name), config[default]
             )
             for pattern, default in (("rank", "r"), ("alpha", "lora_alpha"))
         )
@@ -255,12 +261,12 @@ def _pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Pat
                 "Save the adapter again."
             )
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        pairs.append(PairOfFile(name, a, b, sides["A"], sides["B"], rank, scaling, parameter is not None))
+        pairs.append(PairOfFile(name, a, b, sides["A"], sides["B"], rank, scaling, parameter))
     return pairs
 
 
 def _fused_parameter(name: str, config: Mapping[str, Any], folder: Path) -> str | None:
-    """Return the fused experts' parameter whose adapter is saved under this name; None for a linear layer.
+    """Return "gate_up_proj" or "down_proj" if the adapter saved under this name is of fused experts; otherwise None.
 
     PEFT nests the adapters of a module's parameters in the order of the parameters. The file has `base_layer` for the
     inner one and names neither. The experts of Transformers have gate_up_proj before down_proj, and vLLM reads them so.
@@ -274,9 +280,11 @@ def _fused_parameter(name: str, config: Mapping[str, Any], folder: Path) -> str 
     }
     if not parameters:
         return None
-    if parameters != {"gate_up_proj", "down_proj"}:
+    if not parameters <= {"gate_up_proj", "down_proj"}:
         raise BlueprintError(
-            f"{folder} adapts {sorted(parameters)} of {module!r}. vLLM supports fused experts only with adapters on both "
-            f"gate_up_proj and down_proj, llama.cpp not at all. {_MERGE}."
+            f"{folder} adapts {sorted(parameters)} of {module!r}. Of fused experts servers load only gate_up_proj and "
+            f"down_proj. {_MERGE}."
         )
-    return f"{module}.{'gate_up_proj' if name != module else 'down_proj'}"
+    if len(parameters) == 1:
+        return parameters.pop()
+    return "down_proj" if name == module else "gate_up_proj"

@@ -10,16 +10,19 @@ from safetensors.torch import load_file
 from peft_blueprint import BlueprintConfig
 from peft_blueprint.errors import BlueprintError
 from peft_blueprint.place import Placement
-from peft_blueprint.publish import export_per_expert_lora
-from peft_blueprint.testing import randomize_adapters, tiny_llama, tiny_mixtral, tiny_qwen3_moe
+from peft_blueprint.publish import export_for_server, export_per_expert_lora
+from peft_blueprint.testing import randomize_adapters, tiny_gpt_oss, tiny_llama, tiny_mixtral, tiny_qwen3_moe
 from tests.fused import needs_fused
 
 
+ignores_patterns = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+)
 TOKENS = torch.arange(1, 11)[None]
 
 
 @needs_fused
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@ignores_patterns
 @pytest.mark.parametrize(
     ("build", "kind", "down"), [(tiny_mixtral, "mixtral", "w2"), (tiny_qwen3_moe, "qwen3_moe", "down_proj")]
 )
@@ -44,6 +47,25 @@ def test_plain_peft_loads_the_same_adapter_under_other_names(build, kind, down, 
     with torch.no_grad():
         found = PeftModel.from_pretrained(build(1), out).eval()(TOKENS).logits
         torch.testing.assert_close(found, model.eval()(TOKENS).logits)
+
+
+@needs_fused
+@ignores_patterns
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_an_adapter_on_one_parameter_gets_zeros_on_the_other(parameter, tmp_path):
+    """A placement by score may have one alone; vLLM wants all matrices of an expert. Its fused form needs both."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=["experts." + parameter])
+    model = randomize_adapters(get_peft_model(tiny_qwen3_moe(1), config))
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_per_expert_lora(tmp_path / "adapter", tmp_path / "served", "qwen3_moe")
+    tensors = load_file(out / "adapter_model.safetensors")
+    own = {"down_proj"} if parameter == "down_proj" else {"gate_proj", "up_proj"}
+    assert len(tensors) == 2 * 3 * 4 and {name.split(".")[-3] for name, t in tensors.items() if t.any()} == own
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(tiny_qwen3_moe(1), out).eval()(TOKENS).logits
+        torch.testing.assert_close(found, model.eval()(TOKENS).logits)
+    with pytest.raises(BlueprintError, match=f"experts.{parameter}' alone, and vLLM's class of this model needs"):
+        export_for_server(tmp_path / "adapter", tmp_path / "out", "vllm", model=tiny_gpt_oss(1).config)
 
 
 @needs_fused

@@ -152,17 +152,6 @@ def test_what_servers_refuse_is_refused_here(tmp_path, settings, message):
     assert not (tmp_path / "one").exists()
 
 
-@needs_fused
-def test_experts_of_which_one_parameter_is_adapted_are_refused(tmp_path):
-    """vLLM wants both; an adapter with one would be taken for another's."""
-    one = ["model.layers.1.mlp.experts.down_proj"]
-    saved(tmp_path / "many", base=tiny_mixtral, target_modules=[], target_parameters=one)
-    with pytest.raises(
-        BlueprintError, match=r"\['down_proj'\] of 'model.layers.1.mlp.experts'.*both gate_up_proj and"
-    ):
-        export_uniform_lora(tmp_path / "many", tmp_path / "one")
-
-
 def test_a_rank_that_would_cut_and_the_source_itself_are_refused(tmp_path):
     """Both sides are shown; the adapter stays as it is, also when it is named another way."""
     saved(tmp_path / "many", rank_pattern={"q_proj": 7})
