@@ -17,7 +17,7 @@ _POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 
 def opened(page, folder, *arguments):
-    """The page's text after it was opened, and what the browser's console said; no name resolves to an address."""
+    """Return the page's text once opened, and the console's lines; no name resolves to an address."""
     result = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),

@@ -1,4 +1,4 @@
-"""What needs experts that are fused into one parameter, as transformers 5 has them."""
+"""Mark of tests that need experts fused into one parameter, as in transformers 5."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What tests put on a Hub on loopback, and how they ask it: without a client's library, or from another process."""
+"""Content for a Hub on loopback, and requests to it without a client's library, or from another process."""
 
 import hashlib
 import http.client
@@ -47,7 +47,7 @@ def adapters_placed(repo_id, endpoint, home):
 
 
 class Reply:
-    """What is answered to one request, of which a client's library would hide a part."""
+    """The whole answer to one request, part of which a client's library would hide."""
 
     def __init__(self, url, method="GET", body=None, token=None, **headers):
         address, _, path = url.removeprefix("http://").partition("/")

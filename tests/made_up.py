@@ -1,4 +1,4 @@
-"""Made-up blueprints for tests of what is done with them."""
+"""Made-up blueprints."""
 
 from peft_blueprint import Blueprint, Submodule
 

@@ -1,4 +1,4 @@
-"""Made-up runs that look like real ones: falling losses with a little noise, and what they spent on the way."""
+"""Made-up runs that look like real ones: falling losses with a little noise, and their costs."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What tests with two processes share."""
+"""Helpers of tests with two processes."""
 
 import contextlib
 import os

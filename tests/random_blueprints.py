@@ -1,4 +1,4 @@
-"""Random blueprints and random JSON for tests of what is read and written, and the paper's own example."""
+"""Random blueprints and random JSON for tests of reading and writing, and the paper's own example."""
 
 from typing import get_args
 

@@ -77,7 +77,7 @@ def test_one_lucky_seed_does_not_choose_a_learning_rate_where_there_are_more():
 
 
 def test_the_schedule_takes_first_things_first_and_seeds_for_the_closest(tmp_path):
-    """Ladders grow with what is known; further seeds go to the arms of the lowest loss, at their best rate."""
+    """Ladders of rates grow with the results; further seeds go to the arms of the lowest loss, at their best rate."""
     order = [
         {"arms": ARMS, "budgets": [0.2], "rates": "best"},
         {"arms": ["random #1", {"arm": "even", "blueprint": "task x 8"}], "budgets": [0.2]},
@@ -187,7 +187,7 @@ def test_every_start_trains(tmp_path, cache):
 
 
 def test_an_interrupted_run_resumes_with_the_missing_jobs(tmp_path, cache, monkeypatch):
-    """A killed run leaves no half result, and the next runs only what has none; a failure is run again when asked."""
+    """A killed run leaves no half result; the next one runs only missing jobs, and failed ones on request."""
     wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
     ran: list[str] = []
     run = running.run
@@ -239,7 +239,7 @@ def test_processes_share_a_study_and_none_runs_what_another_is_running(tmp_path,
 
 
 def test_the_log_moves_into_the_archive_and_studies_resume_from_it(tmp_path, cache):
-    """Each record once and with its date; what an arm would not train now runs again, and its old record stays."""
+    """Each record once with its date; jobs whose training changed run again, and their old records stay."""
     wanted = study_of(tmp_path, [{"arms": ["all-linear", "even"], "budgets": [0.5]}])
     first = runner_of(wanted, tmp_path, cache)
     first.run(math.inf)
@@ -260,7 +260,7 @@ def test_the_log_moves_into_the_archive_and_studies_resume_from_it(tmp_path, cac
 
 
 def test_a_choice_that_fails_is_that_jobs_failure(tmp_path, cache, monkeypatch):
-    """The process goes on; what failed runs again when asked, and a record that JSON cannot hold is a failure too."""
+    """The process goes on; failed jobs run again on request, and a record beyond JSON counts as failed."""
     wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
     run, choose = running.run, running.choice_of
 
@@ -316,7 +316,7 @@ def test_resampling_draws_rows_for_every_seed(tmp_path, cache):
 
 
 def test_arms_of_a_resampled_study_share_their_first_weights(tmp_path, cache):
-    """A follows from the seed and the module's name, whatever else is adapted."""
+    """A follows from the seed and the module's name alone."""
     ground = runner_of(study_of(tmp_path, [{"arms": ARMS}], resample=True), tmp_path, cache).ground
     whole, few = (choice_of(ground, Entry(arm), None) for arm in ("all-linear", "cover_gain x 3"))
     few = replace(few, ranks=dict.fromkeys(few.ranks, ground.study.rank))
@@ -371,7 +371,7 @@ def test_the_curve_is_of_spare_examples_where_there_are_some(tmp_path, cache):
 
 
 def test_other_blueprints_and_chosen_data_run_as_arms(tmp_path, cache, capsys):
-    """With what measuring and choosing cost, and how far placements agree; --jobs and --times work on them."""
+    """With the costs of measuring and choosing and the agreement of placements; --jobs and --times work on them."""
     arms = ["all-linear", "planner", *({"arm": "planner", "blueprint": b} for b in ("task x 2", "after 1 x 4"))]
     arms += [{"arm": "planner", "blueprint": "nf4 x 4"}, {"arm": "planner", "select": "alignment", "share": 0.5}]
     runner = runner_of(study_of(tmp_path, [{"arms": arms, "budgets": [0.5]}]), tmp_path, cache)

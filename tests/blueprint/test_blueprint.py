@@ -86,7 +86,7 @@ def test_the_probes_scale_does_not_matter(probes, factor, weight, by_uncertainty
 
 
 def test_the_blend_by_hand():
-    """Geometric means 4 and 2, so the probe counts double; then w·Ḡ + (1 − w)·G̃, in whatever order entries come."""
+    """Geometric means 4 and 2, so the probe counts double; then w·Ḡ + (1 − w)·G̃, for any order of entries."""
     published, probe = blueprint_of([1, 4, 16]), blueprint_of([2, 1, 4])
     assert norms_of(published.blend(probe, 0.25)) == pytest.approx([0.25 + 3, 1 + 1.5, 4 + 6])
     shuffled = replace(probe, submodules=probe.submodules[::-1])
@@ -375,7 +375,7 @@ def test_the_first_domain_keeps_its_statistics():
     ],
 )
 def test_domains_that_cannot_be_weighed_are_refused(domain, message):
-    """In one line, with what was given."""
+    """In one line, with the given value."""
     with pytest.raises(BlueprintError, match=message):
         FULL.for_domain(domain)
 

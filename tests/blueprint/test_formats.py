@@ -72,7 +72,7 @@ def test_the_papers_example_loads_with_a_warning_about_gamma(tmp_path):
 
 
 def test_the_papers_example_round_trips_and_warns_once(recwarn):
-    """What was converted is written in the text's convention, which loads without a word."""
+    """Converted values are written in the text's convention, which loads without a warning."""
     blueprint = from_json(PAPER)
     assert len(recwarn) == 1
     assert from_json(to_json(blueprint)) == blueprint == from_csv(to_csv(blueprint))
@@ -271,7 +271,7 @@ def test_values_beyond_json_are_an_error_and_write_nothing(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_files_have_the_permissions_that_the_umask_says(tmp_path, umask):
-    """A temporary file is private; what takes its place is not, unless the umask says so."""
+    """A temporary file is private; the file that takes its place follows the umask."""
     old = os.umask(umask)
     try:
         path = from_json(record()).save(tmp_path / "new" / "blueprint.csv")

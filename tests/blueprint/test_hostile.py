@@ -397,7 +397,7 @@ for path in map(Path, sys.argv[1:]):
 
 
 def test_large_files_cost_little(tmp_path):
-    """200 MB of JSON and whatever is as large as the limits allow are refused within 200 MB and few CPU seconds each."""
+    """200 MB of JSON, and files at the limits, take at most 200 MB of memory and few CPU seconds each."""
     paths = []
     for name, (suffix, text) in LARGE.items():
         raw = text().encode()

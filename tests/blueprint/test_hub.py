@@ -42,7 +42,7 @@ def test_a_blueprint_is_fetched_by_its_repository_id(blueprint, folder, tmp_path
 
 
 def test_a_pinned_commit_is_kept(blueprint, folder, tmp_path):
-    """Once downloaded, a commit is the same for good, whatever the Hub holds by then."""
+    """Once downloaded, a commit stays the same when the Hub changes."""
     with loopback_hub({"org/name": folder}) as endpoint:
         pinned = {"revision": COMMIT, "endpoint": endpoint, "cache_dir": tmp_path / "cache"}
         Blueprint.from_pretrained("org/name", **pinned)

@@ -76,7 +76,7 @@ def test_an_index_costs_two(rounded, hub, tmp_path):
 
 
 def test_beside_it_is_found_exactly(blueprint, hub, tmp_path):
-    """Where neither header nor index has one, the files beside are asked: JSON, then tensors."""
+    """Without one in header or index, the files beside are read: JSON, then tensors."""
     for name in ("blueprint.json", "blueprint.safetensors"):
         folder = blueprint.save(tmp_path / name.replace(".", "-") / name).parent
         shutil.copy(tmp_path / "plain" / "model.safetensors", folder)
@@ -91,7 +91,7 @@ def test_beside_it_is_found_exactly(blueprint, hub, tmp_path):
 
 
 def test_several_side_by_side_are_asked_for_by_name(blueprint, tmp_path):
-    """A domain or checkpoint goes to its own file at once; one that is not there is named."""
+    """A domain or checkpoint is read from its own file; a missing one is named."""
     math = replace(blueprint, training_checkpoint=0.5)
     blueprint.save(tmp_path / "all" / "blueprint.json")
     math.save(tmp_path / "all" / "blueprint-math-50.json")
@@ -206,7 +206,7 @@ def test_a_spoilt_one_is_refused(blueprint, tmp_path, spoil):
 
 
 def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
-    """A server error names the repository and says what to do; a busy one is asked again."""
+    """A server error names the repository and a fix; a busy server is asked again."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.fail(500, times=None)
     with pytest.raises(BlueprintError, match="(?s)The Hub failed on a request about .org/whole.*Try again later"):
@@ -214,7 +214,7 @@ def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
 
 
 def test_a_connection_that_is_always_cut_is_said(blueprint, tmp_path, monkeypatch):
-    """In the middle of what stands beside, again and again: our error, with nothing half read."""
+    """Cut again and again inside a file beside the model: our error, with nothing half read."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     folder = blueprint.save(tmp_path / "beside" / "blueprint.json").parent
     with LoopbackHub({"org/beside": folder}) as hub:

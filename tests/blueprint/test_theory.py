@@ -1,4 +1,4 @@
-"""The paper's formulas give what they say, not what the paper prints."""
+"""The paper's formulas give their own values, not the numbers that the paper prints."""
 
 import math
 

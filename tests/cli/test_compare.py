@@ -86,7 +86,7 @@ def test_the_verb_overwrites_no_source(run, labs):
 
 
 def test_the_verb_follows_a_training(run, run_folder, labs, tmp_path):
-    """--movement tells of the folder of a training; with --merge of what is merged."""
+    """--movement describes the folder of a training, with --merge the merged blueprints."""
     result = run(run_folder, "--movement")
     assert "at 50, 80 and 100 % of its training: 28 submodules" in result.stdout and "norm_100" in result.stdout
     answer = json.loads(run(run_folder, "--movement", "--format", "json").stdout)

@@ -33,7 +33,7 @@ def test_coarsen_writes_the_form_of_the_papers_example(run, shop, level):
 
 
 def test_a_coarse_file_needs_the_model_and_is_placed_on_it(run, shop):
-    """`targets` and `compare` say so, and take its config alone."""
+    """`targets` and `compare` ask for it, and read its config alone."""
     (shop / "model" / "model.safetensors").unlink()
     status, _, err = run("targets", "by_hand.json")
     assert status == 2 and "give the model, on the command line as --model" in err

@@ -1,4 +1,4 @@
-"""`plan` with prompts, data and epochs: the table of what is computed, and the learning rate."""
+"""`plan` with prompts, data and epochs: the table of computations, and the learning rate."""
 
 import json
 

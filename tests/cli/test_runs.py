@@ -47,7 +47,7 @@ def test_one_run_alone_is_reported(folders, call):
 
 
 def test_quiet_gives_bare_lines(folders, call):
-    """Name, metric and what was spent, between tabs."""
+    """Name, metric and cost, separated by tabs."""
     _, out, err = call("base", "fast", "--format", "quiet", "--resource", "tokens")
     assert [line.split("\t")[0::2] for line in out.splitlines()] == [["base", "4915200.0"], ["fast", "4915200.0"]]
     assert err == ""

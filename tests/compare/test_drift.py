@@ -202,7 +202,7 @@ def test_incomparable_blueprints():
 
 @pytest.mark.parametrize("policy", ["warn", "error", "refresh", "coarsen"])
 def test_without_drift_every_policy_blends(policy):
-    """No word is said, and the blend is the one asked for."""
+    """Without a warning, at the given weight."""
     local = blueprint_of(q_proj=[2 * n for n in UP], up_proj=[n**2 for n in UP])
     assert reconcile(PUBLISHED, local, weight=0.3, policy=policy) == PUBLISHED.blend(local, 0.3)
 
@@ -214,7 +214,7 @@ def test_warn_says_so_and_blends():
 
 
 def test_error_stops_and_shows_the_numbers():
-    """DriftError, with the correlation, its interval, the threshold and what to do."""
+    """DriftError, with the correlation, its interval, the threshold and a fix."""
     with pytest.raises(DriftError, match=r"-1.00 \[-1.00, -\d.*\], below 0.85. Use policy='refresh'"):
         reconcile(PUBLISHED, DRIFTED, policy="error")
     assert reconcile(PUBLISHED, DRIFTED, policy="error", threshold=-2)

@@ -12,7 +12,7 @@ from tests.made_up import UP, measured
 
 
 def test_different_data_merge_by_their_examples():
-    """Two labs' norms become their mean weighted by examples, as Blueprint.merge has it, whatever the names' order."""
+    """Two labs' norms become their mean weighted by examples, as in Blueprint.merge, for any order of names."""
     one, other = measured(UP, data="a", examples=8), measured({n: 2 * v for n, v in UP.items()}, data="b", examples=24)
     merged, notes = merge_all({"oxford": one, "berlin": other})
     assert merged == (Blueprint.merge([one, other]),)
@@ -23,7 +23,7 @@ def test_different_data_merge_by_their_examples():
 
 
 def test_the_same_data_count_once():
-    """A copy, a second measurement on the same data, and a part of what is merged already add nothing."""
+    """A copy, a second measurement on the same data, and a part of a merged blueprint add nothing."""
     one, other = measured(UP, data="a"), measured(UP, data="b")
     both = Blueprint.merge([one, other])
     again = replace(one, provenance={**one.provenance, "seed": 1})

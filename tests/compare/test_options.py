@@ -30,7 +30,7 @@ PUBLISHED = Blueprint("org/m", (Submodule("attn.0", 2.0, domain_tags={"law": 1.0
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    """With the option, what was expected and what was given."""
+    """With the option, the expected and the given value."""
     with pytest.raises(BlueprintError, match=message):
         ProbeOptions(**options)
 

@@ -94,7 +94,7 @@ def test_provenance_of_any_shape_makes_a_row(provenance):
 
 
 def test_one_bad_file_is_named_or_skipped(tmp_path):
-    """By default the error names it; on_error="skip" goes on and says what was left out and why."""
+    """By default the error names it; on_error="skip" goes on and lists skipped files with reasons."""
     good = measured(UP).save(tmp_path / "good.json")
     bad, gone = tmp_path / "bad.json", tmp_path / "gone.json"
     bad.write_text('{"model_id": ')
@@ -150,7 +150,7 @@ def test_bad_use_is_refused():
 
 
 def test_a_folder_stands_for_every_blueprint_in_it(tmp_path):
-    """`blueprint.json` and what stands beside it, 50 before 100, each once; a source given twice counts once."""
+    """`blueprint.json` and the files beside it, 50 before 100, each once; a source given twice counts once."""
     run, lab = tmp_path / "run", tmp_path / "lab"
     for share in (100, 50, 80):
         measured(UP, checkpoint=share / 100).save(run / f"blueprint-{share}.json")

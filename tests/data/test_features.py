@@ -81,9 +81,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_other_architectures_have_features():
-    """Encoder-decoders, whose labels stand at their own position; classifiers, without token predictions; and a loss of
-    one's own, whose predictions are not guessed.
-    """
+    """Encoder-decoders, with labels at their own position; classifiers, without token predictions; and an own loss, without predictions."""
     [batch] = toy_batches(batch_size=8)
     ids = batch["input_ids"]
     labels = torch.where(ids % 3 > 0, ids, -100)

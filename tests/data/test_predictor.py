@@ -18,7 +18,7 @@ def make_data(n, width=6, noise=0.1, seed=0, shape=lambda x: x):
 
 @pytest.mark.parametrize("n", [16, 64, 256])
 def test_a_simple_relation_is_learned_and_generalises(n):
-    """From 16 examples, whatever the features' scales; predictions of positive scores are positive."""
+    """From 16 examples, at any scale of features; predictions of positive scores are positive."""
     predictor = fit_predictor(*make_data(n), bootstrap=50)
     others, truth = make_data(300, seed=1)
     predicted = predictor.predict(others)

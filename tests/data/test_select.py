@@ -59,9 +59,7 @@ def test_only_gradients_of_the_placements_submodules_count(blueprint):
 
 @pytest.mark.parametrize("features", ["model", "tokens"])
 def test_algorithm_2_measures_a_few_and_predicts_all(features):
-    """The cost is a fraction of measuring all, the report says how well the order held, and the choice agrees with that
-    by true norms far better than chance; what was measured is not measured again.
-    """
+    """It costs a fraction of measuring all, reports the rank correlation, agrees with the true norms far better than chance, and measures nothing twice."""
     rows = make_rows(120, longest=60)
     norms = norms_of(rows)
     found = choose(rows, count=30, method="predicted_norm", small=40, features=features)
@@ -76,9 +74,7 @@ def test_algorithm_2_measures_a_few_and_predicts_all(features):
 
 
 def test_the_last_submodules_alone_cost_less():
-    """Gradients of the last block's submodules are measured without going back through those before it, and the FLOPs
-    say so.
-    """
+    """Gradients of the last block's submodules need no backward pass through earlier blocks, as the FLOPs show."""
     layers = len(model().model.layers)
     last = [name for name in NAMES if f".{layers - 1}." in name]
     whole, part = (choose(POOL, count=6, method="norm", submodules=names).report["cost"] for names in (None, last))
@@ -136,9 +132,7 @@ def test_a_coreset_has_one_of_each_kind(method):
 
 
 def test_iterating_trains_between_choices_and_restores_the_model():
-    """By LoRA or by a function of one's own: the scores are those of the trained model, the weights, flags and random
-    numbers those of before.
-    """
+    """By LoRA or an own function: scores are the trained model's; weights, flags and random numbers are restored."""
     using = model().train()
     using.model.layers[0].requires_grad_(False)
     before = {key: value.clone() for key, value in using.state_dict().items()}

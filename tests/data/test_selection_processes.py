@@ -1,4 +1,4 @@
-"""Two processes choose what one does. Run: pytest tests/data/test_selection_processes.py
+"""Two processes choose the same examples as one. Run: pytest tests/data/test_selection_processes.py
 
 They run once, as gloo processes that `torchrun` starts with this very file as their script.
 """

@@ -44,7 +44,7 @@ def test_bm25_follows_its_formula():
 
 
 def test_token_ids_work_like_words():
-    """Whatever their values, in lists or arrays, also after an empty document."""
+    """Of any values, in lists or arrays, also after an empty document."""
     ids = {word: 10**6 + i for i, word in enumerate(sorted({w for t in (*QUERIES, *DOCUMENTS) for w in _tokens(t)}))}
     queries, documents = ([[ids[w] for w in _tokens(text)] for text in texts] for texts in (QUERIES, DOCUMENTS))
     assert np.allclose(bm25(queries, documents), bm25(QUERIES, DOCUMENTS))

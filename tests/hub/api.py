@@ -1,7 +1,4 @@
-"""The Hub's protocol as a function from what is asked to what is answered, on repositories in memory.
-
-Knows no sockets.
-"""
+"""The Hub's protocol as a function from request to answer, on repositories in memory and without sockets."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class World:
-    """What the Hub holds, and how it answers; see `LoopbackHub`."""
+    """The Hub's repositories and behaviour; see `LoopbackHub`."""
 
     repositories: dict[str, Repository]
     lock: threading.RLock
@@ -78,7 +75,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back: a status, headers, and the bytes of a blob from `start` up to `stop` (None: its end)."""
+    """An answer: a status, headers, and the bytes of a blob from `start` up to `stop` (None: its end)."""
 
     blob: Blob = Blob(b"", lfs=False)
     status: int = 200
@@ -257,7 +254,7 @@ def _commits(world: World, asked: Asked, at: Fields) -> Answer:
 
 
 def _preupload(world: World, asked: Asked, at: Fields) -> Answer:
-    """How each file is to be sent, and what of it is there already."""
+    """Return how each file is to be sent, and whether it is there already."""
     repository = _seek(world, asked, at["id"], "write")
     _require_right(repository, at["revision"], asked.flag("create_pr"))
     tree, wish = repository.tree(at["revision"]), asked.json()
@@ -366,7 +363,7 @@ def _part(blob: Blob, asked: Asked, headers: Mapping[str, str], ignore: bool) ->
 
 
 def _seek(world: World, asked: Asked, id: str, act: str = "look") -> Repository:
-    """The repository for one who may "look", "read" its files, or "write"; otherwise what the Hub says instead."""
+    """Return the repository for a user who may "look", "read" its files, or "write"; otherwise raise the Hub's refusal."""
     repository = world.repositories.get(id)
     known = _knows(world, asked, "GatedRepo" if repository is not None and repository.gated else "RepoNotFound")
     if repository is None or (repository.private and not (known and repository.readable)):

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1 that the real `huggingface_hub` client reads from and commits to, and that makes trouble on wish.
+"""A Hub on 127.0.0.1 that the real `huggingface_hub` client reads from and commits to, and that fails on request.
 
 Knows no blueprint and nothing outside the standard library; what it holds is in memory and ends with the `with`.
 """
@@ -162,7 +162,7 @@ class LoopbackHub:
         return list(self._world.repositories)
 
     def repository(self, id: str) -> Repository:
-        """A repository by its id, to look at and to set who may do what; a new one if there was none.
+        """Return a repository by its id, to inspect and to set permissions; a new one if it did not exist.
 
         A new one holds `.gitattributes`, as on the Hub.
         """
@@ -249,7 +249,7 @@ class _Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def hang_up(self) -> None:
-        """End what is said to clients that do not listen, or say nothing."""
+        """Close connections to clients that do not read, or send nothing."""
         for connection in list(self._open):
             try:
                 connection.shutdown(socket.SHUT_RDWR)

@@ -70,18 +70,18 @@ class Blob:
 
     @property
     def pointer(self) -> bytes:
-        """What git holds in place of an LFS file."""
+        """Return the pointer that git holds in place of an LFS file."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
     @property
     def git_id(self) -> str:
-        """Git's id of what it holds: the content, or the pointer of an LFS file."""
+        """Return git's id of the content, or of the pointer of an LFS file."""
         content = self.pointer if self.lfs else self.read()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     @property
     def etag(self) -> str:
-        """What the client names the file in its cache: the sha256 of an LFS file, git's id of another."""
+        """Return the file's name in the client's cache: the sha256 of an LFS file, git's id of another."""
         return self.sha256 if self.lfs else self.git_id
 
     def read(self) -> bytes:
@@ -315,7 +315,7 @@ def description(path: str, blob: Blob) -> dict[str, Any]:
 
 
 def card_errors(card: str) -> list[str]:
-    """What the Hub finds wrong with the ids that a model card's front matter names as `base_model` and `datasets`."""
+    """Return the Hub's errors about the ids that a model card's front matter names as `base_model` and `datasets`."""
     front = re.match(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", card, re.DOTALL | re.MULTILINE)
     errors = []
     for key, kind in (("base_model", "model"), ("datasets", "dataset")):

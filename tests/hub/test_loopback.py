@@ -49,7 +49,7 @@ def test_a_file_system_reads_from_it(hub):
 
 
 def test_private_and_gated_are_told_apart(folder, tmp_path):
-    """Hidden, or there but closed; by who asks."""
+    """Hidden, or visible but closed, depending on the user."""
 
     caches = (tmp_path / f"cache {i}" for i in itertools.count())
 

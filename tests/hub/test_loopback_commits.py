@@ -79,7 +79,7 @@ def test_several_operations_are_one_commit(hub, api, folder):
 
 
 def test_unchanged_files_are_not_sent_again(hub, api):
-    """The client learns what is there, text or not, and leaves it out; a known object goes nowhere."""
+    """The client leaves out unchanged files, text or binary; a known object is not uploaded."""
     same = add(model_safetensors=TENSORS, README_md=hub.repository("org/name").files()["README.md"])
     write(api, [*same, *add(copy_safetensors=TENSORS)])
     assert [operation._remote_oid == operation._local_oid for operation in same] == [True, True]

@@ -130,7 +130,7 @@ def test_a_layer_called_twice_is_projected_as_one():
 
 
 def test_projections_merge_and_can_be_left_out():
-    """Shards' stand side by side; without them all else is there, and what needs them says how to get them."""
+    """Shards' projections stand side by side; without them, functions that need them say how to get them."""
     batches = toy_batches(examples=8)
     whole = measured(tiny_llama(), batches)
     shards = [measured(tiny_llama(), [batch]) for batch in batches]
@@ -218,7 +218,7 @@ def test_the_gain_is_the_direct_solve_and_never_falls(rows, damping, order):
 @settings(max_examples=20, deadline=None)
 @given(rows=factors, costs=st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=7, max_size=7))
 def test_greedy_takes_the_most_gain_per_cost_in_every_step(rows, costs):
-    """The incremental inverse chooses what evaluating every set would, within the budget."""
+    """The incremental inverse makes the same choice as evaluating every set, within the budget."""
     gain = SetGain(entries_of(rows), 0.1)
     taken = []
     budget = 9.0
@@ -253,7 +253,7 @@ def cover_of(drawn):
 @settings(max_examples=60, deadline=None)
 @given(drawn=st.lists(places, min_size=4, max_size=8), order=st.permutations(range(4)))
 def test_covering_never_falls_and_adds_ever_less(drawn, order):
-    """From 0 of none to 1 of all; what one more adds to a set, it adds at least to a part of that set."""
+    """From 0 for the empty set to 1 for all; an entry adds at least as much to a subset."""
     gain = cover_of(drawn)
     assert gain.of([]) == 0 and gain.of(range(len(drawn))) == pytest.approx(1)
     small, large, one = order[:1], order[:3], order[3]
@@ -267,7 +267,7 @@ def test_covering_never_falls_and_adds_ever_less(drawn, order):
     drawn=st.lists(places, min_size=4, max_size=8), costs=st.lists(st.sampled_from([1.0, 3.0]), min_size=8, max_size=8)
 )
 def test_greedy_covering_takes_the_most_gain_per_cost_in_every_step(drawn, costs):
-    """Though it computes few gains again, it chooses what evaluating every set would."""
+    """Recomputing few gains gives the same choice as evaluating every set."""
     gain, costs, budget, taken = cover_of(drawn), costs[: len(drawn)], 7.0, []
     for found in gain.greedy(costs, budget):
         left = budget - sum(costs[i] for i in taken)

@@ -290,7 +290,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """A model, its batches, and what autograd says of them."""
+    """A model, its batches, and autograd's gradients."""
     case = CASES[request.param]
     model, batches = case.build(), case.batches()
     return model, batches, *by_autograd(model, batches)

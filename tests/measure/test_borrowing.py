@@ -1,4 +1,4 @@
-"""A model is given back bit for bit, whatever happens. Run: pytest tests/measure/test_borrowing.py"""
+"""A model is given back bit for bit, also after errors. Run: pytest tests/measure/test_borrowing.py"""
 
 import os
 import random

@@ -90,7 +90,7 @@ def test_submodules_that_the_blueprint_does_not_know_are_said(blueprint):
 
 
 def test_weights_are_compared_on_request():
-    """The same in float32 and bfloat16, other ones refused, and what cannot be compared is said."""
+    """Equal in float32 and bfloat16; others are refused, and incomparable ones are an error."""
     model = tiny_llama(layers=2).to(torch.bfloat16)
     measured = generate_blueprint(model.float(), toy_batches(), digest_weights=True, progress=False)
     assert measured.provenance[WEIGHTS_DIGEST] == weights_digest(model.to(torch.bfloat16))
@@ -104,7 +104,7 @@ def test_weights_are_compared_on_request():
 
 
 def test_an_adapted_model_has_its_base_models_weights():
-    """Adapters on a model do not change what it is."""
+    """Adapters do not change a model's digest."""
     from peft import LoraConfig, get_peft_model
 
     before = weights_digest(tiny_llama(layers=2))

@@ -1,4 +1,4 @@
-"""What is said of a tail is so, and what cannot be told is not said. Run: pytest tests/measure/test_concentration.py"""
+"""Statements on tails are right, and undecided where the data do not decide. Run: pytest tests/measure/test_concentration.py"""
 
 import json
 import math
@@ -91,13 +91,13 @@ def test_a_lognormal_is_not_called_a_power_law():
 
 
 def test_an_exponential_sample_is_given_neither_name():
-    """It is "neither" or it cannot be told."""
+    """The law is "neither" or undecided."""
     said = verdicts(lambda rng, n: rng.exponential(size=n), 210, 8)
     assert {*said} == {"neither", "cannot tell"}
 
 
 def test_a_lognormal_that_can_be_told_is_named():
-    """One of which x_min leaves so much that the curve shows; of most it cannot be told."""
+    """Where x_min keeps enough values for the curve to show; most samples are undecided."""
     assert verdicts(lambda rng, n: rng.lognormal(0, 1, n), 210, 2) == ["lognormal", "cannot tell"]
 
 
@@ -117,7 +117,7 @@ def test_a_power_law_is_seen_above_another_body():
 
 @pytest.mark.parametrize("n", [1, 5, 12, 30, 49])
 def test_few_values_do_not_decide(n):
-    """Below 50 the law is not named, however straight the line; what is concentrated is still said."""
+    """Below 50 values no law is named, however straight the line; the concentration is still reported."""
     report = tail_report(power_law(n, 1.0, 1), resamples=FEW)
     assert report.verdict == "cannot tell"
     assert ("50 are needed" if n > 10 else "no tail to fit") in report.reason
@@ -232,7 +232,7 @@ def test_only_x_min_depends_on_the_unit(exponent, seed):
 
 
 def test_zeros_count_in_the_concentration_and_not_in_the_fits():
-    """A submodule without a gradient concentrates what the others have; it has no logarithm."""
+    """A submodule without a gradient raises the concentration, and has no logarithm to fit."""
     values = power_law(60, 0.5, 0)
     without, report = tail_report(values, resamples=FEW), tail_report([*values, *np.zeros(60)], resamples=FEW)
     assert report.zeros == 60 and report.gini.value == pytest.approx(0.5 + 0.5 * without.gini.value)
@@ -240,7 +240,7 @@ def test_zeros_count_in_the_concentration_and_not_in_the_fits():
 
 
 def test_within_a_submodule_a_sample_of_entries_speaks_for_all():
-    """Signs do not matter, zeros are dropped and counted, the sample is the seed's, and finds what all have."""
+    """Signs do not matter, zeros are dropped and counted, and a sample by seed agrees with all entries."""
     rng = np.random.default_rng(0)
     gradient = (power_law(60_000, 0.5, 1) * rng.choice([-1.0, 1.0], 60_000)).reshape(300, 200)
     gradient[:10] = 0
@@ -303,6 +303,6 @@ def test_a_blueprint_carries_the_reports():
     ],
 )
 def test_values_that_cannot_be_described_are_named(report, message):
-    """Each says what is wrong and what to give."""
+    """Each error names the fault and the fix."""
     with pytest.raises(BlueprintError, match=message):
         report()

@@ -1,4 +1,4 @@
-"""Several processes, and models sharded over them, measure what one process does. Run: pytest tests/measure/test_distributed.py
+"""Several processes, and models sharded over them, give one process's measurement. Run: pytest tests/measure/test_distributed.py
 
 What needs two processes runs once, in two gloo processes that `torchrun` starts with this very file as their script:
 each scenario below returns what it found, and the tests compare.
@@ -213,7 +213,7 @@ SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, pytestconfig):
-    """What both processes found, by scenario."""
+    """Results of both processes, by scenario."""
     folder = tmp_path_factory.mktemp("found")
     in_two_processes(__file__, folder, pytestconfig.getini("filterwarnings")[0])
     return {
@@ -322,7 +322,7 @@ def test_an_error_on_one_process_reaches_the_others(found):
 
 
 def test_bad_use_is_the_same_error_everywhere(found):
-    """The same data twice, none at all, other settings: all processes are told, and told what to do."""
+    """The same data twice, no data, other settings: all processes raise an error with a fix."""
     first, second = found["bad_use"]
     assert first == second
     assert "Processes 0 and 1 measured the same 8 examples" in first["same"] and "reduce=False" in first["same"]
@@ -355,7 +355,7 @@ def test_4_bit_weights_are_known_in_shards(found):
 
 
 def test_other_ways_to_split_a_model_are_errors(found):
-    """FSDP1 and tensor parallelism: the message says what to do instead."""
+    """FSDP1 and tensor parallelism: the error names an alternative."""
     for flat, parallel in found["split_otherwise"]:
         assert "FullyShardedDataParallel" in flat and "fully_shard" in flat
         assert "tensor parallelism" in parallel and "up_proj" in parallel

@@ -48,7 +48,7 @@ def gradients(model, submodules, batches):
 
 
 def routing(model, batches):
-    """Return share of tokens and mean weight of every expert by its container, from what routers return."""
+    """Return share of tokens and mean weight of every expert by its container, from the routers' outputs."""
     routers = {
         f"{name}.experts": router
         for name, block in model.named_modules()

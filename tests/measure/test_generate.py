@@ -98,7 +98,7 @@ def test_adam_gain_is_what_pefts_initial_adapter_would_get():
 
 @pytest.mark.parametrize("examples", [1, 2, 8])
 def test_a_measured_blueprint_holds_no_nan(examples):
-    """What cannot be known (noise from one example) is absent, not NaN: the JSON is strict JSON and reads back."""
+    """Unknown statistics (noise from one example) are absent, not NaN: the JSON is strict and reads back."""
     blueprint = measured(tiny_llama(layers=2), toy_batches(examples=examples), max_examples=examples)
     text = to_json(blueprint)
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the file"))
@@ -134,7 +134,7 @@ def test_the_retained_mass_curve_is_that_of_the_norms():
     ids=["nothing", "no domains", "one batch", "no labels", "no targets"],
 )
 def test_data_that_cannot_be_measured_is_an_error(batches, message):
-    """Each says what is wrong with the data."""
+    """Each error names the fault of the data."""
     with pytest.raises(MeasurementError, match=message):
         measured(tiny_llama(layers=1), batches)
 
@@ -246,7 +246,7 @@ def test_a_coarse_blueprint_measures_its_units_whole(level):
 
 
 def test_a_coarse_blueprint_of_domains_and_with_noise():
-    """Tags are of whole units; what is released with noise is coarsened afterwards."""
+    """Tags are of whole units; released norms are coarsened afterwards."""
     domains = {"law": toy_batches(), "code": toy_batches(seed=1)}
     options = {"progress": False, "bootstrap": 20, "method": "exact"}
     both = generate_blueprint(tiny_llama(), domains, level="group", **options)

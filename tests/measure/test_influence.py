@@ -215,7 +215,7 @@ def test_half_precision_weights_are_measured(dtype, tolerance):
 
 
 def test_a_custom_loss_replaces_the_models_own():
-    """loss_fn(model, batch) -> (B,) is what is differentiated."""
+    """loss_fn(model, batch) -> (B,) is differentiated."""
     model, batches = tiny_llama(), toy_batches(padding="none")
 
     def last_token(model, batch):
@@ -250,7 +250,7 @@ def test_a_peft_model_is_measured_under_the_base_models_names():
     ],
 )
 def test_bad_data_is_named(batches, message):
-    """No data, no labels, no targets: each says what is missing."""
+    """Without data, labels or targets the error says which are missing."""
     with pytest.raises(MeasurementError, match=message):
         measure_influence(tiny_llama(layers=1), batches, progress=False)
 

@@ -175,7 +175,7 @@ def with_layers(cls, names=LAYERS):
 
 @pytest.mark.parametrize("cls", QUANTIZED)
 def test_quantized_layers_of_any_class_are_measured_and_not_unfrozen(cls):
-    """They are known by what their weights are: norms are those of the plain model of the same values."""
+    """They are recognized by their weights; norms equal those of the plain model of the same values."""
     model, plain = with_layers(cls)
     found = {s.name: s for s in find_submodules(model)}
     assert [name for name, s in found.items() if s.quantized] == LAYERS
@@ -303,7 +303,7 @@ class Holder(nn.Module):
     ("cls", "reason"), [(Scaled, "other values"), (Grouped, "not the product"), (Pair, "a tuple")]
 )
 def test_layers_that_compute_something_else_are_unmeasured_with_the_reason(cls, reason):
-    """In shape, in values, or in what is returned; the layers around them are measured."""
+    """In shape, values or type of output; the layers around them are measured."""
     torch.manual_seed(0)
     model = tiny_llama(layers=2)
     model.model.layers[1].mlp = Holder(cls)
@@ -411,7 +411,7 @@ class DeepSpeedEngine(nn.Module):
 
 
 def test_partitioned_weights_have_their_shapes_and_are_not_measured():
-    """Planning works with ZeRO stage 3, and measuring says what to do; an engine around whole weights is looked into."""
+    """Planning works with ZeRO stage 3, measuring is an error with a fix; an engine around whole weights is unwrapped."""
     plain = tiny_llama(layers=2)
     model = DeepSpeedEngine(partitioned(tiny_llama(layers=2)))
     assert find_submodules(model, include="all") == find_submodules(plain, include="all")

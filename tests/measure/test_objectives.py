@@ -1,4 +1,4 @@
-"""Whatever is minimised is what is measured, or an error says why not. Run: pytest tests/measure/test_objectives.py"""
+"""The minimized objective is measured, or an error gives the reason. Run: pytest tests/measure/test_objectives.py"""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def contrastive(model, batch):
 
 
 def test_a_contrastive_loss_is_measured_for_what_flows_through_an_examples_own_rows():
-    """Of all the batch's losses: what the weights' gradient would be if the other examples were constants."""
+    """For all the batch's losses: the weights' gradient with the other examples held constant."""
     model, batch = tiny_llama(layers=2), pairs()
     ones, others = embed(model, batch["chosen"]), embed(model, batch["rejected"])
     through = []
@@ -344,7 +344,7 @@ def test_reentrant_checkpointing_without_an_embedding(build, batch):
 
 
 def test_a_classifier_with_an_objective_of_its_own():
-    """Classes with weights: what the model returns is what counts, not what its shapes look like."""
+    """With weighted classes: the model's own loss counts, not the one that its shapes suggest."""
     model, [batch, *_] = tiny_bert(), toy_batches()
     batch = batch | {"labels": torch.tensor([0, 1, 2, 1])}
     forward, weights = model.forward, torch.tensor([1.0, 5.0, 0.2])
@@ -384,7 +384,7 @@ def test_a_decoder_with_another_loss_function():
     ],
 )
 def test_invalid_losses(loss_fn, message):
-    """Each error says what came and what is wanted."""
+    """Each error names the given and the expected value."""
     with pytest.raises(MeasurementError, match=message):
         measure_influence(tiny_llama(layers=1), [pairs()], loss_fn=loss_fn, progress=False)
 

@@ -1,4 +1,4 @@
-"""What a private release guarantees, what it says, and what it must not say. Run: pytest tests/measure/test_privacy.py"""
+"""Guarantee and content of a private release. Run: pytest tests/measure/test_privacy.py"""
 
 import itertools
 import json
@@ -142,7 +142,7 @@ def test_the_scale_is_chosen_with_its_epsilon():
 
 @pytest.mark.parametrize("clip", [None, 5.0])
 def test_noise_has_the_stated_sigma_in_every_coordinate(clip, monkeypatch):
-    """Over many releases, before what is done with them; means are not moved."""
+    """Over many releases, before postprocessing; means are unbiased."""
     monkeypatch.setattr("peft_blueprint.measure.privacy.shrink", lambda values, *_: values)
     norms, submodules = smooth_norms(400), rows()
     found, scales, sigma = [], [], 0.0
@@ -198,7 +198,7 @@ def test_no_seed_is_honoured_under_a_guarantee():
 @pytest.mark.parametrize("privacy", [WIDE, Privacy(epsilon=200.0, delta=0.01, clip=3.0), Privacy(noise=0.1)])
 @pytest.mark.parametrize("domains", [1, 2])
 def test_a_private_file_says_nothing_that_is_not_on_the_list(privacy, domains):
-    """Every key of the finished file is an expected one, whatever statistics come to be measured."""
+    """Every key of the finished file is on the list, so that new statistics are not released by accident."""
     batches = {"maths": toy_batches(), "code": toy_batches(seed=1)} if domains == 2 else toy_batches()
     private = private_blueprint(privacy, batches, data="toys", command="type this")
     record = json.loads(json.dumps(to_dict(private)))
@@ -241,7 +241,7 @@ def test_it_is_read_back_from_its_file(tmp_path):
 
 
 def test_noise_alone_is_a_share_of_the_kinds_mean():
-    """Its standard deviation is what the file says."""
+    """Its standard deviation agrees with the file."""
     submodules, norms = rows(), smooth_norms(20)
     generator = np.random.default_rng(0)
     found = [release(norms, submodules, Privacy(noise=0.05), generator)[0] for _ in range(500)]
@@ -250,7 +250,7 @@ def test_noise_alone_is_a_share_of_the_kinds_mean():
 
 
 def test_under_a_guarantee_a_column_depends_on_its_example_alone():
-    """What stands beside an example in its batch changes its norms by not one bit."""
+    """Other examples of the batch do not change its norms by one bit."""
     model = tiny_llama(layers=2)
     long, short = toy_batches(examples=1, length=40, padding="none")[0], toy_batches(examples=1, seed=3)[0]
     joined = {key: torch.cat([torch.nn.functional.pad(short[key], (0, 28)), long[key]]) for key in short}
@@ -275,7 +275,7 @@ def test_a_guaranteed_files_rows_do_not_depend_on_the_examples():
 
 
 def in_a_process(rank, folder, model, influence):
-    """What one of two processes releases of what both have measured."""
+    """Return the release by one of two processes of their common measurement."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     entries, _ = _released({"": influence}, model, GenerateOptions(), WIDE, process_count())
     (folder / f"{rank}.json").write_text(json.dumps([entry.gradient_norm for entry in entries]))
@@ -322,7 +322,7 @@ def test_too_much_noise_is_said():
     ],
 )
 def test_impossible_guarantees_are_errors(options, message):
-    """Each says what was given and what to give."""
+    """Each error names the given and the allowed values."""
     with pytest.raises(BlueprintError, match=message):
         Privacy(**options)
 

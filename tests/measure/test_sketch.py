@@ -30,9 +30,7 @@ def long_batches():
 
 @pytest.mark.parametrize("rank", [1, 3, 20, 64])
 def test_the_predicted_error_is_the_real_one(rank):
-    """Over draws of Ω the spread of ‖GΩ‖ is what each sketch predicts of itself, for gradients of any rank; squares
-    are unbiased.
-    """
+    """Over draws of Ω the spread of ‖GΩ‖ equals each sketch's own prediction, for gradients of any rank; squares are unbiased."""
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(40, rank, generator=generator) @ torch.randn(rank, 64, generator=generator)
     draws = torch.stack([gradient @ sketch_matrix(64, 16, seed) for seed in range(1500)])

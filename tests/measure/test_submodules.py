@@ -1,4 +1,4 @@
-"""What in a model can take an adapter, and what cannot. Run: pytest tests/measure/test_submodules.py"""
+"""Modules of a model that can take an adapter. Run: pytest tests/measure/test_submodules.py"""
 
 from dataclasses import replace
 

@@ -24,7 +24,7 @@ from peft_blueprint.place.budget import Budget, format_cost
     ],
 )
 def test_budgets_are_read_as_people_write_them(text, limits):
-    """Units say what is limited."""
+    """Units name the limit."""
     assert Budget.of(text).limits == pytest.approx(limits)
     assert Budget.of(Budget.of(text)) == Budget.of(text) and str(Budget.of(text))
 

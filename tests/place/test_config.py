@@ -112,7 +112,7 @@ def test_a_saved_adapter_loads_where_this_package_cannot_be_imported(blueprint, 
 
 
 def test_reload_resume_merge_and_disable(blueprint, base, tmp_path):
-    """from_pretrained, Auto classes, resuming training, merging and disabling give what LoRA gives."""
+    """from_pretrained, Auto classes, resuming training, merging and disabling agree with LoRA."""
     model = adapted(blueprint)
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -282,7 +282,7 @@ def test_gpt2_conv1d_takes_adapters():
 )
 @pytest.mark.parametrize("put_on", [get_peft_model, lambda m, c: inject_adapter_in_model(c, m)], ids=["get", "inject"])
 def test_a_blueprint_of_another_model_is_refused_and_the_model_left_alone(blueprint, model, message, put_on):
-    """PEFT would adapt what matches and pass over the rest; here it is an error that shows both sides."""
+    """PEFT would adapt matching names and ignore the others; here it is an error that shows both sides."""
     model = model()
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(MismatchError, match=message):
@@ -291,7 +291,7 @@ def test_a_blueprint_of_another_model_is_refused_and_the_model_left_alone(bluepr
 
 
 def test_a_name_that_pefts_endings_would_match_elsewhere_is_refused(blueprint):
-    """A wrapper whose inner names end alike would get adapters on both; that is said instead."""
+    """A wrapper whose inner names end alike would get adapters on both; it is an error instead."""
     model = tiny_llama(layers=12)
     model.vision = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": tiny_llama(layers=12).model.layers})})
     with (
@@ -339,7 +339,7 @@ def test_a_quantised_block_is_not_unfrozen(blueprint):
     ],
 )
 def test_wishes_that_cannot_be_met_are_errors_when_the_config_is_made(blueprint, wish, message):
-    """Each names the value and what it may be."""
+    """Each error names the given and the allowed values."""
     with pytest.raises(PlacementError, match=message):
         BlueprintConfig(blueprint=blueprint, **wish)
 

@@ -131,7 +131,7 @@ def test_attention_of_either_kind_is_told_apart(attention, padding, placement):
 
 @needs_fused
 def test_adapters_on_fused_experts_keep_a_copy_of_all_of_them():
-    """PEFT folds such an adapter into the weight in every pass; counted, what autograd saves is met."""
+    """PEFT folds such an adapter into the weight in every pass; the prediction meets autograd's saved bytes."""
     model = testing.tiny_mixtral(4)
     linear, fused = placed(model, "all", experts=True)
     costs = CostModel(Structure.of(model), WORKLOAD)
@@ -218,7 +218,7 @@ def test_quantised_weights_take_what_bitsandbytes_stores(kind, double_quant):
 
 
 def test_flops_of_one_layer_counted_by_hand():
-    """One block of one head: products forward and backward, adapters, attention, and nothing below what is trained."""
+    """One block of one head: products forward and backward, adapters and attention, down to the lowest trained weight."""
     model = testing.tiny_llama(1, num_attention_heads=1, num_key_value_heads=1)
     costs = CostModel(Structure.of(model), replace(WORKLOAD, padded=False))
     attention, feed_forward, head = 4 * 32 * 32, 3 * 32 * 48, 32 * testing.VOCABULARY
@@ -327,7 +327,7 @@ def test_cheaper_placements_are_predicted_cheaper():
 
 
 def test_structure_of_a_blueprint_gives_ratios_of_time():
-    """From names and shapes alone, close to what the model itself gives when the head is known."""
+    """From names and shapes alone, close to the model's own ratios when the head is known."""
     model = testing.tiny_llama(6)
     entries = tuple(replace(entry, gradient_norm=1.0) for entry in find_submodules(model, include="all"))
     structures = Structure.of_blueprint(Blueprint("org/tiny", entries)), Structure.of(model)
@@ -362,7 +362,7 @@ def test_a_large_model_on_the_meta_device():
 
 @needs_fused
 def test_experts_are_visited_by_some_tokens_and_stored_for_all():
-    """FLOPs by the experts a token visits; a list of expert modules costs what fused ones do."""
+    """FLOPs by the experts a token visits; a list of expert modules costs the same as fused experts."""
     model = testing.tiny_mixtral(1)
     structure = Structure.of(model)
     expert = 3 * 32 * 24
@@ -378,7 +378,7 @@ def test_experts_are_visited_by_some_tokens_and_stored_for_all():
 
 
 def test_wrong_names_and_values_are_refused():
-    """With the name, what there is, and what to do."""
+    """The error has the name, the known names and the fix."""
     costs = CostModel(Structure.of(testing.tiny_llama(2)), WORKLOAD)
     with pytest.raises(MismatchError, match=r"'model.layers.7.mlp' .*full names"):
         costs.cost({}, ["model.layers.7.mlp"])
@@ -408,7 +408,7 @@ def test_a_cost_is_a_json_object():
 
 
 def test_a_cached_prefix_is_not_computed_again():
-    """Over many epochs a model costs what it would without its lower half; over three, a third of that half."""
+    """Over many epochs the lower half costs nothing; over three, a third."""
     whole, upper = Structure.of(testing.tiny_llama(4)), Structure.of(testing.tiny_llama(2))
     ranks = {name: RANK for name in whole.adaptable if ".layers.2." in name or ".layers.3." in name}
     same = {name.replace(".2.", ".0.").replace(".3.", ".1."): rank for name, rank in ranks.items()}
@@ -436,7 +436,7 @@ def test_a_cache_ends_the_backward_pass_that_checkpointing_sends_to_the_bottom()
 
 
 def test_more_epochs_place_higher():
-    """A cache makes what lies below the lowest adapter free, so that the fastest placement for a gain lies further up."""
+    """A cache makes layers below the lowest adapter free, so the fastest placement for a gain lies higher."""
     model = testing.tiny_llama(12)
     lowest = [
         plan_placement(None, model, r=16, keep=0.8, workload=replace(WORKLOAD, epochs=epochs)).cost["lowest"]
@@ -510,7 +510,7 @@ def test_workloads_with_prompts_are_checked(settings, message):
 
 
 def test_variants_of_a_step():
-    """By what is computed, for all-linear LoRA and a placement; only a placement has a frozen prefix."""
+    """For all-linear LoRA and a placement; only a placement has a frozen prefix."""
     model = testing.tiny_llama(6)
     placement = plan_placement(None, model, num_modules=4, rank_by="last", coverage="none", workload=WORKLOAD)
     load = replace(WORKLOAD, prompt=15, epochs=3)

@@ -75,7 +75,7 @@ def relative(found, expected):
 @needs_fused
 @pytest.mark.parametrize("family", [name for name in MIXTURES if name != "listed"])
 def test_outputs_and_gradients_are_those_of_pefts_adapter_on_all_experts(family, tmp_path):
-    """In every implementation of experts; plain PEFT loads what was saved, and both merge to the same output."""
+    """In every implementation of experts; plain PEFT loads the saved adapter, and both merge to the same output."""
     layers = 1 if family != "deepseek_v3" else 2  # of which the first is dense
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         base = MIXTURES[family](layers=layers)

@@ -21,7 +21,7 @@ from tests.hub.loopback import loopback_hub
 
 
 def test_settings_are_tried_and_the_most_gain_per_time_is_recommended():
-    """Where memory is plenty without checkpointing and quantisation; where it is short with what makes it fit."""
+    """Without checkpointing and quantization where memory allows; otherwise with the setting that fits."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
     )
@@ -55,7 +55,7 @@ def folder(tmp_path):
 
 
 def plan(*words):
-    """What `peft-blueprint plan` answers."""
+    """Return the answer of `peft-blueprint plan`."""
     return CliRunner().invoke(app, ["plan", *map(str, words)], catch_exceptions=False)
 
 
@@ -114,7 +114,7 @@ def test_plan_chooses_a_share_of_the_data_too(folder):
 
 
 def test_plan_maximises_gain_per_cost_on_request(folder):
-    """Without any budget; the constant of time may be one's own."""
+    """Without any budget; also with an own time constant."""
     words = (folder / "model", "--blueprint", folder / "blueprint.json", "--best", "gain_per_cost", "--length", 64)
     answer = json.loads(plan(*words, "--format", "json").stdout)["placement"]
     assert answer["selector"] == {"best": "gain_per_cost"} and answer["gain_per_cost"] > 1

@@ -75,7 +75,7 @@ def test_all_data_are_taken_where_scoring_costs_more_than_it_saves():
 
 
 def test_a_joint_plan_is_printed_and_goes_into_json():
-    """With what rests on no measurement, and within a budget."""
+    """With notes on unmeasured parts, and within a budget."""
     plan = plan_jointly(None, empty_model(LLAMA.config), data=0.3, scoring_cost=0.1, budget="9 modules", workload=LOAD)
     assert len(plan.placement.lora) <= 9 and 0 < plan.q < 1
     text = str(plan)

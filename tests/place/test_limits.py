@@ -1,4 +1,4 @@
-"""Limits that nothing meets: what the error advises works, and a plan that exists is found."""
+"""Limits that cannot be met: the error's advice works, and an existing plan is found."""
 
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ WHOLE = plan_placement(measured(MODEL), MODEL, fraction=1.0, r=16, workload=LOAD
 
 
 def limits_of(shares):
-    """A budget of these shares of what LoRA everywhere takes."""
+    """A budget of these shares of all-linear LoRA's costs."""
     limits = {
         name: share * (1.0 if name == "time" else WHOLE[name]) for name, share in shares.items() if share is not None
     }
@@ -61,7 +61,7 @@ def followed(message, limits, keep):
     gains=st.lists(st.floats(0.0, 10.0), min_size=21, max_size=21).filter(any),
 )
 def test_the_advice_of_an_error_works(shares, keep, options, gains):
-    """Each advice by itself, word by word; and a plan keeps what was asked for."""
+    """Each advice by itself, word by word; a plan keeps the other options."""
     limits = limits_of(shares)
     if not limits:
         return

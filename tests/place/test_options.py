@@ -128,7 +128,7 @@ def test_every_adapter_keeps_the_scaling_of_all_linear_lora(settings, scaling):
     ],
 )
 def test_contradictions_are_found_before_anything_is_read(options, message):
-    """By the planner, which is told nothing to plan by, and by the config, whose blueprint is nowhere."""
+    """By the planner without a blueprint, and by the config with a missing one."""
     with pytest.raises(PlacementError, match=message):
         plan_placement(None, **options)
     if "fractoin" not in options:

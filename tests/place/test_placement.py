@@ -1,4 +1,4 @@
-"""Which submodules a blueprint chooses, by hand and whatever the blueprint."""
+"""Submodules that a blueprint chooses, by hand and for any blueprint."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_selectors_by_hand(wish, expected):
 
 
 def test_a_placement_is_text_in_a_notebook_too(monkeypatch):
-    """Where rich would display what is printed, and leave the text empty."""
+    """Where rich would display the tables, and leave the text empty."""
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("displayed"))
     assert "2 adapters of rank 16 of 8 candidates" in str(plan_placement(SMALL, num_modules=2))
@@ -103,7 +103,7 @@ def test_coverage_kind_and_depth_puts_one_in_every_stratum():
 
 
 def test_few_adapters_are_spread_over_depth_alone():
-    """Fewer than two a kind: one for every run of layers, whatever its kind, compared by its kind's median."""
+    """Fewer than two a kind: one for every run of layers, of any kind, compared by its kind's median."""
     blueprint = blueprint_of(q_proj=[1, 1, 1, 1, 3, 1], o_proj=[5, 5, 5, 5, 5, 5], up_proj=[90, 50, 50, 50, 50, 50])
     names = chosen(blueprint, num_modules=3)
     assert [int(name.split(".")[1]) // 2 for name in names] == [0, 1, 2]
@@ -209,7 +209,7 @@ def test_top_p_holds_its_share_with_the_fewest(blueprint, silent, coverage, shar
 
 @given(random_blueprints(), st.floats(1e-3, 1e3), coverages)
 def test_threshold_takes_what_reaches_it(blueprint, threshold, coverage):
-    """All of it, whatever the coverage, or an error with the largest score."""
+    """All of them under any coverage, or an error with the largest score."""
     expected = tuple(e.name for e in blueprint if e.gradient_norm >= threshold)
     if expected:
         assert plan_placement(blueprint, threshold=threshold, coverage=coverage).lora == expected
@@ -255,7 +255,7 @@ def test_a_block_is_the_module_that_holds_just_its_members(build, unfrozen):
 
 
 def test_lora_beside_unfrozen_blocks_keeps_out_of_them():
-    """The strongest block is unfrozen; the fraction is of what is left."""
+    """The strongest block is unfrozen; the fraction is of the others."""
     model = tiny_llama()
     placement = plan_placement(of_model(model, ffn_2=9.0), mode="lora+unfreeze", fraction=1.0)
     assert placement.unfreeze == ("model.layers.2.mlp",) and len(placement.lora) == 4 * 7 - 3
@@ -304,7 +304,7 @@ def test_without_anything_to_adapt_it_says_so():
 
 
 def test_the_model_says_what_a_file_does_not():
-    """Entries without a form are taken for linear, and with the model for what they are: tied weights stay out."""
+    """Entries without a form count as linear; with the model their own form counts, and tied weights stay out."""
     model = tiny_llama(layers=1, tie_word_embeddings=True)
     entries = tuple(replace(e, form="linear") for e in everything_of(model))
     placement = plan_placement(Blueprint("org/m", entries), model, fraction=1.0)
@@ -394,6 +394,6 @@ def test_groups_need_the_model():
     ],
 )
 def test_wishes_that_cannot_be_met_are_named(wish, message):
-    """With the value, and with what it may be."""
+    """With the given and the allowed values."""
     with pytest.raises(PlacementError, match=message):
         plan_placement(SMALL, **wish)

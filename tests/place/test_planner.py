@@ -1,4 +1,4 @@
-"""Placements under budgets: never exceeded, honest about what is too small, quick on large models."""
+"""Placements under budgets: never exceeded, with a clear error for too small ones, quick on large models."""
 
 import json
 import re
@@ -50,7 +50,7 @@ BUDGETS = st.one_of(
     mode=st.sampled_from(["lora", "unfreeze"]),
 )
 def test_a_budget_that_is_accepted_is_never_exceeded(budget, gains, coverage, ranks, mode):
-    """Whatever the blueprint, the limit and the rule; what is refused names a limit that then is accepted."""
+    """For any blueprint, limit and rule; a refusal names a limit that is then accepted."""
     blueprint = measured(LLAMA, gains)
     wish = {"coverage": coverage, "ranks": ranks, "mode": mode, "workload": LOAD}
     try:
@@ -94,7 +94,7 @@ def test_a_budget_of_time_raises_the_lowest_layer():
 
 
 def test_keep_is_the_cheapest_that_keeps_so_much():
-    """No faster choice of the family keeps as much; a budget that forbids it is named, with what it allows."""
+    """No faster choice of the family keeps as much; a budget that forbids it is named with its largest gain."""
     placement = plan_placement(BLUEPRINT, LLAMA, keep=0.8, workload=LOAD)
     assert placement.gain_retained >= 0.8 and placement.cost["time"] < 1
     assert placement.selector == {"keep": 0.8}
@@ -147,7 +147,7 @@ def test_an_optimum_that_is_not_in_the_interior_is_said():
 
 
 def test_the_time_constant_is_said_to_be_an_estimate_until_it_is_measured():
-    """On cuda, where time decides; not with one's own constant, on a CPU, or for a number of modules."""
+    """On cuda, where time decides; not with an own constant, on a CPU, or for a number of modules."""
     cuda = replace(LOAD, device="cuda")
     decided = {"best": "gain_per_cost"}, {"keep": 0.5}, {"budget": "0.9x"}
     for wish in decided:
@@ -206,7 +206,7 @@ def test_half_and_twice_as_much_are_listed():
 
 
 def test_by_default_a_seventh_of_the_submodules_covers_the_model_within_all_linears_parameters():
-    """One to a block or so, as wide as servers' ranks allow; each adds most to what those before it cover, whatever the order."""
+    """About one to a block, as wide as servers' ranks allow; each adds most to the coverage, for any order of entries."""
     placement = plan_placement(BLUEPRINT, LLAMA, workload=LOAD)
     assert placement.rank_by == "cover_gain" and placement.selector == {"fraction": pytest.approx(1 / 7)}
     assert len(placement.lora) == 6 and len({name.split(".")[2] for name in placement.lora}) >= 5
@@ -254,14 +254,14 @@ def test_every_score_places(rank_by):
 
 
 def test_the_list_of_scores_is_the_one_that_is_offered():
-    """`rank_by` takes every score and the set's; a typo is told the list."""
+    """`rank_by` takes every score and the set's; the error for a typo lists them."""
     assert set(RankBy.__args__) == {*SCORES, "cover_gain", "set_gain"}
     with pytest.raises(PlacementError, match="rank_by must be gradient_norm,.* or last, got 'adamgain'"):
         plan_placement(BLUEPRINT, rank_by="adamgain")
 
 
 def test_controls_place_as_their_names_say():
-    """First and last take ends of the depth, even the middles, random what its seed says."""
+    """First and last take the ends of the depth, even the middles, random a draw by its seed."""
     depth = {entry.name: entry.depth for entry in BLUEPRINT}
 
     def depths(rank_by, **wish):
@@ -275,7 +275,7 @@ def test_controls_place_as_their_names_say():
 
 
 def test_without_a_blueprint_adapters_are_spread_evenly():
-    """From a config alone, before any download; and it is called what it is."""
+    """From a config alone, before any download, and marked as even."""
     placement = plan_placement(None, LLAMA.config, fraction=0.2, workload=LOAD)
     assert placement.rank_by == "even" and len(placement.lora) == round(0.2 * len(BLUEPRINT))
     assert placement.learning_rate_scale is None and 0 < placement.gain_retained < 1 and placement.cost["memory"] > 0
@@ -318,7 +318,7 @@ def test_a_source_without_a_config_is_named(tmp_path):
     ],
 )
 def test_wishes_that_cannot_be_read_are_named(wish, message):
-    """Each with what would work."""
+    """Each error names working values."""
     with pytest.raises(PlacementError, match=message):
         plan_placement(BLUEPRINT, **wish)
 
@@ -389,7 +389,7 @@ class TestConfig:
 class TestWorkload:
     @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
     def test_it_is_read_off_a_loaded_model(self, kind):
-        """Quantisation, dtype, device and checkpointing; what is given counts first; an empty model says nothing."""
+        """Quantization, dtype, device and checkpointing; given values count first; an empty model has none."""
         model = quantize(tiny_llama(), kind)
         model.gradient_checkpointing_enable()
         found = workload_of(model, length=64, optimizer="paged_adamw_8bit")
@@ -442,7 +442,7 @@ def mixture(experts):
 
 
 def test_planning_a_mixture_of_5000_submodules_takes_four_times_what_1250_take():
-    """Seconds where nothing else runs, and not the square; a ratio, since machines and what else they do differ."""
+    """Linear time, not quadratic; as a ratio, because machines differ."""
     few, many = mixture(8), mixture(34)
     assert len(many) > 4_900 and len(few) < len(many) / 3.7
     for wish in ({"budget": "0.8x"}, {"keep": 0.5}):

@@ -72,7 +72,7 @@ def test_one_call_is_probe_blend_and_placement(model, published, probe, options,
 
 
 def test_a_drifted_blueprint_is_treated_by_the_policy(model, published, probe):
-    """Refused, blended with a warning, or replaced by the probe; the threshold decides what has drifted."""
+    """Refused, blended with a warning, or replaced by the probe; the threshold decides on drift."""
 
     def settle(**options):
         config = BlueprintConfig(blueprint=drifted(published), probe=LOCAL, probe_examples=6, **WISH, **options)

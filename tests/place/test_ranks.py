@@ -51,7 +51,7 @@ def test_fewer_adapters_have_a_higher_rank_at_equal_parameters():
 @pytest.mark.parametrize("r", [1, 16, 48, 200])
 @pytest.mark.parametrize("count", [1, 8, 42])
 def test_no_rank_exceeds_the_full_rank_of_its_weight(ranks, r, count):
-    """What full ranks leave goes to the other adapters, and the sum stays within all-linear LoRA's."""
+    """The remainder goes to the other adapters, and the sum stays within all-linear LoRA's."""
     blueprint = measured(WIDE)
     placement = plan_placement(blueprint, WIDE, num_modules=count, ranks=ranks, r=r)
     shapes = {entry.name: entry.shape for entry in blueprint}

@@ -1,4 +1,4 @@
-"""Scores rank submodules by what was measured, or by nothing."""
+"""Scores rank submodules by a measurement, controls without one."""
 
 import math
 
@@ -69,14 +69,14 @@ def test_random_is_the_same_for_the_same_seed(blueprint):
 
 @pytest.mark.parametrize("n, middle", [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)])
 def test_even_prefers_the_middle_of_a_stratum(n, middle):
-    """By depth, in whatever order its entries are given."""
+    """By depth, for any order of entries."""
     depths = np.random.default_rng(0).permutation(n)
     values = even([Submodule(str(depth), 1.0, depth=10 + int(depth)) for depth in depths])
     assert depths[values.argmax()] == middle and values.max() == 1 and values.min() >= 0
 
 
 def test_a_score_per_cost(blueprint):
-    """Divided by what each entry costs."""
+    """Divided by each entry's cost."""
     costs = [math.prod(entry.shape) for entry in blueprint]
     np.testing.assert_allclose(
         score(blueprint.submodules, "adam_gain", costs=costs), score(blueprint.submodules, "adam_gain") / costs
@@ -84,7 +84,7 @@ def test_a_score_per_cost(blueprint):
 
 
 def test_gradient_norms_compare_within_a_kind_only():
-    """What divides by the kind's own mean or noise, or counts nats of the loss, compares across kinds."""
+    """Scores that divide by the kind's mean or noise, or count nats of the loss, compare across kinds."""
     within_only = {by for by in SCORES if not comparable_across_kinds(by)}
     assert within_only == {
         "gradient_norm",

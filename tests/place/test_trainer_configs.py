@@ -32,7 +32,7 @@ def placement(lora=LORA, unfreeze=(), **fields):
 
 
 def adapted(model):
-    """Full names of what carries an adapter, with its rank and scaling; and of what is trained whole."""
+    """Return full names of adapted modules with rank and scaling, and of modules trained whole."""
     lora = {}
     for name, _ in model.named_modules():
         if name.endswith(".lora_A"):
@@ -119,7 +119,7 @@ def by_llamafactory(text, model, monkeypatch):
 
 
 def by_unsloth(text, model, monkeypatch):
-    """The Python, with a FastModel that passes on to LoraConfig what is its, as Unsloth's models/vision.py does."""
+    """Run the Python with a FastModel that passes LoraConfig's arguments on, as Unsloth's models/vision.py does."""
 
     def wrap(model, **settings):
         assert settings["target_parameters"] is not None, "Unsloth would add the experts of its own accord"
@@ -151,7 +151,7 @@ def test_each_trainer_adapts_exactly_the_placed_modules(trainer, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_each_trainer_unfreezes_exactly_the_placed_blocks(trainer, monkeypatch):
-    """Blocks beside adapters, and what to load a quantised base with stands in the text."""
+    """Blocks beside adapters; the text says how to load a quantized base."""
     placed = placement(LORA[2:], BLOCKS)
     text = trainer_config(placed, trainer)
     model = LOADERS[trainer](text, tiny_llama(layers=12), monkeypatch)
@@ -161,7 +161,7 @@ def test_each_trainer_unfreezes_exactly_the_placed_blocks(trainer, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_blocks_alone_are_unfrozen_or_refused(trainer, monkeypatch):
-    """Without any adapter; LLaMA-Factory cannot, and the error says who can."""
+    """Without any adapter; for LLaMA-Factory the error names other trainers."""
     placed = placement((), BLOCKS)
     if trainer == "llamafactory":
         with pytest.raises(PlacementError, match="unfreezes blocks only beside LoRA.*lora.unfreeze.*use peft"):
@@ -191,7 +191,7 @@ def test_fused_experts_are_parameters_or_refused(trainer, lora, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_ranks_that_differ_keep_one_scaling(trainer, monkeypatch):
-    """alpha_i / r_i is the same for all, r is the largest; those with one rank refuse and say so."""
+    """alpha_i / r_i is the same for all, r is the largest; trainers with one rank refuse with an error."""
     placed = placement(ranks=dict(zip(LORA, (2, 8, 4), strict=True)))
     if trainer in ONE_RANK:
         with pytest.raises(PlacementError, match=r"a single rank, and this placement has ranks \[2, 4, 8\].*use peft"):
@@ -271,6 +271,6 @@ def test_a_name_is_written_so_that_it_comes_back(trainer):
     ],
 )
 def test_settings_that_a_trainer_cannot_express_are_errors(placed, trainer, settings, message):
-    """The message names it, and what can be done."""
+    """The error names it and a fix."""
     with pytest.raises(PlacementError, match=message):
         trainer_config(placed, trainer, **settings)

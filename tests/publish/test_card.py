@@ -166,7 +166,7 @@ def test_hostile_text_stays_in_its_place(blueprint, text):
 
 
 def test_a_record_of_odd_types_does_not_stop_it(blueprint):
-    """Provenance is anybody's: what is of another type than expected is left out or shown as it is."""
+    """Values of an unexpected type in a provenance are left out or shown as they are."""
     for odd in (None, 3, [1, [2]], {"a": {"b": None}}, "text", True):
         keys = ("data", "command", "versions", "domains", "privacy", "merged", "created", "method", "seed")
         assert BEGIN in card_section(replace(blueprint, provenance=dict.fromkeys(keys, odd)), FILE)
@@ -190,7 +190,7 @@ texts = st.text(st.sampled_from("ab#-|`<!> \n\r\t\ufeff\u2028é"), max_size=30)
 @example(above="\ufeff", below="", first="", second="")
 @example(above="a\r\n", below="\r\nb", first="x", second="y")
 def test_every_byte_outside_the_section_stays(above, below, first, second):
-    """Replacing a section changes what is between the marks; appending one changes nothing before it."""
+    """Replacing a section changes only the text between the marks; appending one keeps all before it."""
     sections = [marked(text.replace("\r", ""), NAME) for text in (first, second)]
     card = with_section(above, sections[0], NAME)
     assert card.startswith(above)

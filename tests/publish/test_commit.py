@@ -248,7 +248,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_with_a_word(two_layers, mode
 
 
 def test_prepare_only_reads(two_layers, model_hub):
-    """No request that changes something, whatever is asked for."""
+    """No option makes it send a request that changes the Hub."""
     plan = prepare(two_layers, "tiny/llama", endpoint=model_hub.endpoint, token=False)
     assert {request.method for request in model_hub.requests} <= {"GET", "HEAD"}
     assert plan.parent_commit == model_hub.repository("tiny/llama").refs["main"] and plan.previous_card == CARD
@@ -256,7 +256,7 @@ def test_prepare_only_reads(two_layers, model_hub):
 
 
 def test_a_blueprint_publishes_itself(two_layers, tmp_path):
-    """`push_to_hub` is the same door, and `from_pretrained` finds what it put there."""
+    """`push_to_hub` publishes it, and `from_pretrained` reads it again."""
     with LoopbackHub(token="hf_right") as hub:
         settings = {"endpoint": hub.endpoint, "token": "hf_right"}
         shown = two_layers.push_to_hub("org/blueprints", dry_run=True, picture=False, **settings)

@@ -67,7 +67,7 @@ def state_of(folder):
 
 
 def test_embed_extract_remove(blueprint, folder):
-    """What is put in comes out, rounded; transformers loads the model as before; removing leaves the tensors."""
+    """The embedded blueprint comes out rounded; transformers loads the model as before; removing leaves the tensors."""
     before, model = state_of(folder), LlamaForCausalLM.from_pretrained(folder)
     changed = embed(blueprint, folder, progress=False)
     assert extract(folder) == rounded(blueprint)
@@ -188,7 +188,7 @@ def test_removing_gives_back_the_index(blueprint, saved, tmp_path):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral, tiny_t5], ids=lambda make: make.__name__)
 def test_blueprints_of_every_architecture_fit_their_own_files(make, tmp_path):
-    """Under whatever names they are stored: per expert, other way round, without a prefix."""
+    """Under other stored names: per expert, transposed, without a prefix."""
     model = make()
     model.save_pretrained(tmp_path)
     embed(of(model), tmp_path, progress=False)
@@ -227,7 +227,7 @@ RENAMED = [  # stored otherwise than in memory: renamed, of more parts, stacked,
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_model_stored_under_other_names_takes_its_own_blueprint(name, tmp_path):
-    """Of what can be adapted and of all weights; one of another size is refused."""
+    """Of adaptable and of all weights; one of another size is refused."""
     cls = getattr(transformers, name, None)
     if cls is None:
         pytest.skip("the installed transformers is older")
@@ -385,7 +385,7 @@ def test_an_adapter_of_any_method_carries_it_too(config, blueprint, tmp_path):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # of PEFT, for norms
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.")
 def test_an_adapter_of_other_weights_carries_the_blueprint_of_its_base_model(config, saved, tmp_path):
-    """What it adapts cannot be judged: its base model's files are, or its name, or a warning says that nothing was."""
+    """Its own tensors cannot be checked: the base model's files or name are, otherwise a warning is given."""
     blueprint, path = of(tiny_llama(layers=12)), tmp_path / "adapter_config.json"
     get_peft_model(tiny_llama(layers=12), config).save_pretrained(tmp_path)
 

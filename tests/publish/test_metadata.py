@@ -126,7 +126,7 @@ mappings = st.dictionaries(st.sampled_from(["tags", "datasets", "base_model", "l
 @settings(max_examples=100, deadline=None)
 @given(mapping=mappings, flow=st.booleans(), indent=st.sampled_from([2, 4]), newline=st.sampled_from(["\n", "\r\n"]))
 def test_other_values_read_as_before(mapping, flow, indent, newline):
-    """Whatever YAML: the result reads as the old values with the additions, or it is an error."""
+    """For any YAML the result reads as the old values with the additions, or it is an error."""
     inner = yaml.safe_dump(mapping, default_flow_style=flow, indent=indent, sort_keys=False, allow_unicode=True)
     if re.search(r"^---|^\.\.\.|\r|\u2028|\u2029|\x85", inner, re.M):
         return

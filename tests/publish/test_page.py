@@ -148,7 +148,7 @@ def test_a_single_run_has_its_figures_and_no_front():
 
 
 def test_a_run_without_evaluation_shows_its_training_loss():
-    """The page says that nothing is known to be gained, and draws what there is."""
+    """The page marks the gain as unknown, and draws the training loss."""
     page = render_page(make_report([replace(made_up_run(), points=())]))
     assert "has no evaluation" in page and 'id="panel-seconds"' in page and "training loss against" in page
 
@@ -205,13 +205,13 @@ def test_no_two_of_many_runs_look_alike():
 
 
 def test_an_invalid_placement_makes_no_table():
-    """The page is there all the same."""
+    """The page is still written."""
     for lora in (5, [{"a": 1}], "q_proj"):
         assert "<html" in render_page(make_report([made_up_run("run", placement={"lora": lora, "unfreeze": 3})]))
 
 
 def test_parts_of_totals_errors_and_hyperparameters_are_shown():
-    """What was spent before training, evaluating, bars of the metric's standard error, and settings that differ."""
+    """Costs before training and of evaluating, bars of the metric's standard error, and differing settings."""
     probe = {"flops": measured(2e12, "counter").to_dict()}
     run = made_up_run(
         "other",

@@ -81,14 +81,14 @@ def test_many_entries_are_drawn_in_a_picture_of_bounded_size(tmp_path, kinds, de
 
 
 def test_a_picture_needs_kinds_and_depths():
-    """The error says what to do."""
+    """The error has a fix."""
     with pytest.raises(BlueprintError, match="no kinds and depths"):
         plot_blueprint(Blueprint("org/m", tuple(replace(entry, depth=None) for entry in made("ab"))))
 
 
 @pytest.mark.parametrize("rank_by, deepest", [("cover_gain", 0.018), ("adam_gain per cost", 1.0), ("random", 0.25)])
 def test_a_placement_is_shaded_by_what_chose_it(rank_by, deepest):
-    """By what it covers, by its score, or by the gradient norm where the score is not known."""
+    """By its coverage, its score, or the gradient norm where the score is unknown."""
     entries = tuple(
         Submodule(f"layers.{i}.q_proj", 4.0 - i, kind="q_proj", depth=i, adam_gain=1.0 + i) for i in range(4)
     )

@@ -16,7 +16,7 @@ pytestmark = UPLOADING
 
 
 def test_after_three_edits_in_between_it_gives_up(two_layers, model_hub):
-    """With what to do, and nothing half done."""
+    """The error has a fix, and nothing is half done."""
     repository, counter = model_hub.repository("tiny/llama"), iter(range(99))
     model_hub.meanwhile(lambda: repository.commit({"n": str(next(counter)).encode()}), "POST .*/commit/", times=None)
     with pytest.raises(BlueprintError, match="each of 3 attempts.*Nothing was published.*--create-pr"):
@@ -136,7 +136,7 @@ def test_local_errors_are_found_before_any_request(two_layers, model_hub):
 
 
 def test_another_models_repository_is_refused(two_layers, model_hub):
-    """Unless it is said to be a copy of the same model; then its card names the base model."""
+    """Unless it is declared a copy of the same model; then its card names the base model."""
     model_hub.repository("org/other").commit({"config.json": b"{}"})
     with pytest.raises(
         MismatchError, match=r"'org/other' holds a model \(config.json\).*'tiny/llama'.*allow_other_model"

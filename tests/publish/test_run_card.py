@@ -149,7 +149,7 @@ def test_the_rest_of_the_card_stays():
 )
 @pytest.mark.parametrize("make", [made_up_run, without_carbon])
 def test_a_figure_by_hand_is_never_touched(figure, make):
-    """Whatever its form; a note says so."""
+    """In any form; a note says so."""
     card = CARD.replace("{FIGURE}", figure)
     changed, notes = put(card, make())
     assert changed == card and "left as it is" in notes[0]

@@ -140,7 +140,7 @@ def test_vllm_reserves_a_rank_that_it_knows(exports, adapter, tmp_path):
 
 
 def test_llama_cpp_scales_by_the_rows_of_a(exports, adapter):
-    """alpha over the rank in the tensor is PEFT's scaling for every module, and Ollama is told what it would transpose."""
+    """alpha over the tensor's rank is PEFT's scaling for every module; a note on Ollama names matrices it would transpose."""
     for server in ("llama.cpp", "ollama"):
         export = exports[server]
         config, pairs = json.loads((export.path / CONFIG_NAME).read_text()), pairs_in(export.path)

@@ -37,7 +37,7 @@ def test_the_headline_states_gain_and_cost():
 
 
 def test_the_decision_to_stop_is_in_the_rules_own_words():
-    """Whether, when, why, and what it proposes; nothing of a run without a rule."""
+    """Whether, when, why, and the proposal; empty for a run without a rule."""
     stopping = {"stopped": False, "step": None, "reason": "It still pays.", "proposal": "Half the schedule would do."}
     row = make_report([replace(BASE, stopping=stopping)]).rows[0]
     assert describe_stop(row) == ["Not stopped by the rule.", "It still pays.", "Half the schedule would do."]

@@ -15,7 +15,7 @@ from peft_blueprint.testing import tiny_llama
 
 
 class FakeMeter:
-    """A meter that shows what it is told to."""
+    """A meter with a given reading."""
 
     name = "a fake meter"
 
@@ -30,7 +30,7 @@ class FakeMeter:
 
 
 def test_every_quantity_has_its_label():
-    """What was not counted is absent and says why; nothing is left out."""
+    """Uncounted quantities are absent with a reason."""
     with Ledger(meters=[]) as spent:
         pass
     quantities = spent.quantities()
@@ -112,7 +112,7 @@ def test_energy_is_the_meters(clock):
 
 
 def test_without_a_meter_energy_is_modelled_or_absent(clock):
-    """Watts times seconds times devices, if the watts are known; else it is said what is missing."""
+    """Watts times seconds times devices, if the watts are known; otherwise absent with a reason."""
     with Ledger(meters=[], watts=300, devices=2, carbon=modelled(400, "400 g")) as spent:
         clock.now += 60
     assert spent.quantities()["energy_joules"] == modelled(36000, "300 W for 2 devices each, as given")
@@ -145,7 +145,7 @@ def test_a_missing_meter_has_its_reason(monkeypatch):
 
 
 def test_a_meter_that_fails_ends_no_run(clock):
-    """The energy is modelled from then on, or absent; what was read before is not passed off as the whole."""
+    """The energy is modelled from then on, or absent; earlier readings do not count as the whole."""
     for watts, how in ((10, "modelled"), (None, "absent")):
         meter = FakeMeter()
         with Ledger(meters=[meter], watts=watts) as spent:

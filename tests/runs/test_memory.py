@@ -34,7 +34,7 @@ def test_memory_is_the_peak_between_looks(clock, monkeypatch):
 
 
 def test_memory_that_was_held_is_seen():
-    """64 MiB are on top of what was there; and they are gone again in the next stretch."""
+    """64 MiB more than before, and gone again in the next stretch."""
     with Ledger(meters=[]) as before:
         pass
     with Ledger(meters=[]) as spent:
@@ -47,7 +47,7 @@ def test_memory_that_was_held_is_seen():
 
 
 def test_ledgers_within_each_other_do_not_disturb():
-    """The inner one sets the system's mark back, and the outer one still knows what was reached before and inside."""
+    """The inner one resets the system's peak, and the outer one keeps the peak from before and inside."""
     with Ledger(meters=[]) as outer:
         occupy(96 * MIB)
         with Ledger(meters=[]) as inner:
@@ -123,7 +123,7 @@ def test_a_process_counts_its_own_gpus(gpus, clock, monkeypatch, held, processes
 
 
 def test_the_gpus_meters_are_asked_for(gpus, monkeypatch):
-    """By UUID, whatever their order in CUDA_VISIBLE_DEVICES; a missing meter of the processor is named."""
+    """By UUID, for any order in CUDA_VISIBLE_DEVICES; a missing meter of the processor is named."""
 
     class Meter:
         name = "a fake meter"

@@ -58,7 +58,7 @@ def test_a_quantity_is_a_finite_number_or_absent(value, how, message, of_file):
     "quantity", [measured(3, "clock"), modelled(2.5, "watts"), absent("no meter"), Quantity(1, "measured")]
 )
 def test_a_quantity_survives_json(quantity):
-    """Reading returns what was written."""
+    """Reading returns the same quantity."""
     assert Quantity.from_dict(json.loads(json.dumps(quantity.to_dict()))) == quantity
 
 
@@ -92,7 +92,7 @@ def test_sources_do_not_pile_up():
 
 
 def test_processes_share_one_clock():
-    """The longest clock and the highest peak count, and the sum of what each spent for itself."""
+    """The longest clock, the highest peak, and the sum of the others."""
     one = {"seconds": measured(10, "clock"), "tokens": measured(5, "n"), "peak_bytes": measured(7, "m")}
     other = {"seconds": measured(11, "clock"), "tokens": measured(6, "n"), "peak_bytes": measured(3, "m")}
     together = across_processes([one, other])

@@ -62,7 +62,7 @@ def test_values_beyond_json_are_written_as_text(tmp_path):
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    """Whole or not at all, and what fails is named."""
+    """Whole or not at all, with a clear error."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BlueprintError, match="cannot be written"):
         made_up_run().save(tmp_path / "file" / RUN_FILE)
@@ -70,7 +70,7 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 def test_a_trainers_output_folder_is_a_run(tmp_path):
-    """Of its newest checkpoint: evaluations and losses by step, FLOPs modelled, what it does not say absent."""
+    """Of its newest checkpoint: evaluations and losses by step, FLOPs modelled, other figures absent."""
     trainers(tmp_path / "sft" / "checkpoint-9", [])
     newest = trainers(tmp_path / "sft" / "checkpoint-20")
     (newest / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
@@ -179,7 +179,7 @@ ANYTHING = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), sound=st.sampled_from([SOUND, STATE]))
 def test_a_mutated_record_is_sound_or_a_format_error(tmp_path_factory, data, sound):
-    """Whatever stands at any place: what is read can be written, reported on and read again."""
+    """With any value at any place, an accepted record can be written, reported on and read again."""
     changed = copy.deepcopy(sound)
     for _ in range(data.draw(st.integers(1, 2))):
         path = data.draw(st.sampled_from([p for p in paths(changed) if p] or [()]))

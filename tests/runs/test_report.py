@@ -27,7 +27,7 @@ FAST = run("fast", [(0, 3.0), (5, 2.4), (10, 1.9)], total=12)
 
 
 def test_capability_per_resource_is_the_gain_over_the_cost():
-    """And the multiple of the baseline's, what it took to be as good, and how good it was for the same."""
+    """With the multiple of the baseline's, the cost of its metric, and the metric at its cost."""
     base, fast = make_report([BASE, FAST], baseline="base").rows
     assert base.gain == pytest.approx(1.0) and base.per_resource == pytest.approx(1.0 / 40)
     assert fast.per_resource == pytest.approx(1.1 / 12) and fast.relative == pytest.approx(1.1 / 12 * 40)
@@ -63,7 +63,7 @@ def test_a_slope_beyond_the_range_of_floats_is_not_known():
 
 
 def test_gain_and_cost_count_from_the_first_evaluation():
-    """A run first evaluated later is not given what was spent before as a cost of that gain, and a note says so."""
+    """Costs before a late first evaluation do not count, and a note says so."""
     late = run("late", [(10, 2.5), (20, 2.0)])
     report = make_report([late])
     assert report.rows[0].per_resource == pytest.approx(0.05)
@@ -109,7 +109,7 @@ def test_different_metrics_do_not_compare_unless_one_is_common():
 
 
 def test_different_models_compare_with_a_note():
-    """What they spent compares; the note names both."""
+    """Their costs compare; the note names both."""
     report = make_report([replace(BASE, about={"model_id": "org/a"}), replace(FAST, about={"model_id": "org/b"})])
     assert any("org/a, org/b" in note for note in report.notes)
 

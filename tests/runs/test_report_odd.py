@@ -33,7 +33,7 @@ def test_a_resource_that_no_evaluation_knows_makes_no_curve(tmp_path):
 
 
 def test_a_first_evaluation_of_unknown_cost_gives_no_gain_per_resource(tmp_path):
-    """What was spent before it is not nothing."""
+    """The cost before it is not taken for zero."""
     record = RunRecord.load(state(tmp_path / "run", [*evaluations(), {"step": 300, "train_runtime": 60.0}]))
     row = make_report([record], resource="seconds").rows[0]
     assert row.gain > 0 and row.per_resource is None
@@ -75,6 +75,6 @@ def test_a_first_evaluation_that_is_not_finite_is_said():
 
 @pytest.mark.parametrize("entry", [{"step": 1, "loss": 10**400}, {"step": 1, "eval_loss": 10**400}])
 def test_numbers_beyond_all_measure_are_not_finite(entry, tmp_path):
-    """Not a traceback: they are as good as infinite, which is said."""
+    """They count as infinite, without a traceback."""
     record = RunRecord.load(state(tmp_path / "run", [entry]))
     assert not any(math.isfinite(value) for p in (*record.points, *record.losses) for value in p.metrics.values())

@@ -70,7 +70,7 @@ def test_a_threshold_is_taken_as_it_is():
 
 
 def test_the_budget_is_given_or_follows_from_progress_or_cost():
-    """A tenth of it is what `expected` is of."""
+    """`expected` is for a tenth of it."""
     line = [5 - 0.1 * i for i in range(10)]
     assert feed(MarginalReturn(), line)[-1].expected == pytest.approx(0.1)
     alone = MarginalReturn()
@@ -101,7 +101,7 @@ def test_noise_does_not_stop_a_run():
 
 
 def test_noise_is_averaged_away_where_there_is_more_to_see():
-    """A noisy plateau is told by a wider window, though not by the shortest."""
+    """A wider window finds a noisy plateau that the shortest does not."""
     noisy = list(2 + np.random.default_rng(1).normal(0, 0.006, 40))
     last = feed(MarginalReturn(), noisy)[-1]
     assert last.stop and int(last.reason.split("Over the last ")[1].split()[0]) > 5
@@ -250,7 +250,7 @@ def test_a_resource_that_goes_back_is_refused_and_nothing_changes():
     ],
 )
 def test_bad_checks_are_refused(call, says):
-    """The message names the number and says what to give."""
+    """The error names the number and the allowed ones."""
     with pytest.raises(BlueprintError, match=says):
         MarginalReturn().check(**{"resource": 1.0, "metric": 1.0} | call)
 

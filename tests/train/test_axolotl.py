@@ -39,7 +39,7 @@ class BasePlugin:
 
 
 class Config(dict):
-    """As axolotl's: None for what is missing, keys as attributes."""
+    """As axolotl's: None for missing keys, keys as attributes."""
 
     def __missing__(self, key):
         return None

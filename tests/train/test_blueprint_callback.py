@@ -266,7 +266,7 @@ def test_measured_examples_are_a_random_sample_in_batches_that_fit_training(tmp_
 
 
 def test_a_halted_run_keeps_its_last_weights_and_renames_its_checkpoints(tmp_path):
-    """Under the planned share in the file; `checkpoints` has the shares of what was done."""
+    """Files have the planned share; `checkpoints` has the shares that were reached."""
     stop = At(6, end=lambda state, control: setattr(control, "should_training_stop", True))
     trainer = make_trainer(full(), tmp_path, eval_strategy="steps", eval_steps=1)
     callback = BlueprintCallback(trainer, max_examples=4)

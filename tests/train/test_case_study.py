@@ -125,7 +125,7 @@ def replace_contexts(record, contexts):
 
 
 def test_the_decision_is_the_likeliest_answer_at_the_first_target():
-    """Whatever token is likelier beside the three; F1 counts hits, misses and false alarms."""
+    """Among the three answers only; F1 counts hits, misses and false alarms."""
     import pubmedqa
 
     logits = torch.zeros(2, 4, 9)

@@ -174,7 +174,7 @@ def test_by_marginal_return(factors, threshold, expected, tmp_path):
 
 
 def test_frozen_adapters_do_not_drop_out():
-    """So that what is below stays the same in every epoch; dropout above is left."""
+    """So that their outputs are the same in every epoch; dropout above stays."""
     model = adapted(lora_dropout=0.5)
     freeze_below(model, 2)
     rates = {

@@ -1,4 +1,4 @@
-"""The cache of the frozen prefix: equal losses and gradients, what it refuses, and Trainers."""
+"""The cache of the frozen prefix: equal losses and gradients, refusals, and Trainers."""
 
 import itertools
 import logging

@@ -193,7 +193,7 @@ def test_with_a_blueprints_placement(blueprint):
 
 
 def begin_in_one_of_two(folder):
-    """Begin on every second batch with an A of one's own; then all data in one process, an error in one, and two seeds."""
+    """Begin on every second batch with an own A; then all data in one process, an error in one, and two seeds."""
     with gloo_process() as rank:
         torch.manual_seed(3 + rank)
         model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))

@@ -64,7 +64,7 @@ def scenario_blueprints(rank, path):
 
 
 def scenario_loop(rank, path):
-    """A loop of one's own, in which the processes see other metrics and spend other amounts."""
+    """An own loop, in which the processes see other metrics and spend other amounts."""
     ledger = Ledger(flops_per_token=modelled(10.0, "assumed"), meters=[])
     log = RunLog("loop", metric="loss", stop=rule(), ledger=ledger, resource="flops", output_dir=path / "loop")
     decisions = []
@@ -103,7 +103,7 @@ SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What both processes found, by scenario, and their folder."""
+    """Results of both processes by scenario, and their folder."""
     folder = tmp_path_factory.mktemp("found")
     in_two_processes(__file__, folder)
     both = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -111,7 +111,7 @@ def found(tmp_path_factory):
 
 
 def test_all_processes_measure_one_blueprint(found):
-    """Each has full batches of its own examples; the first one writes what one process alone would measure."""
+    """Each has full batches of its own examples; the first writes the same blueprint as one process alone."""
     first, second = found["blueprints"]
     assert first == "none" and "Call checkpoints() in the first process" in second
     measured = Blueprint.from_pretrained(found["folder"] / "measured" / "blueprint-100.json")
@@ -174,7 +174,7 @@ def test_an_error_is_every_processs(found):
 
 
 def test_a_ledger_that_fails_on_one_process_ends_no_run(found):
-    """The totals stay what they were when all could last be added up."""
+    """The totals stay at their last common sum."""
     assert found["failing"] == [10, 10]
 
 

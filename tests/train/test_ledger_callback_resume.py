@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 # before, between and after the first checks that count
 @pytest.mark.parametrize(("cut", "restore"), [(2, False), (6, True), (8, False)])
 def test_a_resumed_run_stops_where_an_uninterrupted_one_does(cut, restore, whole, tmp_path):
-    """With the same evaluations, words and totals, whatever transformers' own restoring is set to."""
+    """With the same evaluations, words and totals, with and without transformers' own restoring."""
     folder = tmp_path / "parts"
     arguments = {**SAVING, "max_steps": 20, "restore_callback_states_from_checkpoint": restore}
     train(folder, None, At(cut, end), arguments=arguments, **settings("tokens"))
@@ -79,7 +79,7 @@ def test_a_save_that_no_schedule_knows_has_the_books_too(tmp_path):
 
 
 def test_a_checkpoint_without_books_can_be_resumed(tmp_path, caplog):
-    """Made before there was a callback, or with books that are damaged: they begin there, which is said."""
+    """Made without a callback, or with a damaged ledger: a new ledger begins there, with a warning."""
     trainer = make_trainer(tmp_path, **SAVING, max_steps=4)
     trainer.train()
     resumed, callback = train(tmp_path, arguments=SAVING, resume=str(tmp_path / "checkpoint-4"))
@@ -97,7 +97,7 @@ def test_a_checkpoint_without_books_can_be_resumed(tmp_path, caplog):
 
 
 def test_a_checkpoint_with_books_can_be_resumed_without_them(tmp_path):
-    """With transformers' own restoring on, which looks for what is in the checkpoint."""
+    """With transformers' own restoring on, which looks for the callbacks in the checkpoint."""
     train(tmp_path, None, At(4, end), arguments=SAVING)
     plain = make_trainer(tmp_path, **SAVING, restore_callback_states_from_checkpoint=True)
     plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -134,7 +134,7 @@ def test_an_evaluation_looks(tmp_path, monkeypatch):
 
 
 def test_work_on_the_cpu_counts_no_gpu(monkeypatch):
-    """On a machine that has some, the process's own memory is what is held."""
+    """On a machine with GPUs, the process's own memory counts."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with Ledger(meters=[], gpus=False) as ledger:
         pass

@@ -138,7 +138,7 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_the_qlora_recipe_runs_as_it_is_checked_in(folder, tmp_path, caplog):
-    """Four bits, doubly quantised, checkpointed, within its budget; what a CPU lacks is said; plain PEFT loads it."""
+    """Four bits, doubly quantized, checkpointed, within its budget; the log names features that a CPU lacks; plain PEFT loads it."""
     pytest.importorskip("bitsandbytes")
     with caplog.at_level(logging.WARNING, logger="peft_blueprint"):
         report = run_recipe(Recipe.from_yaml(recipe(folder, tmp_path)), progress=False)
@@ -229,7 +229,7 @@ def test_computations_of_four_bit_weights_have_the_bases_dtype(folder, tmp_path)
 
 
 def test_trl_trains_the_same_recipe(folder, tmp_path):
-    """SFTTrainer keeps the placement and stops below it; plain PEFT loads what it saves."""
+    """SFTTrainer keeps the placement and stops below it; plain PEFT loads the saved adapter."""
     pytest.importorskip("bitsandbytes")
     spec = importlib.util.spec_from_file_location("qlora_trl", RECIPES / "qlora_trl.py")
     script = importlib.util.module_from_spec(spec)

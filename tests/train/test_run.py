@@ -152,7 +152,7 @@ def test_a_recipe_may_stop_when_training_no_longer_pays(folder, tmp_path):
 
 
 def test_a_recipe_skips_prompts_and_frozen_layers(folder, tmp_path):
-    """The adapter is PEFT's activated LoRA, trained alike with a cache; what freezes no longer changes."""
+    """The adapter is PEFT's activated LoRA, trained alike with a cache; frozen layers no longer change."""
     training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 0.02}
     settings = {"placement": "all-linear", "training": training}
 

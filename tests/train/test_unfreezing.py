@@ -176,7 +176,7 @@ def test_errors_say_what_there_is():
 
 
 def in_4_bits(folder: Path, skip: list[str] | None):
-    """The saved model in NF4, but for what is to be skipped."""
+    """The saved model in NF4, except for the skipped modules."""
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skip
     )
