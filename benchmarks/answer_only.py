@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=384, help="tokens of an example of the curve")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
-    parser.add_argument("--seeds", type=int, default=0, help="train with so many seeds instead of timing steps")
+    parser.add_argument("--seeds", type=int, default=0, help="train with this many seeds instead of timing steps")
     parser.add_argument("--steps", type=int, default=40, help="of training")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004])
     parser.add_argument("--held-out", type=int, default=64, help="examples of the loss")
@@ -126,7 +126,7 @@ def make_arm(name: str, options: argparse.Namespace, invocation: Sequence[int], 
 
 
 def optimizer_of(model: nn.Module, rate: float = 1e-3) -> torch.optim.Optimizer:
-    """Return AdamW on what is trained."""
+    """Return AdamW on the trainable parameters."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
 
 
@@ -180,7 +180,7 @@ def _print_costs(name: str, options: argparse.Namespace) -> None:
     reference = peaks.get(f"{REFERENCE}|{name}")
     print()
     setup.print_table(
-        ["arm", "peak of a step above what was held before, MiB", "ratio"],
+        ["arm", "peak of a step above the memory held before, MiB", "ratio"],
         [
             [
                 arm,
@@ -239,7 +239,7 @@ def _print_curve(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    """Train what is missing, and print held-out losses beside the reference's, paired by seed."""
+    """Train the missing runs, and print held-out losses beside the reference's, paired by seed."""
     records = setup.Records(options.records)
     arms = [arm for arm in TRAINED if arm in options.arms]
     plan = [(arm, options.steps) for arm in arms]

@@ -32,7 +32,7 @@ class Row:
     Args:
         length: tokens of an example.
         weights: "bfloat16" or "nf4".
-        variant: what is computed, and its predicted cost.
+        variant: the computation, and its predicted cost.
     """
 
     length: int
@@ -45,7 +45,7 @@ class Row:
         return (self.variant.memory or 0) / GIB
 
     def fits(self, card: float) -> bool:
-        """Whether a card of so many GiB holds it, with `RESERVE` left for the CUDA context."""
+        """Whether a card of this many GiB holds it, with `RESERVE` left for the CUDA context."""
         return self.gib <= card - RESERVE
 
 

@@ -46,7 +46,7 @@ def _layers(low: float, high: float) -> Callable[[Any], Names]:
 
 
 def _every(step: int, first: int = 0) -> Callable[[Any], Names]:
-    """Select one linear layer in so many, over depth and kinds."""
+    """Select one linear layer in every `step`, over depth and kinds."""
     return lambda model: [s.name for s in find_submodules(model)][first::step]
 
 

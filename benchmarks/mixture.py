@@ -87,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run what is missing, and print the tables."""
+    """Run the missing parts, and print the tables."""
     if options.quick:
         options.out = setup.CACHE / "quick" / "mixture.jsonl"
         options.out.unlink(missing_ok=True)

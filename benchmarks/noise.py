@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure what is missing, and print the tables."""
+    """Measure the missing parts, and print the tables."""
     if options.only != "predictor":
         contest = Contest(options.data, options.pool or POOL, quick=options.quick)
         for name in options.sets:

@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run what is missing, and print the table."""
+    """Run the missing parts, and print the table."""
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # TRL's own use of it
     if options.quick:
         options.out = setup.CACHE / "quick" / "rewards.jsonl"
@@ -88,7 +88,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 class Trial:
-    """The model, trained on sums once, and what is done with it."""
+    """The model, trained on sums once, and its further training."""
 
     def __init__(self, quick: bool):
         self.steps, self.base_steps = (2, 2) if quick else (STEPS, BASE_STEPS)
@@ -208,7 +208,7 @@ class Trial:
         return sorted(names, key=lambda name: -consistent[name])[:COUNT]
 
     def encode(self, problems: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return a batch of questions with their right answers; questions are no targets."""
+        """Return a batch of questions with their right answers; questions are not targets."""
         texts = [question(*one) + answer(*one) + "." for one in problems]
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
         width = max(len(row) for row in rows)

@@ -77,7 +77,7 @@ SCORES: dict[str, Any] = {
 }
 ARMS = ("all", "all by LoRA", *SCORES, "random", "least gain")
 QUICK = {"seeds": 1, "arms": ["gate weight", "random"], "pretraining_steps": 2}
-HELD_OUT = 8  # one text in so many
+HELD_OUT = 8  # one text in this many
 END = "<end>"
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__", "pydoc_data", "turtledemo"}
 
@@ -93,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Pretrain where the mixture is missing, run what is missing, and print the tables."""
+    """Pretrain where the mixture is missing, run the missing parts, and print the tables."""
     if options.quick:
         options.out = setup.CACHE / "quick" / "routing.jsonl"
         options.out.unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run what is missing, and print a table for every set."""
+    """Run the missing parts, and print a table for every set."""
     if options.quick:
         options.out = setup.CACHE / "quick" / "selection.jsonl"
         options.out.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ class Contest:
 
     @functools.cache  # noqa: B019  one contest lives as long as the process
     def examples(self, name: str, split: setup.Split, longest: int) -> list[setup.Example]:
-        """Examples of a set of at most so many tokens, in its order."""
+        """Examples of a set of at most this many tokens, in its order."""
         found = setup.read_examples(name, self.folder, split)
         if name == "pubmedqa":  # the long answer alone
             found = [one | {"completion": one["completion"].rpartition("\nAnswer:")[0]} for one in found]

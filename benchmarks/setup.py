@@ -155,7 +155,7 @@ def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
 def random_batches(
     rows: Sequence[Row], size: int, seed: int, steps: int | None = None, tokens: float = float("inf")
 ) -> list[list[Row]]:
-    """Draw batches over the rows in random order, pass after pass, for so many steps or padded tokens at most."""
+    """Draw batches over the rows in random order, pass after pass, for at most this many steps or padded tokens."""
     generator = random.Random(seed)
     batches: list[list[Row]] = []
     order: list[Row] = []
@@ -233,7 +233,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(act: Callable[[], object], held: int | None = None) -> int:
-    """Return the peak memory during a call in bytes, above what was held before.
+    """Return the peak memory during a call in bytes, above the memory held before.
 
     Raises:
         SystemExit: where the peak cannot be measured.

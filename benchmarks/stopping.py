@@ -90,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train what is missing, replay, and print the table."""
+    """Train the missing curves, replay, and print the table."""
     if options.quick:
         options.out = setup.CACHE / "quick" / "stopping.jsonl"
         options.out.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ class Track:
         return digest([asdict(curve), *own, list(self.placement.lora), self.placement.rank])
 
     def train(self, curve: Curve) -> Record:
-        """Train a curve; its points are step, held-out loss, learning rate and what was spent by then."""
+        """Train a curve; its points are step, held-out loss, learning rate and cost so far."""
         assert curve.steps is not None
         rows = self.rows(curve.data, "train")
         wanted = curve.steps * BATCH if curve.examples == MANY else curve.examples

@@ -219,7 +219,7 @@ def train_in_turn(trainings: Sequence[Training]) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles, without the first step, which sets up what is initialized lazily."""
+    """Return the median and the quartiles, without the first step, which pays for lazy initialization."""
     low, middle, high = statistics.quantiles(values[1:], n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 

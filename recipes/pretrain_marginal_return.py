@@ -36,7 +36,7 @@ from peft_blueprint.train import BlueprintCallback, keep_stdout_clean
 
 
 EVALUATIONS = 20  # in the planned steps
-HELD_OUT = 20  # one text in so many
+HELD_OUT = 20  # one text in this many
 END = "<end>"
 
 Row = dict[str, list[int]]

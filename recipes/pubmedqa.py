@@ -162,7 +162,7 @@ def read_pubmedqa(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     """Read the questions with their contexts, in a random order that the seed fixes.
 
     Returns:
-        "pool" and "validation" of the official training half, "publisher" from what is left of it, and "test" of the
+        "pool" and "validation" of the official training half, "publisher" from the rest of it, and "test" of the
         other half.
     """
     try:
@@ -271,7 +271,7 @@ def train(
         config: of the adapters.
         examples: to train on.
         name: of the run, and of its folder.
-        before: what was spent before training, by purpose; it is charged to the run.
+        before: costs before training, by purpose; they are charged to the run.
     """
     options, pad = study.options, get_pad_token_id(study.tokenizer)
     score_before = score(study, study.model)

@@ -1,4 +1,4 @@
-"""Read an arm's name as a rule: what is adapted, at which ranks and with which start, within a number of parameters.
+"""Read an arm's name as a rule: adapted modules, ranks and start, within a number of parameters.
 
     NAME[ x COUNT][, MODIFIER ...][ #DRAW]
 
@@ -35,7 +35,7 @@ Taking = Callable[[int], Sequence[Submodule]]
 
 NEARLY = 0.95  # of a budget, below which ranks are raised
 ONE_RANK = ("eva", "adalora")  # starts that give all adapters the same rank
-GRADIENT = "gradient x "  # start along the gradient, of so many examples
+GRADIENT = "gradient x "  # start along the gradient, of this many examples
 AHEAD = 8.0  # LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)
 GROUPS = {"all-linear": "", "attention only": "attn", "MLP only": "ffn"}
 PLANNERS = ("planner", "cover")
@@ -56,7 +56,7 @@ OCTAVES = {"MLP only": 1, "full fine-tuning": -4, **dict.fromkeys(UNFREEZE, -2)}
 
 
 class Infeasible(Exception):
-    """An arm that cannot be had within a budget."""
+    """An arm that does not fit a budget."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def guess_of(ground: Ground, entry: Entry, choice: Choice) -> int:
 
 
 def charge_of(ground: Ground, choice: Choice, blueprint: str) -> Charge:
-    """Sum what was spent before training; EVA's and LoRA-GA's starts count as one pass over the measured examples."""
+    """Sum the costs before training; EVA's and LoRA-GA's starts count as one pass over the measured examples."""
     rows, spent = ground.data_of(0).measured, Charge()
     for what in choice.charges:
         if what.startswith(GRADIENT):

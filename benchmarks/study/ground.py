@@ -47,7 +47,7 @@ class Data:
         test: rows of the final loss.
         tested: their indices among all that could be.
         spare: training rows of the curve that nothing else uses.
-        unrelated: rows by name, to see what is forgotten.
+        unrelated: rows by name, to measure forgetting.
         questions: prompts that end where a decision is due, with the index of the right option.
         options: the first token of each decision.
     """

@@ -106,7 +106,7 @@ def spent(fraction: float, level: float = LEVEL) -> float:
 def levels(looks: Sequence[int], level: float = LEVEL) -> dict[int, float]:
     """Return the level at every look, given by its number of seeds; they add up to at most `level`.
 
-    Each look gets what was spent since the one before, which is a little strict because looks overlap.
+    Each look gets the level spent since the one before, which is a little strict because looks overlap.
 
     Example:
         >>> {seeds: round(one, 5) for seeds, one in levels([8, 16, 32]).items()}

@@ -102,7 +102,7 @@ def statements(report: Report, pool: int) -> list[Statement]:
 
 
 def verdict(one: Effect, level: float, p_differs: float, p_equal: float) -> str:
-    """Say what is decided at a look's level, 0 before the first look."""
+    """State the decisions at a look's level, 0 before the first look."""
     if not level:
         return "open: the first look has not been reached"
     if p_equal < level:

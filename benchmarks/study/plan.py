@@ -31,7 +31,7 @@ _FACTS_IF_CHANGED = ("spare", "attention", "resample", "test_from_train", "budge
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm, with what is varied around it.
+    """An arm, with the variations around it.
 
     Args:
         arm: a name as `arms.rule_of` reads it.
@@ -99,12 +99,12 @@ class Phase:
     """Jobs that follow each other.
 
     Args:
-        arms: what is run.
+        arms: the arms to run.
         budgets: at which shares of all-linear's parameters.
         rates: "guess" for one learning rate; "best" for a ladder of at least three, extended until the best is inside;
             or octaves to try.
         seeds: run at the best learning rate so far, except the first seed.
-        closest: add so many arms of the lowest loss so far, at each budget.
+        closest: add this many arms of the lowest loss so far, at each budget.
     """
 
     arms: tuple[Entry, ...] = ()
@@ -144,7 +144,7 @@ class Study:
         test_from_train: training examples that a resampled study tests on instead.
         compare: labels of arms that every arm is compared with, the reference first.
         budgets_of: what budgets are shares of: the parameters of LoRA on all linear layers, or the model's.
-        looks: numbers of seeds after which a resampled study decides; the last is what is planned.
+        looks: numbers of seeds after which a resampled study decides; the last is the planned number.
         flops_per_second: of the machine, for estimates before anything was measured.
     """
 
@@ -295,10 +295,10 @@ def best_octave(losses: Mapping[int, Mapping[int, float]]) -> int | None:
 
 
 class Schedule:
-    """A study's jobs, as far as they follow from what has run.
+    """A study's jobs, as far as they follow from finished jobs.
 
     Args:
-        study: what is wanted.
+        study: the study to run.
         outcome: of a job.
         guess: the octave at which an arm's ladder begins, for an entry at a budget.
         is_budgeted: whether an arm fills a budget, or has its own size.

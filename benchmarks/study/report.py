@@ -190,7 +190,7 @@ class Report:
         return (statistics.median(measured) if is_measured else float(row.first["step_time"])), is_measured
 
     def markdown(self) -> str:
-        """Return the tables, by budget, then what failed and what has not run."""
+        """Return the tables, by budget, then failed jobs and those that have not run."""
         study = self.study
         text = [
             f"{study.name}: {study.data}, {study.steps} steps of {study.batch} x at most {study.length} tokens, "

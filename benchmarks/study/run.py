@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no job that would end later")
     parser.add_argument("--processes", type=int, default=1, help="that run jobs, one thread each")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of jobs' names, as --jobs shows them")
-    parser.add_argument("--jobs", action="store_true", help="show what has run, and what is next")
+    parser.add_argument("--jobs", action="store_true", help="show finished jobs and the next one")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--times", type=int, metavar="ROUNDS", help="measure step times")
     parser.add_argument("--report", action="store_true", help="print the tables")
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Do what the options say; by default run what is missing."""
+    """Follow the options; by default run the missing jobs."""
     if options.study is None and not options.quick:
         raise SystemExit("Give a study, such as benchmarks/studies/contest_demo.yaml, or --quick.")
     study = Study.read(QUICK_STUDY if options.quick else options.study)
@@ -125,7 +125,7 @@ class Runner:
     """Runs a study's jobs in order.
 
     Args:
-        study: what is wanted.
+        study: the study to run.
         store: of records.
         data: folder of the data sets.
     """
@@ -138,14 +138,14 @@ class Runner:
         self._retried: set[Job] = set()
 
     def run(self, minutes: float, only: str = "*", retry: bool = False) -> int:
-        """Run what is missing until nothing is, or the time is up; return how many jobs ran."""
+        """Run missing jobs until none is left, or the time is up; return how many ran."""
         start, count = time.monotonic(), 0
         while True:
             job, lock = self._next(only, retry)
             if job is None:
                 say("All jobs have run.")
                 return count
-            if lock is None:  # other processes run what is left, and more may follow from it
+            if lock is None:  # other processes run the rest, and more may follow from it
                 time.sleep(WAIT)
                 continue
             try:
@@ -246,7 +246,7 @@ class Runner:
         return guess_of(self.ground, entry, choice) if isinstance(choice, Choice) else 0
 
     def _agreement(self, job: Job) -> dict[str, float | None] | None:
-        """Compare another blueprint, and what was placed by it, with the study's own."""
+        """Compare another blueprint, and its placement, with the study's own."""
         own = self._choose(Entry(job.entry.arm), job.budget)
         if job.entry.blueprint == TASK or not isinstance(own, Choice):
             return None

@@ -157,7 +157,7 @@ def _row_of(record: Record) -> Record:
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """Return a digest of what a record is about: sizes, job, and what was trained."""
+    """Return a digest of a record's subject: sizes, job, and trained weights."""
     if record.get("status") == STEP_TIME:
         return digest([record["study"], record["row"], record["ratio"], record["created"], record.get("round")])
     return digest([record["study"], record["job"], record.get("ranks"), record.get("whole")])

@@ -142,7 +142,7 @@ def prepare(ground: Ground, choice: Choice, steps: int, seed: int, base: Any = N
 
     Args:
         ground: where models come from.
-        choice: what is trained.
+        choice: the trained weights.
         steps: of training, which AdaLoRA must know.
         seed: of the adapters' first weights.
         base: a model to use instead of a fresh one; adapters change it.

@@ -1,4 +1,4 @@
-"""Verbs that hold blueprints against each other: `compare`, `drift`, `aggregate`."""
+"""Verbs that compare blueprints: `compare`, `drift`, `aggregate`."""
 
 from __future__ import annotations
 

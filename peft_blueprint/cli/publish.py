@@ -1,4 +1,4 @@
-"""Verbs by which blueprints travel: `publish`, `fetch`, `embed`, `extract`, `remove`."""
+"""Verbs that publish and read blueprints: `publish`, `fetch`, `embed`, `extract`, `remove`."""
 
 from __future__ import annotations
 
