@@ -331,8 +331,8 @@ class CountedFlops:
 def counted_flops() -> Iterator[CountedFlops]:
     """Count the floating-point operations inside the `with`, using `torch.utils.flop_counter`.
 
-    Matrix products, convolutions and attention are counted, a multiplication and an addition as two operations; on CPUs
-    too, for which torch's own table lacks attention. Compiled code and operations without a formula, such as products
+    Matrix products, convolutions and attention are counted, a multiplication and an addition as two operations. That
+    includes attention on CPUs and the grouped products of experts, which torch's own table lacks. Compiled code and operations without a formula, such as products
     with 4-bit weights, are not. Counting is slow: count one step, not all.
 
     Example:
@@ -346,12 +346,20 @@ def counted_flops() -> Iterator[CountedFlops]:
     from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
-    of_cpu = {
+    further = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    with FlopCounterMode(display=False, custom_mapping=of_cpu) as counter:
+    grouped = (aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback")  # as far as this version has them
+    further |= {getattr(ops, name): _grouped_flops for ops, name in grouped if hasattr(ops, name)}
+    with FlopCounterMode(display=False, custom_mapping=further) as counter:
         yield CountedFlops(counter)
+
+
+def _grouped_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count a product of groups, which are along a dimension of one or both: (E, M, K) or (M, K), (E, K, N) or (K, N)."""
+    experts = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * experts * left[-2] * left[-1] * right[-1]
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from peft_blueprint import BlueprintConfig, BlueprintError
@@ -20,11 +20,12 @@ from peft_blueprint.runs.log import RunLog
 from peft_blueprint.runs.quantity import UNITS, modelled
 from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
-from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_t5, tiny_vit, toy_batches
+from peft_blueprint.testing import save_tiny_model, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit, toy_batches
 from peft_blueprint.train import ledger_callback as module
 from peft_blueprint.train.blueprint_callback import BlueprintCallback
 from peft_blueprint.train.ledger_callback import LedgerCallback
 from tests.accounts import LENGTH, At, end, logged, lora, make_trainer, rows, train
+from tests.fused import needs_fused
 
 
 STEP = 4 * LENGTH  # tokens
@@ -106,6 +107,20 @@ def test_flops_are_counted_once_by_torch(accumulation, tmp_path):
     flops = callback.log.totals()["flops"]
     assert flops.how == "measured" and flops.value == flops_by_hand(lora()) * 3 * accumulation
     assert "measured once in step 2" in flops.source and "CostModel for 4 × 12 tokens gives" in flops.source
+
+
+@needs_fused
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_flops_of_a_mixture_are_those_of_the_experts_that_run(implementation):
+    """Two of four, by the counter and by the cost model, however transformers computes them."""
+    model = tiny_mixtral(2)
+    model.set_experts_implementation(implementation)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names)).train()
+    ids = torch.arange(1, 33).repeat(2, 1)
+    with counted_flops() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.total / 64 == pytest.approx(module.modelled_flops(model, 2, 32).value, rel=0.05)
 
 
 def test_where_nothing_is_seen_flops_are_modelled(tmp_path, monkeypatch):
