@@ -360,6 +360,14 @@ def _require_batch(batch: Any) -> None:
                 f"{key} must have a row for each example, {dimensions} dimensions or more, got shape "
                 f"{tuple(value.shape)}. Give {key}[None] for a single example, or tokenizer=… to collate examples."
             )
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or "past_key_values" in batch:
+        return
+    if ids.dim() == mask.dim() == 2 and ids.shape != mask.shape:
+        raise MeasurementError(
+            f"The attention_mask, {shape_str(mask.shape)}, does not fit the input_ids, {shape_str(ids.shape)}. Give one "
+            "number for each token: 1, or 0 for padding."
+        )
 
 
 def _require_fit(model: nn.Module, batch: Batch) -> bool:
@@ -386,10 +394,13 @@ def _require_fit(model: nn.Module, batch: Batch) -> bool:
         device = input_device(model)
         try:
             with torch.no_grad():
-                model(
+                output = model(
                     **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
                 )
-            return True
+            loss = getattr(output, "loss", None)
+            if not isinstance(loss, Tensor) or loss.isfinite().all():
+                return True
+            reason = f"its loss for them is {float(loss.sum())}"
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
     raise MeasurementError(
@@ -400,7 +411,7 @@ def _require_fit(model: nn.Module, batch: Batch) -> bool:
 
 def _require_range(model: nn.Module, labels: Any) -> None:
     """Raise MeasurementError for a label that is neither -100 nor the number of a class or token."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() > 2:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dim() > 2:
         return
     base: Any = unwrap(model)
     count = _vocabulary_size(base)

@@ -154,11 +154,12 @@ class Objective:
         if not self.is_own and isinstance(batch.get("labels"), Tensor):
             try:
                 known = self._known_losses(batch)
-            except BlueprintError:
+            except (BlueprintError, torch.OutOfMemoryError):
                 raise
-            except (AttributeError, LookupError, TypeError, ValueError):  # the model cannot do without labels
-                if self._expected is None:
-                    raise
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if self._expected is None or isinstance(error, RuntimeError):
+                    raise _failed(self.model, batch, error) from error
+                # on the first batch: the model cannot do without labels
         if known is None or not self._is_expected(known[0]):
             self.use_own()
             raise UnknownObjective(f"The examples must be run alone: {_name(self.model)}'s objective is {self.form}.")
@@ -315,13 +316,15 @@ def _run(model: nn.Module, batch: Mapping[str, Any], caches: bool) -> Any:
     except Exception as error:
         if has_cache and caches and "use_cache" not in batch:  # layers that are shared cannot keep one
             return _run(model, batch, caches=False)
-        shapes = ", ".join(
-            f"{key} {shape_str(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor)
-        )
-        raise MeasurementError(
-            f"{_name(model)} failed on {shapes}: {first_line(error)}. Give what the model takes, or, if it computes no loss, "
-            "loss_fn(model, batch) -> losses (B,)."
-        ) from error
+        raise _failed(model, batch, error) from error
+
+
+def _failed(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> MeasurementError:
+    shapes = ", ".join(f"{key} {shape_str(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor))
+    return MeasurementError(
+        f"{_name(model)} failed on {shapes}: {first_line(error)}. Give what the model takes, or, if it computes no loss, "
+        "loss_fn(model, batch) -> losses (B,)."
+    )
 
 
 def _loss_of(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:

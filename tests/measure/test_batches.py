@@ -340,6 +340,8 @@ def changed(**values):
         (changed(labels=torch.ones(2, 9, dtype=torch.long)), "labels, 2x9, do not fit"),
         (changed(labels=torch.ones(2, dtype=torch.long)), "labels, 2, do not fit"),
         (changed(labels=torch.ones(3, 8, dtype=torch.long)), "labels, 3x8, do not fit"),
+        (changed(labels=torch.ones(2, 8, 1, dtype=torch.long)), "labels, 2x8x1, do not fit .* loss for them is nan"),
+        (changed(attention_mask=torch.ones(2, 7, dtype=torch.long)), "attention_mask, 2x7, does not fit"),
         (changed(input_ids=slice(0, 6)), "input_ids, 2x6"),
         (
             {key: value[0] for key, value in changed().items()},
