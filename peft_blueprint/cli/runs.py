@@ -253,7 +253,7 @@ def _show(report: Report, output: Output) -> None:
         {"spent": name, **{row.name: _total(row, resource) for row in report.rows}}
         for resource, name in words.RESOURCE_NAMES.items()
     ]
-    output.answer(None, totals, [], "\nWhat was spent, and how that is known")
+    output.answer(None, totals, [], "\nCosts, and how each is known")
     for row in report.rows:
         if said := " ".join(words.describe_stop(row)):
             print(f"\n{row.name}: {said}")

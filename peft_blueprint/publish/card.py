@@ -112,11 +112,11 @@ def _usage(repo_id: str, domain: str | None, checkpoint: str | None) -> str:
     options = f" --domain {domain}" if domain else ""
     options += f" --checkpoint {float(checkpoint) / 100:.15g}" if checkpoint else ""
     return f"""```python
-from peft import get_peft_model
 from peft_blueprint import Blueprint, BlueprintConfig  # pip install peft-blueprint
+from peft import get_peft_model
 
 blueprint = Blueprint.from_pretrained("{repository}"{chosen})
-config = BlueprintConfig(blueprint=blueprint, ranks="equal_parameters", r=16, task_type="CAUSAL_LM")
+config = BlueprintConfig(blueprint=blueprint, task_type="CAUSAL_LM")
 model = get_peft_model(model, config)  # a plain LoRA adapter, for any trainer
 ```
 
@@ -150,7 +150,7 @@ def _measured(blueprint: Blueprint) -> str:
         "versions": _flat(versions),
     }
     lines = [f"| {key.replace('_', ' ')} | {as_code(value)} |" for key, value in rows.items() if _is_value(value)]
-    return "\n".join(["### What was measured\n", "| | |", "|---|---|", *lines, ""])
+    return "\n".join(["### Measurement\n", "| | |", "|---|---|", *lines, ""])
 
 
 def _domains(domains: Any) -> str:
