@@ -105,6 +105,12 @@ def callbacks_of(recipe: Skipping) -> list[TrainerCallback]:
 
     Raises:
         BlueprintError: for an unknown key or a wrong value.
+
+    Example:
+        >>> from peft_blueprint.train import Recipe
+        >>> recipe = Recipe("org/model", "train.jsonl", "adapter", freeze_from_below={"schedule": "1:2"})
+        >>> [type(callback).__name__ for callback in callbacks_of(recipe)]
+        ['FreezeFromBelow']
     """
     callbacks: list[TrainerCallback] = []
     for key, callback in _CALLBACKS.items():
