@@ -19,7 +19,7 @@ def run(script):
     return done.stdout.strip()
 
 
-def test_reading_a_blueprint_waits_for_no_tensor_library(blueprint, tmp_path):
+def test_reading_a_blueprint_needs_no_tensor_library(blueprint, tmp_path):
     """A file is read, blended and written without torch, peft, transformers, NumPy and the Hub's client."""
     path = blueprint.save(tmp_path)
     script = f"""
@@ -34,7 +34,7 @@ print(sorted(heavy & sys.modules.keys()))
     assert (tmp_path / "layers.csv").exists()
 
 
-def test_comparing_blueprints_waits_for_no_tensor_library(blueprint, tmp_path):
+def test_comparing_blueprints_needs_no_tensor_library(blueprint, tmp_path):
     """Drift, merging and tables work without torch, peft or transformers."""
     path = blueprint.save(tmp_path)
     script = f"""
@@ -48,7 +48,7 @@ print(sorted({{"torch", "peft", "transformers"}} & sys.modules.keys()))
     assert run(script) == "[]"
 
 
-def test_keeping_the_books_of_work_on_a_cpu_waits_for_no_tensor_library(tmp_path):
+def test_a_ledger_of_cpu_work_needs_no_tensor_library(tmp_path):
     """A ledger, a run's log and its report work without torch where no GPU is used."""
     script = f"""
 import sys

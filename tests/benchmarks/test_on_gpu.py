@@ -50,6 +50,6 @@ def test_it_ends_within_its_time(tmp_path):
 
 
 @pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="says itself which GPUs there are")
-def test_without_a_gpu_it_says_what_to_do(tmp_path):
+def test_without_a_gpu_the_error_has_a_fix(tmp_path):
     code, _, _, errors = run(tmp_path, "exit 1")
     assert code == 2 and "--rehearse" in errors

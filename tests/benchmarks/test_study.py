@@ -218,7 +218,7 @@ def test_an_interrupted_run_resumes_with_the_missing_jobs(tmp_path, cache, monke
     )
 
 
-def test_processes_share_a_study_and_none_runs_what_another_is_running(tmp_path, cache, monkeypatch):
+def test_processes_share_a_study_without_running_a_job_twice(tmp_path, cache, monkeypatch):
     """A claimed job is skipped, and run here if its process ends without a result."""
     wanted = study_of(tmp_path, [{"arms": ARMS, "budgets": [0.5]}])
     here, there = (runner_of(wanted, tmp_path, cache) for _ in range(2))

@@ -191,7 +191,7 @@ def test_coarse_levels_expand_to_the_submodules_again(blueprint, level):
     assert blueprint.expand(find_submodules(tiny_llama())) is blueprint and coarse.coarsen(level) is coarse
 
 
-def test_a_group_has_what_follows_from_its_members():
+def test_a_groups_statistics_follow_from_its_members():
     """Squares of norms add, weighted by tags too; noise adds; α is of all members' rows, γ and k* are of that α."""
     costs = {"fixed_cost": 1.0, "variable_cost": 4.0, "unit": "bytes", "k_star": 0.3, "k_star_gain": 0.5}
     coarse = replace(FULL, costs=costs).coarsen("group")

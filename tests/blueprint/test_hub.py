@@ -368,7 +368,7 @@ def test_errors_that_quote_a_token_are_translated(kind, monkeypatch):
         assert not re.search("abcdef|of-the-env|given-one", str(error.value))
 
 
-def test_a_page_instead_of_json_is_said():
+def test_a_page_instead_of_json_is_an_error():
     """As a proxy or a captive portal gives it to the client's own requests."""
     with pytest.raises(BlueprintError, match="'org/name'|answered with a page, not with JSON"):
         with translated_hub_errors("org/name"):

@@ -205,7 +205,7 @@ def test_a_spoilt_one_is_refused(blueprint, tmp_path, spoil):
             Blueprint.from_pretrained("org/spoilt", **wish(hub, tmp_path))
 
 
-def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
+def test_a_hub_in_trouble_is_an_error(hub, tmp_path, monkeypatch):
     """A server error names the repository and a fix; a busy server is asked again."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.fail(500, times=None)
@@ -213,7 +213,7 @@ def test_a_hub_in_trouble_is_said(hub, tmp_path, monkeypatch):
         Blueprint.from_pretrained("org/whole", **wish(hub, tmp_path))
 
 
-def test_a_connection_that_is_always_cut_is_said(blueprint, tmp_path, monkeypatch):
+def test_a_connection_that_is_always_cut_is_an_error(blueprint, tmp_path, monkeypatch):
     """Cut again and again inside a file beside the model: our error, with nothing half read."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     folder = blueprint.save(tmp_path / "beside" / "blueprint.json").parent

@@ -192,6 +192,6 @@ def test_the_rank_exponent_does_not_depend_on_the_scale(alpha, scale):
 
 
 @pytest.mark.parametrize("norms", [[], [1.0] * 7, [2.0] * 50, [0.0] * 50 + [1.0, 2.0]])
-def test_the_rank_exponent_is_unknown_where_it_cannot_be_told(norms):
+def test_the_rank_exponent_of_degenerate_values_is_unknown(norms):
     """Too few values, values that are all equal, or all zero but a few: None and no number."""
     assert fit_rank_exponent(norms) is None

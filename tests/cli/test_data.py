@@ -128,7 +128,7 @@ def test_bad_use_ends_before_anything_is_loaded(asked, folder, tmp_path):
     assert not out.exists() and len((folder / "data.jsonl").read_text(encoding="utf-8").splitlines()) == 24
 
 
-def test_the_help_names_what_there_is():
+def test_the_help_lists_all_methods():
     """Every method, and the default."""
     text = CliRunner().invoke(app, ["select-data", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).stdout
     assert all(name in text for name in [*METHODS, "iterative"]) and DEFAULT_METHOD in text

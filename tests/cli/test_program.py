@@ -45,7 +45,7 @@ def test_targets_prints_the_placement(run, file, blueprint):
     ]
 
 
-def test_targets_speaks_each_trainers_language(run, file, blueprint):
+def test_targets_prints_each_trainers_configuration(run, file, blueprint):
     """--for prints that configuration alone, with the rank and alpha asked for; --json puts it in an object."""
     expected = plan_placement(blueprint, fraction=0.1)
     status, out, err = run("targets", file, "--fraction", 0.1, "--for", "axolotl", "--rank", 4, "--alpha", 12)
@@ -96,7 +96,7 @@ def test_pictures_are_drawn(run, file, tmp_path):
     assert status == 2 and "cannot be written" in err
 
 
-def test_compare_puts_what_moved_first(run, file, blueprint, tmp_path):
+def test_compare_sorts_by_change_of_rank(run, file, blueprint, tmp_path):
     """The entry whose rank changed most leads; another model's blueprint is refused."""
     record = json.loads(file.read_text())
     del record["digest"]  # it is changed on purpose

@@ -51,7 +51,7 @@ def cli(tmp_path):
     return run
 
 
-def test_embed_extract_and_remove_speak_of_a_models_files(blueprint, model, file, cli):
+def test_embed_extract_and_remove_work_on_a_models_files(blueprint, model, file, cli):
     """In, shown, written out, and out again; the second removal answers no."""
     rounded = from_header_text(to_header_text(blueprint))
     status, out, err = cli("embed", model, file, "--format", "quiet")

@@ -24,7 +24,7 @@ def call(run):
     return lambda *words: run("report", *words)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_last_folders(tmp_path, call):
+def test_runs_of_one_name_are_named_by_their_last_folders(tmp_path, call):
     """Below the folder that they share, without the path to it."""
     for folder in ("a", "b"):
         made_up_run("run").save(tmp_path / folder)

@@ -98,7 +98,7 @@ def test_a_statistic_without_values_has_no_column(run, two_layers, tmp_path):
 
 
 @pytest.mark.parametrize("by", ["gradient_norm", "signal_norm"])
-def test_a_narrow_terminal_leaves_out_what_matters_least(by, run, tagged, monkeypatch, capsys):
+def test_a_narrow_terminal_leaves_out_the_least_important_columns(by, run, tagged, monkeypatch, capsys):
     """And says so; the papers' columns and the one that it sorts by stay."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)

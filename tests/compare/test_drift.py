@@ -207,7 +207,7 @@ def test_without_drift_every_policy_blends(policy):
     assert reconcile(PUBLISHED, local, weight=0.3, policy=policy) == PUBLISHED.blend(local, 0.3)
 
 
-def test_warn_says_so_and_blends():
+def test_warn_warns_and_blends():
     """The numbers are in the warning."""
     with pytest.warns(UserWarning, match=r"'m' does not fit this data.*-1.00 \[-1.00, -\d.*\], below 0.85.*warn"):
         assert reconcile(PUBLISHED, DRIFTED, weight=0.3) == PUBLISHED.blend(DRIFTED, 0.3)
@@ -244,7 +244,7 @@ COARSEN = {
 
 
 @pytest.mark.parametrize("level", COARSEN)
-def test_coarsen_speaks_at_the_first_level_that_agrees(level):
+def test_coarsen_blends_at_the_first_level_that_agrees(level):
     """Every submodule then carries an even share of the blended norm of its group, or of its layer."""
     published, local = COARSEN[level]
     with pytest.warns(UserWarning, match="coarsen"):

@@ -73,7 +73,7 @@ def test_compares_two_domains_by_their_gradients():
         (Blueprint("org/dense", (Submodule("a.q_proj", 1.0),)), {}, MismatchError, "no single experts"),
     ],
 )
-def test_refuses_what_cannot_be_compared(other, settings, error, message):
+def test_incomparable_blueprints_of_experts_are_refused(other, settings, error, message):
     with pytest.raises(error, match=message):
         compare_experts(mixture([0.5, 0.5]), other, **settings)
 

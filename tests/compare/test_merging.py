@@ -37,7 +37,7 @@ def test_the_same_data_count_once():
     assert notes == ("overlapping is not merged: part of its data is in 'both' too.",)
 
 
-def test_one_name_of_the_data_twice_is_said():
+def test_a_repeated_name_of_the_data_is_an_error():
     """64 and 128 examples of a file have two digests; that they may overlap is noted."""
     named = {lab: measured(UP, data=lab) for lab in ("a", "b")}
     named = {lab: replace(one, provenance={**one.provenance, "data": "gsm8k"}) for lab, one in named.items()}

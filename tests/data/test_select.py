@@ -220,7 +220,7 @@ def test_a_dataset_goes_in_and_a_dataset_comes_out(folder):
 
 
 @pytest.mark.parametrize("method", ["norm", "predicted_norm", "alignment", "length"])
-def test_a_stream_gives_what_a_list_gives(method):
+def test_a_stream_and_a_list_agree(method):
     """The same indices, scores and rows."""
     options = {"count": 6, "method": method, "small": 20, "target": make_rows(4, seed=8)}
     whole, stream = choose(POOL, **options), choose((row for row in POOL), **options)

@@ -67,7 +67,7 @@ def found(tmp_path_factory, pytestconfig):
 
 
 @pytest.mark.parametrize("method", SHARED)
-def test_two_processes_choose_what_one_does(found, method):
+def test_two_processes_choose_the_same_examples_as_one(found, method):
     """Each measures its share, and both get the same selection."""
     one, other = (of_process[method] for of_process in found)
     alone = choose(POOL, **shared(method))

@@ -48,7 +48,7 @@ def test_a_file_system_reads_from_it(hub):
     assert not files.exists("org/name/none")
 
 
-def test_private_and_gated_are_told_apart(folder, tmp_path):
+def test_private_and_gated_repositories_have_different_errors(folder, tmp_path):
     """Hidden, or visible but closed, depending on the user."""
 
     caches = (tmp_path / f"cache {i}" for i in itertools.count())

@@ -210,7 +210,7 @@ def test_without_write_access_a_pull_request_can_be_opened(hub, api):
     assert write(api, add(a_txt=TEXT, b_bin=TENSORS), create_pr=True).pr_num == 1
 
 
-def test_repositories_are_created_in_ones_own_namespaces(hub, api):
+def test_repositories_are_created_in_the_users_namespaces(hub, api):
     """Once; in others not."""
     api.create_repo("org/second")
     with pytest.raises(HfHubHTTPError, match="(?s)409.*already created this model repo"):

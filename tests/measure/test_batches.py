@@ -86,7 +86,7 @@ def test_special_tokens_stand_around_prompt_and_completion(tokenizer, form, eos,
         ("", [6, 7, END]),
     ],
 )
-def test_targets_are_the_last_message_whatever_the_generation_prompt(tokenizer, generation_prompt, targets):
+def test_targets_are_the_last_message_for_any_generation_prompt(tokenizer, generation_prompt, targets):
     """The question and the generation prompt are masked."""
     tokenizer.chat_template = HEADERS + f"{{% if add_generation_prompt %}}{generation_prompt}{{% endif %}}"
     ids, found = words(encode_one({"messages": LONG_CHAT}, tokenizer))

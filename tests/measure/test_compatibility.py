@@ -83,7 +83,7 @@ def test_a_fitting_blueprint_of_another_model_warns(blueprint, model, message):
         BlueprintConfig(blueprint=published, fraction=0.1, r=2).resolve(model)
 
 
-def test_submodules_that_the_blueprint_does_not_know_are_said(blueprint):
+def test_submodules_missing_in_the_blueprint_are_named(blueprint):
     """A model with more layers than were measured: the measured ones fit, the others are named."""
     with pytest.warns(UserWarning, match="with other submodules than this one, which also has 'model.layers.12.self"):
         check_fits(blueprint, tiny_llama(layers=13))

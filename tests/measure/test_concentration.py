@@ -96,12 +96,12 @@ def test_an_exponential_sample_is_given_neither_name():
     assert {*said} == {"neither", "cannot tell"}
 
 
-def test_a_lognormal_that_can_be_told_is_named():
+def test_a_clear_lognormal_is_named():
     """Where x_min keeps enough values for the curve to show; most samples are undecided."""
     assert verdicts(lambda rng, n: rng.lognormal(0, 1, n), 210, 2) == ["lognormal", "cannot tell"]
 
 
-def test_values_that_follow_neither_law_are_said_to():
+def test_values_of_neither_law_are_reported_so():
     """Evenly spread values end abruptly."""
     assert verdicts(lambda rng, n: rng.uniform(1, 2, n), 2000, 4).count("neither") >= 2
 
@@ -239,7 +239,7 @@ def test_zeros_count_in_the_concentration_and_not_in_the_fits():
     assert (report.x_min, report.alpha.exponent) == (without.x_min, without.alpha.exponent)
 
 
-def test_within_a_submodule_a_sample_of_entries_speaks_for_all():
+def test_a_sample_of_a_submodules_entries_agrees_with_all():
     """Signs do not matter, zeros are dropped and counted, and a sample by seed agrees with all entries."""
     rng = np.random.default_rng(0)
     gradient = (power_law(60_000, 0.5, 1) * rng.choice([-1.0, 1.0], 60_000)).reshape(300, 200)

@@ -260,7 +260,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_two_processes_find_what_one_does(found, name):
+def test_two_processes_agree_with_one(found, name):
     """DDP and FSDP2, shares of unequal size or none, experts, checkpointing: each process has the whole."""
     one, other = found[name]
     assert_identical(one, other)

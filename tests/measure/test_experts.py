@@ -123,7 +123,7 @@ def test_measures_every_expert_exactly(family):
 
 @needs_fused
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-def test_measures_the_same_whatever_computes_the_experts(implementation):
+def test_every_experts_implementation_gives_the_same_measurement(implementation):
     batches = toy_batches(4)
     expected = measure_influence(tiny_mixtral(1), batches, **EXACT)
     model = tiny_mixtral(1)

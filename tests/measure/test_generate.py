@@ -80,7 +80,7 @@ def test_bootstrap_intervals_hold_the_mean_and_shrink_with_examples():
     assert all(e.norm_interval[0] < e.gradient_norm < e.norm_interval[1] for e in blueprint)
 
 
-def test_adam_gain_is_what_pefts_initial_adapter_would_get():
+def test_adam_gain_agrees_with_pefts_initial_adapter():
     """Against the L1 norm of B's gradient from autograd's mean gradient and rows of PEFT's own initialised A."""
     model, batches = tiny_llama(layers=2), toy_batches()
     gains = {e.name: e.adam_gain for e in measured(model, batches)}

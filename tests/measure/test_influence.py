@@ -34,7 +34,7 @@ def assert_agrees(influence, gradients, tolerance=1e-4):
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-def test_norms_agree_with_autograd_whatever_the_padding(build, padding):
+def test_norms_agree_with_autograd_for_any_padding(build, padding):
     """Per-example, per-submodule norms are autograd's, to 1e-4, on grouped-query Llama and on GPT-2's Conv1D."""
     model, batches = build(), toy_batches(padding=padding)
     influence = measure_influence(model, batches, progress=False)

@@ -100,7 +100,7 @@ def contrastive(model, batch):
     return F.cross_entropy(scores, torch.arange(len(scores)), reduction="none")
 
 
-def test_a_contrastive_loss_is_measured_for_what_flows_through_an_examples_own_rows():
+def test_a_contrastive_loss_is_measured_through_an_examples_own_rows():
     """For all the batch's losses: the weights' gradient with the other examples held constant."""
     model, batch = tiny_llama(layers=2), pairs()
     ones, others = embed(model, batch["chosen"]), embed(model, batch["rejected"])
@@ -389,7 +389,7 @@ def test_invalid_losses(loss_fn, message):
         measure_influence(tiny_llama(layers=1), [pairs()], loss_fn=loss_fn, progress=False)
 
 
-def test_an_example_without_a_target_is_named_whatever_the_objective():
+def test_an_example_without_a_target_is_named_for_any_objective():
     """By the model's own loss it would be NaN."""
     model, [batch, *_] = tiny_mixtral(output_router_logits=True), toy_batches()
     batch = batch | {"labels": torch.full_like(batch["labels"], -100)}

@@ -197,7 +197,7 @@ def test_no_seed_is_honoured_under_a_guarantee():
 
 @pytest.mark.parametrize("privacy", [WIDE, Privacy(epsilon=200.0, delta=0.01, clip=3.0), Privacy(noise=0.1)])
 @pytest.mark.parametrize("domains", [1, 2])
-def test_a_private_file_says_nothing_that_is_not_on_the_list(privacy, domains):
+def test_a_private_file_has_only_the_listed_keys(privacy, domains):
     """Every key of the finished file is on the list, so that new statistics are not released by accident."""
     batches = {"maths": toy_batches(), "code": toy_batches(seed=1)} if domains == 2 else toy_batches()
     private = private_blueprint(privacy, batches, data="toys", command="type this")
@@ -298,7 +298,7 @@ def test_several_processes_release_the_same_noise_once(tmp_path):
     assert first != [entry.gradient_norm for entry in alone]
 
 
-def test_too_much_noise_is_said():
+def test_too_much_noise_is_noted():
     """A release whose differences are noise warns, and its statement has no reliability."""
     with pytest.warns(UserWarning, match="the rest is noise: ranks mean little"):
         values, said = release(smooth_norms(10), rows(), Privacy(epsilon=0.1, delta=1e-6))

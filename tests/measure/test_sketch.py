@@ -106,7 +106,7 @@ def test_modules_called_twice_are_sketched_rightly(long_batches):
     assert auto.norm_errors.any(), "a Gram matrix knows one call only"
 
 
-def test_leading_directions_hold_what_they_say():
+def test_leading_directions_hold_the_stated_energy():
     """Of a gradient of rank 3 three directions hold all, by the sketch and whole; of noise a sketch claims too little
     rather than too much.
     """

@@ -344,7 +344,7 @@ def test_wishes_that_cannot_be_met_are_errors_when_the_config_is_made(blueprint,
         BlueprintConfig(blueprint=blueprint, **wish)
 
 
-def test_a_config_without_a_blueprint_says_so():
+def test_a_config_without_a_blueprint_is_an_error():
     """A config without blueprint and placement is an error, not all-linear LoRA."""
     with pytest.raises(BlueprintError, match="needs a blueprint"):
         BlueprintConfig(r=8)

@@ -107,7 +107,7 @@ def bytes_saved(model, inputs):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=needs_fused if name == "mixtral" else ()) for name in MODELS]
 )
-def test_activations_are_what_autograd_saves(name, placement, dtype):
+def test_activations_agree_with_autograds_saved_bytes(name, placement, dtype):
     """Within 10 %, by architecture, placement and dtype, the log-softmax of the loss beside them."""
     model = MODELS[name](4).to(getattr(torch, dtype))
     linear, _ = placed(model, placement)
@@ -118,7 +118,7 @@ def test_activations_are_what_autograd_saves(name, placement, dtype):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("attention", "padding"), [("sdpa", "none"), ("eager", "right")])
-def test_attention_of_either_kind_is_told_apart(attention, padding, placement):
+def test_both_kinds_of_attention_are_distinguished(attention, padding, placement):
     """Without padding no keys are repeated and no mask is kept; eager attention keeps its scores."""
     model = testing.tiny_llama(4)
     model.set_attn_implementation(attention)
@@ -192,7 +192,7 @@ def test_trainable_parameters_are_pefts_own(name):
 
 
 @pytest.mark.parametrize(("kind", "double_quant"), [("nf4", False), ("fp4", False), ("nf4", True), ("int8", False)])
-def test_quantised_weights_take_what_bitsandbytes_stores(kind, double_quant):
+def test_quantized_bytes_agree_with_bitsandbytes(kind, double_quant):
     """Packed numbers, scales, tables and offset, to the byte."""
     from bitsandbytes import functional
 
@@ -449,7 +449,7 @@ ANSWER = 5
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
-def test_answer_only_activations_are_what_autograd_saves(padding):
+def test_answer_only_activations_agree_with_autograds_saved_bytes(padding):
     """Keys and values of the prompt included, which attention joins with the answer's."""
     model = testing.tiny_llama(4)
     [inputs] = testing.toy_batches(EXAMPLES, LENGTH, EXAMPLES, padding="none", prompt=LENGTH - ANSWER)

@@ -57,7 +57,7 @@ def test_adams_gain_on_request(blueprint):
     assert "Adam's gain" in str(rate)
 
 
-def test_errors_say_what_to_do(blueprint):
+def test_errors_have_a_fix(blueprint):
     placement = plan_placement(None, tiny_llama(LAYERS), num_modules=5)
     for keywords, message in (
         ({"base": 0.0}, "base must be a positive learning rate"),

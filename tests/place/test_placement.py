@@ -208,7 +208,7 @@ def test_top_p_holds_its_share_with_the_fewest(blueprint, silent, coverage, shar
 
 
 @given(random_blueprints(), st.floats(1e-3, 1e3), coverages)
-def test_threshold_takes_what_reaches_it(blueprint, threshold, coverage):
+def test_threshold_takes_every_score_that_reaches_it(blueprint, threshold, coverage):
     """All of them under any coverage, or an error with the largest score."""
     expected = tuple(e.name for e in blueprint if e.gradient_norm >= threshold)
     if expected:
@@ -294,7 +294,7 @@ def test_entries_without_adapters_are_left_out_and_counted(build, wish):
         assert list(placement.lora) == [s.name for s in find_submodules(model)]
 
 
-def test_without_anything_to_adapt_it_says_so():
+def test_a_blueprint_without_adaptable_entries_is_an_error():
     """The error names the forms that there are."""
     norms = Blueprint("org/m", tuple(e for e in everything_of(tiny_llama()) if e.form in ("norm", "embedding")))
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_without_anything_to_adapt_it_says_so():
         plan_placement(norms)
 
 
-def test_the_model_says_what_a_file_does_not():
+def test_the_model_completes_a_file():
     """Entries without a form count as linear; with the model their own form counts, and tied weights stay out."""
     model = tiny_llama(layers=1, tie_word_embeddings=True)
     entries = tuple(replace(e, form="linear") for e in everything_of(model))

@@ -124,7 +124,7 @@ def test_the_best_has_the_most_gain_per_cost_of_its_family(objective, mode):
     assert f"Gain per cost: {found.gain_per_cost:.2f} times that of all {found.candidates} candidates" in str(found)
 
 
-def test_an_optimum_that_is_not_in_the_interior_is_said():
+def test_an_optimum_outside_the_interior_is_noted():
     """All where a fixed cost outweighs every step (eq. 16); one where the gain is in one; what a budget keeps from."""
     wish = {"best": "gain_per_cost", "workload": LOAD}
     few = plan_placement(BLUEPRINT, LLAMA, **wish)
@@ -146,7 +146,7 @@ def test_an_optimum_that_is_not_in_the_interior_is_said():
     assert Placement.from_dict(json.loads(json.dumps(bound.to_dict()))) == bound
 
 
-def test_the_time_constant_is_said_to_be_an_estimate_until_it_is_measured():
+def test_an_unmeasured_time_constant_is_marked_as_an_estimate():
     """On cuda, where time decides; not with an own constant, on a CPU, or for a number of modules."""
     cuda = replace(LOAD, device="cuda")
     decided = {"best": "gain_per_cost"}, {"keep": 0.5}, {"budget": "0.9x"}
@@ -441,7 +441,7 @@ def mixture(experts):
     return Blueprint("org/moe", tuple(replace(e, adam_gain=1.0 + (i * 7919) % 13) for i, e in enumerate(entries)))
 
 
-def test_planning_a_mixture_of_5000_submodules_takes_four_times_what_1250_take():
+def test_planning_time_is_linear_in_submodules():
     """Linear time, not quadratic; as a ratio, because machines differ."""
     few, many = mixture(8), mixture(34)
     assert len(many) > 4_900 and len(few) < len(many) / 3.7

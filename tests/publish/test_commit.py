@@ -79,7 +79,7 @@ def test_a_dry_run_sends_nothing(two_layers, model_hub):
     assert "somebody/other" not in model_hub.repositories
 
 
-def test_a_repository_of_ones_own_is_made(two_layers, model_hub):
+def test_an_own_repository_is_created(two_layers, model_hub):
     """Somebody else's model: a private repository with a card that names the base model and the data."""
     measured = replace(
         two_layers, provenance={**two_layers.provenance, "data": "openai/gsm8k, train.jsonl, my/notes.csv"}
@@ -213,7 +213,7 @@ def test_an_index_takes_the_blueprint_and_keeps_the_rest(two_layers, model_hub):
     assert json.loads(repository.files()["model.safetensors.index.json"])["metadata"]["blueprint.json"] != first
 
 
-def test_a_stale_header_is_told_of(two_layers, model_hub):
+def test_a_stale_header_is_noted(two_layers, model_hub):
     """Readers ask the model's own header first: if it holds another blueprint, the publisher learns so."""
     tensors = {"a.weight": np.zeros((2, 2), np.float32)}
     metadata = {"blueprint.version": "1", "blueprint.json": to_header_text(two_layers)}
@@ -270,7 +270,7 @@ def test_a_blueprint_publishes_itself(two_layers, tmp_path):
     "command",
     ["generate org/m --data ~/mine/a.jsonl", "generate org/m --data /secret/b.jsonl", "generate C:\\mine\\c"],
 )
-def test_files_of_ones_own_machine_are_pointed_out(two_layers, model_hub, command):
+def test_local_paths_are_pointed_out(two_layers, model_hub, command):
     """Before the provenance becomes public; ids and addresses do not count as files."""
     told = replace(two_layers, provenance={"command": command, "data": "openai/gsm8k", "see": "https://a.org/b/c"})
     [note] = prepare(told, "org/other", endpoint=model_hub.endpoint, picture=False).notes

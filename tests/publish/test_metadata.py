@@ -71,7 +71,7 @@ def test_no_comment_is_lost(inner, tags):
     assert all(card.count(comment) == 1 for comment in re.findall("# .*", inner)) and card.endswith("---\n# A\n")
 
 
-def test_front_matter_is_created_where_there_is_none():
+def test_missing_front_matter_is_created():
     """Before everything, with the card's own line ends, after a byte order mark."""
     assert added("# A\n", tags=["t"]) == "---\ntags:\n- t\n---\n\n# A\n"
     assert added("# A\r\n", tags=["t"]) == "---\r\ntags:\r\n- t\r\n---\r\n\r\n# A\r\n"

@@ -176,7 +176,7 @@ def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
     assert "eval_$\\bad 模 (lower is better)" in pictures(page)["eval_$\\bad 模 against time, min"]
 
 
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+def test_without_matplotlib_the_error_has_the_install_command(monkeypatch):
     """The page needs the plots extra."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(BlueprintError, match=r"peft-blueprint\[plots\]"):

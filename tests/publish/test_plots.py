@@ -87,7 +87,7 @@ def test_a_picture_needs_kinds_and_depths():
 
 
 @pytest.mark.parametrize("rank_by, deepest", [("cover_gain", 0.018), ("adam_gain per cost", 1.0), ("random", 0.25)])
-def test_a_placement_is_shaded_by_what_chose_it(rank_by, deepest):
+def test_a_placement_is_shaded_by_its_score(rank_by, deepest):
     """By its coverage, its score, or the gradient norm where the score is unknown."""
     entries = tuple(
         Submodule(f"layers.{i}.q_proj", 4.0 - i, kind="q_proj", depth=i, adam_gain=1.0 + i) for i in range(4)

@@ -33,7 +33,7 @@ def test_without_a_token_nothing_is_asked(two_layers, model_hub):
     assert not model_hub.requests
 
 
-def test_a_wrong_token_is_told_apart(two_layers):
+def test_a_wrong_token_has_its_own_error(two_layers):
     """401: log in; nothing is made."""
     with LoopbackHub(token="hf_right") as hub:
         hub.repository("tiny/llama")
@@ -56,7 +56,7 @@ def test_a_wrong_token_is_told_apart(two_layers):
         (418, "POST .*/commit/", {}, r"refused a request about 'tiny/llama' \(418"),
     ],
 )
-def test_each_refusal_says_what_to_do(two_layers, model_hub, status, where, headers, message):
+def test_each_refusal_has_a_fix(two_layers, model_hub, status, where, headers, message):
     """Every message names the repository and a way out, and the repository is as it was."""
     before = model_hub.repository("tiny/llama").refs["main"]
     model_hub.fail(status, where, times=None, headers=headers)
@@ -100,7 +100,7 @@ def test_a_refused_repository_is_not_made(two_layers, model_hub):
         put(two_layers, model_hub, "somebody/hidden")
 
 
-def test_a_repository_that_was_made_for_nothing_is_told_of(two_layers, model_hub):
+def test_an_unused_new_repository_is_named(two_layers, model_hub):
     """The commit fails after the repository was made: the message says that it stays, and again works."""
     model_hub.fail(500, "POST .*/commit/")
     with pytest.raises(BlueprintError, match="'somebody/maps' was created and stays"):

@@ -70,7 +70,7 @@ def test_emissions_are_as_the_hub_reads_them():
     assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
 
 
-def test_fine_tuning_is_said_where_it_is_known():
+def test_known_fine_tuning_is_named():
     """By an adapter or a placement, or because the record says so; a pretraining's record may say that."""
     assert emissions_of(made_up_run(peft_config={"r": 16}))["training_type"] == "fine-tuning"
     assert emissions_of(made_up_run(training_type="pre-training"))["training_type"] == "pre-training"
@@ -298,7 +298,7 @@ def test_pefts_empty_template_is_replaced_by_a_card_that_is_filled_in(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a_b", "_a_", "a__b", "a_ b", "www.x.y", "http://x.y", "model.layers.0"])
-def test_only_what_markdown_would_read_is_escaped(text):
+def test_only_markdown_syntax_is_escaped(text):
     """Underscores within words and full stops stay."""
     plain = text in ("a_b", "model.layers.0")
     assert (as_text(text) == text) == plain and html.unescape(as_text(text)) == text

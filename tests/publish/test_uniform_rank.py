@@ -77,7 +77,7 @@ def test_servers_that_read_one_rank_and_one_alpha_get_the_same_weights(tmp_path,
             torch.testing.assert_close(scaling * b @ a, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_rounded_where_the_scaling_was_common(tmp_path):
+def test_a_common_scaling_is_kept_exactly(tmp_path):
     """With alpha_i / r_i constant, every number of A and B is the source's, beside zeros."""
     saved(tmp_path / "many", r=8, lora_alpha=16, rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 4})
     out = export_uniform_lora(tmp_path / "many", tmp_path / "one")
@@ -144,7 +144,7 @@ def test_embeddings_and_transposed_layers_are_widened_too(tmp_path):
         ({"init_lora_weights": "pissa"}, r"a base model changed by init_lora_weights='pissa'"),
     ],
 )
-def test_what_servers_refuse_is_refused_here(tmp_path, settings, message):
+def test_adapters_that_servers_refuse_are_refused(tmp_path, settings, message):
     """An error that names it and says to merge, instead of one when the server starts; nothing is written."""
     saved(tmp_path / "many", **settings)
     with pytest.raises(BlueprintError, match=message):
@@ -163,7 +163,7 @@ def test_a_rank_that_would_cut_and_the_source_itself_are_refused(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == before
 
 
-def test_a_folder_that_is_no_adapter_is_named(tmp_path):
+def test_a_folder_without_an_adapter_is_named(tmp_path):
     """No config, not JSON, another method, no tensors, a tensor of something else, ranks that do not agree."""
     folder, out = tmp_path / "many", tmp_path / "one"
     with pytest.raises(FormatError, match="holds no adapter"):
@@ -201,7 +201,7 @@ def test_a_folder_that_is_no_adapter_is_named(tmp_path):
     assert not out.exists()
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     """The tensors fail: the older export in the folder is whole, and nothing lies beside it."""
     saved(tmp_path / "many", rank_pattern={"q_proj": 7})
     out = export_uniform_lora(tmp_path / "many", tmp_path / "one")

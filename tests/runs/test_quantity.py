@@ -22,7 +22,7 @@ from peft_blueprint.runs.quantity import (
 )
 
 
-def test_resources_are_what_adds_up_while_a_run_goes_on():
+def test_resources_add_up_while_a_run_goes_on():
     """Peaks and states do not add up, so they are not resources; everything has a unit."""
     assert RESOURCES == tuple(name for name in UNITS if not name.endswith("bytes"))
     assert len(UNITS) == 9 and all(UNITS.values())

@@ -71,7 +71,7 @@ def test_gain_and_cost_count_from_the_first_evaluation():
     assert make_report([BASE]).notes == ()
 
 
-def test_runs_without_evaluation_are_shown_with_what_there_is():
+def test_runs_without_evaluation_show_their_known_figures():
     """One without any, one with a single one, one that diverged; none is on the front or against the baseline."""
     none = replace(BASE, name="none", points=())
     once = run("once", [(10, 2.5)])
@@ -137,12 +137,12 @@ def test_bad_wishes_are_refused():
         make_report([BASE, FAST], baseline="best")
 
 
-def test_runs_of_one_name_are_told_apart():
+def test_runs_of_one_name_get_distinct_names():
     """By a number."""
     assert [row.name for row in make_report([BASE, BASE, BASE]).rows] == ["base", "base (2)", "base (3)"]
 
 
-def test_a_probe_that_is_charged_is_said():
+def test_a_charged_probe_is_noted():
     """A note names the run that paid for a measurement."""
     probed, plain = made_up_run("probed", probe={"seconds": {"value": 9.0, "how": "measured"}}), made_up_run("plain")
     assert any("charged to probed." in note for note in make_report([probed, plain]).notes)
@@ -153,7 +153,7 @@ NUMBERS = st.none() | st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan, math.inf]) 
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
-def test_on_the_front_is_what_no_other_beats(pairs):
+def test_undominated_runs_are_on_the_front(pairs):
     """As the definition says it, pair by pair: at least as good in both, and better in one."""
     known = [all(value is not None and math.isfinite(value) for value in pair) for pair in pairs]
 

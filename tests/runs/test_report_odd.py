@@ -50,7 +50,7 @@ def test_tokens_are_those_of_the_whole_run(tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["eval_exact_answer", "eval_f1_cancer", "eval_power"])
-def test_a_word_that_ends_like_an_error_rate_is_none(metric):
+def test_words_that_end_like_an_error_rate_are_not_one(metric):
     """ "answer" and "power" are not word error rates; wer and cer are."""
     assert direction_of(metric) == "maximize"
     assert {direction_of(f"eval_{name}") for name in ("wer", "cer", "rmse", "ppl", "loss")} == {"minimize"}
@@ -65,7 +65,7 @@ def test_the_trainers_count_and_the_ledgers_compare_roughly(tmp_path):
     assert not any("comparison is approximate" in n for n in make_report([theirs], resource="flops").notes)
 
 
-def test_a_first_evaluation_that_is_not_finite_is_said():
+def test_a_first_evaluation_that_is_not_finite_is_noted():
     """It was evaluated more than once, and from where it improved is not known."""
     run = made_up_run("broken")
     first = Point(0, run.points[0].spent, {"eval_loss": math.nan})

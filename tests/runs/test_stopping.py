@@ -159,7 +159,7 @@ def test_the_switch_stops_under_a_decay_too(shape):
         lambda p: p if p < 0.3 else 1 - p,
     ],
 )
-def test_the_forecast_is_what_happens_to_a_metric_that_never_pays(shape, checks, stop_in_decay):
+def test_the_forecast_holds_for_a_metric_that_never_pays(shape, checks, stop_in_decay):
     """The checks that it names are those that stop, under any schedule."""
     rule = MarginalReturn(threshold=1e9, stop_in_decay=stop_in_decay)
     rates = [shape((i + 1) / checks) for i in range(checks)]
@@ -183,7 +183,7 @@ def test_the_forecast_is_what_happens_to_a_metric_that_never_pays(shape, checks,
         (0.03, 20, 20, "Over the last 20 evaluations (window=5, widened because of noise) the metric"),
     ],
 )
-def test_a_window_that_is_widened_is_said(noise, checks, points, says):
+def test_a_widened_window_is_noted(noise, checks, points, says):
     """In the reason and as a number: by many evaluations or by noise."""
     curve = [2 - 0.02 * i / checks + noise * (-1) ** i for i in range(checks)]
     last = feed(MarginalReturn(patience=1000), curve, until_stop=False)[-1]

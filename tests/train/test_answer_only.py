@@ -269,7 +269,7 @@ def test_cached_prompts_cost_nothing_and_change_nothing(in_files, tmp_path):
         assert prompt_positions(other, batches[0]) > 30
 
 
-def test_the_cache_keeps_what_saves_most_within_its_bytes():
+def test_the_cache_keeps_the_prompts_that_save_most():
     """Long prompts save more FLOPs a byte than short ones; a prompt that was asked for more often stays."""
     rows = [example(n, 3, seed=n)[:2] for n in (10, 11, 30)]
     one = PromptCache(2**30)

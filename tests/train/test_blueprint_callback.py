@@ -191,7 +191,7 @@ class Keep(TrainerCallback):
             self.states[state.global_step] = {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def test_milestones_are_what_generate_blueprint_measures_then(tmp_path):
+def test_milestones_agree_with_generate_blueprint(tmp_path):
     """Three files with every statistic, equal to a measurement of the kept weights on the validation data."""
     kept, model = Keep(5, 8, 10), full()
     trainer, _ = train(model, tmp_path / "run", kept, max_examples=None, model_id="org/m", bootstrap=50)
@@ -416,7 +416,7 @@ def test_resumed_training_goes_on_where_it_was(tmp_path):
     assert [one.provenance["step"] for one in callback.checkpoints()] == [5, 8, 10]
 
 
-def test_bad_values_say_what_to_give(tmp_path):
+def test_errors_for_bad_values_name_allowed_ones(tmp_path):
     """Before training, with the value and the allowed ones."""
     trainer = make_trainer(lora(), tmp_path)
     with pytest.raises(BlueprintError, match="every must be a positive integer or None, got 0"):
@@ -449,7 +449,7 @@ def test_bad_values_say_what_to_give(tmp_path):
         empty.train()
 
 
-def test_without_gradients_to_read_the_error_says_so(tmp_path):
+def test_missing_gradients_are_an_error(tmp_path):
     """A frozen model; gradients that are hidden."""
     frozen = tiny_llama(1).requires_grad_(False)
     with pytest.raises(BlueprintError, match="This LlamaForCausalLM has no trainable parameters.*get_peft_model"):

@@ -448,7 +448,7 @@ def test_the_guides_code_runs(tmp_path, monkeypatch, capsys):
     assert {name.split(".layers.")[1][0] for name, p in names["model"].named_parameters() if p.requires_grad} == {"3"}
 
 
-def test_the_store_keeps_what_fits(tmp_path):
+def test_the_store_keeps_entries_within_its_budget(tmp_path):
     """Bit by bit; within 1/127 of the largest of 64 features in 8 bits; nothing beyond its budget."""
     states = torch.randn(5, 100) * torch.logspace(-3, 3, 100)
     store = StateStore(2 * states.nbytes, folder=tmp_path)

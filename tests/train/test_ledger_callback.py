@@ -146,7 +146,7 @@ def test_one_step_alone_is_modelled(tmp_path):
     assert callback.log.totals()["flops"].how == "modelled"
 
 
-def test_other_models_have_books_too(tmp_path):
+def test_other_models_have_a_ledger_too(tmp_path):
     """Trained whole: an encoder-decoder, and a vision transformer, which has no tokens."""
     _, callback = train(tmp_path, tiny_llama(2), arguments={"max_steps": 2})
     record = RunRecord.load(tmp_path)
@@ -253,7 +253,7 @@ def test_the_effect_of_a_rule_under_a_schedule_is_logged_once_at_the_start(
     assert trainer.state.global_step == steps
 
 
-def test_too_few_evaluations_to_stop_are_said_at_the_start(tmp_path, caplog):
+def test_too_few_evaluations_to_stop_are_logged_at_the_start(tmp_path, caplog):
     """As with one evaluation an epoch; the training loss counts its own checks."""
     train(tmp_path, arguments={"eval_strategy": "epoch"}, stop=MarginalReturn())
     assert "has 5 checks in this run and cannot stop it. With window=5 and patience=3" in caplog.text
@@ -490,7 +490,7 @@ def test_trl_keeps_its_own_averages(tmp_path):
     assert set(logged(trainer, "blueprint/")) == {2, 4} and list(tmp_path.rglob("blueprint-50.json"))
 
 
-def test_a_loop_of_ones_own_has_the_same_books(tmp_path):
+def test_an_own_loop_has_the_same_ledger(tmp_path):
     """Without a Trainer: totals, decisions and a state that another loop goes on from; an error leaves a record."""
 
     def log_of(folder):

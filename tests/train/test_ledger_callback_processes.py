@@ -157,7 +157,7 @@ def test_a_resumed_run_has_the_totals_of_an_uninterrupted_one(found):
         assert [p.spent["tokens"] for p in parts["points"]] == [p.spent["tokens"] for p in whole["points"]]
 
 
-def test_a_loop_of_ones_own_decides_as_one(found):
+def test_processes_of_an_own_loop_decide_together(found):
     """For any metric of the other process, with the costs of both."""
     first, second = found["loop"]
     assert first["decisions"] == second["decisions"] and first["step"] == second["step"] == 4

@@ -70,7 +70,7 @@ def test_totals_go_on_counting(tmp_path):
     assert after.totals["seconds"].value > saved["seconds"]["value"]
 
 
-def test_a_save_that_no_schedule_knows_has_the_books_too(tmp_path):
+def test_an_unscheduled_save_has_the_ledger_too(tmp_path):
     """As they were when the processes last added up."""
     train(tmp_path, None, At(5, end), arguments={"save_strategy": "no", "logging_steps": 2})
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
@@ -78,7 +78,7 @@ def test_a_save_that_no_schedule_knows_has_the_books_too(tmp_path):
     assert [point["step"] for point in books["points"]] == [2, 4] and books["totals"]["tokens"]["value"] > 0
 
 
-def test_a_checkpoint_without_books_can_be_resumed(tmp_path, caplog):
+def test_a_checkpoint_without_a_ledger_resumes(tmp_path, caplog):
     """Made without a callback, or with a damaged ledger: a new ledger begins there, with a warning."""
     trainer = make_trainer(tmp_path, **SAVING, max_steps=4)
     trainer.train()
@@ -96,7 +96,7 @@ def test_a_checkpoint_without_books_can_be_resumed(tmp_path, caplog):
     assert "The state of RunLog: points must be a list" in caplog.text
 
 
-def test_a_checkpoint_with_books_can_be_resumed_without_them(tmp_path):
+def test_a_checkpoint_with_a_ledger_resumes_without_one(tmp_path):
     """With transformers' own restoring on, which looks for the callbacks in the checkpoint."""
     train(tmp_path, None, At(4, end), arguments=SAVING)
     plain = make_trainer(tmp_path, **SAVING, restore_callback_states_from_checkpoint=True)
@@ -104,7 +104,7 @@ def test_a_checkpoint_with_books_can_be_resumed_without_them(tmp_path):
     assert plain.state.global_step == 10
 
 
-def test_best_model_checkpoints_have_the_books_of_their_evaluation(tmp_path):
+def test_best_model_checkpoints_have_the_ledger_of_their_evaluation(tmp_path):
     """Whether to save is known only after it."""
     arguments = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": False}
     trainer, _ = train(tmp_path, arguments=arguments)
@@ -115,7 +115,7 @@ def test_best_model_checkpoints_have_the_books_of_their_evaluation(tmp_path):
     assert list(tmp_path.glob("checkpoint-*"))
 
 
-def test_two_trainings_of_one_callback_do_not_share_books(tmp_path):
+def test_two_trainings_of_one_callback_do_not_share_a_ledger(tmp_path):
     """The second starts at zero with the same trainer."""
     trainer = make_trainer(tmp_path, max_steps=4)
     callback = LedgerCallback(trainer)

@@ -166,7 +166,7 @@ def test_a_reference_adapter_added_later_is_a_copy_of_its_own():
         share_base(model, "ref")
 
 
-def test_errors_say_what_there_is():
+def test_missing_blocks_are_named():
     """No unfrozen block, or none of that adapter."""
     with pytest.raises(PlacementError, match="LlamaForCausalLM has no unfrozen blocks"):
         share_base(tiny_llama())
