@@ -161,7 +161,7 @@ def test_verbs_and_options_exist(generated):
 
 
 def test_links_lead_somewhere(generated):
-    """Relative links of every page, pictures too."""
+    """Relative links of every page, pictures too; every page is in the navigation."""
     docs = ROOT / "docs"
     texts = {path: path.read_text() for path in PAGES.values()}
     texts |= {docs / path: text for path, text in generated.items() if isinstance(text, str)}
@@ -170,6 +170,8 @@ def test_links_lead_somewhere(generated):
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             target = (page.parent / link).resolve()
             assert link.startswith("https://") or target.exists() or target in made, f"{page}: {link}"
+    nav = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    assert {docs / path for path in nav} == {path for path in {*texts, *made} if path.suffix == ".md"} - {README}
 
 
 def test_make_targets_exist():
