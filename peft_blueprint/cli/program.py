@@ -18,6 +18,7 @@ from .verbs import PANELS, app
 __all__ = ["app", "main"]
 
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
+_VERBS = {command.name for command in app.registered_commands}
 
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Click's, or the copy that newer Typers carry
@@ -76,7 +77,7 @@ def _fail(error: Exception) -> int:
     failure = next((failure for failure in FAILURES if issubclass(kind, failure.kind)), None)
     if failure is None:
         raise error  # a fault of this package, whose traceback a bug report needs
-    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    verb = next((word for word in sys.argv[1:] if word in _VERBS), "")
     say(f"error: {_message(error)}")
     if failure.next is not None:
         say(f"next: {failure.next.format(verb=verb).replace('  ', ' ')}")

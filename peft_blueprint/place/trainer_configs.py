@@ -190,8 +190,8 @@ def _peft(placement: Placement, settings: LoraSettings, task_type: str) -> tuple
 
 
 def _trl(placement: Placement, settings: LoraSettings, task_type: str) -> tuple[str, list[str]]:
-    _require_integer_alphas("TRL's command line", settings)
     _require_one_rank("TRL's command line", settings, "peft, axolotl or unsloth")
+    _require_integer_alphas("TRL's command line", settings)
     values = settings.to_dict()
     written: dict[str, Any] = {"model_name_or_path": placement.model_id, "use_peft": True}
     written |= {key if key.startswith("lora_") else f"lora_{key}": value for key, value in values.items()}
@@ -253,8 +253,8 @@ def _axolotl(placement: Placement, settings: LoraSettings, _: str) -> tuple[str,
 
 
 def _llamafactory(placement: Placement, settings: LoraSettings, _: str) -> tuple[str, list[str]]:
-    _require_integer_alphas("LLaMA-Factory", settings)
     _require_one_rank("LLaMA-Factory", settings, "peft, axolotl or unsloth")
+    _require_integer_alphas("LLaMA-Factory", settings)
     if settings.target_parameters:
         raise PlacementError(
             f"LLaMA-Factory has no adapters on parameters, and {format_names(settings.target_parameters)} are fused "
@@ -299,7 +299,8 @@ def _require_one_rank(trainer: str, settings: LoraSettings, others: str) -> None
     if settings.rank_pattern:
         found = sorted({settings.r, *settings.rank_pattern.values()})
         raise PlacementError(
-            f"{trainer} has a single rank, and this placement has ranks {found}. Plan it with one rank, or use {others}."
+            f"{trainer} has a single rank, and this placement has ranks {found}. Plan it with ranks='uniform' and "
+            f"r={found[0]} (--ranks uniform --rank {found[0]}), or use {others}."
         )
 
 

@@ -171,6 +171,15 @@ def test_every_failure_has_its_line_and_status(run, monkeypatch, error, status, 
     assert (found, out) == (status, "") and err.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [(["blueprint", "fetch"], "peft-blueprint fetch --help"), (["frobnicate"], "peft-blueprint --help")],
+)
+def test_the_next_command_after_an_unknown_one_exists(run, words, command):
+    """The help of a verb among the words, otherwise of the program."""
+    assert run(*words)[2].endswith(f"next: {command}\n")
+
+
 def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):
     """It is not dressed up as a person's mistake."""
 

@@ -194,7 +194,9 @@ def test_ranks_that_differ_keep_one_scaling(trainer, monkeypatch):
     """alpha_i / r_i is the same for all, r is the largest; trainers with one rank refuse with an error."""
     placed = placement(ranks=dict(zip(LORA, (2, 8, 4), strict=True)))
     if trainer in ONE_RANK:
-        with pytest.raises(PlacementError, match=r"a single rank, and this placement has ranks \[2, 4, 8\].*use peft"):
+        with pytest.raises(
+            PlacementError, match=r"a single rank, and this placement has ranks \[2, 4, 8\].*--rank 2\), or use peft"
+        ):
             trainer_config(placed, trainer)
     else:
         text = trainer_config(placed, trainer, r=16, lora_alpha=24)
