@@ -8,9 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_blueprint import BlueprintError
 from peft_blueprint.testing import tiny_llama, toy_batches
 from peft_blueprint.train import CacheFrozenPrefix, FreezeFromBelow, freeze_below, read_schedule
-from tests.fused import HAS_FUSED
-from tests.processes import error_of, gloo_process, in_two_processes
-from tests.train import test_experts
+from tests.processes import error_of
 
 
 LAYERS, EXAMPLES, STEPS = 4, 8, 2  # steps of an epoch
@@ -221,41 +219,25 @@ def test_options_it_refuses(tmp_path):
     assert read_schedule({1: 2, 2: 3}) == {1.0: 2, 2.0: 3}
 
 
-def test_two_processes(tmp_path):
-    """Under DDP with unused parameters found, both freeze alike and hold equal weights; without, it is refused.
-
-    The same two processes train experts that the tokens of one of them do not reach.
-    """
-    in_two_processes(__file__, tmp_path)
-
-
-def _process(folder):
-    with gloo_process():
-        for is_allowed in (False, True):
-            trainer = make_trainer(
-                folder, ddp_find_unused_parameters=is_allowed, gradient_accumulation_steps=1, ddp_backend="gloo"
-            )
-            callbacks = (
-                FreezeFromBelow(trainer=trainer, every=1, threshold=10.0, strata=4),
-                CacheFrozenPrefix("1MiB"),
-            )
-            for callback in callbacks:
-                trainer.add_callback(callback)
-            if not is_allowed:
-                assert "ddp_find_unused_parameters" in error_of(trainer.train)
-                continue
-            trainer.train()
-            assert callbacks[0].depth == 3, callbacks[0].depth
-            assert callbacks[1].statistics.rows_computed >= callbacks[1].statistics.examples > 0
-            own = torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_" in n])
-            both = [torch.zeros_like(own) for _ in range(2)]
-            torch.distributed.all_gather(both, own)
-            assert torch.equal(*both)
-        if HAS_FUSED:
-            test_experts.in_processes()
-
-
-if __name__ == "__main__":
-    import sys
-
-    _process(sys.argv[1])
+def in_processes(folder):
+    """Under DDP with unused parameters found, both freeze alike and hold equal weights; without, it is refused."""
+    for is_allowed in (False, True):
+        trainer = make_trainer(
+            folder, ddp_find_unused_parameters=is_allowed, gradient_accumulation_steps=1, ddp_backend="gloo"
+        )
+        callbacks = (
+            FreezeFromBelow(trainer=trainer, every=1, threshold=10.0, strata=4),
+            CacheFrozenPrefix("1MiB"),
+        )
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        if not is_allowed:
+            assert "ddp_find_unused_parameters" in error_of(trainer.train)
+            continue
+        trainer.train()
+        assert callbacks[0].depth == 3, callbacks[0].depth
+        assert callbacks[1].statistics.rows_computed >= callbacks[1].statistics.examples > 0
+        own = torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_" in n])
+        both = [torch.zeros_like(own) for _ in range(2)]
+        torch.distributed.all_gather(both, own)
+        assert torch.equal(*both)

@@ -1,8 +1,6 @@
 """Initialize adapters along the gradient: A's directions, and that nothing else changes."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from peft_blueprint.testing import (
     tiny_vit,
     toy_batches,
 )
-from tests.processes import error_of, gloo_process, in_two_processes
+from tests.processes import error_of
 
 
 BASE = "base_model.model."
@@ -192,35 +190,26 @@ def test_with_a_blueprints_placement(blueprint):
     assert begin(model, max_examples=2) == len(config.target_modules) == 12
 
 
-def begin_in_one_of_two(folder):
-    """Begin on every second batch with an own A; then all data in one process, an error in one, and two seeds."""
-    with gloo_process() as rank:
-        torch.manual_seed(3 + rank)
-        model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-        begin(model, toy_batches()[rank::2], max_examples=None)
-        without_targets = make_batches([{"input_ids": [1, 2], "labels": [-100, -100]}], 1, 0)
-        errors = [
-            error_of(lambda: begin(model, toy_batches() if rank else iter(()))),
-            error_of(lambda: begin(model, toy_batches() if rank else without_targets)),
-            error_of(lambda: begin(model, seed=rank)),
-        ]
-        torch.save((rows_of(model), errors), folder / f"{rank}.pt")
-
-
-def test_processes_share_the_examples_and_end_with_one_a(tmp_path):
-    """As one process with all examples; an error in one process ends the others too."""
-    in_two_processes(__file__, tmp_path)
+def begun_alone():
+    """Every A after one process has seen all examples."""
     torch.manual_seed(3)
-    alone = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    begin(alone, max_examples=None)
-    (first, own), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, rows in rows_of(alone).items():
-        assert torch.equal(first[name], second[name])
-        assert torch.allclose(first[name].abs(), rows.abs(), atol=1e-4), name
-    assert own[0] == others[0] == "none" and "no target" in own[1]
-    assert others[1] == f"MeasurementError: Process 0 of 2 failed, so the others stop: {own[1]}"
-    assert own[2] == others[2]
-    assert own[2].startswith("MeasurementError: Processes 0 and 1 have other adapters or seeds: give every process")
+    model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    begin(model, max_examples=None)
+    return rows_of(model)
+
+
+def in_processes(rank):
+    """Begin on every second batch with an own A; then nothing in one process, an error in one, and two seeds."""
+    torch.manual_seed(3 + rank)
+    model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    begin(model, toy_batches()[rank::2], max_examples=None)
+    without_targets = make_batches([{"input_ids": [1, 2], "labels": [-100, -100]}], 1, 0)
+    errors = [
+        error_of(lambda: begin(model, toy_batches() if rank else iter(()))),
+        error_of(lambda: begin(model, toy_batches() if rank else without_targets)),
+        error_of(lambda: begin(model, seed=rank)),
+    ]
+    return rows_of(model), errors
 
 
 def test_refused_adapters_are_left_as_they_were():
@@ -260,10 +249,6 @@ def test_refused_adapters_are_left_as_they_were():
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(PlacementError, match="B must be zero, and is not in .* was trained"):
         begin(randomize_adapters(model))
-
-
-if __name__ == "__main__":
-    begin_in_one_of_two(Path(sys.argv[1]))
 
 
 def test_weights_that_zero_3_partitioned_are_refused():

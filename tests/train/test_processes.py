@@ -1,4 +1,4 @@
-"""Several processes keep one record and take one decision. Run: pytest tests/train/test_ledger_callback_processes.py
+"""Several processes keep one record, take one decision, and start, freeze and train experts alike.
 
 They run once, as two gloo processes that `torchrun` starts with this very file as their script.
 """
@@ -18,7 +18,9 @@ from peft_blueprint.runs.record import RunRecord
 from peft_blueprint.runs.stopping import MarginalReturn
 from peft_blueprint.train import BlueprintCallback
 from tests.accounts import LENGTH, At, end, logged, lora, make_trainer, rows, train
+from tests.fused import HAS_FUSED
 from tests.processes import error_of, gloo_process, in_two_processes
+from tests.train import test_experts, test_freezing, test_initialization
 
 
 STEP = 2 * 4 * LENGTH  # tokens of both processes
@@ -96,6 +98,19 @@ def scenario_failing(rank, path):
         log.step(tokens=5)
         log.evaluate(1.0, step=2)
     return log.totals()["tokens"].value
+
+
+def scenario_initialization(rank, path):
+    """Adapters along the gradient of both processes' examples."""
+    return test_initialization.in_processes(rank)
+
+
+def scenario_freezing(rank, path):
+    """Freezing from below under DDP, and experts that the tokens of one process do not reach."""
+    test_freezing.in_processes(path / "freezing")
+    if HAS_FUSED:
+        test_experts.in_processes()
+    return "equal"
 
 
 SCENARIOS = [name for name in globals() if name.startswith("scenario_")]
@@ -176,6 +191,24 @@ def test_an_error_is_every_processs(found):
 def test_a_ledger_that_fails_on_one_process_ends_no_run(found):
     """The totals stay at their last common sum."""
     assert found["failing"] == [10, 10]
+
+
+def test_initializing_shares_the_examples_and_ends_with_one_a(found):
+    """As one process with all examples; an error in one process ends the others too."""
+    alone = test_initialization.begun_alone()
+    (first, own), (second, others) = found["initialization"]
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name].abs(), expected.abs(), atol=1e-4), name
+    assert own[0] == others[0] == "none" and "no target" in own[1]
+    assert others[1] == f"MeasurementError: Process 0 of 2 failed, so the others stop: {own[1]}"
+    assert own[2] == others[2]
+    assert own[2].startswith("MeasurementError: Processes 0 and 1 have other adapters or seeds: give every process")
+
+
+def test_freezing_and_experts_leave_equal_weights(found):
+    """Under DDP with unused parameters found; without, freezing is refused. The scenario compares the weights."""
+    assert found["freezing"] == ["equal", "equal"]
 
 
 def main():
