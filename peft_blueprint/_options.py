@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ._text import format_names
+from ._text import format_names, shortened
 from .errors import BlueprintError
 
 
@@ -247,10 +247,10 @@ def _key(first: Mapping[str, Any], data: Any) -> str:
     for part in first["loc"]:
         is_index = isinstance(data, list) and isinstance(part, int) and part < len(data)
         if is_index or isinstance(data, Mapping) and part in data:
-            names.append(str(part))
+            names.append(shortened(part))
             data = data[part]
     if first["type"] == "missing":
-        names.append(str(first["loc"][-1]))
+        names.append(shortened(first["loc"][-1]))
     return ".".join(names)
 
 

@@ -1,26 +1,13 @@
-"""Short texts for messages: names, shapes and causes, without secrets and control characters; tables for notebooks."""
+"""Short texts for messages: names, shapes and causes, without control characters; tables for notebooks."""
 
 from __future__ import annotations
 
 import html
-import os
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, unquote
 
 from .errors import BlueprintError
-
-
-_SECRETS = re.compile(
-    r"(?<=://)[^/?#\s]*@|(?<=://)[^/?#\s:@]*:(?!\d+/)[^\s@]*@"  # user and password in an address, also unescaped
-    r"|\b(?:hf|api_org)_\w+|(?<=Basic )[\w+/=]+|(?i:(?<=bearer )[^'\"]+|(?<=n: basic )[\w+/=]+|(?<=api-key: )[^\s'\"]+)"
-    r"|(?i:(?<=[?&])[\w-]*(?:token|key|secret|password|signature|credential|auth)[\w-]*=[^&\s'\"#]+)"
-)
-_SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")  # of environment variables
-_ADDRESS_NAMES = re.compile(r"(?:ENDPOINT|PROXY|URL)$")  # that may hold a password
-_SHORTEST_SECRET = 8  # characters of a variable that is not known to be a secret
 
 
 def shape_str(shape: Sequence[int]) -> str:
@@ -45,39 +32,14 @@ def is_inside(name: str, module: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message without its full stop, or else its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    """Return the first line of an exception's message without its full stop, or else its class.
 
-
-def masked(text: str, secrets: Iterable[object] = ()) -> str:
-    """Replace tokens and passwords in a text by `***`.
-
-    Args:
-        text: message that may quote a request, an address or a header.
-        secrets: further tokens, beside those in environment variables, headers and addresses, and of the form `hf_…`.
-
-    Example:
-        >>> masked("https://me:secret@hub.example/org/model: Illegal header value b'Bearer my-token\\n'")
-        "https://***@hub.example/org/model: Illegal header value b'Bearer ***'"
+    The next line too after a colon.
     """
-    tokens = [*secrets, *_secrets_of_environment()]
-    # a message may quote a part between line ends, or escapes of these
-    parts = {part for token in tokens if isinstance(token, str) for part in (token, *token.split()) if len(part) > 3}
-    for part in sorted(parts, key=len, reverse=True):
-        for form in (part, repr(part)[1:-1], quote(part, safe="")):
-            text = text.replace(form, "***")
-    return _SECRETS.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
-
-
-def _secrets_of_environment() -> list[str]:
-    found = []
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name.upper()) and (name.startswith("HF_") or len(value) >= _SHORTEST_SECRET):
-            found.append(value)
-        elif _ADDRESS_NAMES.search(name.upper()) and (user := re.search(r"://[^/?#\s:@]*:(.*)@", value)):
-            found += [user[1], unquote(user[1])]
-    return found
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def find_unprintable(text: str) -> str | None:
@@ -97,6 +59,17 @@ def printable(text: str) -> str:
     if find_unprintable(text) is None:
         return text
     return "".join(c if c == "\n" or find_unprintable(c) is None else ascii(c)[1:-1] for c in text)
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    r"""Return a value's text for one line of a message: printable, and at most `limit` characters of it.
+
+    Example:
+        >>> shortened("a\nb" + "c" * 99, 6)
+        'a\\nb…'
+    """
+    text = printable(str(value)).replace("\n", r"\n")
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def html_table(title: str, rows: Sequence[Mapping[str, Any]], limit: int = 20) -> str:

@@ -3,9 +3,14 @@
 Every message names the argument, the expected and the given value, and ends with how to fix it.
 """
 
+from ._secrets import masked
+
 
 class BlueprintError(ValueError):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Tokens and passwords in its message are masked."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class FormatError(BlueprintError):

@@ -62,7 +62,7 @@ entries = st.builds(
     name=labels.map("a".__add__),
     gradient_norm=sizes,
     kind=st.none() | labels.map("k".__add__),
-    shape=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+    shape=st.none() | st.lists(st.integers(1, 9), min_size=3, max_size=4).map(tuple),
     form=st.sampled_from(get_args(Form)),
     quantized=st.booleans(),
     **dict.fromkeys(

@@ -2,8 +2,9 @@
 
 import pytest
 
-from peft_blueprint import Blueprint, Submodule, plan_placement
-from peft_blueprint._text import find_unprintable, masked, printable
+from peft_blueprint import Blueprint, BlueprintError, Submodule, plan_placement
+from peft_blueprint._secrets import masked
+from peft_blueprint._text import find_unprintable, printable
 from peft_blueprint.cli.output import Output
 
 
@@ -32,6 +33,7 @@ def test_secrets_are_masked(text, monkeypatch):
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "env token 78")
     monkeypatch.setenv("TRACKER_API_KEY", "other-key-99")
     monkeypatch.setenv("HTTPS_PROXY", "http://me:proxy%2Fpass@proxy.example:8080")
+    assert str(BlueprintError(text)) == masked(text)
     found = masked(text, ["plain-token-42", "plain-token\n42", None, True])
     secrets = ("hf_abc", "hf-pass", "secret9876", "c2Vj", "plain-token-42", r"token\n42", "env-token", "token%20")
     for secret in (*secrets, "other-key", "proxy/pass"):

@@ -17,6 +17,7 @@ Form = Literal["linear", "experts", "expert", "embedding", "convolution", "norm"
 
 
 ADAPTABLE = ("linear", "experts", "expert")  # the forms that an adapter is put on
+_LEAST_DIMENSIONS = {"linear": 2, "experts": 3, "expert": 2}
 _BY_TOKEN = ("embedding", "head", "bias")  # forms whose rows may be tokens or classes
 
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
@@ -304,6 +305,11 @@ def check_bounds(entry: Submodule, model_id: str) -> None:
         raise FormatError(
             f"{where} has shape={str(entry.shape)[:60]}; dimensions are at least 1, and their product at most 2**53. Measure it "
             "again."
+        )
+    if entry.shape is not None and len(entry.shape) < _LEAST_DIMENSIONS.get(entry.form, 0):
+        raise FormatError(
+            f"{where} has shape={entry.shape}; its form {entry.form!r} needs {_LEAST_DIMENSIONS[entry.form]} dimensions or "
+            "more. Measure it again."
         )
 
 

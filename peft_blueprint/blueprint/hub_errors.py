@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
-from .._text import masked
+from .._secrets import masked
 from ..errors import BlueprintError
 
 
@@ -32,7 +33,11 @@ NO_JSON = (
     "The Hub's address answered with a page, not with {what}: a proxy or a login page may be in between. Log in there, or "
     "check HF_ENDPOINT."
 )
-_TRANSLATED: tuple[type[Exception], ...] = (*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError)
+_OF_ODD_ANSWERS = (LookupError, TypeError, AttributeError)  # the client trusts the form of an answer
+_TRANSLATED: tuple[type[Exception], ...] = (
+    *(*NETWORK_ERRORS, EntryNotFoundError, RuntimeError, ValueError),
+    *_OF_ODD_ANSWERS,
+)
 
 _BY_CLASS: tuple[tuple[type[BaseException], str], ...] = (  # subclasses first
     (HFValidationError, "{repo!r} is not a repository id such as 'org/model'{here}. Check the name."),
@@ -73,6 +78,7 @@ _MAY_NOT_WRITE = (
     "You may not write to {repo!r} (403: {said}). {done}Use a token that may write; offer it as a pull request with "
     "--create-pr (create_pr=True); or publish to a repository of your own."
 )
+_ODD_ANSWER = "The Hub's address answered about {repo!r} in an unknown form ({said}). {done}Check HF_ENDPOINT."
 _OTHER = "The client of the Hub failed on {repo!r} ({said}). {done}Check the token and the address."
 _NO_CONNECTION = "The connection to the Hub failed on {repo!r} ({said}). {done}Try again later."
 _CUT_CONNECTION = (
@@ -194,9 +200,17 @@ def _template_of(error: BaseException, reading: bool, sending: bool) -> str | No
         return _BY_STATUS.get(500 if status >= 500 else status, _OTHER_STATUS)
     if isinstance(error, json.JSONDecodeError):
         return NO_JSON
+    if isinstance(error, _OF_ODD_ANSWERS):
+        return _ODD_ANSWER if _is_of_client(error) else None
     if isinstance(error, NETWORK_ERRORS):
         return _CUT_CONNECTION if sending else _NO_CONNECTION
     return _BAD_CARD if isinstance(error, ValueError) and CARD in str(error) else None
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Return whether an exception was raised by the client's own code."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("huggingface_hub")
 
 
 def _wait_of(error: BaseException) -> str:

@@ -14,7 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from .. import blueprint as records
-from .._text import masked, printable
+from .._secrets import masked
+from .._text import printable
 from ..errors import BlueprintError
 
 

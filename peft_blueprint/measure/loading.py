@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .._text import first_line
 from ..errors import BlueprintError
 from .bnb_cpu import disable_cpu_repack
 from .options import LoadOptions
@@ -129,10 +130,10 @@ def empty_model(source: str | PretrainedConfig, *, revision: str | None = None) 
                 model = getattr(transformers, names[0])._from_config(config)
             else:
                 model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # a model's class may raise anything for a config that does not suit it
         raise BlueprintError(
             f"transformers {transformers.__version__} cannot build a model from this {type(config).__name__} "
-            f"({str(error).splitlines()[0]}). Load the model yourself and pass it instead of its config."
+            f"({first_line(error)}). Load the model yourself and pass it instead of its config."
         ) from error
     return model
 
@@ -225,8 +226,8 @@ def _loaded(what: str, load: Callable[[], Loaded]) -> Loaded:
 def _config(source: str, revision: str | None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config's class may raise anything for values that do not suit it
         raise BlueprintError(
-            f"No model config found in {source!r}: {str(error).strip().splitlines()[0]} Give a folder with a "
-            "config.json, or a repository id such as 'org/model'."
+            f"No model config found in {source!r}: {first_line(error)}. Give a folder with a sound config.json, or a "
+            "repository id such as 'org/model'."
         ) from error

@@ -41,7 +41,9 @@ def test_files_round_trip_too(tmp_path_factory, blueprint, suffix):
 
 def test_zero_is_a_value_and_not_an_absence():
     """A zero norm, depth 0, a tag of 0.0 and a scalar's empty shape are written, in JSON and in CSV."""
-    entry = Submodule("a", 0.0, depth=0, signal_norm=0.0, examples=0, domain_tags={"bio": 0.0}, shape=())
+    entry = Submodule(
+        "a", 0.0, depth=0, signal_norm=0.0, examples=0, domain_tags={"bio": 0.0}, shape=(), form="parameter"
+    )
     blueprint = Blueprint("m", (entry,), extra={"x-none": None, "x-zero": 0})
     assert {"depth": 0, "gradient_norm": 0.0}.items() <= json.loads(to_json(blueprint))["layers"][0].items()
     for again in (from_json(to_json(blueprint)), from_csv(to_csv(blueprint))):

@@ -86,6 +86,8 @@ SMALL = {
     "examples below zero": entry(examples=-1),
     "examples beyond all": entry(examples=10**300),
     "a shape of nothing": entry(shape=[0, 4]),
+    "a linear layer of one dimension": entry(shape=[4]),
+    "experts of two dimensions": entry(shape=[4, 4], form="experts"),
     "a shape below zero": entry(shape=[-4, -4]),
     "a shape beyond all": entry(shape=[2**31, 2**31]),
     "a shape of a thousand dimensions": entry(shape=[1] * 1000),

@@ -15,6 +15,7 @@ import pytest
 from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.blueprint import find_blueprints, replace_metadata, translated_hub_errors
 from peft_blueprint.errors import FormatError
+from peft_blueprint.publish import publish
 from tests.hub.loopback import loopback_hub
 from tests.hub.state import COMMIT
 from tests.hub_client import adapters_placed
@@ -308,6 +309,14 @@ def test_a_hostile_hub_costs_little(respond, message, tmp_path, monkeypatch):
     assert time.monotonic() - start < 10
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10_000
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b'"x"', b"null", b'{"id": "org/name", "sha": 3}'])
+def test_an_answer_of_an_unknown_form_publishes_nothing(body, two_layers, plain_client):
+    """The client of the Hub trusts it, and raises any error."""
+    with answering(lambda handler: answer(handler, 200, body)) as endpoint:
+        with pytest.raises(BlueprintError, match="answered about 'org/name' in an unknown form.*HF_ENDPOINT"):
+            publish(two_layers, "org/name", endpoint=endpoint, token="hf_any")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "blueprint.json"])

@@ -296,6 +296,11 @@ def test_a_source_without_a_config_is_named(tmp_path):
     """A folder without one, and a config that transformers builds nothing from."""
     with pytest.raises(BlueprintError, match="No model config found in .*Give a folder"):
         empty_model(str(tmp_path))
+    config = tiny_llama(layers=1).config.to_dict()
+    for odd in ({"hidden_size": "many"}, {"hidden_act": "?"}, {"head_dim": -1}, {"model_type": ["a"]}):
+        (tmp_path / "config.json").write_text(json.dumps(config | odd))
+        with pytest.raises(BlueprintError, match="No model config found in .*Give a folder|cannot build a model"):
+            empty_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ def broken(change):
             r"points\.3\.metrics\.eval_loss must be a number, got 'low'",
         ),
         (lambda d: d["points"][2].update(step=1.5), r"points\.2\.step must be a whole number, got 1\.5"),
+        (
+            lambda d: d["points"][3]["metrics"].update({"a\nb\x1b" + "c" * 99: "low"}),
+            r"metrics\.a\\nb\\x1bc{49,52}… must be a number, got 'low'",
+        ),
         (lambda d: d["points"].reverse(), "points must have rising steps, got 550 after 600"),
         (lambda d: d.update(points=7), "points must be a list, got 7"),
         (lambda d: d["totals"]["tokens"].update(how="guessed"), r"totals\.tokens\.how must be one of"),
