@@ -321,10 +321,11 @@ def _fitting(ground: Ground, take: Taking, limit: int) -> dict[str, int]:
 def equal_in_parameters(chosen: Sequence[Submodule], entries: Sequence[Submodule], rank: int) -> dict[str, int]:
     """Return the rank at which adapters on `chosen` have the parameters of adapters of `rank` on all entries.
 
-    Up to eight times `rank` and up to a weight's full rank, as the library's, but not one of the ranks that servers
-    reserve.
+    A multiple of 8, up to eight times `rank` and up to a weight's full rank. The library's own ranks are those that
+    servers reserve; this one keeps the study's runs comparable.
     """
     raised = min(8 * rank, rank * sum(map(width, entries)) // sum(map(width, chosen)))
+    raised = raised // 8 * 8 or raised
     return {entry.name: min(raised, *entry.shape[-2:]) for entry in chosen if entry.shape}
 
 

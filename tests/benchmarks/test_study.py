@@ -10,14 +10,17 @@ import torch
 import yaml
 from pyarrow import parquet
 
+from benchmarks.setup import RESULTS
 from benchmarks.study import run as running
-from benchmarks.study.arms import UNFREEZE, Infeasible, charge_of, choice_of, filled, rule_of
+from benchmarks.study.arms import UNFREEZE, Infeasible, charge_of, choice_of, equal_in_parameters, filled, rule_of
 from benchmarks.study.ground import Charge
 from benchmarks.study.plan import UNTRAINED, Entry, Job, Schedule, Study, best_octave, next_octaves
 from benchmarks.study.report import Report
 from benchmarks.study.run import Runner, without_retired
 from benchmarks.study.store import Store
 from benchmarks.study.training import losses_of, mean_of, prepare
+from peft_blueprint import Blueprint
+from peft_blueprint.blueprint import bundled_blueprints
 from tests import ROOT
 
 
@@ -158,6 +161,19 @@ def test_budgets_are_filled_from_below(tmp_path, cache):
         choice_of(ground, Entry("unfreeze top"), 0.01)
     with pytest.raises(Infeasible, match="rank 1 on 28 submodules has .* parameters, and 5 are allowed"):
         filled(ground.entries, 5)
+
+
+def test_ranks_of_equal_parameters_are_those_of_the_archive():
+    """So that a study of covers goes on where it ended."""
+    kept = parquet.read_table(RESULTS / "runs.parquet", columns=["arm", "length", "record"]).to_pylist()
+    [ranks, *_] = [
+        json.loads(row["record"])["ranks"]
+        for row in kept
+        if row["arm"] == "cover_gain x 30, as shipped" and row["length"] == 200
+    ]
+    entries = Blueprint.from_pretrained(bundled_blueprints("HuggingFaceTB/SmolLM2-135M-Instruct")["gsm8k"])
+    chosen = [entry for entry in entries if entry.name in ranks]
+    assert equal_in_parameters(chosen, list(entries), 16) == ranks and len(ranks) == 30
 
 
 def test_every_start_trains(tmp_path, cache):
