@@ -116,10 +116,8 @@ def targets(
     for note in placement.notes:
         output.hint(note)
     if not placement.unfreeze and trainer is None:
-        rate = place.learning_rate_for(placement, base=1.0, rank=options.r or place.DEFAULT_RANK)
-        output.hint(
-            f"Learning rate: {rate.scale:.2f} times all-linear LoRA's at the same alpha / r, by the root of the summed ranks."
-        )
+        rate = _learning_rate(placement, 1.0, options.r)
+        output.hint(f"Learning rate at the same alpha / r: {rate.reason}.")
 
 
 @verb(
@@ -261,7 +259,7 @@ def plan(
         return
     rows = [_row(setting, setting is chosen, dtype) for setting in settings]
     variants = place.step_variants(place.Structure.of(measure.empty_model(model)), load, placement)
-    rate = _learning_rate(placement, base_learning_rate)
+    rate = None if base_learning_rate is None else _learning_rate(placement, base_learning_rate)
     found = {
         "model": model,
         "settings": [setting.to_dict() for setting in settings],
@@ -303,11 +301,9 @@ def _prompt_share(model: str, data: str, columns: str, split: str, longest: int)
     return length, min(round(share * length), length - 1), about
 
 
-def _learning_rate(placement: Placement, base: float | None) -> place.LearningRate | None:
-    if base is None:
-        return None
+def _learning_rate(placement: Placement, base: float, rank: int | None = None) -> place.LearningRate:
     rule: Literal["ranks", "adam_gain"] = "ranks" if placement.learning_rate_scale is None else "adam_gain"
-    return place.learning_rate_for(placement, base=base, rule=rule)
+    return place.learning_rate_for(placement, base=base, rank=rank or place.DEFAULT_RANK, rule=rule)
 
 
 def _variant_row(variant: place.Variant) -> dict[str, Any]:

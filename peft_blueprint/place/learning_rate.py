@@ -46,7 +46,12 @@ class LearningRate:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.scale:.2f} times all-linear LoRA's, by {_FORMULAS[self.rule]})"
+        return f"{self.value:.3g} ({self.reason})"
+
+    @property
+    def reason(self) -> str:
+        """The ratio in words, and the rule."""
+        return f"{self.scale:.2f} times all-linear LoRA's, by {_FORMULAS[self.rule]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""

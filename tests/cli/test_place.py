@@ -1,6 +1,7 @@
 """`targets --probe` runs Algorithm 1 in one command; `--domain` reaches every verb that reads a blueprint to place by."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,14 @@ def test_targets_with_a_probe_are_those_of_the_blend(run, shop, tmp_path):
     assert [e.gradient_norm for e in written] == pytest.approx([e.gradient_norm for e in by_hand], rel=1e-4)
     assert written.provenance["blend"]["with"]["data"] == str(shop / "local.jsonl")
     assert "Rank correlation of the probe with the blueprint: " in err and "not below 0.85" in err
+
+
+def test_a_placement_has_one_learning_rate(run, shop):
+    """The same for reading and for another trainer."""
+    _, table, _ = run("targets", shop / "blueprint.json", "--num-modules", 5)
+    _, printed, _ = run("targets", shop / "blueprint.json", "--num-modules", 5, "--for", "axolotl")
+    [scale] = re.findall(r"alpha / r: ([\d.]+) times all-linear LoRA's, by Adam's gain", " ".join(table.split()))
+    assert f"about {scale} times" in printed
 
 
 @pytest.mark.parametrize("verb", ["targets", "plan"])
