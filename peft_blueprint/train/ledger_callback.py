@@ -67,8 +67,9 @@ _ARGUMENTS = (
 class LedgerCallback(JoiningCallback):
     """Keeps a ledger of a training run and, with a rule, stops the run when it no longer pays.
 
-    Add it as any callback: `SFTTrainer(..., callbacks=[LedgerCallback()])`. Its quantities go to the trackers in `report_to` as `ledger/seconds` and so on, at the Trainer's logging and
-    evaluation steps. `run.json`, which `peft-blueprint report` reads, is written at evaluations, saves and the end.
+    Add it as any callback: `SFTTrainer(..., callbacks=[LedgerCallback()])`. Its quantities go to the trackers in
+    `report_to` as `ledger/seconds` and so on, at the Trainer's logging and evaluation steps. `run.json`, which
+    `peft-blueprint report` reads, is written at evaluations, saves and the end.
 
     Tokens are the model's input positions in training, padding included. FLOPs are tokens times the FLOPs per token of
     the second step, counted by torch.utils.flop_counter; where that sees nothing, for example under torch.compile, the

@@ -144,7 +144,7 @@ def test_a_single_run_has_its_figures_and_no_front():
     """One run is still worth a page: four figures, the training loss too, no comparison; a local model by its name."""
     page = render_page(make_report([made_up_run(model_id="/home/me/models/tuned")]))
     assert 'class="facts"' in page and "training loss" in page and "· tuned<" in page and "/home" not in page
-    assert 'id="front"' not in page and "baseline’s" not in page
+    assert 'id="front"' not in page and "baseline’s" not in page and "one standard error" not in page
 
 
 def test_a_run_without_evaluation_shows_its_training_loss():
@@ -160,12 +160,15 @@ def test_a_run_of_nothing_is_a_page_without_pictures():
     assert "No run has an evaluation or a training loss to draw." in page and "no clock" in page
 
 
-@pytest.mark.parametrize("source", ["nowhere/blueprint.json", {"submodules": 3}])
-def test_a_blueprint_that_is_not_there_or_broken_costs_only_its_picture(source):
-    """The page gives the reason for the missing heat map and makes no request."""
-    page = render_page(make_report([made_up_run(blueprint=source, placement=placement_of(6))]))
-    assert 'class="map"' not in page and ("was not found" in page or "cannot be drawn" in page)
-    assert "nowhere" not in page
+def test_what_is_broken_costs_only_its_own_picture_or_table():
+    """The page gives the reason for a missing heat map and makes no request; an invalid placement makes no table."""
+    sources = "nowhere/blueprint.json", {"submodules": 3}
+    runs = [made_up_run(f"run {i}", blueprint=one, placement=placement_of(6)) for i, one in enumerate(sources)]
+    for lora in (5, [{"a": 1}], "q_proj"):
+        runs.append(made_up_run(f"broken {lora}", placement={"lora": lora, "unfreeze": 3}))
+    page = render_page(make_report(runs))
+    assert 'class="map"' not in page and "was not found" in page and "cannot be drawn" in page
+    assert "nowhere" not in page and page.count("<summary>By kind</summary>") == len(sources)
 
 
 def test_dollars_and_foreign_letters_in_names_are_drawn_as_they_are():
@@ -204,12 +207,6 @@ def test_no_two_of_many_runs_look_alike():
     assert len(samples) == 3 * len(COLOURS)
 
 
-def test_an_invalid_placement_makes_no_table():
-    """The page is still written."""
-    for lora in (5, [{"a": 1}], "q_proj"):
-        assert "<html" in render_page(make_report([made_up_run("run", placement={"lora": lora, "unfreeze": 3})]))
-
-
 def test_parts_of_totals_errors_and_hyperparameters_are_shown():
     """Costs before training and of evaluating, bars of the metric's standard error, and differing settings."""
     probe = {"flops": measured(2e12, "counter").to_dict()}
@@ -227,4 +224,3 @@ def test_parts_of_totals_errors_and_hyperparameters_are_shown():
     assert re.search(
         r'class="differs"><th class="left">learning_rate</th><td class="wrap">0.0007</td><td class="wrap">–</td>', page
     )
-    assert "one standard error" not in render_page(make_report([made_up_run()]))
