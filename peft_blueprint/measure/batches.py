@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .._processes import process_count
 from .._text import first_line, format_names, shape_str
@@ -509,10 +510,10 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
     try:
         whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
         if getattr(tokenizer, "is_fast", False) and _MARKS_GENERATION.search(tokenizer.get_chat_template()):
-            marked: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            marked = _marked_targets(chat, tokenizer)
         else:
-            marked = {}
-        start = None if marked else _find_answer(chat, whole, tokenizer)
+            marked = None
+        start = _find_answer(chat, whole, tokenizer) if marked is None else 0
     except Exception as error:  # a template is the model author's program and may raise anything
         if getattr(tokenizer, "chat_template", None) is None:
             raise BlueprintError(
@@ -530,9 +531,8 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
                 f"'content' of message {at} of example {index} must be text, got a list, which the chat template prints "
                 "with its brackets. Join the parts' texts."
             )
-    if start is None:
-        masked = zip(marked["input_ids"], marked["assistant_masks"], strict=True)
-        return marked["input_ids"], [token if is_target else IGNORED for token, is_target in masked]
+    if marked is not None:
+        return marked
     if start < 0:
         raise BlueprintError(
             f"The chat template changes the messages of example {index}, so it is unknown where the last one starts. Mark "
@@ -542,6 +542,27 @@ def _encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, index: int) 
     if chat[-1].get("role") in ("user", "system"):
         first = len(ids)  # no answer
     return ids, [IGNORED] * first + ids[first:]
+
+
+def _marked_targets(chat: list[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids of a chat, and labels of the tokens that share a character with what its template marks.
+
+    `apply_chat_template(return_assistant_tokens_mask=True)` looks for the tokens of the first and last character, and
+    takes all that follows for the answer if the last is a space or a line break that belongs to no token.
+    """
+    [text], [spans] = cast(Any, render_jinja_template)(
+        conversations=[chat],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    tokens: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # a space or line break whose offsets were trimmed starts where it stops
+    labels = [
+        token if any(min(start, stop - 1) < end and first < stop for first, end in spans) else IGNORED
+        for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+    return tokens["input_ids"], labels
 
 
 def _find_answer(chat: list[Any], whole: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -98,12 +98,13 @@ def test_targets_are_the_last_message_for_any_generation_prompt(tokenizer, gener
 @pytest.mark.parametrize("mark", ["{% generation %}", "{%- generation -%}", "{%generation%}"])
 @pytest.mark.parametrize("generation_prompt", [f"{ASSISTANT} ", f"{ASSISTANT} {THINK} "])
 def test_where_a_template_marks_generation_its_marks_are_the_targets(tokenizer, generation_prompt, mark):
-    """Of every turn."""
-    marked = MARKED.replace("{% generation %}", mark)
-    tokenizer.chat_template = marked + f"{{% if add_generation_prompt %}}{generation_prompt}{{% endif %}}"
-    ids, found = words(encode_one({"messages": LONG_CHAT}, tokenizer))
-    assert ids == [USER, 1, 2, END, ASSISTANT, 3, 4, END, USER, 5, END, ASSISTANT, 6, 7, END]
-    assert found == [None] * 5 + [3, 4, END] + [None] * 4 + [6, 7, END]
+    """Of every turn, also where the mark begins or ends with a space, which is in no token here."""
+    for before, after in (("", "{% endgeneration %} "), (" ", " {% endgeneration %}")):
+        marked = MARKED.replace("{% generation %}", mark + before).replace("{% endgeneration %} ", after)
+        tokenizer.chat_template = marked + f"{{% if add_generation_prompt %}}{generation_prompt}{{% endif %}}"
+        ids, found = words(encode_one({"messages": LONG_CHAT}, tokenizer))
+        assert ids == [USER, 1, 2, END, ASSISTANT, 3, 4, END, USER, 5, END, ASSISTANT, 6, 7, END]
+        assert found == [None] * 5 + [3, 4, END] + [None] * 4 + [6, 7, END]
 
 
 @pytest.mark.parametrize(
