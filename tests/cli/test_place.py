@@ -55,9 +55,9 @@ def test_targets_with_a_probe_are_those_of_the_blend(run, shop, tmp_path):
 
 def test_a_placement_has_one_learning_rate(run, shop):
     """The same for reading and for another trainer."""
-    _, table, _ = run("targets", shop / "blueprint.json", "--num-modules", 5)
+    _, out, err = run("targets", shop / "blueprint.json", "--num-modules", 5)
     _, printed, _ = run("targets", shop / "blueprint.json", "--num-modules", 5, "--for", "axolotl")
-    [scale] = re.findall(r"alpha / r: ([\d.]+) times all-linear LoRA's, by Adam's gain", " ".join(table.split()))
+    [scale] = re.findall(r"alpha / r: ([\d.]+) times all-linear LoRA's, by Adam's gain", " ".join((out + err).split()))
     assert f"about {scale} times" in printed
 
 
