@@ -47,7 +47,7 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
         sentence or two each.
 
     Raises:
-        BlueprintError: if there are none.
+        BlueprintError: if there are none, or they have no names.
 
     Example:
         >>> from peft_blueprint import Submodule
@@ -56,6 +56,9 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
         >>> len(merged), len(notes)
         (1, 2)
     """
+    if not isinstance(blueprints, Mapping):
+        got = type(blueprints).__name__
+        raise BlueprintError(f"blueprints must be a mapping from names to blueprints, got {got}: {{'file.json': blueprint}}.")
     if not blueprints:
         raise BlueprintError("Merging needs at least one blueprint.")
     order = {name: i for i, name in enumerate(blueprints)}

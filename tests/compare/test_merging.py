@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from peft_blueprint import Blueprint
+from peft_blueprint import Blueprint, BlueprintError
 from peft_blueprint.compare.merging import merge_all
 from peft_blueprint.compare.movement import checkpoint_movement
 from tests.made_up import UP, measured
@@ -96,3 +96,8 @@ def test_private_blueprints_stay_apart():
     assert merged == (clear, noisy, other) and notes[-1] == "copy is the same as one and counts once."
     assert all("privacy noise" in note for note in notes[:2]) and len(notes) == 3
     assert any("privacy noise" in note for note in checkpoint_movement([clear, noisy]).notes)
+
+
+def test_blueprints_to_merge_need_names():
+    with pytest.raises(BlueprintError, match="mapping from names to blueprints, got list"):
+        merge_all([measured(UP)])
