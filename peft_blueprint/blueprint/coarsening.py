@@ -95,7 +95,7 @@ def pooled_alpha(members: Sequence[Submodule]) -> tuple[float, float] | None:
     for alpha, count, norm in laws:
         law = [(r + 0.5) ** -alpha for r in range(max(1, count // step))]
         scale = norm / math.hypot(*law)
-        values += [scale * value for value in law if scale > 0]
+        values += [scale * value for value in law if scale * value > 0]
     values = sorted(values, reverse=True)[: max(SMALLEST_TAIL, round(TAIL_SHARE * len(values)))]
     if len(values) < SMALLEST_TAIL or values[0] == values[-1]:
         return None

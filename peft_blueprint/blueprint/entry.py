@@ -30,6 +30,7 @@ MAX_ELEMENTS = 2**53  # of a shape; a double counts no further
 MAX_DIMENSIONS = 16
 MAX_ALIGNMENT = 64  # columns; 16 are measured
 MAX_TAGS = 256
+MAX_ALPHA = 100  # measured ones are near 1
 MAX_NUMBER = 1e150  # sums of squares stay finite
 
 _GROUP_ID = re.compile(r"(\w+\.)?(?:attn|cross_attn|ffn|other)\.(\d+)")
@@ -238,7 +239,7 @@ def check_numbers(entry: Submodule, model_id: str) -> None:
     if entry.gradient_norm is None:
         raise FormatError(f"{where} has no gradient_norm; every entry needs one.")
     for name, value in _numbers_of(entry):
-        most = 1 if name in _SHARES else MAX_NUMBER
+        most = 1 if name in _SHARES else MAX_ALPHA if name == "alpha" else MAX_NUMBER
         if value is None or (0 <= value <= most and (value > 0 or name not in _POSITIVE)):
             continue
         if not (math.isfinite(value) and value >= 0):

@@ -100,11 +100,16 @@ class _LoadedNames:
             name, _ = conversion.rename_source_key(name)
         for converter in self._converters:
             converted, pattern = converter.rename_source_key(name)
-            if pattern is not None and (converted in self._shapes or stored not in self._shapes):
+            if pattern is not None and (self._spelled(converted) in self._shapes or stored not in self._shapes):
                 first, *_ = targets = converter.target_patterns
-                return [converted.replace(first, target) for target in targets], True
-        spellings = (name, name.removeprefix(self._prefix), self._prefix + name, stored)
-        return [next((spelling for spelling in spellings if spelling in self._shapes), name)], False
+                return [self._spelled(converted.replace(first, target)) for target in targets], True
+        known = self._spelled(name)
+        return [known if known in self._shapes or stored not in self._shapes else stored], False
+
+    def _spelled(self, name: str) -> str:
+        """Return a name as the model has it, with or without the prefix of its base model."""
+        spellings = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((spelling for spelling in spellings if spelling in self._shapes), name)
 
 
 def _conversions_of(model: PreTrainedModel) -> list[Any]:

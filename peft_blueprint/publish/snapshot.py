@@ -95,13 +95,13 @@ def take_snapshot(api: HfApi, repo_id: str, revision: str | None, may_be_created
         if not may_be_created or revision is not None or type(error) is not RepositoryNotFoundError:
             raise
         return Snapshot(api, repo_id)
-    names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    names = [sibling.rfilename for sibling in info.siblings or ()]
     if not all(isinstance(text, str) for text in (info.id or repo_id, info.sha, *names)):
         raise BlueprintError(
             f"The Hub's address answered about {repo_id!r} in an unknown form: its id, commit and names of files must be "
             "text. Check HF_ENDPOINT."
         )
-    return Snapshot(api, info.id or repo_id, info.sha, names, is_public=info.private is False)
+    return Snapshot(api, info.id or repo_id, info.sha, frozenset(names), is_public=info.private is False)
 
 
 def index_with(blueprint: Blueprint, there: Snapshot, is_wanted: bool) -> bytes | None:

@@ -102,6 +102,7 @@ SMALL = {
     "a gamma of zero": entry(gamma=0),
     "a k* beyond one": entry(k_star=20),
     "a k* of zero": entry(k_star=0),
+    "an alpha beyond all": entry(alpha=1e9),
     "an alpha of zero": entry(alpha=0),
     "a share of energy beyond one": entry(singular_energy=1.1),
     "a norm above its interval": entry(norm_interval=[0.1, 0.9]),

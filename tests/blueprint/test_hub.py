@@ -311,7 +311,13 @@ def test_a_hostile_hub_costs_little(respond, message, tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in files) < 10_000
 
 
-@pytest.mark.parametrize("body", [b"{}", b"[]", b'"x"', b"null", b'{"id": "org/name", "sha": 3}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"{}", b"[]", b'"x"', b"null", b'{"id": "org/name", "sha": 3}'),
+        b'{"id": "org/name", "sha": "a", "siblings": [{"rfilename": []}]}',
+    ],
+)
 def test_an_answer_of_an_unknown_form_publishes_nothing(body, two_layers, plain_client):
     """The client of the Hub trusts it, and raises any error."""
     with answering(lambda handler: answer(handler, 200, body)) as endpoint:

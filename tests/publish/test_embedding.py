@@ -221,7 +221,7 @@ RENAMED = [  # stored otherwise than in memory: renamed, of more parts, stacked,
     *["Qwen2_5_VLForConditionalGeneration", "Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"],
     *["Mistral3ForConditionalGeneration", "InternVLForConditionalGeneration", "AriaForConditionalGeneration"],
     *["GraniteMoeForCausalLM", "MixtralForCausalLM", "PhimoeForCausalLM", "NemotronHForCausalLM", "FuyuForCausalLM"],
-    *["GPTNeoXForCausalLM", "XLMRobertaForCausalLM", "MarianMTModel", "CLIPModel", "PixioBackbone"],
+    *["GPTNeoXForCausalLM", "XLMRobertaForCausalLM", "MarianMTModel", "CLIPModel", "PixioBackbone", "Step3p7Model"],
 ]
 
 
