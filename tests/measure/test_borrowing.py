@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 import peft_blueprint
 from peft_blueprint import measure_influence
-from peft_blueprint.data import select_examples
+from peft_blueprint.data import predictor, select_examples
 from peft_blueprint.data.brief_training import restore_afterwards, temporary_adapters, train_briefly
 from peft_blueprint.data.features import model_features
 from peft_blueprint.errors import MeasurementError
@@ -35,6 +35,13 @@ BATCHES = toy_batches(examples=2, length=6, batch_size=2)
 ROWS = [{"input_ids": [5, 6, 7 + i], "labels": [5, 6, 7 + i]} for i in range(20)]
 PLACES = int(os.environ.get("PLACES", 2))  # lines of a call that are interrupted, and as many at its end
 OPTIONS = {"progress": False}
+
+
+@pytest.fixture(autouse=True)
+def quick_predictors(monkeypatch):
+    """Selection fits ridge regressions alone; the others take most of its time, without the model."""
+    ridge = predictor._candidates(0)["ridge"]
+    monkeypatch.setattr(predictor, "_candidates", lambda seed: {"ridge": ridge, "boosted trees": ridge})
 
 
 def lent(layers=1):
