@@ -435,7 +435,7 @@ def test_a_70b_model_is_planned_in_seconds():
 def mixture(experts):
     """A list of separate experts, as older models have them."""
     entries = []
-    for depth in range(48):
+    for depth in range(24):
         prefix = f"model.layers.{depth}"
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             entries.append(Submodule(f"{prefix}.self_attn.{name}", 1.0, name, depth, f"attn.{depth}", (2048, 2048)))
@@ -449,7 +449,7 @@ def mixture(experts):
 def test_planning_time_is_linear_in_submodules():
     """Linear time, not quadratic; as a ratio, because machines differ."""
     few, many = mixture(8), mixture(34)
-    assert len(many) > 4_900 and len(few) < len(many) / 3.7
+    assert len(many) > 2_500 and len(few) < len(many) / 3.7
     for wish in ({"budget": "0.8x"}, {"keep": 0.5}):
         _, reference = _timed(few, **wish)
         placement, seconds = _timed(many, **wish)
