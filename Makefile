@@ -44,7 +44,7 @@ test: environment weights ## lint, check the types, build the documentation and 
 test-oldest: ## run the tests, but the slow one, on the oldest versions that pyproject.toml allows
 	$(call make_environment,$(OLDEST),constraints-oldest.txt,-e '.[quant$(comma)demo$(comma)plots]' --group test)
 	@echo "==> Running the tests on the oldest versions (pytest)"
-	@$(OLDEST)/bin/python -m pytest -m 'not slow' -o filterwarnings=default $(PYTEST_SHARES) $(PYTEST_ARGS)
+	@$(OLDEST)/bin/python -m pytest -m 'not slow' -o filterwarnings=default --ignore tests/test_docs.py $(PYTEST_SHARES) $(PYTEST_ARGS)
 	@echo "==> The tests passed on the oldest versions. For the newest: make test"
 
 lint: environment ## check style, form and the order of the rooms (ruff, import-linter)

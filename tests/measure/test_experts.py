@@ -89,6 +89,7 @@ def assert_exact(model, batches, found):
     return expected
 
 
+@needs_fused
 @pytest.mark.parametrize("family", MIXTURES)
 def test_measures_every_expert_exactly(family):
     model, batches = (
