@@ -66,7 +66,7 @@ def shortened(value: object, limit: int = 60) -> str:
 
     Example:
         >>> shortened("a\nb" + "c" * 99, 6)
-        'a\\nb…'
+        'a\\nbc…'
     """
     text = printable(str(value)).replace("\n", r"\n")
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
