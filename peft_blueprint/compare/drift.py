@@ -68,11 +68,11 @@ def check_drift(
     - Otherwise, of other submodules that are related as these are. The bivariate normal laws are found under which the
       observed correlation lies between the quantiles 2.5 and 97.5 %, by simulation, or with Fisher's z for many
       entries. In simulations of 6,000 pairs for each of 2, 3, 4 and 7 kinds of 6, 12 and 30 entries, at ρ 0 to 0.95, a
-      nominal 95 % covered 93 to 97 %. Of 4 entries, whose correlation takes few values, it covered 94 to 98 %, and in a
-      single kind of 4 or 6 entries 92 to 98 %.
+      nominal 95 % covered 93 to 97.4 %. Of 4 entries, whose correlation takes few values, it covered 93.5 to 98.1 %, and
+      in a single kind of 4 or 6 entries 92 to 98.5 %.
 
     `python -m benchmarks drift --simulate` repeats both with 600 pairs (± 0.9 %) and 300 draws, in 4 minutes on one core:
-    95.1 % in the mean, and 92.2 to 98.7 % in single cells.
+    95.2 % in the mean, and 92.2 to 98.7 % in single cells.
 
     Args:
         local: a probe on your own data.
