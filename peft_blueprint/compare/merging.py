@@ -58,7 +58,9 @@ def merge_all(blueprints: Mapping[str, Blueprint]) -> tuple[tuple[Blueprint, ...
     """
     if not isinstance(blueprints, Mapping):
         got = type(blueprints).__name__
-        raise BlueprintError(f"blueprints must be a mapping from names to blueprints, got {got}: {{'file.json': blueprint}}.")
+        raise BlueprintError(
+            f"blueprints must be a mapping from names to blueprints, got {got}: {{'file.json': blueprint}}."
+        )
     if not blueprints:
         raise BlueprintError("Merging needs at least one blueprint.")
     order = {name: i for i, name in enumerate(blueprints)}
