@@ -257,7 +257,9 @@ def _numbers(data: Mapping[str, Any], key: str, kind: type, where: str, count: i
 
 
 def _form(data: Mapping[str, Any], where: str) -> Form:
-    form = _take(data, "form", str, where) or "linear"
+    shape = data.get("shape")
+    default = "parameter" if isinstance(shape, list) and len(shape) < 2 else "linear"  # a norm or a bias
+    form = _take(data, "form", str, where) or default
     if form not in get_args(Form):
         raise FormatError(f"form of {where} is {short(form)}; it must be one of {', '.join(get_args(Form))}.")
     return cast(Form, form)

@@ -86,7 +86,7 @@ SMALL = {
     "examples below zero": entry(examples=-1),
     "examples beyond all": entry(examples=10**300),
     "a shape of nothing": entry(shape=[0, 4]),
-    "a linear layer of one dimension": entry(shape=[4]),
+    "a linear layer of one dimension": entry(shape=[4], form="linear"),
     "experts of two dimensions": entry(shape=[4, 4], form="experts"),
     "a shape below zero": entry(shape=[-4, -4]),
     "a shape beyond all": entry(shape=[2**31, 2**31]),

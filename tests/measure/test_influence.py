@@ -269,7 +269,11 @@ LABELS = toy_batches(2)[0]["labels"]
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        (tiny_llama(), {"labels": LABELS[..., None]}, r"The loss of examples \[0, 1\] of 2 is infinite or NaN"),
+        (
+            tiny_llama(),
+            {"labels": LABELS[..., None]},
+            "The labels, 2x12x1, do not fit LlamaForCausalLM and its input_ids",
+        ),
         (tiny_llama(), {key: value[:0] for key, value in toy_batches(2)[0].items()}, "A batch has no example"),
         (None, {}, "model must be a torch.nn.Module, got NoneType"),
         ("org/model", {}, "model must be a torch.nn.Module, got 'org/model'. Load it first"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_blueprint import Blueprint, Placement, Submodule, plan_placement
+from peft_blueprint.blueprint import from_dict, to_dict
 from peft_blueprint.errors import MismatchError, PlacementError
 from peft_blueprint.measure.submodules import find_submodules
 from peft_blueprint.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
@@ -304,10 +305,15 @@ def test_a_blueprint_without_adaptable_entries_is_an_error():
 
 
 def test_the_model_completes_a_file():
-    """Entries without a form count as linear; with the model their own form counts, and tied weights stay out."""
+    """Entries without a form count as linear or, of one dimension, as parameters; with the model its own forms count."""
     model = tiny_llama(layers=1, tie_word_embeddings=True)
-    entries = tuple(replace(e, form="linear") for e in everything_of(model))
-    placement = plan_placement(Blueprint("org/m", entries), model, fraction=1.0)
+    entries = tuple(everything_of(model))
+    record = to_dict(Blueprint("org/m", entries))
+    for entry in record["layers"]:
+        entry.pop("form", None)
+    written = from_dict({key: value for key, value in record.items() if key != "digest"})
+    assert {entry.form for entry in written} == {"linear", "parameter"}
+    placement = plan_placement(written, model, fraction=1.0)
     assert list(placement.lora) == [s.name for s in find_submodules(model)] and placement.left_out == 4
     assert "lm_head" not in [e.name for e in entries], "a tied weight has one name"
 
