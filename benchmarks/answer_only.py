@@ -50,7 +50,8 @@ ARMS = (
 REFERENCE = ARMS[0]
 TRAINED = ("all-linear", "answer only", "default, answer only")
 BLUEPRINT = Path("blueprints/HuggingFaceTB--SmolLM2-135M-Instruct/blueprint-pubmedqa.json")
-ANSWERS = {"numbers": "89"}  # text before every answer
+# text before every answer, which must not occur in one: PubMedQA's end in "Answer: yes"
+ANSWERS = {"numbers": "89", "pubmedqa with contexts": "\nConclusion:"}
 DATASETS = ("pubmedqa with contexts", "gsm8k")
 QUICK = {"datasets": ["numbers"], "examples": 2, "rounds": 1, "shares": [50], "longest": 24, "length": 16}
 EQUAL_TIME = {"all-linear": 0.45, "answer only": 2.2}  # of the other's steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ CHUNK_TOKENS = 4096
 _SHORTEST_SHARED = 16  # tokens that a batch's prompts must share to be computed apart
 _ATTENTION = ("full_attention", "sliding_attention")
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of the loss, relative; 2 % in half precision
+_FEW = 16  # targets, over which rounding errors average out; of fewer the tolerance is wider
 _SETUP = "_answer_only"
 _PEFT_HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_is_full_backward_hook"),
@@ -57,7 +59,7 @@ def answer_only(
     loss of its shortest example must be the same with and without splitting.
 
     PEFT activates a row's last occurrence of the invocation tokens. Earlier targets (earlier turns of a chat) then get
-    the base model's logits: they count in the mean loss, without a gradient. `turns="every"` trains each turn of a chat
+    the base model's logits: they count in the mean loss, without a gradient, and a warning tells how many. `turns="every"` trains each turn of a chat
     as an answer of its own instead, which sees the base model's keys of earlier turns, as it will when served. Its
     gradients are those of PEFT on one example a turn. The conversation still passes through the base model once.
 
@@ -521,10 +523,20 @@ def _checkpoint(checkpoint: Any, cache: DynamicCache, name: str, place: int, lay
 def _check_first(model: Any, batch: _Batch) -> None:
     """Compare the loss of the batch's shortest answer with PEFT's, to avoid training on wrong states.
 
+    Warns of targets that train nothing.
+
     Raises:
-        BlueprintError: if they differ.
+        BlueprintError: if the losses differ.
     """
     _require_activated(model)
+    total = int((batch.targets != IGNORED).sum())
+    if inert := total - sum(int((batch.targets[a.row, a.start : a.stop] != IGNORED).sum()) for a in batch.answers):
+        warnings.warn(
+            f"{inert} of {total} targets of the first batch come before the last invocation tokens of their row, where the "
+            "adapter does not act, and train nothing. Take invocation tokens that no answer contains, mask these targets "
+            'with -100, or train every turn of a chat with turns="every".',
+            stacklevel=4,
+        )
     with_target = [a for a in batch.answers if bool((batch.targets[a.row, a.start : a.stop] != IGNORED).any())]
     if not with_target:
         return
@@ -543,7 +555,8 @@ def _check_first(model: Any, batch: _Batch) -> None:
             input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted, shift_labels=wanted, **keywords
         )
         expected = float(whole.loss)
-    tolerance = _TOLERANCE.get(whole.logits.dtype, 0.02) * max(1.0, abs(expected))
+    few = max(1.0, _FEW / int((wanted != IGNORED).sum())) ** 0.5
+    tolerance = _TOLERANCE.get(whole.logits.dtype, 0.02) * max(1.0, abs(expected)) * few
     if not abs(split - expected) <= tolerance:
         raise BlueprintError(
             f"The loss of {type(base).__name__} changes from {expected:.5f} to {split:.5f} when its prompt is split off: "
