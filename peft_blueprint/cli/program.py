@@ -86,7 +86,7 @@ def _fail(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     if isinstance(error, _UsageError):
-        return error.format_message()  # type: ignore[attr-defined]
+        return str(error.format_message()).replace("Value error, ", "")  # type: ignore[attr-defined]  # pydantic's
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error).strip() or type(error).__name__

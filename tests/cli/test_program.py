@@ -209,7 +209,7 @@ def test_generate_shares_the_work_among_processes(tmp_path):
         (["targets", "FILE", "--coverage", "everything"], "everything"),
         (["targets", "FILE", "--rank-by", "luck"], "luck"),
         (["targets", "FILE", "--mode", "prompt"], "prompt"),
-        (["targets", "FILE", "--for", "fairseq"], "fairseq"),
+        (["targets", "FILE", "--for", "fairseq"], "Invalid value for '--for': 'fairseq' is not one of 'peft'"),
         (["targets", "FILE", "--alpha", "8"], "choose one, for example --for peft"),
         (["targets", "FILE", "--mode", "unfreeze", "--for", "llamafactory"], "unfreezes blocks only beside LoRA"),
     ],
