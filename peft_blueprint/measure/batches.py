@@ -190,7 +190,7 @@ def encode_one(
 
     Args:
         example: mapping with prompt and completion, messages, or text; or `input_ids` and `labels`; or the columns of
-            Alpaca or ShareGPT, see `with_known_columns`.
+            Alpaca, ShareGPT or TRL's chats, see `with_known_columns`.
         tokenizer: the model's, needed for texts.
         max_length: tokens after which it is cut.
         index: position in the data, for error messages.
@@ -237,9 +237,10 @@ def encode_one(
 
 
 def with_known_columns(example: Example, index: int = 0) -> Example:
-    """Return an example in the columns of Alpaca or ShareGPT as prompt and completion, or messages; others unchanged.
+    """Return an example in the columns of Alpaca, ShareGPT or TRL as prompt and completion, or messages; others unchanged.
 
-    Alpaca's prompt is the instruction and the input, if it has one, each with a line break at its end.
+    Alpaca's prompt is the instruction and the input, if it has one, each with a line break at its end. TRL's prompt and
+    completion may be lists of messages, which are joined.
 
     Raises:
         BlueprintError: for a turn of a conversation that is not of a user, an assistant or the system.
@@ -250,11 +251,14 @@ def with_known_columns(example: Example, index: int = 0) -> Example:
         >>> with_known_columns({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
         {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
     """
+    parts = [example.get(key) for key in ("prompt", "completion")]
+    if all(isinstance(part, list) for part in parts):
+        return {"messages": [message for part in parts for message in part or ()]}
     if not {"completion", "messages", "input_ids"}.isdisjoint(example):
         return example
     if {"instruction", "output"} <= example.keys():  # also where a text holds both in a template
-        parts = [_text(example, key, index) for key in ("instruction", "input") if example.get(key) is not None]
-        return {"prompt": "".join(f"{part}\n" for part in parts if part), "completion": example["output"]}
+        texts = [_text(example, key, index) for key in ("instruction", "input") if example.get(key) is not None]
+        return {"prompt": "".join(f"{text}\n" for text in texts if text), "completion": example["output"]}
     if isinstance(turns := example.get("conversations"), list):
         messages = []
         for turn in turns:

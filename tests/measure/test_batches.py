@@ -189,9 +189,10 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "1 2"}, {"from": "gpt",
         (ALPACA, {"prompt": "1 2\n3\n", "completion": "4"}),
         ({**ALPACA, "input": ""}, {"prompt": "1 2\n", "completion": "4"}),
         (SHAREGPT, {"messages": CHAT}),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"messages": CHAT}),
     ],
 )
-def test_columns_of_alpaca_and_sharegpt_are_known(tokenizer, tmp_path, theirs, ours):
+def test_columns_of_alpaca_sharegpt_and_trl_are_known(tokenizer, tmp_path, theirs, ours):
     """In a list, a pool to choose from, and a file."""
     tokenizer.chat_template = HEADERS
     expected = encode_one(ours, tokenizer)
