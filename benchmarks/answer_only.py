@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--seeds", type=int, default=0, help="train with this many seeds instead of timing steps")
     parser.add_argument("--steps", type=int, default=40, help="of training")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.004])
     parser.add_argument("--held-out", type=int, default=64, help="examples of the loss")
     parser.add_argument("--records", type=Path, default=setup.RESULTS / "answer_only.jsonl")
     parser.add_argument("--print", action="store_true", dest="prints", help="train nothing")
